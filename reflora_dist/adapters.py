@@ -1,0 +1,143 @@
+"""The LoRA adapters of a PEFT model, as pairs of factors. Nothing here knows about ranks or engines."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper
+from torch import nn
+
+# Wrappers put their own attribute into a module's path; names without them agree between engines.
+_WRAPPER_SEGMENTS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
+
+# Variants in which the layer's function depends on the factors only through the product B A.
+_SUPPORTED_VARIANTS = ("DoraLinearVariant", "DoraEmbeddingVariant", "DoraConv", "ALoraLinearVariant")
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterPair:
+    """One LoRA adapter: ``lora_A`` ``[r, in]`` and ``lora_B`` ``[out, r]``.
+
+    A convolution's ``lora_A`` ``[r, channels, *kernel]`` counts as ``[r, channels * prod(kernel)]`` and
+    its 1 x 1 ``lora_B`` as ``[out, r]``: the update is their product all the same. An embedding's update is
+    ``(B A)^T``.
+
+    The parameters are looked up on every access: accelerate and FSDP2 replace them when they shard.
+    """
+
+    name: str
+    lora_rank: int
+    in_features: int
+    out_features: int
+    layer: LoraLayer
+    adapter: str
+
+    @property
+    def lora_a(self) -> torch.Tensor:
+        return self._factor("A")
+
+    @property
+    def lora_b(self) -> torch.Tensor:
+        return self._factor("B")
+
+    @property
+    def shape_a(self) -> tuple[int, int]:
+        """Whole shape of lora_A, ``(r, in)``."""
+        return (self.lora_rank, self.in_features)
+
+    @property
+    def shape_b(self) -> tuple[int, int]:
+        """Whole shape of lora_B, ``(out, r)``."""
+        return (self.out_features, self.lora_rank)
+
+    def _factor(self, side: str) -> torch.Tensor:
+        if isinstance(self.layer, Embedding):
+            return getattr(self.layer, f"lora_embedding_{side}")[self.adapter]
+        return getattr(self.layer, f"lora_{side}")[self.adapter].weight
+
+    def factor_modules(self) -> tuple[nn.Module, nn.Module]:
+        """The modules that own lora_A and lora_B (for an embedding both are its LoRA layer's dictionaries)."""
+        if isinstance(self.layer, Embedding):
+            return self.layer.lora_embedding_A, self.layer.lora_embedding_B
+        return self.layer.lora_A[self.adapter], self.layer.lora_B[self.adapter]
+
+
+def find_pairs(model: nn.Module) -> list[AdapterPair]:
+    """List the active LoRA adapters of a model, bare or wrapped, in the order of its modules.
+
+    Args:
+        model: anything that contains PEFT LoRA layers.
+
+    Raises:
+        ValueError: there is no active adapter, or one of a kind to which the algebra does not apply.
+    """
+    pairs = [pair for name, module in model.named_modules() for pair in _pairs_of(name, module)]
+    if not pairs:
+        raise ValueError(
+            f"no active LoRA adapter found in {type(model).__name__}: wrap the model with "
+            "peft.get_peft_model(model, LoraConfig(...)) and activate the adapter with set_adapter(...)"
+        )
+    owners: dict[int, str] = {}
+    for pair in pairs:
+        for factor in (pair.lora_a, pair.lora_b):
+            first = owners.setdefault(id(factor), pair.name)
+            if first != pair.name:
+                raise ValueError(f"adapters {first} and {pair.name} share a factor; tied factors have no own S")
+    return pairs
+
+
+def clean_name(name: str) -> str:
+    """A module's path without what DDP, FSDP1, checkpointing and torch.compile put into it."""
+    segments = [segment for segment in name.split(".") if segment not in _WRAPPER_SEGMENTS]
+    while segments and segments[0] == "module":  # DistributedDataParallel and DeepSpeedEngine
+        segments = segments[1:]
+    return ".".join(segments)
+
+
+def _pairs_of(name: str, module: nn.Module) -> Iterator[AdapterPair]:
+    if not isinstance(module, LoraLayer):
+        return
+    name = clean_name(name)
+    if isinstance(module.base_layer, LoraLayer):
+        raise ValueError(f"{name} holds a LoRA layer inside a LoRA layer: the model was given to PEFT twice")
+    for adapter in module.active_adapters:
+        full_name = f"{name}.{adapter}"
+        if isinstance(module, Embedding):
+            if adapter in module.lora_embedding_A:
+                sizes = (module.r[adapter], module.in_features, module.out_features)
+                yield AdapterPair(full_name, *sizes, module, adapter)
+        elif adapter in module.lora_A:
+            yield AdapterPair(full_name, *_sizes(full_name, module, adapter), module, adapter)
+
+
+def _sizes(name: str, layer: LoraLayer, adapter: str) -> tuple[int, int, int]:
+    """``(r, in, out)`` from the modules' own attributes, since a sharded weight has lost its shape."""
+    _refuse_unsupported(name, layer, adapter)
+    factor_a, factor_b = layer.lora_A[adapter], layer.lora_B[adapter]
+    if hasattr(factor_a, "kernel_size"):
+        in_features = factor_a.in_channels * math.prod(factor_a.kernel_size)
+        return factor_a.out_channels, in_features, factor_b.out_channels
+    return factor_a.out_features, factor_a.in_features, factor_b.out_features
+
+
+def _refuse_unsupported(name: str, layer: LoraLayer, adapter: str) -> None:
+    if isinstance(layer, (MultiheadAttention, ParamWrapper)):
+        raise ValueError(
+            f"adapter {name} is a {type(layer).__name__} LoRA layer, which is not supported; leave its "
+            "module out of target_modules / target_parameters"
+        )
+    variant = type(layer.lora_variant.get(adapter)).__name__
+    if variant != "NoneType" and not variant.startswith(_SUPPORTED_VARIANTS):
+        raise ValueError(f"adapter {name} uses {variant}, which is not supported; use plain LoRA, rsLoRA or DoRA")
+    factor_b = layer.lora_B[adapter]
+    if getattr(factor_b, "groups", 1) > 1:
+        raise ValueError(
+            f"adapter {name} adapts a convolution with groups={factor_b.groups}: its update is not one product "
+            "B A, so S does not exist; leave it out of target_modules"
+        )

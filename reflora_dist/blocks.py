@@ -1,0 +1,137 @@
+"""Whole rows of tall factors, batched by shape. Plain tensor work: no ranks, no engines.
+
+A *tall* factor is ``A^T`` ``[in, r]`` or ``B`` ``[out, r]``. A *block* is a set of whole rows of one, as it lies
+in memory: ``[r, columns]`` of lora_A, ``[rows, r]`` of lora_B. All that RefLoRA and its relatives do to the
+factors is ``X^T X`` over blocks (a sum over rows) and ``X M`` with an r x r matrix (local to a row).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Blocks of one shape are stacked for one batched product. The stack is temporary, so its size bounds the
+# peak memory that a step adds: 2^20 elements are 8 MiB in float64, and still keep a GPU busy.
+_MAX_STACKED_ELEMENTS = 1 << 20
+
+SIDE_A, SIDE_B = 0, 1
+
+Matrices = dict[int, Tensor]
+"""One stack of r x r matrices per lora_rank r: ``{r: [P_r, r, r]}``, pairs in their order in the model."""
+
+
+class BlockSpec(NamedTuple):
+    """Place of a block: its pair, its side (SIDE_A or SIDE_B) and its shape in memory."""
+
+    pair: int
+    side: int
+    shape: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """Blocks of one side and shape that are computed together."""
+
+    side: int
+    lora_rank: int
+    members: tuple[int, ...]  # positions in the list of blocks
+    slots: Tensor  # [members] int64: positions of their pairs among the pairs of equal lora_rank
+
+
+class BlockSet:
+    """The blocks that one rank computes on, in a fixed order.
+
+    Args:
+        specs: the blocks.
+        lora_ranks: r of every pair in the model.
+        device: where products are computed.
+    """
+
+    def __init__(self, specs: Sequence[BlockSpec], lora_ranks: Sequence[int], device: torch.device) -> None:
+        self.device = device
+        self.specs = tuple(specs)
+        self.pairs_by_rank: dict[int, list[int]] = {}
+        for pair, lora_rank in enumerate(lora_ranks):
+            self.pairs_by_rank.setdefault(lora_rank, []).append(pair)
+        self._lora_ranks = tuple(lora_ranks)
+        self._slots = {pair: slot for pairs in self.pairs_by_rank.values() for slot, pair in enumerate(pairs)}
+        self._batches: dict[tuple[bool, ...], list[_Batch]] = {}
+
+    def grams(self, blocks: Sequence[Tensor]) -> Matrices:
+        """This rank's share of every Gram matrix.
+
+        Args:
+            blocks: the factors' blocks, in the order of ``specs``.
+
+        Returns:
+            For every lora_rank r ``[2, P_r, r, r]`` float64: ``A A^T`` and ``B^T B`` over this rank's blocks,
+            zero where it holds none. Formed in float64, since a Gram squares the condition number.
+        """
+        grams = {
+            lora_rank: torch.zeros(2, len(pairs), lora_rank, lora_rank, dtype=torch.float64, device=self.device)
+            for lora_rank, pairs in self.pairs_by_rank.items()
+        }
+        for batch, tensors in self._present(blocks):
+            stacked = torch.stack(tensors).to(self.device, non_blocking=True).to(torch.float64)
+            product = stacked @ stacked.mT if batch.side == SIDE_A else stacked.mT @ stacked
+            grams[batch.lora_rank][batch.side].index_add_(0, batch.slots, product)
+        return grams
+
+    def multiply_(self, blocks: Sequence[Tensor | None], left: Matrices, right: Matrices) -> None:
+        """Multiply blocks in place: ``A <- left A`` on lora_A's side and ``B <- B right`` on lora_B's.
+
+        Args:
+            blocks: tensors in the order of ``specs`` (gradients, say); None is left out.
+            left, right: ``{r: [P_r, r, r]}``.
+
+        Products are formed in float32 (float64 for float64 blocks) and rounded once to the block's dtype.
+        """
+        with _ieee_matmul():
+            for batch, tensors in self._present(blocks):
+                stacked = torch.stack(tensors).to(self.device, non_blocking=True)
+                stacked = stacked.to(torch.promote_types(stacked.dtype, torch.float32))
+                matrices = (left if batch.side == SIDE_A else right)[batch.lora_rank]
+                matrices = matrices.index_select(0, batch.slots).to(stacked.dtype)
+                product = matrices @ stacked if batch.side == SIDE_A else stacked @ matrices
+                torch._foreach_copy_(tensors, list(product.to(tensors[0].device).unbind()))
+
+    def _present(self, blocks: Sequence[Tensor | None]) -> Iterator[tuple[_Batch, list[Tensor]]]:
+        """Batches of the blocks that are not None. Few patterns of absence occur, and each is planned once."""
+        present = tuple(block is not None for block in blocks)
+        assert len(present) == len(self.specs)
+        if present not in self._batches:
+            self._batches[present] = list(self._plan(present))
+        for batch in self._batches[present]:
+            yield batch, [blocks[member] for member in batch.members]  # type: ignore[misc]
+
+    def _plan(self, present: tuple[bool, ...]) -> Iterator[_Batch]:
+        by_shape: dict[tuple[int, int, tuple[int, int]], list[int]] = {}
+        for position, spec in enumerate(self.specs):
+            if present[position]:
+                key = (self._lora_ranks[spec.pair], spec.side, spec.shape)
+                by_shape.setdefault(key, []).append(position)
+        for (lora_rank, side, shape), positions in by_shape.items():
+            size = max(1, _MAX_STACKED_ELEMENTS // (shape[0] * shape[1]))
+            for start in range(0, len(positions), size):
+                members = tuple(positions[start : start + size])
+                slots = torch.tensor([self._slots[self.specs[m].pair] for m in members], dtype=torch.int64)
+                yield _Batch(side, lora_rank, members, slots.to(self.device))
+
+
+@contextlib.contextmanager
+def _ieee_matmul() -> Iterator[None]:
+    """Full float32 products: TF32 or bf16 inside them (set_float32_matmul_precision) would cost 3 digits."""
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision

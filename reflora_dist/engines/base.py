@@ -1,0 +1,95 @@
+"""What an engine has to answer: which part of each factor does this rank hold, and where does it lie."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..adapters import AdapterPair
+from ..tiling import LocalShard
+
+
+class Firing(NamedTuple):
+    """One call of the innermost optimizer's ``step``; some engines make several per training step.
+
+    Attributes:
+        present: per factor whether it is updated by this call (the same on all ranks).
+        first, last: whether this is the first, the last call of the training step.
+    """
+
+    present: tuple[bool, ...]
+    first: bool
+    last: bool
+
+
+class Engine(abc.ABC):
+    """The local view of a training engine. Factors are listed lora_A, lora_B, lora_A, ... in the pairs' order.
+
+    Attributes:
+        name: for reports.
+        layout: "whole", "tall" (whole rows of the tall factors) or "flat" (flat row-major pieces).
+        optimizer: the innermost torch optimizer, whose hooks run right around the update.
+        group: the ranks that together hold one copy of every factor; None if each rank holds them whole.
+        replicas: the ranks that hold the same part of every factor; None if there are none, or unknown.
+        pairs: the adapters.
+    """
+
+    name: str
+    layout: str
+    optimizer: torch.optim.Optimizer
+    group: dist.ProcessGroup | None = None
+    replicas: dist.ProcessGroup | None = None
+
+    def __init__(self, pairs: Sequence[AdapterPair], optimizer: torch.optim.Optimizer) -> None:
+        self.pairs = tuple(pairs)
+        self.optimizer = optimizer
+
+    @abc.abstractmethod
+    def shards(self) -> list[LocalShard]:
+        """What this rank holds of every factor. ``start`` is None where pieces follow each other by rank."""
+
+    @abc.abstractmethod
+    def weights(self) -> list[Tensor]:
+        """The local part of every factor, as the optimizer updates it (the fp32 masters where there are any)."""
+
+    @abc.abstractmethod
+    def gradients(self) -> list[Tensor | None]:
+        """The local part of every factor's gradient, ready for the optimizer; None where there is none."""
+
+    @abc.abstractmethod
+    def moments(self) -> list[dict[str, Tensor]]:
+        """Per factor the optimizer's state tensors of the local part, empty before the first step."""
+
+    def firing(self) -> Firing:
+        """Which factors the call of ``optimizer.step`` that is under way updates."""
+        return Firing((True,) * (2 * len(self.pairs)), first=True, last=True)
+
+    def end_firing(self) -> None:
+        """The call of ``optimizer.step`` is over."""
+
+    def publish_weights(self, in_step: bool) -> None:
+        """Copy changed masters to the weights that the model computes with, where these are separate.
+
+        Args:
+            in_step: called from within the training step, in which the engine publishes some of them itself.
+
+        Communication: as the engine's own; every rank must call.
+        """
+
+    def check(self) -> None:
+        """Make sure that the factors still lie where they lay at attach time.
+
+        Raises:
+            RuntimeError: the model was sharded, or its optimizer replaced, in the meantime.
+        """
+
+    def _factors(self) -> list[Tensor]:
+        return [factor for pair in self.pairs for factor in (pair.lora_a, pair.lora_b)]
+
+    def _factor_names(self) -> list[str]:
+        return [f"{pair.name}.{side}" for pair in self.pairs for side in ("lora_A", "lora_B")]

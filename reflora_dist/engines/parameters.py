@@ -1,0 +1,140 @@
+"""Engines whose optimizer updates the model's own parameters: one process, DDP, FSDP1 and FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from ..adapters import AdapterPair
+from ..tiling import LocalShard
+from .base import Engine
+
+
+class ParameterEngine(Engine):
+    """The optimizer holds the factors themselves, whole or as the local part of a sharded parameter."""
+
+    def __init__(self, pairs: Sequence[AdapterPair], optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(pairs, optimizer)
+        self._check_ownership(
+            ValueError, "create the optimizer from the model's parameters after wrapping it, or pass the right one"
+        )
+        self._layout_at_attach = self._current_layout()
+
+    def weights(self) -> list[Tensor]:
+        return [_local(factor.detach()) for factor in self._factors()]
+
+    def gradients(self) -> list[Tensor | None]:
+        return [None if factor.grad is None else _local(factor.grad) for factor in self._factors()]
+
+    def moments(self) -> list[dict[str, Tensor]]:
+        return [
+            {key: _local(value) for key, value in self.optimizer.state.get(factor, {}).items() if _is_tensor(value)}
+            for factor in self._factors()
+        ]
+
+    def check(self) -> None:
+        if self._current_layout() != self._layout_at_attach:
+            raise RuntimeError(
+                "the model was sharded after attach(): call attach(model, optimizer, config) with what "
+                "fully_shard / FSDP / deepspeed.initialize / accelerator.prepare returned"
+            )
+        self._check_ownership(RuntimeError, "the optimizer was rebuilt after attach(): detach, then attach again")
+
+    def _current_layout(self) -> list[tuple[type, torch.Size]]:
+        return [(type(factor.data), _local(factor.detach()).shape) for factor in self._factors()]
+
+    def _check_ownership(self, error: type[Exception], remedy: str) -> None:
+        owned = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        missing = [n for n, f in zip(self._factor_names(), self._factors(), strict=True) if id(f) not in owned]
+        if missing:
+            name = type(self.optimizer).__name__
+            raise error(f"{name} does not hold {len(missing)} of the factors ({missing[0]}, ...): {remedy}")
+
+
+class ReplicatedEngine(ParameterEngine):
+    """One process, DDP, FSDP1 NO_SHARD, or adapters that are left out of sharding: every rank holds all."""
+
+    layout = "whole"
+
+    def __init__(self, pairs: Sequence[AdapterPair], optimizer: torch.optim.Optimizer, name: str) -> None:
+        super().__init__(pairs, optimizer)
+        self.name = name
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self.replicas = dist.group.WORLD
+
+    def shards(self) -> list[LocalShard]:
+        return [LocalShard(factor.numel(), tall=True) for factor in self._factors()]
+
+
+class FSDP2Engine(ParameterEngine):
+    """``fully_shard``: DTensors, sharded by rows (the default) or, for lora_A, by columns.
+
+    | placement | lora_A ``[r, in]`` | lora_B ``[out, r]`` |
+    |---|---|---|
+    | Shard(0) | some of the r rows: flat piece | whole rows: tall |
+    | Shard(1) | whole columns: tall | refused |
+    """
+
+    name = "fsdp2"
+
+    def __init__(self, pairs: Sequence[AdapterPair], optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(pairs, optimizer)
+        self._shard_dims = [
+            _shard_dim(name, factor) for name, factor in zip(self._factor_names(), self._factors(), strict=True)
+        ]
+        for name, dim in zip(self._factor_names()[1::2], self._shard_dims[1::2], strict=True):
+            if dim != 0:
+                raise ValueError(f"{name} is sharded on dim {dim}; shard lora_B on dim 0, so that rows stay whole")
+        mesh = self._factors()[0].device_mesh  # type: ignore[attr-defined]
+        if any(factor.device_mesh != mesh for factor in self._factors()):  # type: ignore[attr-defined]
+            raise ValueError("the factors lie on different device meshes; shard all adapters on one mesh")
+        self.group = mesh.get_group(mesh.ndim - 1)
+        self.replicas = mesh.get_group(0) if mesh.ndim == 2 else None
+        self.layout = "tall" if all(dim == 1 for dim in self._shard_dims[0::2]) else "flat"
+
+    def shards(self) -> list[LocalShard]:
+        return [
+            LocalShard(weight.numel(), start=None, tall=side == 1 or dim == 1)
+            for weight, dim, side in zip(self.weights(), self._shard_dims, [0, 1] * len(self.pairs), strict=True)
+        ]
+
+
+class FSDP1Engine(ParameterEngine):
+    """``FullyShardedDataParallel(use_orig_params=True)``: parameters are pieces of the rank's flat shard."""
+
+    name = "fsdp1"
+    layout = "flat"
+
+    def __init__(
+        self, pairs: Sequence[AdapterPair], optimizer: torch.optim.Optimizer, group: dist.ProcessGroup
+    ) -> None:
+        super().__init__(pairs, optimizer)
+        self.group = group
+
+    def shards(self) -> list[LocalShard]:
+        return [LocalShard(factor.numel(), start=None) for factor in self._factors()]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _is_tensor(value: object) -> bool:
+    """State of the parameter's size, as opposed to Adam's step count."""
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _shard_dim(name: str, factor: Tensor) -> int:
+    """The one dimension that the mesh's last axis shards; an axis before it may replicate (HSDP)."""
+    assert isinstance(factor, DTensor)
+    *outer, last = factor.placements
+    if type(last) is not Shard or len(outer) > 1 or any(not isinstance(axis, Replicate) for axis in outer):
+        raise ValueError(
+            f"{name} has placements {factor.placements}; supported are (Shard,) and (Replicate, Shard). "
+            "Tensor parallelism of adapters is not"
+        )
+    return last.dim

@@ -1,0 +1,164 @@
+"""DeepSpeed ZeRO-1, 2, 3 and BF16_Optimizer: slices of flat fp32 master buffers.
+
+DeepSpeed has no public way to the gradient that the optimizer is about to read (``safe_get_local_grad`` is stale and
+``safe_set_local_grad`` without effect there), so this reads the buffers themselves. The handle checks on all ranks
+that the pieces found here tile every factor exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..adapters import AdapterPair
+from .base import Firing
+from .buffers import BufferEngine, Piece
+
+_STAGE_3 = "DeepSpeedZeroOptimizer_Stage3"
+_STAGE_1_2 = "DeepSpeedZeroOptimizer"
+_BF16 = "BF16_Optimizer"
+
+
+def is_deepspeed_optimizer(optimizer: object) -> bool:
+    """Whether this is one of DeepSpeed's wrappers around a torch optimizer."""
+    return not isinstance(optimizer, torch.optim.Optimizer) and any(
+        base.__module__.startswith("deepspeed.") for base in type(optimizer).__mro__
+    )
+
+
+class ZeroEngine(BufferEngine):
+    """A ZeRO optimizer. It steps its inner optimizer once per param group, under ZeRO-3 once per sub-group.
+
+    Args:
+        zero: what ``deepspeed.initialize`` returned as optimizer.
+
+    Raises:
+        ValueError: the ZeRO variant, or an option of it, is not supported; or a factor is not in its buffers.
+    """
+
+    def __init__(self, pairs: Sequence[AdapterPair], zero: Any) -> None:
+        kind = type(zero).__name__
+        _refuse_unsupported(kind, zero)
+        if kind == _STAGE_3:
+            name, group, buffers, places = "zero3", zero.dp_process_group, *_places_stage_3(zero)
+        elif kind == _STAGE_1_2:
+            name, group = "zero2" if zero.partition_gradients else "zero1", zero.real_dp_process_group[0]
+            buffers = zero.single_partition_of_fp32_groups
+            places = _places_stage_1_2(zero.bit16_groups, zero.bit16_groups_flat, group)
+        else:
+            name, group = "zero1 (BF16_Optimizer)", zero.real_dp_process_group[0]
+            buffers = zero.fp32_groups_flat_partition
+            places = _places_stage_1_2(zero.bf16_groups, zero.bf16_groups_flat, group)
+        self._zero = zero
+        self._kind = kind
+        self._fired: set[int] = set()
+        super().__init__(pairs, zero.optimizer, name, group, buffers, _select(pairs, places, kind))
+
+    def firing(self) -> Firing:
+        current = self._current_buffers()
+        fired = set() if current & self._fired else self._fired  # a buffer again: the step before was cut short
+        return Firing(
+            present=tuple(piece.buffer in current for piece in self._pieces),
+            first=not fired,
+            last=len(fired | current) == len(self._buffers),
+        )
+
+    def end_firing(self) -> None:
+        current = self._current_buffers()
+        fired = set() if current & self._fired else self._fired
+        self._fired = fired | current
+        if len(self._fired) == len(self._buffers):
+            self._fired = set()
+
+    def publish_weights(self, in_step: bool) -> None:
+        zero = self._zero
+        if self._kind == _STAGE_3:
+            # The engine has done this for the sub-groups before the last, with the weights of then.
+            for index, (working, master) in enumerate(
+                zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True)
+            ):
+                working.data.copy_(master.data)
+                zero._unflatten_partitioned_parameters(index)
+            if not in_step:
+                if zero.persistent_parameters:
+                    zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+                zero.invalidate_secondary_tensor()
+        elif not in_step:
+            zero.update_lp_params()
+        elif self._kind == _STAGE_1_2:
+            # Only this rank's partitions: the engine gathers all of them at the end of the step.
+            for partitions, master, group in zip(
+                zero.parallel_partitioned_bit16_groups, self._buffers, zero.real_dp_process_group, strict=True
+            ):
+                partitions[dist.get_rank(group)].data.copy_(master.data)
+
+    def _current_buffers(self) -> set[int]:
+        active = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        return {index for index, buffer in enumerate(self._buffers) if id(buffer) in active}
+
+
+def _refuse_unsupported(kind: str, zero: Any) -> None:
+    if kind not in (_STAGE_3, _STAGE_1_2, _BF16):
+        raise ValueError(f"DeepSpeed's {kind} is not supported; set zero_optimization.stage to 1, 2 or 3")
+    if getattr(zero, "swap_optimizer", False) or getattr(zero, "params_in_nvme_and_cpu", False):
+        raise ValueError("NVMe offload is not supported: the masters are not in memory; offload to cpu instead")
+    ratio = getattr(zero, "partial_offload", 1.0)
+    if getattr(zero, "offload_optimizer", False) and ratio < 1.0:
+        raise ValueError(f"offload_optimizer.ratio={ratio} is not supported: two optimizers share the step; set 1.0")
+    if getattr(zero, "zenflow", False):
+        raise ValueError("zenflow is not supported: it updates outside the optimizer's step; remove it")
+    if getattr(zero, "mpu", None) is not None:
+        raise ValueError("tensor or pipeline parallelism (mpu) is not supported; use data parallelism with ZeRO")
+    if not isinstance(zero.optimizer, torch.optim.Optimizer):
+        raise ValueError(f"DeepSpeed has no optimizer of its own here ({type(zero.optimizer).__name__}); configure one")
+
+
+def _places_stage_3(zero: Any) -> tuple[Sequence[Tensor], dict[int, Piece]]:
+    """Every parameter is cut into world_size equal pieces, the last ones padded; a buffer holds a sub-group's."""
+    rank = dist.get_rank(zero.dp_process_group)
+    places = {}
+    for index, parameters in enumerate(zero.fp16_groups):
+        offset = 0
+        for parameter in parameters:
+            numel = parameter.partition_numel()
+            start = min(rank * numel, parameter.ds_numel)
+            places[id(parameter)] = Piece(index, offset, start, min(numel, parameter.ds_numel - start))
+            offset += numel
+    return zero.fp32_partitioned_groups_flat, places
+
+
+def _places_stage_1_2(
+    groups: Sequence[Sequence[Tensor]], flats: Sequence[Tensor], process_group: dist.ProcessGroup
+) -> dict[int, Piece]:
+    """All parameters of a group lie in one flat buffer, of which each rank updates an equal part.
+
+    Offsets come from addresses: with round_robin_gradients DeepSpeed's own mapping does not follow the order.
+    """
+    world_size, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
+    places = {}
+    for index, (parameters, flat) in enumerate(zip(groups, flats, strict=True)):
+        size = flat.numel() // world_size
+        for parameter in parameters:
+            position = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
+            first = max(position, rank * size)
+            last = max(first, min(position + parameter.numel(), (rank + 1) * size))
+            offset = first - rank * size if last > first else 0
+            places[id(parameter)] = Piece(index, offset, min(first - position, parameter.numel()), last - first)
+    return places
+
+
+def _select(pairs: Sequence[AdapterPair], places: dict[int, Piece], kind: str) -> list[Piece]:
+    pieces = []
+    for pair in pairs:
+        for side, factor in (("lora_A", pair.lora_a), ("lora_B", pair.lora_b)):
+            if id(factor) not in places:
+                raise ValueError(
+                    f"{kind} does not hold {pair.name}.{side}: pass deepspeed.initialize an optimizer or "
+                    "model_parameters that contain it"
+                )
+            pieces.append(places[id(factor)])
+    return pieces

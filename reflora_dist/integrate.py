@@ -1,0 +1,194 @@
+"""attach(): find the engine, plan the layout, place the hooks."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapters import find_pairs
+from .agreement import agree
+from .communication import Communicator
+from .config import RefLoRAConfig
+from .engines import Engine, find_engine
+from .methods import METHODS
+from .report import Report
+from .retile import Retiler
+from .step import GradientStep, RescalingStep
+from .tiling import LocalShard
+
+# RefLoRA-S rescales Adam's moments, so it must know them: exp_avg and exp_avg_sq, elementwise.
+_ADAM_FAMILY = ("Adam", "AdamW", "NAdam", "RAdam", "FusedAdam", "DeepSpeedCPUAdam")
+# These read a gradient as a matrix, sparsely or more than once per step; a refactored flat piece breaks them.
+_NOT_ELEMENTWISE = ("LBFGS", "SparseAdam", "Adafactor", "Muon", "Shampoo", "DistributedShampoo", "SOAP")
+
+_STATE_VERSION = 1
+_attached: weakref.WeakKeyDictionary[torch.optim.Optimizer, Handle] = weakref.WeakKeyDictionary()
+
+
+def attach(
+    model: nn.Module, optimizer: Any, config: RefLoRAConfig, *, state_dict: Mapping[str, Any] | None = None
+) -> Handle:
+    """Make an optimizer refactor the model's LoRA adapters. Call on every rank, after wrapping.
+
+    Args:
+        model: the PEFT model, bare or as DDP, fully_shard, FSDP, deepspeed.initialize or accelerator.prepare
+            returned it.
+        optimizer: likewise; any elementwise torch optimizer, for "reflora-s" one of the Adam family.
+        config: the method and its schedule, the same on all ranks.
+        state_dict: of a handle, to continue a run whose factors and optimizer state are loaded already.
+
+    Returns:
+        A handle for reports, checkpoints and detaching.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: on every rank and before anything changes, if there is no adapter, a
+            pair or optimizer that cannot be handled, an optimizer that does not own the factors, an option of the
+            engine that is not supported, or ranks that disagree.
+
+    Communication: one all-gather of small objects; for "reflora-s" with ``warmup_steps=0`` also the first rescaling.
+    """
+    engine, error = None, None
+    try:
+        engine = _find(model, optimizer, config)
+    except (TypeError, ValueError, RuntimeError) as caught:
+        error = caught
+    shards, resumed = agree(engine, config, error)
+    assert engine is not None
+    handle = Handle(config, engine, shards)
+    if state_dict is not None:
+        handle.load_state_dict(state_dict)
+    elif not resumed:
+        handle._rescale_before_first_step()
+    return handle
+
+
+class Handle:
+    """The link between a model's adapters and their optimizer. Made by :func:`attach`."""
+
+    def __init__(self, config: RefLoRAConfig, engine: Engine, shards: list[list[LocalShard]]) -> None:
+        self.config = config
+        self._engine = engine
+        weights = engine.weights()
+        self._comm = Communicator(engine.group, weights[0].device)
+        self._steps = 0
+        self._applied_steps = 0
+        self._skipped_pairs = torch.zeros((), dtype=torch.int64, device=self._comm.device)
+        self._checked = False
+        self._gradient_step: GradientStep | None = None
+        self._rescaling_step: RescalingStep | None = None
+        method = METHODS[config.method]
+        if config.method == "reflora-s":
+            self._rescaling_step = RescalingStep(method, engine, self._comm)  # type: ignore[arg-type]
+        elif method is not None:
+            shapes = [shape for pair in engine.pairs for shape in (pair.shape_a, pair.shape_b)]
+            wire_dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
+            retiler = Retiler(shapes, shards, self._comm, wire_dtype)
+            self._gradient_step = GradientStep(method, engine, retiler, self._comm)  # type: ignore[arg-type]
+        self._hooks = [
+            engine.optimizer.register_step_pre_hook(self._before_update),
+            engine.optimizer.register_step_post_hook(self._after_update),
+        ]
+        _attached[engine.optimizer] = self
+
+    def report(self) -> Report:
+        """Figures of this rank so far. Waits for the device; local, no communication."""
+        lora_ranks: dict[int, int] = {}
+        for pair in self._engine.pairs:
+            lora_ranks[pair.lora_rank] = lora_ranks.get(pair.lora_rank, 0) + 1
+        return Report(
+            method=self.config.method,
+            engine=self._engine.name,
+            layout=self._engine.layout,
+            world_size=self._comm.world_size,
+            num_pairs=len(self._engine.pairs),
+            lora_ranks=lora_ranks,
+            collectives_per_step=dict(self._comm.calls),
+            bytes_per_step=self._comm.bytes,
+            steps=self._steps,
+            applied_steps=self._applied_steps,
+            skipped_pairs=int(self._skipped_pairs),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to keep, JSON-ready and the same on all ranks."""
+        return {
+            "version": _STATE_VERSION,
+            "config": self.config.as_dict(),
+            "steps": self._steps,
+            "applied_steps": self._applied_steps,
+            "skipped_pairs": int(self._skipped_pairs),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue a run's schedule. The factors and the optimizer's state are the engine's to load.
+
+        Raises:
+            ValueError: the state was written by another version, or for another method.
+        """
+        if state_dict.get("version") != _STATE_VERSION:
+            raise ValueError(f"version={state_dict.get('version')!r} of the saved state is not {_STATE_VERSION}")
+        saved_method = state_dict["config"]["method"]
+        if saved_method != self.config.method:
+            raise ValueError(f"the checkpoint was written with method={saved_method!r}, this is {self.config.method!r}")
+        self._steps = int(state_dict["steps"])
+        self._applied_steps = int(state_dict["applied_steps"])
+        self._skipped_pairs.fill_(int(state_dict["skipped_pairs"]))
+
+    def detach(self) -> None:
+        """Take the hooks off the optimizer: training goes on as plain LoRA."""
+        for hook in self._hooks:
+            hook.remove()
+        if _attached.get(self._engine.optimizer) is self:
+            del _attached[self._engine.optimizer]
+
+    @torch.no_grad()
+    def _before_update(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        # torch passes the optimizer itself as the first argument
+        if any(argument is not None for argument in args[1:]) or kwargs.get("closure") is not None:
+            raise RuntimeError("optimizer.step(closure) computes gradients after they would be refactored: call "
+                               "backward() first, then step() without a closure")  # fmt: skip
+        if not self._checked:
+            self._engine.check()
+            self._checked = True
+        firing = self._engine.firing()
+        if firing.first:
+            self._comm.start_step()
+        if self._gradient_step is not None and self.config.is_due(self._steps):
+            skipped = self._gradient_step(firing)
+            if skipped is not None:
+                self._skipped_pairs += skipped
+                self._applied_steps += 1
+
+    @torch.no_grad()
+    def _after_update(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        last = self._engine.firing().last
+        self._engine.end_firing()
+        if not last:
+            return
+        self._steps += 1
+        if self._rescaling_step is not None and self.config.is_due(self._steps):
+            self._skipped_pairs += self._rescaling_step(in_step=True)
+            self._applied_steps += 1
+
+    @torch.no_grad()
+    def _rescale_before_first_step(self) -> None:
+        if self._rescaling_step is not None and self.config.is_due(0):
+            self._skipped_pairs += self._rescaling_step(in_step=False)
+
+
+def _find(model: nn.Module, optimizer: Any, config: RefLoRAConfig) -> Engine:
+    if not isinstance(config, RefLoRAConfig):
+        raise TypeError(f"config is a {type(config).__name__}; pass RefLoRAConfig(method=..., warmup_steps=...)")
+    engine = find_engine(model, optimizer, find_pairs(model))
+    name = type(engine.optimizer).__name__
+    if name in _NOT_ELEMENTWISE:
+        raise ValueError(f"{name} does not update elementwise, so its gradients cannot be refactored; use AdamW")
+    if config.method == "reflora-s" and name not in _ADAM_FAMILY:
+        raise ValueError(f"method='reflora-s' rescales Adam's moments; {name} is not one of {', '.join(_ADAM_FAMILY)}")
+    if engine.optimizer in _attached:
+        raise RuntimeError("this optimizer is attached already: call detach() on its handle first")
+    return engine

@@ -1,0 +1,18 @@
+"""RefLoRA (Zhang, Li and Giannakis, NeurIPS 2025): gradients refactored with the full matrix S."""
+
+from __future__ import annotations
+
+from ..blocks import Matrices
+from ..refactor import solve_refactorization
+from .base import Transform
+
+
+class RefLoRA:
+    """``grad_A <- S^-1 grad_A`` and ``grad_B <- grad_B S`` with ``S (A A^T) S = B^T B``."""
+
+    def solve(self, grams: Matrices) -> Transform:
+        transform = Transform({}, {}, {})
+        for lora_rank, (gram_a, gram_b) in grams.items():
+            s, s_inv, solved = solve_refactorization(gram_a, gram_b)
+            transform.left[lora_rank], transform.right[lora_rank], transform.solved[lora_rank] = s_inv, s, solved
+        return transform

@@ -1,0 +1,109 @@
+"""One optimizer step: gradients refactored before the update, or factors rescaled after it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .blocks import BlockSet, Matrices
+from .communication import Communicator
+from .engines import Engine, Firing
+from .grams import reduce_grams
+from .methods import GradientMethod, RescalingMethod
+from .methods.base import Transform
+from .retile import Retiler
+
+# Where Adam's variants keep what scales like 1 / factor, and like 1 / factor^2.
+_FIRST_MOMENTS = ("exp_avg",)
+_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
+
+
+class GradientStep:
+    """Applies a GradientMethod to the gradients that an engine is about to use.
+
+    Communication per step: one all-reduce of the Grams, and two all-to-alls per firing if factors are cut; none
+    if every rank holds the factors whole.
+    """
+
+    def __init__(self, method: GradientMethod, engine: Engine, retiler: Retiler, communicator: Communicator) -> None:
+        self._method = method
+        self._engine = engine
+        self._retiler = retiler
+        self._comm = communicator
+        lora_ranks = [pair.lora_rank for pair in engine.pairs]
+        self._blocks = BlockSet(retiler.specs, lora_ranks, communicator.device)
+        self._transform: Transform | None = None
+
+    def __call__(self, firing: Firing) -> Tensor | None:
+        """Replace the gradients of this firing.
+
+        Returns:
+            The number of pairs left as plain LoRA, a 0-dim tensor, on the first firing of a step; then None.
+        """
+        gradients = self._engine.gradients()
+        skipped = None
+        if firing.first or self._transform is None:
+            # The weights of all sub-groups are still those of before the step only now, so S is formed once.
+            channels = [self._engine.weights(), gradients]
+            everything = (True,) * len(firing.present)
+            weight_blocks, blocks = self._retiler.to_blocks(channels, [everything, firing.present])
+            self._transform = self._solve(weight_blocks)
+            skipped = _count_unsolved(self._transform.solved)
+        else:
+            (blocks,) = self._retiler.to_blocks([gradients], [firing.present])
+        self._blocks.multiply_(blocks, self._transform.left, self._transform.right)
+        self._retiler.from_blocks(blocks, gradients, firing.present)
+        if firing.last:
+            self._transform = None
+        return skipped
+
+    def _solve(self, weight_blocks: list[Tensor | None]) -> Transform:
+        grams: Matrices = self._blocks.grams(weight_blocks)
+        return self._method.solve(reduce_grams(grams, self._comm))
+
+
+class RescalingStep:
+    """Applies a RescalingMethod to the factors and to Adam's moments.
+
+    Communication per call: one all-reduce of two float64 values per pair; none if ranks hold the factors whole.
+    """
+
+    def __init__(self, method: RescalingMethod, engine: Engine, communicator: Communicator) -> None:
+        self._method = method
+        self._engine = engine
+        self._comm = communicator
+
+    def __call__(self, in_step: bool) -> Tensor:
+        """Rescale; ``in_step`` as in ``Engine.publish_weights``. Returns the number of pairs left as they are."""
+        weights = self._engine.weights()
+        squared_norms = torch.zeros(len(weights), dtype=torch.float64, device=self._comm.device)
+        held = [index for index, weight in enumerate(weights) if weight.numel()]
+        if held:
+            norms = torch._foreach_norm([weights[index].double() for index in held])
+            squared_norms[held] = torch.stack(norms).to(self._comm.device).square()
+        (squared_norms,) = self._comm.all_reduce([squared_norms])
+        rescaling = self._method.solve(squared_norms.view(-1, 2).T)
+        factors = torch.stack([rescaling.factor_a, 1 / rescaling.factor_a], dim=1).flatten()
+        self._scale(weights, factors.to(self._comm.shard_device))
+        self._engine.publish_weights(in_step)
+        return (~rescaling.solved).sum()
+
+    def _scale(self, weights: list[Tensor], factors: Tensor) -> None:
+        targets: list[Tensor] = []
+        scales: list[Tensor] = []
+        powers = {0: factors, 1: factors.reciprocal(), 2: factors.reciprocal().square()}
+        states = self._engine.moments()
+        for index, (weight, state) in enumerate(zip(weights, states, strict=True)):
+            tensors = [(weight, 0)]
+            tensors += [(state[key], 1) for key in _FIRST_MOMENTS if key in state]
+            tensors += [(state[key], 2) for key in _SECOND_MOMENTS if key in state]
+            for tensor, power in tensors:
+                if tensor.numel():
+                    targets.append(tensor)
+                    scales.append(powers[power][index])
+        if targets:
+            torch._foreach_mul_(targets, scales)
+
+
+def _count_unsolved(solved: dict[int, Tensor]) -> Tensor:
+    return torch.stack([(~flags).sum() for flags in solved.values()]).sum()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -119,7 +120,8 @@ def _pairs_of(name: str, module: nn.Module) -> Iterator[AdapterPair]:
 def _sizes(name: str, layer: LoraLayer, adapter: str) -> tuple[int, int, int]:
     """``(r, in, out)`` from the modules' own attributes, since a sharded weight has lost its shape."""
     _refuse_unsupported(name, layer, adapter)
-    factor_a, factor_b = layer.lora_A[adapter], layer.lora_B[adapter]
+    factor_a: Any = layer.lora_A[adapter]
+    factor_b: Any = layer.lora_B[adapter]
     if hasattr(factor_a, "kernel_size"):
         in_features = factor_a.in_channels * math.prod(factor_a.kernel_size)
         return factor_a.out_channels, in_features, factor_b.out_channels

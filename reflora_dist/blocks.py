@@ -7,7 +7,6 @@ factors is ``X^T X`` over blocks (a sum over rows) and ``X M`` with an r x r mat
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -62,11 +61,11 @@ class BlockSet:
         self._slots = {pair: slot for pairs in self.pairs_by_rank.values() for slot, pair in enumerate(pairs)}
         self._batches: dict[tuple[bool, ...], list[_Batch]] = {}
 
-    def grams(self, blocks: Sequence[Tensor]) -> Matrices:
+    def grams(self, blocks: Sequence[Tensor | None]) -> Matrices:
         """This rank's share of every Gram matrix.
 
         Args:
-            blocks: the factors' blocks, in the order of ``specs``.
+            blocks: the factors' blocks, in the order of ``specs``; None counts as no rows.
 
         Returns:
             For every lora_rank r ``[2, P_r, r, r]`` float64: ``A A^T`` and ``B^T B`` over this rank's blocks,
@@ -89,16 +88,14 @@ class BlockSet:
             blocks: tensors in the order of ``specs`` (gradients, say); None is left out.
             left, right: ``{r: [P_r, r, r]}``.
 
-        Products are formed in float32 (float64 for float64 blocks) and rounded once to the block's dtype.
+        Products are formed in float64 and rounded once to the block's dtype: a gradient of lora_A is small just
+        where S^-1 is large, and in float32 that product loses two digits at cond(B) = 1e4.
         """
-        with _ieee_matmul():
-            for batch, tensors in self._present(blocks):
-                stacked = torch.stack(tensors).to(self.device, non_blocking=True)
-                stacked = stacked.to(torch.promote_types(stacked.dtype, torch.float32))
-                matrices = (left if batch.side == SIDE_A else right)[batch.lora_rank]
-                matrices = matrices.index_select(0, batch.slots).to(stacked.dtype)
-                product = matrices @ stacked if batch.side == SIDE_A else stacked @ matrices
-                torch._foreach_copy_(tensors, list(product.to(tensors[0].device).unbind()))
+        for batch, tensors in self._present(blocks):
+            stacked = torch.stack(tensors).to(self.device, non_blocking=True).to(torch.float64)
+            matrices = (left if batch.side == SIDE_A else right)[batch.lora_rank].index_select(0, batch.slots)
+            product = matrices @ stacked if batch.side == SIDE_A else stacked @ matrices
+            torch._foreach_copy_(tensors, list(product.to(tensors[0].device).unbind()))
 
     def _present(self, blocks: Sequence[Tensor | None]) -> Iterator[tuple[_Batch, list[Tensor]]]:
         """Batches of the blocks that are not None. Few patterns of absence occur, and each is planned once."""
@@ -121,17 +118,3 @@ class BlockSet:
                 members = tuple(positions[start : start + size])
                 slots = torch.tensor([self._slots[self.specs[m].pair] for m in members], dtype=torch.int64)
                 yield _Batch(side, lora_rank, members, slots.to(self.device))
-
-
-@contextlib.contextmanager
-def _ieee_matmul() -> Iterator[None]:
-    """Full float32 products: TF32 or bf16 inside them (set_float32_matmul_precision) would cost 3 digits."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision

@@ -11,7 +11,7 @@ from .engines import Engine, Firing
 from .grams import reduce_grams
 from .methods import GradientMethod, RescalingMethod
 from .methods.base import Transform
-from .retile import Retiler
+from .retile import Channel, Retiler
 
 # Where Adam's variants keep what scales like 1 / factor, and like 1 / factor^2.
 _FIRST_MOMENTS = ("exp_avg",)
@@ -44,7 +44,7 @@ class GradientStep:
         skipped = None
         if firing.first or self._transform is None:
             # The weights of all sub-groups are still those of before the step only now, so S is formed once.
-            channels = [self._engine.weights(), gradients]
+            channels: list[Channel] = [self._engine.weights(), gradients]
             everything = (True,) * len(firing.present)
             weight_blocks, blocks = self._retiler.to_blocks(channels, [everything, firing.present])
             self._transform = self._solve(weight_blocks)

@@ -16,6 +16,7 @@ from torch import Tensor
 from .blocks import SIDE_A
 
 Shape = tuple[int, int]
+FOLLOWING = -1  # as a shard's start: right behind those of the ranks before
 _NO_RANKS = torch.empty(0, dtype=torch.int16)
 
 
@@ -23,18 +24,17 @@ _NO_RANKS = torch.empty(0, dtype=torch.int16)
 class LocalShard:
     """What one rank holds of one factor: ``numel`` elements.
 
-    A flat piece begins at element ``start`` of the row-major whole factor; ``follow_each_other`` fills in None. A
+    A flat piece begins at element ``start`` of the row-major whole factor; ``follow_each_other`` fills in FOLLOWING. A
     ``tall`` shard is whole rows of the tall factor already (columns of lora_A, rows of lora_B) and stays where
     it is.
     """
 
     numel: int
-    start: int | None = 0
+    start: int = 0
     tall: bool = False
 
     @property
     def stop(self) -> int:
-        assert self.start is not None
         return self.start + self.numel
 
 
@@ -66,7 +66,7 @@ def follow_each_other(shards: Sequence[Sequence[LocalShard]]) -> list[list[Local
     for rank_shards in shards:
         placed.append(
             [
-                dataclasses.replace(shard, start=position) if shard.start is None else shard
+                dataclasses.replace(shard, start=position) if shard.start == FOLLOWING else shard
                 for shard, position in zip(rank_shards, positions, strict=True)
             ]
         )
@@ -102,7 +102,7 @@ def _tile_columns(shape: Shape, shards: Sequence[LocalShard], rank: int) -> Tili
     numel = lora_rank * columns
     if any(shard.numel == numel for shard in shards):
         return Tiling(direct=(0, shape) if shards[rank].numel else None)
-    holders = [holder for holder in _by_start(shards)]
+    holders = _by_start(shards)
     first_column = torch.tensor([columns * shards[holder].start // numel for holder in holders])
     owner_of_column = torch.searchsorted(first_column, torch.arange(columns), right=True) - 1
     holders_tensor = torch.tensor(holders, dtype=torch.int16)

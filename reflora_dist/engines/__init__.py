@@ -78,6 +78,7 @@ def _fsdp1_engine(
     if sharded and len({tuple(dist.get_process_group_ranks(group)) for group in groups.values()}) > 1:
         raise ValueError("FSDP modules of this model shard over different process groups; use one for all")
     group = next(iter(groups.values()))
+    assert group is not None
     if not all(unit._use_orig_params for unit in units):
         if not sharded:
             raise ValueError("FSDP NO_SHARD with use_orig_params=False is not supported; set use_orig_params=True")

@@ -51,7 +51,7 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def shards(self) -> list[LocalShard]:
-        """What this rank holds of every factor. ``start`` is None where pieces follow each other by rank."""
+        """What this rank holds of every factor. ``start`` is FOLLOWING where pieces lie in the order of ranks."""
 
     @abc.abstractmethod
     def weights(self) -> list[Tensor]:

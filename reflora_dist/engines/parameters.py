@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..adapters import AdapterPair
-from ..tiling import LocalShard
+from ..tiling import FOLLOWING, LocalShard
 from .base import Engine
 
 
@@ -98,7 +98,7 @@ class FSDP2Engine(ParameterEngine):
 
     def shards(self) -> list[LocalShard]:
         return [
-            LocalShard(weight.numel(), start=None, tall=side == 1 or dim == 1)
+            LocalShard(weight.numel(), start=FOLLOWING, tall=side == 1 or dim == 1)
             for weight, dim, side in zip(self.weights(), self._shard_dims, [0, 1] * len(self.pairs), strict=True)
         ]
 
@@ -116,7 +116,7 @@ class FSDP1Engine(ParameterEngine):
         self.group = group
 
     def shards(self) -> list[LocalShard]:
-        return [LocalShard(factor.numel(), start=None) for factor in self._factors()]
+        return [LocalShard(factor.numel(), start=FOLLOWING) for factor in self._factors()]
 
 
 def _local(tensor: Tensor) -> Tensor:

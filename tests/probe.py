@@ -1,0 +1,82 @@
+"""Looks at whole gradients right before and right after the refactorization, under any engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from reflora_dist import Handle, RefLoRAConfig, attach
+from reflora_dist.reference import refactored
+from tests.engines_under_test.common import Wrapped, _train_on, world_size
+
+
+@dataclasses.dataclass
+class Refactoring:
+    """One step seen whole: per pair the factors as stored, gradients before and after, all float64."""
+
+    weights: list[tuple[Tensor, Tensor]]
+    before: list[tuple[Tensor, Tensor]]
+    after: list[tuple[Tensor, Tensor]]
+
+    def worst_error(self) -> float:
+        """The largest ||g - exact|| / ||exact|| (Frobenius) over all gradients."""
+        errors = []
+        for (lora_a, lora_b), before, after in zip(self.weights, self.before, self.after, strict=True):
+            for value, exact in zip(after, refactored(lora_a, lora_b, *before), strict=True):
+                errors.append(float(torch.linalg.norm(value - exact) / torch.linalg.norm(exact)))
+        return max(errors)
+
+    def changed(self) -> list[bool]:
+        """Per pair whether its gradients were touched at all."""
+        return [not torch.equal(x[0], y[0]) for x, y in zip(self.before, self.after, strict=True)]
+
+
+def refactoring_of_one_step(wrapped: Wrapped, batch: Tensor, config: RefLoRAConfig) -> tuple[Refactoring, Handle]:
+    """Attach, take one step, and return what the optimizer would have read and what it did read."""
+    seen: dict[str, Any] = {"weights": {}, "before": {}, "after": {}}
+    handle = attach(wrapped.model, wrapped.optimizer, config)
+    engine = handle._engine
+
+    def collect(where: str) -> None:
+        present = engine.firing().present
+        with torch.no_grad():
+            # Every rank takes part in the gathering of every factor that this firing has.
+            gradients = _whole(engine, [g if p else None for g, p in zip(engine.gradients(), present, strict=True)])
+            if where == "before" and not seen["weights"]:
+                seen["weights"] = _whole(engine, engine.weights())
+        seen[where].update({key: value for key, value in gradients.items() if present[key]})
+
+    # Hooks run in the order of their registration; the first of these is moved before the handle's.
+    first = engine.optimizer.register_step_pre_hook(lambda *_: collect("before"))
+    engine.optimizer._optimizer_step_pre_hooks.move_to_end(first.id, last=False)
+    engine.optimizer.register_step_pre_hook(lambda *_: collect("after"))
+    _train_on(wrapped, batch)
+    return Refactoring(*(_pairs(seen[key]) for key in ("weights", "before", "after"))), handle
+
+
+def _pairs(by_factor: dict[int, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return [(by_factor[index], by_factor[index + 1]) for index in range(0, len(by_factor), 2)]
+
+
+def _whole(engine: Any, local: list[Tensor | None]) -> dict[int, Tensor]:
+    """Put the local parts of all ranks together, by what each engine says about where they lie."""
+    shapes = [shape for pair in engine.pairs for shape in (pair.shape_a, pair.shape_b)]
+    if engine.group is None or world_size() == 1:
+        return {i: t.double().reshape(shapes[i]) for i, t in enumerate(local) if t is not None}
+    mine = [(s, None if t is None else t.double().cpu().clone()) for s, t in zip(engine.shards(), local, strict=True)]
+    everyone: list[Any] = [None] * dist.get_world_size(engine.group)
+    dist.all_gather_object(everyone, mine, group=engine.group)
+    whole = {}
+    for index, shape in enumerate(shapes):
+        parts = [rank_parts[index] for rank_parts in everyone]
+        tensors = [torch.zeros(shard.numel, dtype=torch.float64) if t is None else t for shard, t in parts]
+        if parts[0][0].tall and index % 2 == 0:
+            whole[index] = torch.cat([t.reshape(shape[0], -1) for t in tensors], dim=1)
+        else:
+            order = sorted(range(len(parts)), key=lambda r: (parts[r][0].start, r))
+            whole[index] = torch.cat([tensors[r].reshape(-1) for r in order]).reshape(shape)
+    return whole

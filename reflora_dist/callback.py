@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from .adapter_files import load_adapter, save_adapter
 from .config import RefLoRAConfig
 from .integrate import Handle, attach
 
@@ -18,7 +21,8 @@ logger = logging.getLogger(__name__)
 class RefLoRACallback(TrainerCallback, ExportableState):
     """Attaches at the beginning of training, whatever engine the Trainer uses.
 
-    The schedule's state goes into every checkpoint's ``trainer_state.json`` and comes back on resume.
+    The schedule's state goes into every checkpoint's ``trainer_state.json`` and comes back on resume. Under FSDP, where
+    Trainer may leave it out, the callback also writes the adapter into every checkpoint, and under FSDP1 reads it back.
 
     Args:
         config: the method and its schedule, or its settings as a dictionary.
@@ -37,10 +41,17 @@ class RefLoRACallback(TrainerCallback, ExportableState):
         if self.handle is not None:
             self.handle.detach()
         saved = self._saved_state(state) if state.global_step else None
+        if state.global_step and isinstance(kwargs["model"], FullyShardedDataParallel):
+            # PEFT does not find its layers under FSDP1's wrappers: Trainer's own checkpoint holds no factors
+            load_adapter(kwargs["model"], kwargs["optimizer"], _resumed_checkpoint(args, state))
         self.handle = attach(kwargs["model"], kwargs["optimizer"], self.config, state_dict=saved)
         # Trainer updates this entry at every checkpoint, and fails if a resumed state lacks it.
         assert isinstance(state.stateful_callbacks, dict)
         state.stateful_callbacks[type(self).__name__] = self.state()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.handle is not None and self.handle.report().engine.startswith("fsdp"):
+            save_adapter(kwargs["model"], _checkpoint_folder(args, state))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -68,3 +79,24 @@ class RefLoRACallback(TrainerCallback, ExportableState):
             "applied_steps": 0,
             "skipped_pairs": 0,
         }
+
+
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    assert args.output_dir is not None
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _resumed_checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    """The folder that Trainer resumed from, which it tells nobody: the one whose history is that of ``state``.
+
+    Raises:
+        FileNotFoundError: it is neither what the arguments name nor in the output folder.
+    """
+    for folder in (Path(str(args.resume_from_checkpoint)), _checkpoint_folder(args, state)):
+        file = folder / "trainer_state.json"
+        if file.is_file() and TrainerState.load_from_json(str(file)).log_history == state.log_history:
+            return folder
+    raise FileNotFoundError(
+        f"{_checkpoint_folder(args, state)} is not the checkpoint of step {state.global_step} that training resumes "
+        "from: under FSDP1 name it in TrainingArguments(resume_from_checkpoint=...) as well"
+    )

@@ -86,9 +86,7 @@ def test_grams_in_fp32_would_fail() -> None:
     assert error > 1e3 * FP32_TOLERANCE
 
 
-@pytest.mark.parametrize(
-    ("engine", "world_size"), [("ddp", 2), ("fsdp2", 3), ("fsdp1-full", 2), ("zero1-bf16", 2)]
-)
+@pytest.mark.parametrize(("engine", "world_size"), [("ddp", 2), ("fsdp2", 3), ("fsdp1-full", 2), ("zero1-bf16", 2)])
 def test_refactored_bf16_gradient_is_rounded_once(engine: str, world_size: int) -> None:
     """bf16 weights as stored, bf16 gradients in: out comes the float64 result, rounded once to bf16."""
     errors = run_ranks(_refactoring_error, world_size, engine, torch.bfloat16, False)
@@ -133,7 +131,9 @@ def train_in_float64(workload: Workload, config: RefLoRAConfig) -> dict[str, tor
     return {name: factor.detach().clone() for name, factor in factors.items()}
 
 
-@pytest.mark.parametrize(("engine", "world_size"), [("ddp", 2), ("fsdp2", 3), ("fsdp1-full", 2), ("zero2", 2), ("zero3", 3)])
+@pytest.mark.parametrize(
+    ("engine", "world_size"), [("ddp", 2), ("fsdp2", 3), ("fsdp1-full", 2), ("zero2", 2), ("zero3", 3)]
+)
 @pytest.mark.parametrize(
     ("condition", "warmup_steps"), [(None, 0), (None, 2), (1e3, 0)], ids=["B=0", "B=0,warmup", "cond1e3"]
 )

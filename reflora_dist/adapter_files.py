@@ -1,0 +1,214 @@
+"""The adapter's files, as PEFT writes them, from and to a model under any engine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .adapters import clean_name, find_pairs
+from .engines import find_engine
+from .whole import Owner, gather, owned_tensors, scatter
+
+
+class _Entry(NamedTuple):
+    """Where PEFT keeps one parameter of an adapter."""
+
+    lookup_key: str  # in the state dictionary that PEFT is given
+    file: str  # below the folder of the adapter
+    file_key: str
+
+
+def save_adapter(model: nn.Module, output_dir: str | Path, *, save_embedding_layers: bool = False) -> None:
+    """Write the adapters as PEFT does: ``adapter_model.safetensors``, ``adapter_config.json``; rank 0 writes.
+
+    Whatever PEFT counts to an adapter is in it (modules_to_save, DoRA magnitudes); an adapter that is not named
+    "default" gets its sub-folder. ``PeftModel.from_pretrained`` loads what was written.
+
+    Args:
+        model: the PEFT model, bare or wrapped; under FSDP1 as FSDP returned it.
+        output_dir: is made if it does not exist; files in it are replaced one by one, never written half.
+        save_embedding_layers: also the base's embeddings (PEFT's option), needed if the vocabulary was resized.
+
+    Raises:
+        TypeError, ValueError, OSError, RuntimeError: on every rank; the model is no PEFT model, is a part of an
+            FSDP1 model, or the folder cannot be written.
+
+    Communication: every rank must call. One gather per saved parameter (FSDP1: per unit that holds any), nothing
+    for the frozen base; two all-gathers of small objects.
+    """
+    folder = Path(output_dir)
+    with agreed("preparing to save the adapter"):
+        peft_model = _peft_model(model)
+        owners = owned_tensors(model, peft_model)
+        if is_first_rank():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass  # a folder that cannot be written is found before any gather
+    entries = _entries(peft_model, owners, save_embedding_layers)
+    gathered: dict[str, Tensor] = {}
+    for name, tensor in gather(model, owners, entries):
+        # one parameter whole at a time, kept where it will be written
+        gathered[entries[name].lookup_key] = tensor.detach().to("cpu", copy=True) if is_first_rank() else torch.empty(0)
+    with agreed("saving the adapter"), tempfile.TemporaryDirectory() as elsewhere:
+        target = tempfile.mkdtemp(prefix=".adapter-", dir=folder) if is_first_rank() else elsewhere
+        try:
+            peft_model.save_pretrained(
+                target,
+                state_dict=gathered,
+                is_main_process=is_first_rank(),
+                save_embedding_layers=save_embedding_layers,
+            )
+            if is_first_rank():
+                _clean_keys(Path(target))
+                _move_into_place(Path(target), folder)
+        finally:
+            shutil.rmtree(target, ignore_errors=True)
+
+
+def load_adapter(model: nn.Module, optimizer: Any, adapter_dir: str | Path) -> None:
+    """Load what :func:`save_adapter` or PEFT wrote into a running model, and into the masters that it trains.
+
+    DeepSpeed trains fp32 masters of its own and would overwrite whatever is put into the model alone. The
+    optimizer's moments stay as they are.
+
+    Args:
+        model: the PEFT model with the same adapters, bare or wrapped; under FSDP1 as FSDP returned it.
+        optimizer: as given to ``attach``.
+        adapter_dir: the folder with ``adapter_model.safetensors``, on storage that all ranks can read.
+
+    Raises:
+        TypeError, ValueError, OSError, RuntimeError: on every rank; a file is missing or cannot be read, or lacks
+            a parameter of the adapters or holds it in another shape.
+
+    Communication: every rank must call. As :func:`save_adapter`.
+    """
+    with agreed("opening the adapter"):
+        peft_model = _peft_model(model)
+        owners = owned_tensors(model, peft_model)
+    entries = _entries(peft_model, owners, save_embedding_layers=False)
+    with agreed("reading the adapter"):
+        files = {file: load_file(Path(adapter_dir) / file) for file in {entry.file for entry in entries.values()}}
+        missing = [entry.file_key for entry in entries.values() if entry.file_key not in files[entry.file]]
+        if missing:
+            raise ValueError(f"{adapter_dir} lacks {len(missing)} of the model's parameters ({missing[0]}, ...)")
+        values = {name: files[entry.file][entry.file_key] for name, entry in entries.items()}
+    with agreed("loading the adapter"):
+        scatter(model, owners, values)
+        if find_engine(model, optimizer, find_pairs(model)).name.startswith("zero"):
+            _set_masters(owners, values)
+
+
+def _set_masters(owners: Mapping[str, Owner], values: Mapping[str, Tensor]) -> None:
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    for name, value in values.items():
+        module, attribute = owners[name]
+        parameter = getattr(module, attribute)
+        if parameter.requires_grad:  # DeepSpeed keeps no masters of adapters that are not trained
+            safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
+
+
+def _peft_model(model: nn.Module) -> PeftModel:
+    peft_model = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
+    if peft_model is None:
+        raise TypeError(f"{type(model).__name__} contains no PeftModel: wrap the model with peft.get_peft_model(...)")
+    return peft_model
+
+
+def _entries(peft_model: PeftModel, owners: Mapping[str, Owner], save_embedding_layers: bool) -> dict[str, _Entry]:
+    """What belongs to the adapters, by name. PEFT itself chooses, among empty stand-ins for the tensors."""
+    keys = _lookup_keys(peft_model, owners)
+    stand_ins = {name: torch.empty(0) for name in owners}
+    names = {id(stand_in): name for name, stand_in in stand_ins.items()}
+    entries: dict[str, _Entry] = {}
+    for adapter in peft_model.peft_config:
+        kept = get_peft_model_state_dict(
+            peft_model,
+            {keys[name]: stand_in for name, stand_in in stand_ins.items()},
+            adapter_name=adapter,
+            save_embedding_layers=save_embedding_layers,
+        )
+        if not kept:
+            raise RuntimeError(f"PEFT finds nothing that belongs to adapter {adapter!r}")
+        file = SAFETENSORS_WEIGHTS_NAME if adapter == "default" else f"{adapter}/{SAFETENSORS_WEIGHTS_NAME}"
+        for key, stand_in in kept.items():
+            name = names[id(stand_in)]
+            entries[name] = _Entry(keys[name], file, clean_name(key))
+    return entries
+
+
+def _lookup_keys(peft_model: PeftModel, names: Iterable[str]) -> dict[str, str]:
+    """The keys by which PEFT looks up the tensors: it finds its layers by their paths with FSDP1's wrappers in them.
+
+    Given plain names it would take such a layer's factors for the base's and write an empty adapter.
+    """
+    paths = {
+        clean_name(path): path
+        for path, module in peft_model.named_modules()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and clean_name(path) != path
+    }
+    keys = {}
+    for name in names:
+        layer = name
+        while layer and layer not in paths:
+            layer = layer.rpartition(".")[0]
+        keys[name] = paths[layer] + name.removeprefix(layer) if layer else name
+    return keys
+
+
+def _clean_keys(folder: Path) -> None:
+    """Take the wrappers' names out of the keys again."""
+    for path in folder.rglob(SAFETENSORS_WEIGHTS_NAME):
+        tensors = load_file(path)
+        cleaned = {clean_name(key): tensor for key, tensor in tensors.items()}
+        if cleaned.keys() != tensors.keys():
+            save_file(cleaned, path, metadata={"format": "pt"})
+
+
+def _move_into_place(source: Path, target: Path) -> None:
+    for path in sorted(source.rglob("*")):
+        destination = target / path.relative_to(source)
+        if path.is_dir():
+            destination.mkdir(exist_ok=True)
+        elif path.name != "README.md" or not destination.exists():  # a model card may have been edited
+            os.replace(path, destination)
+
+
+@contextlib.contextmanager
+def agreed(action: str) -> Iterator[None]:
+    """An error on one rank is an error on all; also a barrier. Communication: one all-gather of objects."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if world_size() > 1:
+        messages: list[str | None] = [None] * world_size()
+        dist.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}")
+        for rank, message in enumerate(messages):
+            if message is not None and error is None:
+                raise RuntimeError(f"{action} failed on rank {rank}: {message}")
+    if error is not None:
+        raise error
+
+
+def is_first_rank() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1

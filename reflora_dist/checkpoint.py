@@ -1,0 +1,290 @@
+"""Save and load the adapter, and the state of a training loop of one's own, under every engine.
+
+A checkpoint is a folder that all ranks share::
+
+    reflora.json               who wrote it, and the schedule; written last, so that its presence means "complete"
+    adapter_model.safetensors  the adapter and its configuration as PEFT writes them
+    state/                     trainable weights and optimizer state, as the engine itself saves them
+
+The frozen base is in none of these files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from .adapter_files import agreed, is_first_rank, load_adapter, save_adapter, world_size
+from .adapters import clean_name, find_pairs
+from .engines import Engine, find_engine
+from .integrate import Handle
+
+__all__ = ["load_adapter", "load_checkpoint", "save_adapter", "save_checkpoint"]
+
+_FORMAT_VERSION = 1
+_RECORD = "reflora.json"
+_STATE = "state"
+_UNIVERSAL = "state_universal"
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed")
+_TRAINABLE_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+def save_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any, handle: Handle) -> None:
+    """Save the adapter, the optimizer's state and the schedule, to continue with :func:`load_checkpoint`.
+
+    Learning-rate schedulers outside DeepSpeed, random states and the position in the data are the caller's.
+
+    Args:
+        output_dir: on storage that all ranks share; a checkpoint that is there is replaced.
+        model: as the engine returned it (wrapped); under FSDP2 and in one process the model itself.
+        optimizer: as given to ``attach``.
+        handle: what ``attach`` returned.
+
+    Raises:
+        TypeError, ValueError, OSError, RuntimeError: on every rank; the model is not what the engine returned, or
+            the folder cannot be written.
+
+    Communication: the engine's own, and that of :func:`save_adapter`; every rank must call.
+    """
+    folder = Path(output_dir)
+    with agreed("preparing to save the checkpoint"):
+        engine = find_engine(model, optimizer, find_pairs(model))
+        _require_wrapped(model, engine)
+        if is_first_rank():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / _RECORD).unlink(missing_ok=True)  # from here on until the end it is no checkpoint
+            shutil.rmtree(folder / _STATE, ignore_errors=True)
+    save_adapter(model, folder)
+    with agreed("saving the checkpoint"):
+        if _is_deepspeed(engine):
+            model.save_checkpoint(str(folder), tag=_STATE, exclude_frozen_parameters=True)  # type: ignore[operator]
+        else:
+            dcp.save(_training_state(model, engine), checkpoint_id=folder / _STATE)
+    with agreed("completing the checkpoint"):
+        if is_first_rank():
+            _write_record(folder, engine, handle)
+
+
+def load_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    """Load what :func:`save_checkpoint` wrote into a model and optimizer that were made as for a new run.
+
+    The handle's state comes back, for ``attach(model, optimizer, config, state_dict=...)``: load first, then attach.
+
+    Another number of ranks than that which wrote the checkpoint works under FSDP2, DDP and one process, and under
+    DeepSpeed once the checkpoint is converted (the error names the command); it does not under FSDP1.
+
+    Args:
+        output_dir: of a checkpoint.
+        model, optimizer: as for :func:`save_checkpoint`, before any step.
+
+    Raises:
+        FileNotFoundError, ValueError, RuntimeError: on every rank and before anything is changed; there is no
+            complete checkpoint, or it belongs to another engine or another number of ranks.
+
+    Communication: the engine's own and two all-gathers of small objects; every rank must call.
+    """
+    folder = Path(output_dir)
+    with agreed("opening the checkpoint"):
+        engine = find_engine(model, optimizer, find_pairs(model))
+        _require_wrapped(model, engine)
+        universal = _is_deepspeed(engine) and bool(model.load_universal_checkpoint())  # type: ignore[operator]
+        record = _read_record(folder)
+        _require_same_engine(record, engine, folder)
+        if universal:
+            _require_converted(folder)
+        else:
+            _require_loadable_on(world_size(), record, engine, folder)
+            _require_all_files(record, folder)
+    with agreed("loading the checkpoint"):
+        if _is_deepspeed(engine):
+            tag = _UNIVERSAL if universal else _STATE
+            model.load_checkpoint(str(folder), tag=tag, load_module_strict=False)  # type: ignore[operator]
+            if universal:
+                _restore_groups(engine, record)
+        else:
+            state = _training_state(model, engine)
+            dcp.load(state, checkpoint_id=folder / _STATE)
+            _set_training_state(model, engine, state)
+    return record["handle"]
+
+
+# --- the training state ---
+
+
+def _training_state(model: nn.Module, engine: Engine) -> dict[str, Any]:
+    """The state dictionaries of what is trained, as DCP saves it and as it loads into. Sharded, nothing is gathered."""
+    with _without_step_hooks(engine.optimizer):
+        if _is_no_shard(engine):
+            # torch loses parameters in an FSDP1 NO_SHARD model's own state_dict(); they are whole on every rank
+            weights = {clean_name(name): p.detach() for name, p in model.named_parameters() if p.requires_grad}
+            return {"model": weights, "optimizer": get_optimizer_state_dict(model, engine.optimizer)}
+        weights, state = get_state_dict(model, engine.optimizer, options=_TRAINABLE_ONLY)  # type: ignore[assignment]
+    return {"model": weights, "optimizer": state}
+
+
+def _set_training_state(model: nn.Module, engine: Engine, state: dict[str, Any]) -> None:
+    with _without_step_hooks(engine.optimizer):
+        if _is_no_shard(engine):
+            # the weights were loaded in place
+            set_optimizer_state_dict(model, engine.optimizer, state["optimizer"])
+            return
+        set_state_dict(
+            model,
+            engine.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=_TRAINABLE_ONLY,
+        )
+
+
+def _restore_groups(engine: Engine, record: Mapping[str, Any]) -> None:
+    """Mend what loading a universal checkpoint into ZeRO-3 leaves: one step count shared by all of a rank's
+    sub-groups, each of which would advance it, and the first group's learning rate in every group."""
+    for state in engine.optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].clone()
+    for group, settings in zip(engine.optimizer.param_groups, record["param_groups"], strict=True):
+        group.update(settings)
+
+
+def _group_settings(engine: Engine) -> list[dict[str, float]]:
+    return [
+        {key: value for key, value in group.items() if isinstance(value, (int, float))}
+        for group in engine.optimizer.param_groups
+    ]
+
+
+def _is_no_shard(engine: Engine) -> bool:
+    return engine.name == "fsdp1" and engine.layout == "whole"
+
+
+# --- the checkpoint's record ---
+
+
+def _write_record(folder: Path, engine: Engine, handle: Handle) -> None:
+    files = sorted(path for path in (folder / _STATE).rglob("*") if path.is_file())
+    record = {
+        "version": _FORMAT_VERSION,
+        "engine": engine.name,
+        "world_size": world_size(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "handle": handle.state_dict(),
+        "param_groups": _group_settings(engine),
+        "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
+    }
+    part = folder / f"{_RECORD}.part"
+    with open(part, "w") as file:
+        json.dump(record, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, folder / _RECORD)
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    path = folder / _RECORD
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no complete checkpoint: {_RECORD}, which is written last, is missing; load an earlier one"
+        )
+    try:
+        record = json.loads(path.read_text())
+        version, _, _, _ = record["version"], record["engine"], record["files"], record["handle"]["steps"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); load an earlier checkpoint") from error
+    if version != _FORMAT_VERSION:
+        raise ValueError(f"{path} has version={version!r}, this release reads {_FORMAT_VERSION}")
+    return record
+
+
+def _require_same_engine(record: Mapping[str, Any], engine: Engine, folder: Path) -> None:
+    # every rank of DDP holds what one process holds
+    written, present = ("ddp" if name == "single" else name for name in (record["engine"], engine.name))
+    if written != present:
+        raise ValueError(
+            f"{folder} was written under {record['engine']} and this is {engine.name}: continue under "
+            f"{record['engine']}, or start a new run from the adapter (PeftModel.from_pretrained)"
+        )
+
+
+def _require_loadable_on(present: int, record: Mapping[str, Any], engine: Engine, folder: Path) -> None:
+    if record["world_size"] == present or engine.name in ("single", "ddp", "fsdp2"):
+        return
+    problem = f"{folder} was written by {record['world_size']} ranks and this run has {present}"
+    if _is_deepspeed(engine):
+        raise ValueError(
+            f"{problem}; DeepSpeed needs a universal checkpoint for that: run `{_conversion(folder)}` and set "
+            '{"checkpoint": {"load_universal": true}} in the DeepSpeed configuration'
+        )
+    raise ValueError(f"{problem}, which {engine.name} cannot load: use {record['world_size']} ranks (or FSDP2)")
+
+
+def _require_converted(folder: Path) -> None:
+    if not (folder / _UNIVERSAL / "zero").is_dir():
+        raise FileNotFoundError(
+            f"load_universal is set but {folder / _UNIVERSAL} holds no universal checkpoint: run "
+            f"`{_conversion(folder)}`, or take load_universal out of the DeepSpeed configuration"
+        )
+
+
+def _conversion(folder: Path) -> str:
+    tool = "python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state"
+    return f"{tool} --input_folder {folder / _STATE} --output_folder {folder / _UNIVERSAL}"
+
+
+def _require_all_files(record: Mapping[str, Any], folder: Path) -> None:
+    for name, size in record["files"].items():
+        path = folder / name
+        present = path.stat().st_size if path.is_file() else None
+        if present != size:
+            state = "is missing" if present is None else f"has {present} bytes instead of {size}"
+            raise ValueError(f"{path} {state}: the checkpoint is damaged; load an earlier one")
+
+
+def _require_wrapped(model: nn.Module, engine: Engine) -> None:
+    if _is_deepspeed(engine) and not hasattr(model, "load_universal_checkpoint"):
+        raise ValueError(f"pass the engine that deepspeed.initialize returned, not the bare {type(model).__name__}")
+    if engine.name == "fsdp1" and not isinstance(model, FullyShardedDataParallel):
+        raise ValueError(f"pass the FullyShardedDataParallel model, not the bare {type(model).__name__}")
+
+
+def _is_deepspeed(engine: Engine) -> bool:
+    return engine.name.startswith("zero")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# --- ranks ---
+
+
+@contextlib.contextmanager
+def _without_step_hooks(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """torch fills an empty optimizer state by a step of size zero, and on some ranks only: no training step."""
+    hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = type(hooks[0])(), type(hooks[1])()
+    try:
+        yield
+    finally:
+        optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = hooks

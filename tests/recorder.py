@@ -1,0 +1,104 @@
+"""Sees the collectives that a handle issues, below the package: as operations of torch's dispatcher."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from reflora_dist import Handle
+
+_KINDS = {"allreduce_": "all_reduce", "alltoall_base_": "all_to_all"}
+
+
+@dataclasses.dataclass
+class Step:
+    """The collectives of one optimizer step: how many of each kind, and the bytes that this rank sent."""
+
+    calls: dict[str, int] = dataclasses.field(default_factory=dict)
+    bytes: int = 0
+    exchanged_elements: int = 0
+
+
+class CollectiveRecorder(TorchDispatchMode):
+    """Counts every c10d operation between the moment a handle's hooks begin and the moment they end.
+
+    Args:
+        handle: whose optimizer's hooks to stand around. The forward, the backward and what the engine sends on its
+            own lie outside.
+    """
+
+    def __init__(self, handle: Handle) -> None:
+        super().__init__()
+        self.steps: list[Step] = []
+        engine = handle._engine
+        self._group = engine.group
+        optimizer: Any = engine.optimizer
+        for register, hooks in (
+            (optimizer.register_step_pre_hook, optimizer._optimizer_step_pre_hooks),
+            (optimizer.register_step_post_hook, optimizer._optimizer_step_post_hooks),
+        ):
+            before = register(lambda *_, pre=register == optimizer.register_step_pre_hook: self._begin(engine, pre))
+            hooks.move_to_end(before.id, last=False)
+            register(lambda *_: self.__exit__(None, None, None))
+
+    def _begin(self, engine: Any, is_pre_hook: bool) -> None:
+        if is_pre_hook and engine.firing().first:
+            self.steps.append(Step())
+        self.__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional"):
+            name = func._schema.name.split("::")[1]
+            step = self.steps[-1]
+            kind = _KINDS.get(name, name)
+            step.calls[kind] = step.calls.get(kind, 0) + 1
+            self._count_bytes(step, kind, args)
+        return func(*args, **(kwargs or {}))
+
+    def _count_bytes(self, step: Step, kind: str, args: tuple) -> None:
+        world_size, rank = dist.get_world_size(self._group), dist.get_rank(self._group)
+        if kind == "all_reduce":
+            step.bytes += sum(2 * (world_size - 1) * t.numel() * t.element_size() // world_size for t in args[0])
+        elif kind == "all_to_all":
+            sent, send_counts = args[1], args[4]
+            elements = sum(count for other, count in enumerate(send_counts) if other != rank)
+            step.exchanged_elements += elements
+            step.bytes += elements * sent.element_size()
+
+
+def check_collectives(handle: Handle, steps: list[Step]) -> None:
+    """What was seen equals what ``handle.report()`` says, and is no more than a step may issue.
+
+    One all-reduce; two all-to-alls per firing of the optimizer where factors are cut; nothing at all where ranks hold
+    them whole; never another kind (an all-gather above all). The exchange carries at most 3 numel(A) / N elements
+    per rank and the rows of B that are cut.
+    """
+    report, engine = handle.report(), handle._engine
+    assert steps[-1].calls == report.collectives_per_step
+    assert steps[-1].bytes == report.bytes_per_step
+    firings = len(getattr(engine, "_buffers", [])) if engine.name.startswith("zero") else 1
+    if "BF16" in engine.name:
+        firings = 1
+    allowed = {"all_reduce": 1, "all_to_all": 2 * firings}
+    if engine.group is None or report.world_size == 1:
+        allowed = {}
+    elif engine.layout == "tall" or handle.config.method == "reflora-s":
+        allowed = {"all_reduce": 1}
+    for step in steps:
+        assert all(count <= allowed.get(kind, 0) for kind, count in step.calls.items()), step.calls
+    applied = [step for step in steps if step.calls]
+    assert not allowed or len(applied) == report.applied_steps
+    _check_exchanged_elements(engine, report.world_size, steps)
+
+
+def _check_exchanged_elements(engine: Any, world_size: int, steps: list[Step]) -> None:
+    shards = [shard.numel for shard in engine.shards()]
+    # What a rank holds of all lora_A; under ZeRO and FSDP1 this is 1 / N of them, give or take a piece.
+    held_a = sum(shards[0::2])
+    whole_a = sum(pair.lora_rank * pair.in_features for pair in engine.pairs)
+    cut_rows = 2 * sum(pair.lora_rank for pair in engine.pairs) * 3
+    limit = 3 * max(held_a, -(-whole_a // world_size)) + cut_rows
+    assert all(step.exchanged_elements <= limit for step in steps)

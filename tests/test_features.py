@@ -1,0 +1,240 @@
+"""Optimizers, sizes and features of the engines that meet the refactorization: each works, or is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from reflora_dist import RefLoRAConfig, attach
+from tests.cluster import run_ranks
+from tests.engines_under_test import ENGINES, fsdp
+from tests.engines_under_test.common import Wrapped, _train_on, trainable
+from tests.recorder import CollectiveRecorder, check_collectives
+from tests.workloads import (
+    FACTOR_TOLERANCE,
+    Settings,
+    Workload,
+    build_model,
+    named_factors,
+    synthetic_workload,
+    worst_factor_error,
+)
+
+REFLORA = RefLoRAConfig(method="reflora", warmup_steps=0)
+REFLORA_S = RefLoRAConfig(method="reflora-s", warmup_steps=0)
+
+
+def train_single(
+    workload: Workload, config: RefLoRAConfig, kind: type = torch.optim.AdamW, **options: Any
+) -> dict[str, torch.Tensor]:
+    """One process on whole batches, with the plain reference implementation instead of the package's engines."""
+    from reflora_dist.reference import ReferenceRefLoRA
+
+    model = build_model(workload)
+    factors = named_factors(model)
+    names = [name for name in factors if "lora_A" in name]
+    optimizer = kind(trainable(model), **(options or Settings().adamw()))
+    ReferenceRefLoRA([(factors[n], factors[n.replace("lora_A", "lora_B")]) for n in names], optimizer, config)
+    for batch in workload.batches:
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: factor.detach().clone() for name, factor in factors.items()}
+
+
+# Adam's default eps lets rounding decide where a gradient is nearly zero; with few elements that moves a whole factor
+# by 4e-4, plain LoRA's too. An eps above rounding keeps the comparison sharp.
+DAMPED = Settings(eps=1e-3)
+
+
+# --- optimizers -------------------------------------------------------------------------------------------------
+
+OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
+    "adam": (torch.optim.Adam, {"lr": 5e-3}),
+    "adamw-foreach": (torch.optim.AdamW, {"lr": 5e-3, "foreach": True}),
+    "adamw-fused": (torch.optim.AdamW, {"lr": 5e-3, "fused": True}),
+    "adamw-amsgrad": (torch.optim.AdamW, {"lr": 5e-3, "amsgrad": True}),
+    "nadam": (torch.optim.NAdam, {"lr": 5e-3}),
+    "sgd-momentum": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
+    "sgd-nesterov": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 1e-3}),
+}
+
+
+def _with_optimizer(rank: int, world_size: int, engine: str, optimizer: str, method: str) -> dict[str, torch.Tensor]:
+    workload = synthetic_workload()
+    wrapped = ENGINES[engine].wrap(build_model(workload), Settings(), 12 // world_size)
+    kind, options = OPTIMIZERS[optimizer]
+    wrapped.optimizer = kind(trainable(wrapped.model), **options)
+    attach(wrapped.model, wrapped.optimizer, RefLoRAConfig(method=method, warmup_steps=0))
+    for batch in workload.batches:
+        _train_on(wrapped, batch)
+    return wrapped.factors()
+
+
+@pytest.mark.parametrize(
+    ("engine", "optimizer", "method"),
+    [("fsdp2", name, "reflora") for name in OPTIMIZERS]
+    + [("fsdp1-full", "adamw-fused", "reflora"), ("ddp", "sgd-momentum", "reflora")]
+    + [("fsdp2", name, "reflora-s") for name in ("adam", "adamw-fused", "adamw-amsgrad", "nadam")],
+)
+def test_optimizers(engine: str, optimizer: str, method: str) -> None:
+    """Any elementwise torch optimizer under reflora, the Adam family (amsgrad's third moment too) under reflora-s."""
+    kind, options = OPTIMIZERS[optimizer]
+    expected = train_single(synthetic_workload(), RefLoRAConfig(method=method, warmup_steps=0), kind, **options)
+    for factors in run_ranks(_with_optimizer, 2, engine, optimizer, method):
+        assert worst_factor_error(factors, expected) < FACTOR_TOLERANCE
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------
+
+SIZES: dict[str, dict[str, Any]] = {
+    # 5 x 40 elements do not divide by 3, 5 x 54 not by 4: pieces are uneven, rows of B are cut
+    "uneven": {"llama": {"hidden_size": 40, "intermediate_size": 54}, "lora": {"r": 5}},
+    # fewer rows of A than ranks: some ranks hold nothing of it
+    "r-below-ranks": {"lora": {"r": 2}},
+    "r1": {"lora": {"r": 1}},
+    "mixed-ranks": {"lora": {"r": 4, "rank_pattern": {"q_proj": 2, "v_proj": 3, "down_proj": 8}}},
+    "few-adapters": {"lora": {"r": 3, "target_modules": ["v_proj"]}},
+}
+
+
+def _with_sizes(rank: int, world_size: int, engine: str, sizes: str, method: str) -> tuple[dict[str, Any], list[int]]:
+    workload = synthetic_workload(**SIZES[sizes])
+    if sizes == "r1":  # the builders make sure that no rank holds a whole factor, but one row cannot be split
+        fsdp.assert_fsdp2_shards = lambda model: None
+    wrapped = ENGINES[engine].wrap(build_model(workload), DAMPED, 12 // world_size)
+    handle = attach(wrapped.model, wrapped.optimizer, RefLoRAConfig(method=method, warmup_steps=0))
+    recorder = CollectiveRecorder(handle)
+    for batch in workload.batches:
+        _train_on(wrapped, batch)
+    check_collectives(handle, recorder.steps)
+    assert handle.report().skipped_pairs == 0
+    return wrapped.factors(), [shard.numel for shard in handle._engine.shards()]
+
+
+@pytest.mark.parametrize("method", ["reflora", "reflora-s"])
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize(
+    ("engine", "world_size"),
+    [
+        ("fsdp2", 4), ("fsdp1-full", 3), ("zero2", 4), ("zero3", 4),
+        pytest.param("zero1", 3, marks=pytest.mark.all_ranks),
+        pytest.param("zero2-round-robin", 3, marks=pytest.mark.all_ranks),
+        pytest.param("zero3-subgroups", 3, marks=pytest.mark.all_ranks),
+        pytest.param("fsdp1-flat", 3, marks=pytest.mark.all_ranks),
+        pytest.param("fsdp2-hsdp", 4, marks=pytest.mark.all_ranks),
+    ],
+)  # fmt: skip
+def test_sizes(engine: str, world_size: int, sizes: str, method: str) -> None:
+    """Uneven pieces, cut rows, ranks that hold nothing, pairs of several r: still what one process computes."""
+    workload = synthetic_workload(**SIZES[sizes])
+    expected = train_single(workload, RefLoRAConfig(method=method, warmup_steps=0), **DAMPED.adamw())
+    results = run_ranks(_with_sizes, world_size, engine, sizes, method)
+    for factors, _ in results:
+        assert worst_factor_error(factors, expected) < FACTOR_TOLERANCE
+    if sizes == "r-below-ranks" and engine == "fsdp2":
+        assert any(0 in held for _, held in results), "no rank was empty"
+
+
+# --- features of the model and the engine -----------------------------------------------------------------------
+
+
+def _with_feature(rank: int, world_size: int, engine: str, feature: str) -> dict[str, torch.Tensor]:
+    workload = synthetic_workload()
+    model = build_model(workload, gradient_checkpointing=feature == "hf-checkpointing")
+    if feature == "torch-checkpointing":
+        apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, LlamaDecoderLayer))
+    if feature == "reentrant-checkpointing":
+        model.base_model.model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.base_model.model.enable_input_require_grads()
+    accumulate = 3 if feature == "accumulation" else 1
+    settings = dataclasses.replace(Settings(), grad_accum=accumulate)
+    wrapped = ENGINES[engine].wrap(model, settings, 12 // world_size // accumulate)
+    model = wrapped.model
+    if feature == "compile":
+        wrapped.model = torch.compile(model, backend="eager")
+    handle = attach(wrapped.model, wrapped.optimizer, REFLORA)
+    for batch in workload.batches:
+        _train_on(wrapped, batch)
+    assert handle.report().steps == handle.report().applied_steps == len(workload.batches)
+    wrapped.model = model
+    return wrapped.factors()
+
+
+FEATURES = ["hf-checkpointing", "reentrant-checkpointing", "torch-checkpointing", "accumulation", "compile"]
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "fsdp1-full", "zero2", "zero3"])
+def test_features(engine: str, feature: str) -> None:
+    """Activation checkpointing of both kinds, accumulation, torch.compile: the same factors as without.
+
+    Accumulation: S is applied once per optimizer step, to the same samples' mean gradient.
+    """
+    expected = train_single(synthetic_workload(), REFLORA)
+    for factors in run_ranks(_with_feature, 2, engine, feature):
+        assert worst_factor_error(factors, expected) < FACTOR_TOLERANCE
+
+
+def _with_scaler(rank: int, world_size: int) -> tuple[dict[str, torch.Tensor], int]:
+    """fp32 weights, loss scaled by 2^16 and, in step 2, an overflow that makes GradScaler leave the step out."""
+    workload = synthetic_workload()
+    wrapped: Wrapped = ENGINES["ddp"].wrap(build_model(workload), Settings(), 12 // world_size)
+    wrapped.optimizer = torch.optim.AdamW(trainable(wrapped.model), **Settings().adamw())
+    handle = attach(wrapped.model, wrapped.optimizer, REFLORA)
+    scaler = torch.amp.GradScaler("cpu")
+    for step, batch in enumerate(torch.cat([workload.batches[:1], workload.batches])):
+        local = batch.chunk(world_size)[rank]
+        scaler.scale(wrapped.model(input_ids=local, labels=local).loss).backward()
+        if step == 0:
+            trainable(wrapped.model)[0].grad.fill_(torch.inf)
+        scaler.unscale_(wrapped.optimizer)
+        scaler.step(wrapped.optimizer)
+        scaler.update()
+        wrapped.optimizer.zero_grad()
+    return wrapped.factors(), handle.report().steps
+
+
+def test_loss_scaling() -> None:
+    """GradScaler unscales before the refactorization, and a step that it leaves out is not counted."""
+    expected = train_single(synthetic_workload(), REFLORA)
+    for factors, steps in run_ranks(_with_scaler, 2):
+        assert worst_factor_error(factors, expected) < FACTOR_TOLERANCE
+        assert steps == len(synthetic_workload().batches)
+
+
+def _unused_adapter(rank: int, world_size: int, engine: str) -> tuple[dict[str, torch.Tensor], int]:
+    """The last layer is not called: its adapters have no gradient on any rank."""
+    workload = synthetic_workload()
+    model = build_model(workload)
+    model.base_model.model.model.layers[1] = Skipped(model.base_model.model.model.layers[1])
+    wrapped = ENGINES[engine].wrap(model, Settings(), 12 // world_size)
+    handle = attach(wrapped.model, wrapped.optimizer, REFLORA)
+    for batch in workload.batches:
+        _train_on(wrapped, batch)
+    return wrapped.factors(), handle.report().num_pairs
+
+
+class Skipped(torch.nn.Module):
+    """Holds a layer and leaves it out."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+        return hidden_states
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "fsdp1-full", "zero2", "zero3"])
+def test_adapters_without_gradients(engine: str) -> None:
+    """An adapter that the forward does not reach keeps every rank in step, and the others are right."""
+    for factors, num_pairs in run_ranks(_unused_adapter, 2, engine):
+        assert num_pairs == 14
+        assert all(torch.isfinite(factor).all() for factor in factors.values())

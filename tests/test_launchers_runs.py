@@ -1,0 +1,176 @@
+"""finetune.py from the command line's options to the adapter on disk, on micro models, under every engine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.cluster import run_ranks
+from tests.test_launchers_configs import launch_environment
+from tests.test_launchers_support import REPOSITORY, micro_model, write_records
+
+WORLD_SIZE = 2
+ENGINES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp1", "fsdp2")
+
+
+def _options(folder: Path, output: str, **changes: Any) -> list[str]:
+    options = {
+        "model": folder / "model",
+        "dataset": folder / "records.jsonl",
+        "eval_fraction": 0.2,
+        "output_dir": folder / output,
+        "cache_dir": folder / "cache",
+        "reflora_warmup_steps": 2,
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "max_length": 96,
+        "learning_rate": 1e-2,
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "eval_steps": 3,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        **changes,
+    }
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+def _finetune(rank: int, world_size: int, engine: str, argv: list[str]) -> None:
+    """One rank of finetune.py with the environment that the engine's launcher would give it."""
+    from launchers import finetune
+    from tests.engines_under_test.accelerated import fsdp_on_cpu
+
+    shim: Any = contextlib.nullcontext()
+    if engine.startswith("fsdp"):
+        os.environ.update(launch_environment(engine))
+        # parts of the configuration that need an accelerator to broadcast on
+        os.environ |= {"ACCELERATE_USE_CPU": "true", "FSDP_SYNC_MODULE_STATES": "false"}
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+        shim = fsdp_on_cpu()
+    elif engine.startswith("zero"):
+        argv = [*argv, f"--deepspeed={REPOSITORY / 'ds_configs' / f'{engine}.json'}"]
+    with shim:
+        finetune.main(argv)
+
+
+def _run(folder: Path, output: str, engine: str, **changes: Any) -> dict[str, Any]:
+    run_ranks(_finetune, WORLD_SIZE, engine, _options(folder, output, **changes), timeout=240, init_process_group=False)
+    return json.loads((folder / output / "metrics.json").read_text())
+
+
+def _engine_run(folder: Path, engine: str) -> dict[str, Any]:
+    """The run with that engine's shipped configuration, once for all tests."""
+    metrics = folder / f"engine-{engine}" / "metrics.json"
+    return json.loads(metrics.read_text()) if metrics.exists() else _run(folder, metrics.parent.name, engine)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    micro_model(folder / "model")
+    micro_model(folder / "fast_model", kind="fast")
+    write_records(folder / "records.jsonl")
+    return folder
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_shipped_configuration_trains_and_saves_the_adapter(folder: Path, engine: str) -> None:
+    output = f"engine-{engine}"
+    metrics = _engine_run(folder, engine)
+    report = metrics["report"]
+    assert engine.removesuffix("_offload") in report["engine"]
+    assert (metrics["world_size"], report["steps"], report["num_pairs"]) == (WORLD_SIZE, 6, 14)
+    assert report["applied_steps"] == 4
+    assert (metrics["bytes_per_step"] == 0) == (engine == "ddp")
+    held_out = metrics["held_out_loss"]
+    assert [point["step"] for point in held_out] == [3, 6]
+    assert held_out[1]["loss"] < held_out[0]["loss"]
+    assert len(metrics["train_loss"]) == 6
+    assert metrics["peak_memory_bytes"] > 2**26
+    assert (folder / output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    _check_adapter(folder, folder / output)
+
+
+def _check_adapter(folder: Path, adapter: Path) -> None:
+    """PEFT loads it on the base, every tensor was trained, and it is small: the base is not in it."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    assert len(tensors) == 28 and all("lora_" in name for name in tensors)
+    assert all(tensor.abs().sum() > 0 for tensor in tensors.values())
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    loaded = {n: p for n, p in PeftModel.from_pretrained(base, adapter).named_parameters() if "lora_" in n}
+    for name, tensor in tensors.items():
+        stored = name.replace(".weight", ".default.weight")
+        torch.testing.assert_close(loaded[stored].detach(), tensor.float(), rtol=0, atol=0)
+
+
+def test_the_engines_agree(folder: Path) -> None:
+    """The same seed and data give the same losses on every engine, and LoRA's are not RefLoRA's."""
+    losses = {e: [point["loss"] for point in _engine_run(folder, e)["train_loss"]] for e in ENGINES}
+    plain = [p["loss"] for p in _run(folder, "plain", "ddp", method="lora")["train_loss"]]
+    for engine in ENGINES:
+        # fp32 sums in another order, amplified by Adam over six steps
+        assert losses[engine] == pytest.approx(losses["ddp"], rel=1e-3), engine
+    assert plain[:3] == pytest.approx(losses["ddp"][:3], rel=1e-5)
+    assert plain[-1] != pytest.approx(losses["ddp"][-1], rel=1e-3)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_a_resumed_run_equals_the_uninterrupted_one(folder: Path, engine: str) -> None:
+    whole = _run(folder, f"whole-{engine}", engine, save_strategy="steps", save_steps=3)
+    checkpoint = folder / f"whole-{engine}" / "checkpoint-3"
+    resumed = _run(folder, f"resumed-{engine}", engine, resume_from_checkpoint=checkpoint)
+    assert resumed["report"]["applied_steps"] == whole["report"]["applied_steps"]
+    assert [p["loss"] for p in resumed["train_loss"]] == [p["loss"] for p in whole["train_loss"]]
+    tensors = [load_file(folder / f"{n}-{engine}" / "adapter_model.safetensors") for n in ("whole", "resumed")]
+    for name, tensor in tensors[0].items():
+        torch.testing.assert_close(tensors[1][name], tensor, rtol=0, atol=0)
+
+
+def test_auto_resumes_from_the_last_checkpoint_or_begins(folder: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 3, "resume_from_checkpoint": "auto"}
+    first = _run(folder, "auto", "ddp", **settings, max_steps=3, lr_scheduler_type="constant")
+    assert [point["step"] for point in first["train_loss"]] == [1, 2, 3]
+    second = _run(folder, "auto", "ddp", **settings, lr_scheduler_type="constant")
+    assert [point["step"] for point in second["train_loss"]] == [1, 2, 3, 4, 5, 6]
+    assert second["train_loss"][:3] == first["train_loss"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"packing": True},
+        {"train_on_prompt": True},
+        {"bf16": True},
+        {"activation_checkpointing": True},
+        {"gradient_accumulation_steps": 2},
+        {"method": "reflora-s"},
+        {"rslora": True},
+        {"dora": True},
+        {"lora_dropout": 0.1},
+        {"target_modules": "q_proj"},
+        {"report_to": "tensorboard"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_options_train_under_zero3(folder: Path, changes: dict[str, Any]) -> None:
+    output = f"option-{next(iter(changes))}"
+    metrics = _run(folder, output, "zero3", max_steps=4, **changes)
+    losses = [point["loss"] for point in metrics["train_loss"]]
+    assert len(losses) == 4 and all(0 < loss < 10 for loss in losses)
+    assert metrics["report"]["applied_steps"] >= 2
+    assert load_file(folder / output / "adapter_model.safetensors")
+
+
+def test_a_fast_tokenizer_trains_as_well(folder: Path) -> None:
+    metrics = _run(folder, "fast", "zero3", model=folder / "fast_model", max_steps=4)
+    assert metrics["held_out_loss"][-1]["loss"] > 0

@@ -1,0 +1,105 @@
+"""Re-tiling plans, over random shapes, cuts and numbers of ranks; and the exchange itself, simulated."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reflora_dist.blocks import SIDE_A, SIDE_B
+from reflora_dist.tiling import FOLLOWING, LocalShard, follow_each_other, tile
+
+
+@st.composite
+def cut_factors(draw):
+    """``(side, shape, shards)``: a factor cut anywhere into up to 7 pieces, some of them empty."""
+    side = draw(st.sampled_from([SIDE_A, SIDE_B]))
+    lora_rank, features = draw(st.integers(1, 9)), draw(st.integers(1, 40))
+    shape = (lora_rank, features) if side == SIDE_A else (features, lora_rank)
+    numel = lora_rank * features
+    cuts = sorted(draw(st.lists(st.integers(0, numel), max_size=6)))
+    bounds = [0, *cuts, numel]
+    shards = [LocalShard(stop - start, start) for start, stop in itertools.pairwise(bounds)]
+    return side, shape, draw(st.permutations(shards))
+
+
+@settings(max_examples=300, deadline=None)
+@given(cut_factors())
+def test_every_row_is_whole_on_exactly_one_rank(cut) -> None:
+    """Following every element through the plan puts each where its tall row is, once, with nothing left over."""
+    side, shape, shards = cut
+    whole = torch.arange(shape[0] * shape[1])
+    tilings = [tile(side, shape, shards, rank) for rank in range(len(shards))]
+    assert len({tiling.exchanged for tiling in tilings}) == 1
+    pieces = [whole[shard.start : shard.stop] for shard in shards]
+    rows = []
+    for rank, tiling in enumerate(tilings):
+        if tiling.direct is not None:
+            offset, block_shape = tiling.direct
+            rows.append(_tall(side, pieces[rank][offset : offset + block_shape[0] * block_shape[1]].view(block_shape)))
+        if tiling.received is not None:
+            rows.append(_tall(side, _receive(rank, tilings, pieces).view(tiling.received)))
+    tall = _tall(side, whole.view(shape))
+    received = torch.cat(rows)
+    assert torch.equal(received[received[:, 0].argsort()], tall[tall[:, 0].argsort()])
+
+
+def _tall(side: int, block: torch.Tensor) -> torch.Tensor:
+    return block.T if side == SIDE_A else block
+
+
+def _receive(rank: int, tilings, pieces) -> torch.Tensor:
+    """What the all-to-all brings: from every rank, in order, the elements that it sends here."""
+    tiling = tilings[rank]
+    block = torch.empty(tiling.sources.numel(), dtype=torch.int64)
+    for source, (other, piece) in enumerate(zip(tilings, pieces, strict=True)):
+        sent = torch.cat([piece[start:stop] for start, stop in other.sent] or [piece[:0]])
+        block[tiling.sources == source] = sent[other.targets == rank]
+    return block
+
+
+@settings(max_examples=100, deadline=None)
+@given(cut_factors())
+def test_columns_stay_in_proportion(cut) -> None:
+    """Of lora_A no rank sends, or computes on, more than its share by more than one column."""
+    side, shape, shards = cut
+    if side != SIDE_A:
+        return
+    for rank, shard in enumerate(shards):
+        tiling = tile(side, shape, shards, rank)
+        block = tiling.received or (tiling.direct[1] if tiling.direct else (0, 0))
+        assert abs(block[1] - shard.numel / shape[0]) <= 1
+
+
+def test_a_whole_factor_on_one_rank_does_not_move() -> None:
+    shards = [LocalShard(0, 0), LocalShard(12, 0)]
+    assert [tile(SIDE_A, (3, 4), shards, rank).exchanged for rank in (0, 1)] == [False, False]
+    assert tile(SIDE_A, (3, 4), shards, 1).direct == (0, (3, 4))
+
+
+def test_tall_shards_do_not_move() -> None:
+    shards = [LocalShard(6, FOLLOWING, tall=True), LocalShard(3, FOLLOWING, tall=True), LocalShard(0, tall=True)]
+    assert tile(SIDE_A, (3, 3), shards, 0).direct == (0, (3, 2))
+    assert tile(SIDE_A, (3, 3), shards, 2).direct is None
+
+
+def test_following_pieces_are_placed_by_rank() -> None:
+    placed = follow_each_other([[LocalShard(5, FOLLOWING)], [LocalShard(0, FOLLOWING)], [LocalShard(7, FOLLOWING)]])
+    assert [shards[0].start for shards in placed] == [0, 5, 5]
+
+
+@pytest.mark.parametrize(
+    "shards",
+    [
+        [LocalShard(6, 0), LocalShard(5, 6)],  # too short
+        [LocalShard(6, 0), LocalShard(6, 5)],  # overlapping
+        [LocalShard(6, 0), LocalShard(5, 7)],  # a gap
+        [LocalShard(12, 0, tall=True), LocalShard(12, 0, tall=True)],
+    ],
+)
+def test_pieces_that_do_not_tile_are_refused(shards) -> None:
+    with pytest.raises(ValueError, match=r"do not tile|ranks hold"):
+        tile(SIDE_A, (3, 4), shards, 0)

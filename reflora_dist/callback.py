@@ -11,7 +11,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .adapter_files import load_adapter, save_adapter
+from .adapter_files import save_adapter
+from .checkpoint import load_checkpoint, save_checkpoint
 from .config import RefLoRAConfig
 from .integrate import Handle, attach
 
@@ -22,7 +23,7 @@ class RefLoRACallback(TrainerCallback, ExportableState):
     """Attaches at the beginning of training, whatever engine the Trainer uses.
 
     The schedule's state goes into every checkpoint's ``trainer_state.json`` and comes back on resume. Under FSDP, where
-    Trainer may leave it out, the callback also writes the adapter into every checkpoint, and under FSDP1 reads it back.
+    Trainer may leave it out, the adapter goes into every checkpoint too, and under FSDP1 the optimizer's state.
 
     Args:
         config: the method and its schedule, or its settings as a dictionary.
@@ -42,15 +43,20 @@ class RefLoRACallback(TrainerCallback, ExportableState):
             self.handle.detach()
         saved = self._saved_state(state) if state.global_step else None
         if state.global_step and isinstance(kwargs["model"], FullyShardedDataParallel):
-            # PEFT does not find its layers under FSDP1's wrappers: Trainer's own checkpoint holds no factors
-            load_adapter(kwargs["model"], kwargs["optimizer"], _resumed_checkpoint(args, state))
+            load_checkpoint(_resumed_checkpoint(args, state), kwargs["model"], kwargs["optimizer"])
         self.handle = attach(kwargs["model"], kwargs["optimizer"], self.config, state_dict=saved)
         # Trainer updates this entry at every checkpoint, and fails if a resumed state lacks it.
         assert isinstance(state.stateful_callbacks, dict)
         state.stateful_callbacks[type(self).__name__] = self.state()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.handle is not None and self.handle.report().engine.startswith("fsdp"):
+        engine = self.handle.report().engine if self.handle is not None else ""
+        if engine == "fsdp1":
+            # Trainer's own has no factors, since PEFT does not find its layers under FSDP1's wrappers, and as sharded
+            # state accelerate does not load the optimizer's
+            assert self.handle is not None
+            save_checkpoint(_checkpoint_folder(args, state), kwargs["model"], kwargs["optimizer"], self.handle)
+        elif engine == "fsdp2":
             save_adapter(kwargs["model"], _checkpoint_folder(args, state))
 
     def on_train_end(

@@ -47,11 +47,6 @@ def train_single(
     return {name: factor.detach().clone() for name, factor in factors.items()}
 
 
-# Adam's default eps lets rounding decide where a gradient is nearly zero; with few elements that moves a whole factor
-# by 4e-4, plain LoRA's too. An eps above rounding keeps the comparison sharp.
-DAMPED = Settings(eps=1e-3)
-
-
 # --- optimizers -------------------------------------------------------------------------------------------------
 
 OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
@@ -93,13 +88,14 @@ def test_optimizers(engine: str, optimizer: str, method: str) -> None:
 
 # --- sizes ------------------------------------------------------------------------------------------------------
 
+# lora_alpha = 2 r keeps the update small beside the base; a large one makes attention saturate and training chaotic.
 SIZES: dict[str, dict[str, Any]] = {
     # 5 x 40 elements do not divide by 3, 5 x 54 not by 4: pieces are uneven, rows of B are cut
     "uneven": {"llama": {"hidden_size": 40, "intermediate_size": 54}, "lora": {"r": 5}},
     # fewer rows of A than ranks: some ranks hold nothing of it
-    "r-below-ranks": {"lora": {"r": 2}},
-    "r1": {"lora": {"r": 1}},
-    "mixed-ranks": {"lora": {"r": 4, "rank_pattern": {"q_proj": 2, "v_proj": 3, "down_proj": 8}}},
+    "r-below-ranks": {"lora": {"r": 2, "lora_alpha": 4}},
+    "r1": {"lora": {"r": 1, "lora_alpha": 2}},
+    "mixed-ranks": {"lora": {"r": 4, "lora_alpha": 8, "rank_pattern": {"q_proj": 2, "v_proj": 3, "down_proj": 8}}},
     "few-adapters": {"lora": {"r": 3, "target_modules": ["v_proj"]}},
 }
 
@@ -108,7 +104,7 @@ def _with_sizes(rank: int, world_size: int, engine: str, sizes: str, method: str
     workload = synthetic_workload(**SIZES[sizes])
     if sizes == "r1":  # the builders make sure that no rank holds a whole factor, but one row cannot be split
         fsdp.assert_fsdp2_shards = lambda model: None
-    wrapped = ENGINES[engine].wrap(build_model(workload), DAMPED, 12 // world_size)
+    wrapped = ENGINES[engine].wrap(build_model(workload), Settings(), 12 // world_size)
     handle = attach(wrapped.model, wrapped.optimizer, RefLoRAConfig(method=method, warmup_steps=0))
     recorder = CollectiveRecorder(handle)
     for batch in workload.batches:
@@ -133,8 +129,7 @@ def _with_sizes(rank: int, world_size: int, engine: str, sizes: str, method: str
 )  # fmt: skip
 def test_sizes(engine: str, world_size: int, sizes: str, method: str) -> None:
     """Uneven pieces, cut rows, ranks that hold nothing, pairs of several r: still what one process computes."""
-    workload = synthetic_workload(**SIZES[sizes])
-    expected = train_single(workload, RefLoRAConfig(method=method, warmup_steps=0), **DAMPED.adamw())
+    expected = train_single(synthetic_workload(**SIZES[sizes]), RefLoRAConfig(method=method, warmup_steps=0))
     results = run_ranks(_with_sizes, world_size, engine, sizes, method)
     for factors, _ in results:
         assert worst_factor_error(factors, expected) < FACTOR_TOLERANCE

@@ -31,6 +31,8 @@ ENGINES_AND_RANKS = [
     ("single", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 3), ("fsdp2-shard1", 2), ("fsdp2-hsdp", 4),
     ("fsdp1-full", 2), ("fsdp1-full", 3), ("fsdp1-flat", 2), ("fsdp1-hybrid", 4), ("zero1", 3), ("zero2", 2),
     ("zero2-two-groups", 3), ("zero3", 2), ("zero3", 3), ("zero3-two-groups", 2), ("zero3-subgroups", 3),
+    # computed in bf16, refactored in the fp32 that the optimizer reads
+    ("fsdp2-bf16", 2), ("fsdp1-bf16", 2), ("zero1-bf16", 2), ("zero2-bf16-masters", 2), ("zero3-bf16-masters", 2),
 ]  # fmt: skip
 
 
@@ -53,7 +55,7 @@ def _refactoring_error(rank: int, world_size: int, engine: str, dtype: torch.dty
         _spoil_grams()
     workload = ill_conditioned_workload(**ILL_CONDITIONED)
     builder = ENGINES[engine]
-    model = build_model(workload, dtype=dtype)
+    model = build_model(workload, dtype=builder.model_dtype if dtype == torch.float32 else dtype)
     wrapped = builder.wrap(model, Settings(), workload.batches.shape[1] // world_size)
     refactoring, handle = refactoring_of_one_step(wrapped, workload.batches[0], IMMEDIATELY)
     report = handle.report()
@@ -86,11 +88,31 @@ def test_grams_in_fp32_would_fail() -> None:
     assert error > 1e3 * FP32_TOLERANCE
 
 
-@pytest.mark.parametrize(("engine", "world_size"), [("ddp", 2), ("fsdp2", 3), ("fsdp1-full", 2), ("zero1-bf16", 2)])
+@pytest.mark.parametrize(("engine", "world_size"), [("ddp", 2), ("fsdp2", 3), ("fsdp2-shard1", 2), ("fsdp1-full", 2)])
 def test_refactored_bf16_gradient_is_rounded_once(engine: str, world_size: int) -> None:
     """bf16 weights as stored, bf16 gradients in: out comes the float64 result, rounded once to bf16."""
     errors = run_ranks(_refactoring_error, world_size, engine, torch.bfloat16, False)
     assert max(errors) < BF16_TOLERANCE
+
+
+def _fp16_error(rank: int, world_size: int, engine: str) -> float:
+    """fp16 compute with a scaled loss; the gradient is refactored scaled, as fused optimizers see it."""
+    workload = ill_conditioned_workload(cond_a=1e1, cond_b=1e3)
+    wrapped = ENGINES[engine].wrap(build_model(workload), Settings(), workload.batches.shape[1] // world_size)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    forward = wrapped.model.forward
+    wrapped.model.forward = torch.autocast("cpu", torch.float16)(forward)
+    wrapped.backward = lambda loss: scaler.scale(loss).backward()
+    wrapped.step = lambda: (scaler.step(wrapped.optimizer), scaler.update())
+    refactoring, handle = refactoring_of_one_step(wrapped, workload.batches[0], IMMEDIATELY)
+    assert handle.report().applied_steps == 1
+    return refactoring.worst_error()
+
+
+@pytest.mark.parametrize(("engine", "world_size"), [("ddp", 2), ("fsdp2", 2)])
+def test_fp16_with_loss_scaling(engine: str, world_size: int) -> None:
+    """The refactorization is linear, so a loss scale passes through it: exact for what comes out of fp16."""
+    assert max(run_ranks(_fp16_error, world_size, engine)) < FP32_TOLERANCE
 
 
 def _train_from(

@@ -143,6 +143,17 @@ ENGINES = [
     Engine("zero3-offload", functools.partial(_stage[3], offload_optimizer=_OFFLOAD)),
     Engine("zero2-offload-cpu-adam", functools.partial(_stage[2], offload_optimizer=_OFFLOAD, cpu_adam=True)),
     Engine("zero3-offload-cpu-adam", functools.partial(_stage[3], offload_optimizer=_OFFLOAD, cpu_adam=True)),
+    # bf16 weights with fp32 masters
+    *(
+        Engine(
+            f"zero{stage}-bf16-masters",
+            functools.partial(_stage[stage], more={"bf16": {"enabled": True}}),
+            model_dtype=torch.bfloat16,
+            bf16_factor_tolerance=8e-2,
+            bf16_loss_tolerance=2e-3,
+        )
+        for stage in (2, 3)
+    ),
     # BF16_Optimizer; bf16 weights cannot follow the fp32 reference
     Engine(
         "zero1-bf16",

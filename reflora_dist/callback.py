@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .adapter_files import save_adapter
+from .adapter_files import load_adapter, save_adapter
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import RefLoRAConfig
 from .integrate import Handle, attach
@@ -64,6 +64,10 @@ class RefLoRACallback(TrainerCallback, ExportableState):
     ) -> None:
         if self.handle is not None:
             self.handle.detach()
+        best = state.best_model_checkpoint
+        if args.load_best_model_at_end and best and isinstance(kwargs["model"], FullyShardedDataParallel):
+            # Trainer has just loaded it, from files that hold no factors (see on_save)
+            load_adapter(kwargs["model"], kwargs["optimizer"], best)
 
     def state(self) -> dict[str, Any]:
         """What Trainer writes into ``trainer_state.json``."""

@@ -71,7 +71,8 @@ def save_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any, ha
         if is_first_rank():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / _RECORD).unlink(missing_ok=True)  # from here on until the end it is no checkpoint
-            shutil.rmtree(folder / _STATE, ignore_errors=True)
+            for stale in (_STATE, _UNIVERSAL):
+                shutil.rmtree(folder / stale, ignore_errors=True)
     save_adapter(model, folder)
     with agreed("saving the checkpoint"):
         if _is_deepspeed(engine):

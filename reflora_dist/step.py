@@ -76,11 +76,9 @@ class RescalingStep:
     def __call__(self, in_step: bool) -> Tensor:
         """Rescale; ``in_step`` as in ``Engine.publish_weights``. Returns the number of pairs left as they are."""
         weights = self._engine.weights()
-        squared_norms = torch.zeros(len(weights), dtype=torch.float64, device=self._comm.device)
-        held = [index for index, weight in enumerate(weights) if weight.numel()]
-        if held:
-            norms = torch._foreach_norm([weights[index].double() for index in held])
-            squared_norms[held] = torch.stack(norms).to(self._comm.device).square()
+        # summed in float64; an empty shard's norm is zero
+        norms = torch.stack(torch._foreach_norm(weights, 2, dtype=torch.float64))
+        squared_norms = norms.to(self._comm.device, non_blocking=True).square()
         (squared_norms,) = self._comm.all_reduce([squared_norms])
         rescaling = self._method.solve(squared_norms.view(-1, 2).T)
         factors = torch.stack([rescaling.factor_a, 1 / rescaling.factor_a], dim=1).flatten()

@@ -99,7 +99,7 @@ def test_the_model_is_built_in_a_process_of_its_own_and_is_deterministic(
     tokenizer = AutoTokenizer.from_pretrained(folders[0])
     model = AutoModelForCausalLM.from_pretrained(folders[0])
     assert model.num_parameters() < 60_000 and len(tokenizer) == 600
-    for sample in ("def f(x):\n        return {x: 'é'}", "  two  spaces", "漢字"):
+    for sample in ("def f(x):\n        return {x: 'é'}", "two  spaces", "漢字"):
         ids = tokenizer(sample, add_special_tokens=False)["input_ids"]
         assert tokenizer.decode(ids) == sample  # byte fallback and indentation: nothing is lost
 

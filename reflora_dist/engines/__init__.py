@@ -85,7 +85,9 @@ def _fsdp1_engine(
         return flat_parameter_engine(pairs, optimizer, units, group)
     if not sharded:
         return ReplicatedEngine(pairs, optimizer, "fsdp1")
-    return FSDP1Engine(pairs, optimizer, group)
+    engine = FSDP1Engine(pairs, optimizer, group)
+    engine.replicas = getattr(units[0], "_inter_node_pg", None)  # HYBRID_SHARD
+    return engine
 
 
 def _refuse_double_wrapping(model: nn.Module) -> None:

@@ -158,6 +158,5 @@ ENGINES = [
     Engine("ddp-accelerate", _ddp),
     Engine("fsdp2-accelerate", functools.partial(_fsdp, version=2)),
     Engine("fsdp1-accelerate", functools.partial(_fsdp, version=1)),
-    Engine("zero2-accelerate", functools.partial(_zero, stage=2)),
-    Engine("zero3-accelerate", functools.partial(_zero, stage=3)),
+    *(Engine(f"zero{stage}-accelerate", functools.partial(_zero, stage=stage)) for stage in (1, 2, 3)),
 ]

@@ -154,6 +154,6 @@ ENGINES = [
             arguments=functools.partial(_zero_arguments, stage=stage),
             assert_sharded=functools.partial(assert_zero_shards, stage=stage),
         )
-        for stage in (2, 3)
+        for stage in (1, 2, 3)
     ),
 ]

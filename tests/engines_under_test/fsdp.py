@@ -12,7 +12,6 @@ from peft.utils.other import fsdp_auto_wrap_policy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
-    CPUOffload,
     CPUOffloadPolicy,
     FullyShardedDataParallel,
     MixedPrecision,
@@ -129,7 +128,6 @@ def _fsdp1(
     *,
     strategy: ShardingStrategy = ShardingStrategy.FULL_SHARD,
     flat: bool = False,
-    offload: bool = False,
     bf16: bool = False,
 ) -> Wrapped:
     """FSDP1 per decoder layer; ``flat`` is ``use_orig_params=False`` with PEFT's own wrap policy."""
@@ -139,7 +137,6 @@ def _fsdp1(
         sharding_strategy=strategy,
         auto_wrap_policy=fsdp_auto_wrap_policy(model) if flat else ModuleWrapPolicy({LlamaDecoderLayer}),
         use_orig_params=not flat,
-        cpu_offload=CPUOffload(offload_params=True) if offload else None,
         mixed_precision=MixedPrecision(param_dtype=torch.bfloat16) if bf16 else None,
         device_mesh=_hybrid_mesh() if hybrid else None,
         device_id=torch.device("cpu"),
@@ -162,7 +159,6 @@ ENGINES = [
     Engine("fsdp1-grad-op", functools.partial(_fsdp1, strategy=ShardingStrategy.SHARD_GRAD_OP)),
     Engine("fsdp1-no-shard", functools.partial(_fsdp1, strategy=ShardingStrategy.NO_SHARD)),
     Engine("fsdp1-hybrid", functools.partial(_fsdp1, strategy=ShardingStrategy.HYBRID_SHARD), world_sizes=(4,)),
-    Engine("fsdp1-offload", functools.partial(_fsdp1, offload=True)),
     # bf16 compute over fp32 shards
     Engine("fsdp2-bf16", functools.partial(_fsdp2, bf16=True), bf16_factor_tolerance=8e-2, bf16_loss_tolerance=2e-3),
     Engine("fsdp1-bf16", functools.partial(_fsdp1, bf16=True), bf16_factor_tolerance=8e-2, bf16_loss_tolerance=2e-3),

@@ -205,9 +205,7 @@ def summary(times: Times) -> dict[str, Any]:
     statistics_by_variant = {
         name: {key: _spread(values) for key, values in variant.items()} for name, variant in times.items()
     }
-    ratios = {
-        key: statistics.median(method_times[key]) / statistics.median(plain_times[key]) for key in plain_times
-    }
+    ratios = {key: statistics.median(method_times[key]) / statistics.median(plain_times[key]) for key in plain_times}
     return {"variants": statistics_by_variant, "ratio": ratios, "compared": [method, plain]}
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .adapters import clean_name, find_pairs
 from .engines import find_engine
+from .engines.zero import ZeroEngine
 from .whole import Owner, gather, owned_tensors, scatter
 
 
@@ -108,18 +109,9 @@ def load_adapter(model: nn.Module, optimizer: Any, adapter_dir: str | Path) -> N
         values = {name: files[entry.file][entry.file_key] for name, entry in entries.items()}
     with agreed("loading the adapter"):
         scatter(model, owners, values)
-        if find_engine(model, optimizer, find_pairs(model)).name.startswith("zero"):
-            _set_masters(owners, values)
-
-
-def _set_masters(owners: Mapping[str, Owner], values: Mapping[str, Tensor]) -> None:
-    from deepspeed.utils import safe_set_full_fp32_param
-
-    for name, value in values.items():
-        module, attribute = owners[name]
-        parameter = getattr(module, attribute)
-        if parameter.requires_grad:  # DeepSpeed keeps no masters of adapters that are not trained
-            safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
+        engine = find_engine(model, optimizer, find_pairs(model))
+        if isinstance(engine, ZeroEngine):
+            engine.write_masters({getattr(*owners[name]): value for name, value in values.items()})
 
 
 def _peft_model(model: nn.Module) -> PeftModel:

@@ -93,6 +93,11 @@ def find_pairs(model: nn.Module) -> list[AdapterPair]:
     return pairs
 
 
+def active_adapters(model: nn.Module) -> list[tuple[str, ...]]:
+    """The names of every LoRA layer's active adapters, in the order of the model's modules."""
+    return [tuple(module.active_adapters) for module in model.modules() if isinstance(module, LoraLayer)]
+
+
 def clean_name(name: str) -> str:
     """A module's path without what DDP, FSDP1, checkpointing and torch.compile put into it."""
     segments = [segment for segment in name.split(".") if segment not in _WRAPPER_SEGMENTS]
@@ -105,7 +110,7 @@ def _pairs_of(name: str, module: nn.Module) -> Iterator[AdapterPair]:
     if not isinstance(module, LoraLayer):
         return
     name = clean_name(name)
-    if isinstance(module.base_layer, LoraLayer):
+    if isinstance(module.base_layer, LoraLayer) and not isinstance(module, ParamWrapper):
         raise ValueError(f"{name} holds a LoRA layer inside a LoRA layer: the model was given to PEFT twice")
     for adapter in module.active_adapters:
         full_name = f"{name}.{adapter}"

@@ -23,14 +23,18 @@ class _Finding:
     shards: tuple[LocalShard, ...] = ()
     checksum: int = 0
     has_moments: bool = False
+    state: str = ""
 
 
-def agree(engine: Engine | None, config: RefLoRAConfig, error: Exception | None) -> tuple[list[list[LocalShard]], bool]:
+def agree(
+    engine: Engine | None, config: RefLoRAConfig, state: str, error: Exception | None
+) -> tuple[list[list[LocalShard]], bool]:
     """Compare the ranks' findings.
 
     Args:
         engine: what this rank found, or None if it met ``error``.
         config: of this rank.
+        state: of the handle to continue, as text; empty for a new run.
         error: to be raised, here as it is and elsewhere with this rank's number.
 
     Returns:
@@ -42,7 +46,11 @@ def agree(engine: Engine | None, config: RefLoRAConfig, error: Exception | None)
 
     Communication: one all-gather of objects over all ranks.
     """
-    own = _finding(engine, config, error)
+    try:
+        own = _finding(engine, config, state, error)
+    except Exception as caught:  # whatever it is: the other ranks wait for this one's finding
+        error = caught
+        own = _finding(None, config, state, error)
     findings: list[Any] = [own]
     if dist.is_initialized() and dist.get_world_size() > 1:
         findings = [None] * dist.get_world_size()
@@ -52,7 +60,7 @@ def agree(engine: Engine | None, config: RefLoRAConfig, error: Exception | None)
     for rank, finding in enumerate(findings):
         if finding.error is not None:
             raise ValueError(f"attach failed on rank {rank}: {finding.error}")
-    for field in ("config", "engine", "pairs", "optimizer"):
+    for field in ("config", "engine", "pairs", "optimizer", "state"):
         _require_equal(field, findings)
     assert engine is not None
     group = _ranks(engine.group) or [dist.get_rank() if len(findings) > 1 else 0]
@@ -61,7 +69,7 @@ def agree(engine: Engine | None, config: RefLoRAConfig, error: Exception | None)
     return shards, any(finding.has_moments for finding in findings)
 
 
-def _finding(engine: Engine | None, config: RefLoRAConfig, error: Exception | None) -> _Finding:
+def _finding(engine: Engine | None, config: RefLoRAConfig, state: str, error: Exception | None) -> _Finding:
     if engine is None:
         return _Finding(f"{type(error).__name__}: {error}", repr(config))
     return _Finding(
@@ -72,7 +80,8 @@ def _finding(engine: Engine | None, config: RefLoRAConfig, error: Exception | No
         optimizer=type(engine.optimizer).__name__,
         shards=tuple(engine.shards()),
         checksum=_checksum(engine) if engine.replicas is not None else 0,
-        has_moments=any(bool(state["exp_avg_sq"].any()) for state in engine.moments() if "exp_avg_sq" in state),
+        has_moments=any(bool(moments["exp_avg_sq"].any()) for moments in engine.moments() if "exp_avg_sq" in moments),
+        state=state,
     )
 
 

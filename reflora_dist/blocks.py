@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class BlockSet:
             self.pairs_by_rank.setdefault(lora_rank, []).append(pair)
         self._lora_ranks = tuple(lora_ranks)
         self._slots = {pair: slot for pairs in self.pairs_by_rank.values() for slot, pair in enumerate(pairs)}
-        self._batches: dict[tuple[bool, ...], list[_Batch]] = {}
+        self._batches: dict[tuple[torch.device | None, ...], list[_Batch]] = {}
 
     def grams(self, blocks: Sequence[Tensor | None]) -> Matrices:
         """This rank's share of every Gram matrix.
@@ -99,20 +99,21 @@ class BlockSet:
 
     def _present(self, blocks: Sequence[Tensor | None]) -> Iterator[tuple[_Batch, list[Tensor]]]:
         """Batches of the blocks that are not None. Few patterns of absence occur, and each is planned once."""
-        present = tuple(block is not None for block in blocks)
-        assert len(present) == len(self.specs)
-        if present not in self._batches:
-            self._batches[present] = list(self._plan(present))
-        for batch in self._batches[present]:
+        # Received blocks lie on the communication device, direct ones where the engine has its shards.
+        devices = tuple(None if block is None else block.device for block in blocks)
+        assert len(devices) == len(self.specs)
+        if devices not in self._batches:
+            self._batches[devices] = list(self._plan(devices))
+        for batch in self._batches[devices]:
             yield batch, [blocks[member] for member in batch.members]  # type: ignore[misc]
 
-    def _plan(self, present: tuple[bool, ...]) -> Iterator[_Batch]:
-        by_shape: dict[tuple[int, int, tuple[int, int]], list[int]] = {}
+    def _plan(self, devices: tuple[torch.device | None, ...]) -> Iterator[_Batch]:
+        by_shape: dict[tuple[Any, ...], list[int]] = {}
         for position, spec in enumerate(self.specs):
-            if present[position]:
-                key = (self._lora_ranks[spec.pair], spec.side, spec.shape)
+            if devices[position] is not None:
+                key = (self._lora_ranks[spec.pair], spec.side, spec.shape, devices[position])
                 by_shape.setdefault(key, []).append(position)
-        for (lora_rank, side, shape), positions in by_shape.items():
+        for (lora_rank, side, shape, _), positions in by_shape.items():
             size = max(1, _MAX_STACKED_ELEMENTS // (shape[0] * shape[1]))
             for start in range(0, len(positions), size):
                 members = tuple(positions[start : start + size])

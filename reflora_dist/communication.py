@@ -59,10 +59,9 @@ class Communicator:
 
 
 def _communication_device(group: dist.ProcessGroup | None, shard_device: torch.device) -> torch.device:
-    # "cpu:gloo,cuda:nccl" -> {"cpu", "cuda"}: the device types for which the group has a backend.
-    supported = {entry.split(":")[0] for entry in str(dist.get_backend_config(group)).split(",")}
-    if shard_device.type in supported:
-        return shard_device
+    # "cpu:gloo,cuda:nccl" -> {"cpu": "gloo", "cuda": "nccl"}
+    backends = dict(entry.split(":") for entry in str(dist.get_backend_config(group)).split(","))
     accelerator = torch.accelerator.current_accelerator()
-    assert accelerator is not None, f"the process group supports {supported}, shards lie on {shard_device}"
+    if accelerator is None or backends.get(accelerator.type) in (None, "gloo"):
+        return shard_device
     return torch.device(accelerator.type, torch.accelerator.current_device_index())

@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from .adapters import find_pairs
+from .adapters import active_adapters, find_pairs
 from .agreement import agree
 from .communication import Communicator
 from .config import RefLoRAConfig
 from .engines import Engine, find_engine
-from .methods import METHODS
+from .methods import GRADIENT_METHODS, RESCALING_METHODS
+from .optimizers import check_optimizer
 from .report import Report
 from .retile import Retiler
 from .step import GradientStep, RescalingStep
 from .tiling import LocalShard
 
-# RefLoRA-S rescales Adam's moments, so it must know them: exp_avg and exp_avg_sq, elementwise.
-_ADAM_FAMILY = ("Adam", "AdamW", "NAdam", "RAdam", "FusedAdam", "DeepSpeedCPUAdam")
-# These read a gradient as a matrix, sparsely or more than once per step; a refactored flat piece breaks them.
-_NOT_ELEMENTWISE = ("LBFGS", "SparseAdam", "Adafactor", "Muon", "Shampoo", "DistributedShampoo", "SOAP")
-
 _STATE_VERSION = 1
-_attached: weakref.WeakKeyDictionary[torch.optim.Optimizer, Handle] = weakref.WeakKeyDictionary()
+_attached: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 def attach(
     model: nn.Module, optimizer: Any, config: RefLoRAConfig, *, state_dict: Mapping[str, Any] | None = None
 ) -> Handle:
     """Make an optimizer refactor the model's LoRA adapters. Call on every rank, after wrapping.
+
+    Gradients are changed in place: like any training loop, clear them after every step. A step that GradScaler leaves
+    out because of an overflow is not counted, unless a fused optimizer hides that from its hooks.
 
     Args:
         model: the PEFT model, bare or as DDP, fully_shard, FSDP, deepspeed.initialize or accelerator.prepare
@@ -54,11 +56,14 @@ def attach(
     engine, error = None, None
     try:
         engine = _find(model, optimizer, config)
-    except (TypeError, ValueError, RuntimeError) as caught:
-        error = caught
-    shards, resumed = agree(engine, config, error)
+        if state_dict is not None:
+            _check_state(state_dict, config)
+    except Exception as caught:  # whatever it is: the other ranks must hear of it
+        engine, error = None, caught
+    state = "" if state_dict is None else json.dumps(dict(state_dict), sort_keys=True, default=str)
+    shards, resumed = agree(engine, config, state, error)
     assert engine is not None
-    handle = Handle(config, engine, shards)
+    handle = Handle(model, config, engine, shards)
     if state_dict is not None:
         handle.load_state_dict(state_dict)
     elif not resumed:
@@ -69,30 +74,32 @@ def attach(
 class Handle:
     """The link between a model's adapters and their optimizer. Made by :func:`attach`."""
 
-    def __init__(self, config: RefLoRAConfig, engine: Engine, shards: list[list[LocalShard]]) -> None:
+    def __init__(self, model: nn.Module, config: RefLoRAConfig, engine: Engine, shards: list[list[LocalShard]]) -> None:
         self.config = config
         self._engine = engine
+        self._model = model
+        self._active_adapters = active_adapters(model)
         weights = engine.weights()
         self._comm = Communicator(engine.group, weights[0].device)
         self._steps = 0
         self._applied_steps = 0
         self._skipped_pairs = torch.zeros((), dtype=torch.int64, device=self._comm.device)
         self._checked = False
+        self._paused = False
         self._gradient_step: GradientStep | None = None
         self._rescaling_step: RescalingStep | None = None
-        method = METHODS[config.method]
-        if config.method == "reflora-s":
-            self._rescaling_step = RescalingStep(method, engine, self._comm)  # type: ignore[arg-type]
-        elif method is not None:
+        if config.method in RESCALING_METHODS:
+            self._rescaling_step = RescalingStep(RESCALING_METHODS[config.method], engine, self._comm)
+        elif config.method in GRADIENT_METHODS:
             shapes = [shape for pair in engine.pairs for shape in (pair.shape_a, pair.shape_b)]
             wire_dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
             retiler = Retiler(shapes, shards, self._comm, wire_dtype)
-            self._gradient_step = GradientStep(method, engine, retiler, self._comm)  # type: ignore[arg-type]
+            self._gradient_step = GradientStep(GRADIENT_METHODS[config.method], engine, retiler, self._comm)
         self._hooks = [
             engine.optimizer.register_step_pre_hook(self._before_update),
             engine.optimizer.register_step_post_hook(self._after_update),
         ]
-        _attached[engine.optimizer] = self
+        _attached.add(engine.optimizer)
 
     def report(self) -> Report:
         """Figures of this rank so far. Waits for the device; local, no communication."""
@@ -103,7 +110,7 @@ class Handle:
             method=self.config.method,
             engine=self._engine.name,
             layout=self._engine.layout,
-            world_size=self._comm.world_size,
+            world_size=dist.get_world_size() if dist.is_initialized() else 1,
             num_pairs=len(self._engine.pairs),
             lora_ranks=lora_ranks,
             collectives_per_step=dict(self._comm.calls),
@@ -129,11 +136,7 @@ class Handle:
         Raises:
             ValueError: the state was written by another version, or for another method.
         """
-        if state_dict.get("version") != _STATE_VERSION:
-            raise ValueError(f"version={state_dict.get('version')!r} of the saved state is not {_STATE_VERSION}")
-        saved_method = state_dict["config"]["method"]
-        if saved_method != self.config.method:
-            raise ValueError(f"the checkpoint was written with method={saved_method!r}, this is {self.config.method!r}")
+        _check_state(state_dict, self.config)
         self._steps = int(state_dict["steps"])
         self._applied_steps = int(state_dict["applied_steps"])
         self._skipped_pairs.fill_(int(state_dict["skipped_pairs"]))
@@ -142,11 +145,27 @@ class Handle:
         """Take the hooks off the optimizer: training goes on as plain LoRA."""
         for hook in self._hooks:
             hook.remove()
-        if _attached.get(self._engine.optimizer) is self:
-            del _attached[self._engine.optimizer]
+        if self._hooks:
+            _attached.discard(self._engine.optimizer)
+        self._hooks = []
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let ``optimizer.step`` run without the method, and without counting it.
+
+        torch's ``get_optimizer_state_dict`` fills an empty optimizer state by a step of size zero, under FSDP1 on some
+        ranks only: no training step, and no place for a collective.
+        """
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     @torch.no_grad()
     def _before_update(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._paused:
+            return
         # torch passes the optimizer itself as the first argument
         if any(argument is not None for argument in args[1:]) or kwargs.get("closure") is not None:
             raise RuntimeError("optimizer.step(closure) computes gradients after they would be refactored: call "
@@ -154,6 +173,8 @@ class Handle:
         if not self._checked:
             self._engine.check()
             self._checked = True
+        if active_adapters(self._model) != self._active_adapters:
+            raise RuntimeError("the active adapters changed after attach(): detach, then attach again")
         firing = self._engine.firing()
         if firing.first:
             self._comm.start_step()
@@ -165,6 +186,8 @@ class Handle:
 
     @torch.no_grad()
     def _after_update(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._paused:
+            return
         last = self._engine.firing().last
         self._engine.end_firing()
         if not last:
@@ -184,11 +207,15 @@ def _find(model: nn.Module, optimizer: Any, config: RefLoRAConfig) -> Engine:
     if not isinstance(config, RefLoRAConfig):
         raise TypeError(f"config is a {type(config).__name__}; pass RefLoRAConfig(method=..., warmup_steps=...)")
     engine = find_engine(model, optimizer, find_pairs(model))
-    name = type(engine.optimizer).__name__
-    if name in _NOT_ELEMENTWISE:
-        raise ValueError(f"{name} does not update elementwise, so its gradients cannot be refactored; use AdamW")
-    if config.method == "reflora-s" and name not in _ADAM_FAMILY:
-        raise ValueError(f"method='reflora-s' rescales Adam's moments; {name} is not one of {', '.join(_ADAM_FAMILY)}")
+    check_optimizer(engine.optimizer, config)
     if engine.optimizer in _attached:
         raise RuntimeError("this optimizer is attached already: call detach() on its handle first")
     return engine
+
+
+def _check_state(state_dict: Mapping[str, Any], config: RefLoRAConfig) -> None:
+    if state_dict.get("version") != _STATE_VERSION:
+        raise ValueError(f"version={state_dict.get('version')!r} of the saved state is not {_STATE_VERSION}")
+    saved_method = state_dict["config"]["method"]
+    if saved_method != config.method:
+        raise ValueError(f"the checkpoint was written with method={saved_method!r}, this is {config.method!r}")

@@ -14,7 +14,7 @@ class Report:
         method: of the configuration.
         engine: "single", "ddp", "fsdp1", "fsdp2", "zero1", "zero2", "zero3" or "zero1 (BF16_Optimizer)".
         layout: "whole", "tall" (whole rows of the tall factors) or "flat" (flat pieces, re-tiled at every step).
-        world_size: ranks that together hold one copy of every factor.
+        world_size: ranks of the job.
         num_pairs: LoRA adapters that are refactored.
         lora_ranks: the r that occur, and how many pairs have each.
         collectives_per_step: by kind, as issued in the last optimizer step (forward, backward and what the

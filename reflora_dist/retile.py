@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -51,11 +52,6 @@ class Retiler:
     def specs(self) -> list[BlockSpec]:
         """The blocks of this rank, in the order in which ``to_blocks`` returns them."""
         return [BlockSpec(place.factor // 2, place.factor % 2, place.shape) for place in self._places]
-
-    @property
-    def needs_exchange(self) -> bool:
-        """Whether any factor has to be re-tiled (the same on all ranks)."""
-        return any(tiling.exchanged for tiling in self._tilings)
 
     def to_blocks(self, channels: Sequence[Channel], present: Sequence[Sequence[bool]]) -> list[list[Tensor | None]]:
         """Bring the local pieces of one or more channels into blocks.
@@ -147,10 +143,28 @@ class _Exchange:
         self._received_numel = [
             tilings[factor].sources.numel() for _, factor in entries if tilings[factor].received is not None
         ]
-        targets = [tilings[factor].targets for _, factor in entries]
-        sources = [tilings[factor].sources for _, factor in entries]
-        self._pack, self._unpack_returned, self._send_counts = _permutation(targets, comm)
-        self._pack_return, self._unpack, self._receive_counts = _permutation(sources, comm)
+        self._targets = _concatenated([tilings[factor].targets for _, factor in entries])
+        self._sources = _concatenated([tilings[factor].sources for _, factor in entries])
+        self._send_counts = _counts(self._targets, comm.world_size)
+        self._receive_counts = _counts(self._sources, comm.world_size)
+
+    # Built when first used: weights are never sent back, so half of them would only take memory.
+
+    @functools.cached_property
+    def _pack(self) -> Tensor:
+        return _order(self._targets, self._comm)
+
+    @functools.cached_property
+    def _unpack(self) -> Tensor:
+        return _inverse_order(self._sources, self._comm)
+
+    @functools.cached_property
+    def _pack_return(self) -> Tensor:
+        return _order(self._sources, self._comm)
+
+    @functools.cached_property
+    def _unpack_returned(self) -> Tensor:
+        return _inverse_order(self._targets, self._comm)
 
     def forward(self, channels: Sequence[Channel]) -> list[Tensor]:
         """Send pieces, return the received blocks, flat."""
@@ -185,11 +199,23 @@ class _Exchange:
             torch._foreach_copy_(targets, kept)
 
 
-def _permutation(ranks: Sequence[Tensor], comm: Communicator) -> tuple[Tensor, Tensor, list[int]]:
-    """The order that sorts elements by rank, its inverse, and the number of elements per rank."""
+def _concatenated(ranks: Sequence[Tensor]) -> Tensor:
     flat = torch.cat([torch.empty(0, dtype=torch.int16), *ranks])
-    order = torch.sort(flat, stable=True).indices
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel())
-    counts = torch.bincount(flat.to(torch.int64), minlength=comm.world_size).tolist()
-    return order.to(comm.device, torch.int32), inverse.to(comm.device, torch.int32), counts
+    assert flat.numel() < 2**31, "32-bit indices cannot address the exchange"
+    return flat
+
+
+def _counts(ranks: Tensor, world_size: int) -> list[int]:
+    return torch.bincount(ranks.to(torch.int64), minlength=world_size).tolist()
+
+
+def _order(ranks: Tensor, comm: Communicator) -> Tensor:
+    """The order that sorts elements by rank, int32 on the communication device."""
+    return torch.sort(ranks, stable=True).indices.to(comm.device, torch.int32)
+
+
+def _inverse_order(ranks: Tensor, comm: Communicator) -> Tensor:
+    order = torch.sort(ranks, stable=True).indices
+    inverse = torch.empty(order.numel(), dtype=torch.int32)
+    inverse[order] = torch.arange(order.numel(), dtype=torch.int32)
+    return inverse.to(comm.device)

@@ -42,7 +42,7 @@ class GradientStep:
         """
         gradients = self._engine.gradients()
         skipped = None
-        if firing.first or self._transform is None:
+        if firing.first:
             # The weights of all sub-groups are still those of before the step only now, so S is formed once.
             channels: list[Channel] = [self._engine.weights(), gradients]
             everything = (True,) * len(firing.present)
@@ -50,6 +50,7 @@ class GradientStep:
             self._transform = self._solve(weight_blocks)
             skipped = _count_unsolved(self._transform.solved)
         else:
+            assert self._transform is not None
             (blocks,) = self._retiler.to_blocks([gradients], [firing.present])
         self._blocks.multiply_(blocks, self._transform.left, self._transform.right)
         self._retiler.from_blocks(blocks, gradients, firing.present)
@@ -77,28 +78,34 @@ class RescalingStep:
         """Rescale; ``in_step`` as in ``Engine.publish_weights``. Returns the number of pairs left as they are."""
         weights = self._engine.weights()
         # summed in float64; an empty shard's norm is zero
-        norms = torch.stack(torch._foreach_norm(weights, 2, dtype=torch.float64))
-        squared_norms = norms.to(self._comm.device, non_blocking=True).square()
+        norms = [norm.to(self._comm.device) for norm in torch._foreach_norm(weights, 2, dtype=torch.float64)]
+        squared_norms = torch.stack(norms).square()
         (squared_norms,) = self._comm.all_reduce([squared_norms])
         rescaling = self._method.solve(squared_norms.view(-1, 2).T)
         factors = torch.stack([rescaling.factor_a, 1 / rescaling.factor_a], dim=1).flatten()
-        self._scale(weights, factors.to(self._comm.shard_device))
+        self._scale(weights, factors)
         self._engine.publish_weights(in_step)
         return (~rescaling.solved).sum()
 
     def _scale(self, weights: list[Tensor], factors: Tensor) -> None:
         targets: list[Tensor] = []
         scales: list[Tensor] = []
-        powers = {0: factors, 1: factors.reciprocal(), 2: factors.reciprocal().square()}
+        devices = {weight.device for weight in weights}
+        powers = {
+            device: (factors.to(device), factors.reciprocal().to(device), factors.reciprocal().square().to(device))
+            for device in devices
+        }
         states = self._engine.moments()
         for index, (weight, state) in enumerate(zip(weights, states, strict=True)):
+            if state and not all(key in state for key in (*_FIRST_MOMENTS, _SECOND_MOMENTS[0])):
+                raise RuntimeError(f"the optimizer keeps {sorted(state)}, RefLoRA-S needs exp_avg and exp_avg_sq")
             tensors = [(weight, 0)]
             tensors += [(state[key], 1) for key in _FIRST_MOMENTS if key in state]
             tensors += [(state[key], 2) for key in _SECOND_MOMENTS if key in state]
             for tensor, power in tensors:
                 if tensor.numel():
                     targets.append(tensor)
-                    scales.append(powers[power][index])
+                    scales.append(powers[weight.device][power][index])
         if targets:
             torch._foreach_mul_(targets, scales)
 

@@ -41,6 +41,7 @@ _PRELOAD = (
     "peft",
     "accelerate",
     "deepspeed",
+    "tests.preload",
 )
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _GRACE_SECONDS = 3.0  # after the first failure: time for the other ranks to fail with a traceback of their own

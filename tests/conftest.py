@@ -16,6 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes minutes")
     config.addinivalue_line("markers", "all_ranks: an engine on a further number of ranks; runs with --all-ranks")
 
 

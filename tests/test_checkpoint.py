@@ -452,6 +452,7 @@ def _wrap_variant(engine_name: str, model: PeftModel, world_size: int) -> Wrappe
                 ("fsdp1-flat", False),
                 ("zero1-bf16", False),
                 ("zero2", True),
+                ("zero2-round-robin", False),
                 ("zero3", False),
             )
         ),

@@ -99,11 +99,53 @@ def test_optimizer_of_an_unknown_kind() -> None:
         attach(adapted(), {}, CONFIG)
 
 
-@pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.Adafactor, torch.optim.SparseAdam])
+class HomeMade(torch.optim.Muon):
+    """Known neither by name nor by what it derives from."""
+
+
+@pytest.mark.parametrize("kind", [HomeMade, torch.optim.LBFGS, torch.optim.Adafactor, torch.optim.SparseAdam])
 def test_optimizer_that_is_not_elementwise(kind: type) -> None:
     model = adapted()
-    with pytest.raises(ValueError, match=f"{kind.__name__} does not update elementwise"):
+    with pytest.raises(ValueError, match=f"{kind.__name__} is not known to update elementwise"):
         attach(model, kind(trainable(model)), CONFIG)
+
+
+def test_an_optimizer_that_derives_from_a_known_one_is_accepted() -> None:
+    model = adapted()
+    attach(model, type("MyAdamW", (torch.optim.AdamW,), {})(trainable(model)), RefLoRAConfig(method="reflora-s"))
+
+
+def test_a_namesake_of_adamw_is_not_adamw() -> None:
+    """bitsandbytes' AdamW keeps other moments under the same name."""
+    model = adapted()
+    namesake = type("AdamW", (torch.optim.Optimizer,), {"__module__": "bitsandbytes.optim.adamw"})
+    with pytest.raises(ValueError, match="rescales Adam's moments; AdamW is not one of"):
+        attach(model, namesake(trainable(model), {}), RefLoRAConfig(method="reflora-s"))
+    attach(model, namesake(trainable(model), {}), RefLoRAConfig(method="reflora"))
+
+
+def test_another_adapter_activated_after_attach() -> None:
+    """It would train as plain LoRA without a word."""
+    model = adapted()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["first"]))
+    optimizer = torch.optim.AdamW((p for n, p in model.named_parameters() if "lora_" in n), lr=1e-3)
+    attach(model, optimizer, CONFIG)
+    model.set_adapter("other")
+    model(torch.ones(3, 6)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"active adapters changed after attach\(\)"):
+        optimizer.step()
+
+
+def test_paused_steps_are_not_counted() -> None:
+    model = adapted()
+    optimizer = adamw(model)
+    handle = attach(model, optimizer, CONFIG)
+    model(torch.ones(3, 6)).sum().backward()
+    with handle.paused():
+        optimizer.step()
+    assert handle.report().steps == 0
+    optimizer.step()
+    assert handle.report().steps == 1
 
 
 def test_reflora_s_needs_adam() -> None:
@@ -156,8 +198,14 @@ def test_saved_state_of_another_method_or_version() -> None:
     state = handle.state_dict()
     with pytest.raises(ValueError, match="version=7"):
         handle.load_state_dict({**state, "version": 7})
+    other = {**state, "config": {"method": "reflora-s"}}
     with pytest.raises(ValueError, match="written with method='reflora-s', this is 'reflora'"):
-        handle.load_state_dict({**state, "config": {"method": "reflora-s"}})
+        handle.load_state_dict(other)
+    handle.detach()
+    optimizer = adamw(model)
+    with pytest.raises(ValueError, match="written with method='reflora-s', this is 'reflora'"):
+        attach(model, optimizer, CONFIG, state_dict=other)
+    attach(model, optimizer, CONFIG, state_dict=state)  # nothing was left behind
 
 
 # --- on several ranks -------------------------------------------------------------------------------------------

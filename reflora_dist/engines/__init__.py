@@ -77,15 +77,18 @@ def _fsdp1_engine(
     sharded = any(unit._handle is not None and unit._handle.uses_sharded_strategy for unit in units)
     if sharded and len({tuple(dist.get_process_group_ranks(group)) for group in groups.values()}) > 1:
         raise ValueError("FSDP modules of this model shard over different process groups; use one for all")
-    group = next(iter(groups.values()))
-    assert group is not None
-    if not all(unit._use_orig_params for unit in units):
-        if not sharded:
-            raise ValueError("FSDP NO_SHARD with use_orig_params=False is not supported; set use_orig_params=True")
-        return flat_parameter_engine(pairs, optimizer, units, group)
+    group = next(iter(groups.values()), None)
+    if group is None:
+        raise ValueError("the FSDP modules hold no parameters: pass the model that FSDP wrapped")
+    if not sharded and not all(unit._use_orig_params for unit in units):
+        raise ValueError("FSDP NO_SHARD with use_orig_params=False is not supported; set use_orig_params=True")
     if not sharded:
         return ReplicatedEngine(pairs, optimizer, "fsdp1")
-    engine = FSDP1Engine(pairs, optimizer, group)
+    engine: Engine
+    if all(unit._use_orig_params for unit in units):
+        engine = FSDP1Engine(pairs, optimizer, group)
+    else:
+        engine = flat_parameter_engine(pairs, optimizer, units, group)
     engine.replicas = getattr(units[0], "_inter_node_pg", None)  # HYBRID_SHARD
     return engine
 

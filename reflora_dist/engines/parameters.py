@@ -54,6 +54,12 @@ class ParameterEngine(Engine):
             name = type(self.optimizer).__name__
             raise error(f"{name} does not hold {len(missing)} of the factors ({missing[0]}, ...): {remedy}")
 
+    def _check_whole(self) -> None:
+        for pair in self.pairs:
+            numel = pair.lora_a.numel() + pair.lora_b.numel()
+            if numel != pair.lora_rank * (pair.in_features + pair.out_features):
+                raise ValueError(f"{pair.name} is sharded, but not the model given: pass the wrapped model")
+
 
 class ReplicatedEngine(ParameterEngine):
     """One process, DDP, FSDP1 NO_SHARD, or adapters that are left out of sharding: every rank holds all."""
@@ -63,6 +69,7 @@ class ReplicatedEngine(ParameterEngine):
     def __init__(self, pairs: Sequence[AdapterPair], optimizer: torch.optim.Optimizer, name: str) -> None:
         super().__init__(pairs, optimizer)
         self.name = name
+        self._check_whole()
         if dist.is_initialized() and dist.get_world_size() > 1:
             self.replicas = dist.group.WORLD
 

@@ -1,13 +1,13 @@
 """DeepSpeed ZeRO-1, 2, 3 and BF16_Optimizer: slices of flat fp32 master buffers.
 
 DeepSpeed has no public way to the gradient that the optimizer is about to read (``safe_get_local_grad`` is stale and
-``safe_set_local_grad`` without effect there), so this reads the buffers themselves. The handle checks on all ranks
-that the pieces found here tile every factor exactly.
+``safe_set_local_grad`` without effect there), so this reads the buffers themselves. Where the pieces of a factor lie is
+computed from the layout; attach() checks that all ranks' pieces together tile it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,24 +43,18 @@ class ZeroEngine(BufferEngine):
     def __init__(self, pairs: Sequence[AdapterPair], zero: Any) -> None:
         kind = type(zero).__name__
         _refuse_unsupported(kind, zero)
-        if kind == _STAGE_3:
-            name, group, buffers, places = "zero3", zero.dp_process_group, *_places_stage_3(zero)
-        elif kind == _STAGE_1_2:
-            name, group = "zero2" if zero.partition_gradients else "zero1", zero.real_dp_process_group[0]
-            buffers = zero.single_partition_of_fp32_groups
-            places = _places_stage_1_2(zero.bit16_groups, zero.bit16_groups_flat, group)
-        else:
-            name, group = "zero1 (BF16_Optimizer)", zero.real_dp_process_group[0]
-            buffers = zero.fp32_groups_flat_partition
-            places = _places_stage_1_2(zero.bf16_groups, zero.bf16_groups_flat, group)
+        name = {_STAGE_3: "zero3", _BF16: "zero1 (BF16_Optimizer)"}.get(kind, "")
+        if not name:
+            name = "zero2" if zero.partition_gradients else "zero1"
+        buffers, places = _places(kind, zero)
         self._zero = zero
         self._kind = kind
         self._fired: set[int] = set()
+        group = _partition_groups(kind, zero)[0]
         super().__init__(pairs, zero.optimizer, name, group, buffers, _select(pairs, places, kind))
 
     def firing(self) -> Firing:
-        current = self._current_buffers()
-        fired = set() if current & self._fired else self._fired  # a buffer again: the step before was cut short
+        current, fired = self._current_buffers()
         return Firing(
             present=tuple(piece.buffer in current for piece in self._pieces),
             first=not fired,
@@ -68,8 +62,7 @@ class ZeroEngine(BufferEngine):
         )
 
     def end_firing(self) -> None:
-        current = self._current_buffers()
-        fired = set() if current & self._fired else self._fired
+        current, fired = self._current_buffers()
         self._fired = fired | current
         if len(self._fired) == len(self._buffers):
             self._fired = set()
@@ -77,6 +70,8 @@ class ZeroEngine(BufferEngine):
     def publish_weights(self, in_step: bool) -> None:
         zero = self._zero
         if self._kind == _STAGE_3:
+            if not in_step:
+                zero.checkpoint_event_prologue()  # partitions what is gathered, so that the gathering below is real
             # The engine has done this for the sub-groups before the last, with the weights of then.
             for index, (working, master) in enumerate(
                 zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True)
@@ -84,9 +79,7 @@ class ZeroEngine(BufferEngine):
                 working.data.copy_(master.data)
                 zero._unflatten_partitioned_parameters(index)
             if not in_step:
-                if zero.persistent_parameters:
-                    zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
-                zero.invalidate_secondary_tensor()
+                zero.checkpoint_event_epilogue()  # gathers the parameters that stay whole on every rank
         elif not in_step:
             zero.update_lp_params()
         elif self._kind == _STAGE_1_2:
@@ -96,9 +89,25 @@ class ZeroEngine(BufferEngine):
             ):
                 partitions[dist.get_rank(group)].data.copy_(master.data)
 
-    def _current_buffers(self) -> set[int]:
+    def write_masters(self, values: Mapping[Tensor, Tensor]) -> None:
+        """Put whole values into this rank's part of the masters.
+
+        Args:
+            values: by the model's parameter; what DeepSpeed does not train is left out.
+        """
+        buffers, places = _places(self._kind, self._zero)
+        for parameter, value in values.items():
+            piece = places.get(id(parameter))
+            if piece is not None:
+                target = buffers[piece.buffer].detach()[piece.offset : piece.offset + piece.numel]
+                target.copy_(value.reshape(-1)[piece.start : piece.start + piece.numel])
+
+    def _current_buffers(self) -> tuple[set[int], set[int]]:
+        """The buffers that the call under way updates, and those updated before it in the same training step."""
         active = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-        return {index for index, buffer in enumerate(self._buffers) if id(buffer) in active}
+        current = {index for index, buffer in enumerate(self._buffers) if id(buffer) in active}
+        # The same buffer again: the step before was cut short, and this is a new one.
+        return current, set() if current & self._fired else self._fired
 
 
 def _refuse_unsupported(kind: str, zero: Any) -> None:
@@ -111,15 +120,36 @@ def _refuse_unsupported(kind: str, zero: Any) -> None:
         raise ValueError(f"offload_optimizer.ratio={ratio} is not supported: two optimizers share the step; set 1.0")
     if getattr(zero, "zenflow", False):
         raise ValueError("zenflow is not supported: it updates outside the optimizer's step; remove it")
-    if getattr(zero, "mpu", None) is not None:
+    if getattr(zero, "model_parallel_group", None) is not None or getattr(zero, "mpu", None) is not None:
         raise ValueError("tensor or pipeline parallelism (mpu) is not supported; use data parallelism with ZeRO")
     if not isinstance(zero.optimizer, torch.optim.Optimizer):
         raise ValueError(f"DeepSpeed has no optimizer of its own here ({type(zero.optimizer).__name__}); configure one")
+    if len({tuple(dist.get_process_group_ranks(group)) for group in _partition_groups(kind, zero)}) > 1:
+        raise ValueError("parameters are partitioned over several process groups (mixture of experts): not supported")
 
 
-def _places_stage_3(zero: Any) -> tuple[Sequence[Tensor], dict[int, Piece]]:
+def _partition_groups(kind: str, zero: Any) -> list[dist.ProcessGroup]:
+    """The ranks over which each buffer's parameters are cut."""
+    if kind == _STAGE_3:
+        return [zero._get_sub_group_process_group(index) for index in range(len(zero.fp16_groups))]
+    return list(zero.real_dp_process_group)
+
+
+def _places(kind: str, zero: Any) -> tuple[Sequence[Tensor], dict[int, Piece]]:
+    """This rank's master buffers, and where in them each parameter's part lies, by the parameter's id."""
+    group = _partition_groups(kind, zero)[0]
+    if kind == _STAGE_3:
+        return zero.fp32_partitioned_groups_flat, _places_stage_3(zero, dist.get_rank(group))
+    if kind == _STAGE_1_2:
+        buffers, groups, flats = zero.single_partition_of_fp32_groups, zero.bit16_groups, zero.bit16_groups_flat
+    else:
+        buffers, groups, flats = zero.fp32_groups_flat_partition, zero.bf16_groups, zero.bf16_groups_flat
+    assert all(b.numel() * dist.get_world_size(group) == f.numel() for b, f in zip(buffers, flats, strict=True))
+    return buffers, _places_stage_1_2(groups, flats, group)
+
+
+def _places_stage_3(zero: Any, rank: int) -> dict[int, Piece]:
     """Every parameter is cut into world_size equal pieces, the last ones padded; a buffer holds a sub-group's."""
-    rank = dist.get_rank(zero.dp_process_group)
     places = {}
     for index, parameters in enumerate(zero.fp16_groups):
         offset = 0
@@ -128,7 +158,7 @@ def _places_stage_3(zero: Any) -> tuple[Sequence[Tensor], dict[int, Piece]]:
             start = min(rank * numel, parameter.ds_numel)
             places[id(parameter)] = Piece(index, offset, start, min(numel, parameter.ds_numel - start))
             offset += numel
-    return zero.fp32_partitioned_groups_flat, places
+    return places
 
 
 def _places_stage_1_2(

@@ -6,10 +6,7 @@ from .base import GradientMethod, RescalingMethod
 from .reflora import RefLoRA
 from .reflora_s import RefLoRAS
 
-METHODS: dict[str, GradientMethod | RescalingMethod | None] = {
-    "lora": None,
-    "reflora": RefLoRA(),
-    "reflora-s": RefLoRAS(),
-}
+GRADIENT_METHODS: dict[str, GradientMethod] = {"reflora": RefLoRA()}
+RESCALING_METHODS: dict[str, RescalingMethod] = {"reflora-s": RefLoRAS()}
 
-__all__ = ["METHODS", "GradientMethod", "RefLoRA", "RefLoRAS", "RescalingMethod"]
+__all__ = ["GRADIENT_METHODS", "RESCALING_METHODS", "GradientMethod", "RefLoRA", "RefLoRAS", "RescalingMethod"]

@@ -1,0 +1,95 @@
+"""Put finished runs beside each other: a table of their metrics and one plot of their losses.
+
+python launchers/compare.py outputs/lora outputs/reflora --plot outputs/comparison.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+from rich.table import Table
+
+from launchers.plots import plot_comparison
+from launchers.recorder import METRICS_FILE
+
+# What may differ between runs that are compared; anything else would make the comparison unfair.
+METHOD_SETTINGS = frozenset({"method", "reflora_warmup_steps", "reflora_interval"})
+START_TOLERANCE = 1e-3  # relative; the untrained adapter is zero, so only the order of sums differs
+
+
+def load_run(folder: Path) -> dict[str, Any]:
+    """The metrics of one finished run.
+
+    Raises:
+        ValueError: the folder holds none.
+    """
+    path = folder / METRICS_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); give the output_dir of a finished run") from error
+
+
+def check_comparable(runs: Sequence[dict[str, Any]]) -> None:
+    """Make sure that the runs differ in the method alone.
+
+    Raises:
+        ValueError: a setting, the number of steps, or the held-out loss before training differs.
+    """
+    first = runs[0]
+    for run in runs[1:]:
+        names = sorted(set(first["settings"]) | set(run["settings"]))
+        for name in names:
+            values = (first["settings"].get(name), run["settings"].get(name))
+            if name not in METHOD_SETTINGS and values[0] != values[1]:
+                raise ValueError(f"runs cannot be compared: {name} is {values[0]!r} in one, {values[1]!r} in another")
+        steps = [[point["step"] for point in r["held_out_loss"]] for r in (first, run)]
+        if steps[0] != steps[1]:
+            raise ValueError(f"runs cannot be compared: evaluated at steps {steps[0]} and {steps[1]}")
+        if steps[0] and steps[0][0] == 0:
+            start, other = first["held_out_loss"][0]["loss"], run["held_out_loss"][0]["loss"]
+            if abs(other - start) > START_TOLERANCE * start:
+                raise ValueError(f"runs cannot be compared: they start from held-out losses {start} and {other}")
+
+
+def comparison_table(runs: Sequence[dict[str, Any]]) -> Table:
+    """One column per run: held-out loss by step, time per step, bytes per step, peak memory."""
+    table = Table(title=f"{runs[0]['report']['engine']} on {runs[0]['world_size']} process(es)")
+    table.add_column("")
+    for run in runs:
+        table.add_column(run["method"], justify="right")
+    for number, point in enumerate(runs[0]["held_out_loss"]):
+        losses = [f"{run['held_out_loss'][number]['loss']:.4f}" for run in runs]
+        table.add_row(f"held-out loss, step {point['step']}", *losses)
+    table.add_section()
+    table.add_row("time per step, median (ms)", *(f"{1e3 * run['step_seconds_median']:.0f}" for run in runs))
+    table.add_row("bytes per step and rank", *(f"{run['bytes_per_step']:,}" for run in runs))
+    kind = runs[0]["peak_memory_kind"]
+    table.add_row(f"peak memory, {kind} (GiB)", *(f"{run['peak_memory_bytes'] / 2**30:.2f}" for run in runs))
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare finished fine-tuning runs.")
+    parser.add_argument("runs", nargs="+", type=Path, help="output folders of finetune.py")
+    parser.add_argument("--plot", type=Path, default=Path("outputs/comparison.png"))
+    options = parser.parse_args()
+    try:
+        runs = [load_run(folder) for folder in options.runs]
+        check_comparable(runs)
+    except ValueError as error:
+        raise SystemExit(f"compare.py: error: {error}") from error
+    Console(width=None if sys.stdout.isatty() else 100).print(comparison_table(runs))
+    print(f"bytes: the method's own collectives, not the engine's\nplot: {plot_comparison(runs, options.plot)}")
+
+
+if __name__ == "__main__":
+    main()

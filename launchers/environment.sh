@@ -1,0 +1,70 @@
+# Shared by the scripts in this folder; source it. Sets PYTHON, PROCESSES and the variables of CPU runs.
+
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PYTHON=${PYTHON:-python3}
+
+say() { printf '\n=== %s\n' "$*"; }
+die() { printf 'error: %s\n' "$*" >&2; exit 1; }
+
+# Create .venv unless a virtual environment is active, and install what is missing.
+# Arguments: the package's extras that are needed, separated by commas.
+ensure_environment() {
+    local extras=$1 constraints=()
+    if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
+        if [ ! -x "$repository/.venv/bin/python" ]; then
+            say "No virtual environment is active: creating $repository/.venv"
+            "$PYTHON" -m venv "$repository/.venv" \
+                || die "python -m venv failed; install your system's venv package (Debian: python3-venv)"
+        fi
+        # shellcheck disable=SC1091
+        . "$repository/.venv/bin/activate"
+    fi
+    PYTHON=$(command -v python) || die "the active environment has no python"
+    [ -f "$repository/constraints.txt" ] && constraints=(-c "$repository/constraints.txt")
+    if ! "$PYTHON" -c 'import torch' 2>/dev/null; then
+        say "Installing torch (TORCH_INDEX_URL names another index, for example that of the CPU builds)"
+        "$PYTHON" -m pip install "${constraints[@]}" ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch
+    fi
+    if ! "$PYTHON" - "$repository/pyproject.toml" "$extras" <<'PY' 2>/dev/null
+import sys
+from importlib import metadata
+from packaging.requirements import Requirement
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    from pip._vendor import tomli as tomllib
+project = tomllib.load(open(sys.argv[1], "rb"))["project"]
+wanted = project["dependencies"] + [r for e in sys.argv[2].split(",") for r in project["optional-dependencies"][e]]
+for requirement in map(Requirement, wanted):
+    assert metadata.version(requirement.name) in requirement.specifier, requirement
+PY
+    then
+        say "Installing reflora_dist with [$extras]"
+        "$PYTHON" -m pip install "${constraints[@]}" -e "$repository[$extras]"
+    fi
+}
+
+# Processes, threads and accelerator of a launch: all GPUs, or two processes on the CPU. PROCESSES overrides.
+detect_devices() {
+    gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+    if [ "$gpus" -eq 0 ]; then
+        local cores
+        cores=$(getconf _NPROCESSORS_ONLN)
+        PROCESSES=${PROCESSES:-2}
+        export DS_ACCELERATOR=cpu
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > PROCESSES ? cores / PROCESSES : 1))}
+    else
+        PROCESSES=${PROCESSES:-$gpus}
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    fi
+}
+
+# DeepSpeed compiles a small shared-memory extension at its first run on a CPU.
+require_compiler() {
+    [ "$gpus" -gt 0 ] || command -v c++ >/dev/null || command -v g++ >/dev/null \
+        || die "DeepSpeed compiles a small extension for the CPU and finds no C++ compiler; install g++"
+}
+
+free_port() {
+    "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}

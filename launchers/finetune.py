@@ -1,0 +1,215 @@
+"""Fine-tune a causal language model with LoRA, under whatever launcher and engine started it.
+
+    python launchers/finetune.py                        # one process, embedded model and data
+    torchrun --nproc_per_node 2 launchers/finetune.py --model NAME --dataset records.jsonl
+    deepspeed --num_gpus 2 launchers/finetune.py --deepspeed ds_configs/zero3.json ...
+    accelerate launch --config_file launchers/accelerate/fsdp2.yaml launchers/finetune.py ...
+
+Every option of transformers' TrainingArguments works too; ``--help`` lists them all.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
+
+from launchers import embedded, plots, recorder
+from launchers.options import Options, check_output_dir, checkpoint_to_resume, parse_options
+from launchers.records import Record, load_records, split_records
+from launchers.tokenization import Collator, cached_examples
+from reflora_dist import RefLoRACallback
+from reflora_dist.checkpoint import save_adapter
+
+# Trainer's settings that two runs must share to be comparable.
+RECORDED_ARGUMENTS = (
+    "seed",
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "bf16",
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        options = parse_options(argv)
+        check_output_dir(options.training.output_dir)
+        checkpoint = checkpoint_to_resume(options.training)
+        trainer, run_recorder = prepare(options)
+    except (ValueError, RuntimeError) as error:
+        # What a user can mend is told in one line; a traceback would hide it.
+        raise SystemExit(f"finetune.py: error: {error}") from error
+    trainer.train(resume_from_checkpoint=checkpoint)
+    finish(trainer, run_recorder, options)
+    leave()
+
+
+def prepare(options: Options) -> tuple[Trainer, recorder.RunRecorder]:
+    """Model, data and trainer, ready to train; every mistake that can be found before training is found here.
+
+    Raises:
+        ValueError, RuntimeError: an option, a file or a record cannot be used; the message says which.
+    """
+    arguments = options.training
+    train_records, eval_records = choose_records(options)
+    model_path = options.model.model or shared_once(arguments, embedded_model, options)
+    tokenizer = load_tokenizer(options.model.tokenizer or model_path)
+    train_data = shared_once(arguments, tokenized, options, tokenizer, train_records, packing=options.data.packing)
+    eval_data = shared_once(arguments, tokenized, options, tokenizer, eval_records) if eval_records else None
+    if eval_data is None:
+        arguments.eval_strategy, arguments.eval_on_start = "no", False
+    set_seed(arguments.seed)
+    model = add_adapter(load_model(model_path, options), options)
+    config = options.lora.reflora_config()
+    reflora_callback = RefLoRACallback(config)
+    first_refactored = config.warmup_steps + 1 if config.method != "lora" else None
+    run_recorder = recorder.RunRecorder(reflora_callback, first_refactored)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        data_collator=Collator(pad_token_id=padding),
+        callbacks=[reflora_callback, run_recorder],
+    )
+    return trainer, run_recorder
+
+
+def shared_once(arguments: Any, make: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call ``make`` with ``build=True`` on one rank of each machine; the others then find its files."""
+    with arguments.main_process_first(desc="prepare shared files"):
+        return make(*args, build=arguments.local_process_index == 0, **kwargs)
+
+
+def embedded_model(options: Options, *, build: bool) -> str:
+    settings = embedded.EmbeddedSettings(pretrain_steps=options.data.pretrain_steps)
+    return str(embedded.ensure_model(Path(options.data.cache_dir), settings, build=build))
+
+
+def choose_records(options: Options) -> tuple[list[Record], list[Record]]:
+    """Training and evaluation records: those asked for, or the embedded ones.
+
+    Raises:
+        ValueError: see :func:`launchers.records.load_records`.
+    """
+    data, arguments = options.data, options.training
+    train_sources, eval_sources = data.dataset, data.eval_dataset
+    if not train_sources:
+        cache_dir = Path(data.cache_dir)
+        train_path, held_out_path = shared_once(arguments, embedded.ensure_records, cache_dir)
+        train_sources, eval_sources = [str(train_path)], eval_sources or [str(held_out_path)]
+    with arguments.main_process_first(desc="load records"):
+        train_records = load_records(train_sources, data.dataset_split)
+        eval_records = load_records(eval_sources, data.eval_dataset_split)
+    if data.eval_fraction:
+        train_records, eval_records = split_records(train_records, data.eval_fraction, arguments.seed)
+    return train_records, eval_records[: data.max_eval_records]
+
+
+def tokenized(options: Options, tokenizer: Any, records: list[Record], *, build: bool, packing: bool = False) -> Any:
+    settings = options.data.tokenization(packing=packing)
+    return cached_examples(tokenizer, records, settings, Path(options.data.cache_dir), build=build)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer, whichever kind it is.
+
+    Raises:
+        ValueError: it cannot be found or read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"the tokenizer of {name!r} cannot be loaded: {error}") from error
+
+
+def load_model(name: str, options: Options) -> Any:
+    """The base model in the dtype asked for; under ZeRO-3 each rank keeps its partition only.
+
+    Raises:
+        ValueError: the model cannot be found or read.
+    """
+    arguments, dtype = options.training, options.model.model_dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32"
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, dtype), attn_implementation=options.model.attn_implementation
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
+
+
+def add_adapter(model: Any, options: Options) -> Any:
+    """Freeze the base and put the LoRA factors beside it.
+
+    Raises:
+        ValueError: no layer has one of the target names.
+    """
+    lora = options.lora
+    targets: str | list[str] = lora.target_modules
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=lora.lora_r,
+        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # PEFT accepts fractions
+        lora_dropout=lora.lora_dropout,
+        target_modules=targets[0] if targets == ["all-linear"] else targets,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+    )
+    if options.training.activation_checkpointing:
+        model.enable_input_require_grads()  # reentrant checkpointing drops gradients of frozen inputs
+    return get_peft_model(model, config)
+
+
+def finish(trainer: Trainer, run_recorder: recorder.RunRecorder, options: Options) -> None:
+    """Last evaluation, adapter, metrics, plot and summary; every rank must call."""
+    output_dir = options.training.output_dir
+    history = trainer.state.log_history
+    evaluated = any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in history)
+    if trainer.eval_dataset is not None and not evaluated:
+        trainer.evaluate()
+    save_adapter(trainer.model_wrapped, output_dir)
+    settings = {"method": options.lora.method}
+    for part in (options.model, options.lora, options.data):
+        settings |= recorder.jsonable(part)
+    settings |= {name: getattr(options.training, name) for name in RECORDED_ARGUMENTS}
+    metrics = recorder.collect_metrics(trainer, run_recorder, settings)
+    if trainer.is_world_process_zero():
+        recorder.write_metrics(metrics, output_dir)
+        plot_path = plots.plot_run(metrics, Path(output_dir))
+        print(summary(metrics, output_dir, plot_path), flush=True)
+
+
+def summary(metrics: dict[str, Any], output_dir: str, plot_path: Path) -> str:
+    """What came out, for a person to read."""
+    held_out = metrics["held_out_loss"]
+    loss = f"held-out loss {held_out[0]['loss']:.4f} -> {held_out[-1]['loss']:.4f}, " if held_out else ""
+    step_ms = 1e3 * (metrics["step_seconds_median"] or 0.0)
+    peak_gib = metrics["peak_memory_bytes"] / 2**30
+    return (
+        f"{metrics['method']}: {metrics['steps']} steps, {loss}{step_ms:.0f} ms per step (median), "
+        f"{metrics['bytes_per_step']:,} bytes per step, peak {peak_gib:.2f} GiB per process "
+        f"({metrics['peak_memory_kind']})\nadapter   {output_dir}\nplot      {plot_path}"
+    )
+
+
+def leave() -> None:
+    """Leave the process group together: a gloo worker that exits early can take the others down."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""The command line of finetune.py: three small dataclasses beside transformers' TrainingArguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import tempfile
+from dataclasses import field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import HfArgumentParser, TrainingArguments
+
+from launchers.cache import default_cache_dir
+from launchers.embedded import EmbeddedSettings
+from launchers.tokenization import TokenizationSettings
+from reflora_dist import RefLoRAConfig
+from reflora_dist.config import METHODS
+
+MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def _option(default: object, help_text: str, **metadata: object):  # type: ignore[no-untyped-def]
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help_text, **metadata})
+    return field(default=default, metadata={"help": help_text, **metadata})
+
+
+@dataclasses.dataclass
+class ModelOptions:
+    """Which base model, and how it is loaded."""
+
+    model: str | None = _option(None, "Hub name or local path. Default: the embedded model, made on this machine.")
+    tokenizer: str | None = _option(None, "Hub name or local path of the tokenizer. Default: the model's own.")
+    model_dtype: str = _option(
+        "auto",
+        "dtype of the frozen base; auto: that of --bf16 or --fp16, else float32.",
+        choices=MODEL_DTYPES,
+    )
+    attn_implementation: str | None = _option(None, "transformers' attention: eager, sdpa, flash_attention_2, ...")
+
+
+@dataclasses.dataclass
+class LoraOptions:
+    """The adapter and the method that trains it."""
+
+    method: str = _option("reflora", "lora trains plainly; the others refactor the factors.", choices=METHODS)
+    reflora_warmup_steps: int = _option(100, "Optimizer steps of plain LoRA before the first refactorization.")
+    reflora_interval: int = _option(1, "Refactor at every n-th optimizer step after the warm-up.")
+    lora_r: int = _option(16, "LoRA rank r.")
+    lora_alpha: float = _option(32.0, "LoRA alpha; the update is scaled by alpha / r.")
+    lora_dropout: float = _option(0.0, "Dropout in front of lora_A.")
+    target_modules: list[str] = _option(  # noqa: RUF009
+        ["all-linear"],
+        "Names of the layers that get an adapter; all-linear: every linear layer but the head.",
+    )
+    rslora: bool = _option(False, "Rank-stabilised scaling: alpha / sqrt(r).")
+    dora: bool = _option(False, "DoRA: a trained magnitude beside the factors.")
+
+    def __post_init__(self) -> None:
+        if self.lora_r < 1:
+            raise ValueError(f"lora_r={self.lora_r} must be at least 1")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout} must be in [0, 1)")
+        self.reflora_config()
+
+    def reflora_config(self) -> RefLoRAConfig:
+        """The settings that the package reads."""
+        return RefLoRAConfig(method=self.method, warmup_steps=self.reflora_warmup_steps, interval=self.reflora_interval)
+
+
+@dataclasses.dataclass
+class DataOptions:
+    """The records and how they become training examples."""
+
+    dataset: list[str] = _option(  # noqa: RUF009
+        [], "Hub names or local JSON/JSONL files of instruction records. Default: the embedded records."
+    )
+    dataset_split: str = _option("train", "Split of a hub data set to train on.")
+    eval_dataset: list[str] = _option(  # noqa: RUF009
+        [], "Records to evaluate on, as --dataset. The embedded ones bring their own."
+    )
+    eval_dataset_split: str = _option("test", "Split of a hub data set to evaluate on.")
+    eval_fraction: float = _option(0.0, "Share of --dataset set aside for evaluation when --eval_dataset is not given.")
+    max_eval_records: int | None = _option(None, "Evaluate on the first n records only.")
+    max_length: int = _option(512, "Tokens of prompt and answer together; longer answers are cut.")
+    packing: bool = _option(False, "Pack several short examples into each row; they do not see each other.")
+    train_on_prompt: bool = _option(False, "Learn the prompt's tokens too, not the answer's alone.")
+    cache_dir: str = _option(str(default_cache_dir()), "Where tokenized data and the embedded model are kept.")
+    pretrain_steps: int = _option(EmbeddedSettings.pretrain_steps, "Pre-training steps of the embedded model.")
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise ValueError(f"max_length={self.max_length} must be at least 2: a prompt token and an answer token")
+        if self.max_eval_records is not None and self.max_eval_records < 1:
+            raise ValueError(f"max_eval_records={self.max_eval_records} must be at least 1")
+        if self.eval_fraction and self.eval_dataset:
+            raise ValueError("give --eval_dataset or --eval_fraction, not both")
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(f"eval_fraction={self.eval_fraction} must be in [0, 1)")
+        self.cache_dir = str(Path(self.cache_dir).expanduser())
+
+    def tokenization(self, *, packing: bool) -> TokenizationSettings:
+        """How records are encoded; evaluation never packs, so that its loss is comparable between runs."""
+        return TokenizationSettings(max_length=self.max_length, train_on_prompt=self.train_on_prompt, packing=packing)
+
+
+@dataclasses.dataclass
+class FinetuneArguments(TrainingArguments):
+    """transformers' TrainingArguments with the defaults of LoRA fine-tuning."""
+
+    output_dir: str = _option("outputs/finetune", "Where checkpoints, adapter, metrics and plot are written.")
+    learning_rate: float = _option(3e-4, "Peak learning rate.")
+    logging_steps: float = _option(10, "Log the training loss every n steps.")
+    eval_strategy: str = _option("steps", "When to evaluate, if there are records to evaluate on.")
+    eval_steps: float | None = _option(50, "Evaluate every n steps.")
+    ddp_find_unused_parameters: bool | None = _option(False, "Every adapter is used in every step.")
+    label_names: list[str] | None = field(default_factory=lambda: ["labels"])
+    resume_from_checkpoint: str | None = _option(
+        None, "A checkpoint folder, or auto: the last one in output_dir, from the start if there is none."
+    )
+
+    def __post_init__(self) -> None:
+        self._check_deepspeed()
+        if not torch.accelerator.is_available():
+            self._prepare_cpu()
+        super().__post_init__()
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched != self.world_size:
+            raise ValueError(f"{launched} processes were launched, but {self.world_size} joined the process group")
+
+    def _check_deepspeed(self) -> None:
+        if not isinstance(self.deepspeed, str) or self.deepspeed.lstrip().startswith("{"):
+            return
+        if not Path(self.deepspeed).is_file():
+            raise ValueError(f"deepspeed={self.deepspeed!r}: no such file; ds_configs/ has four to start from")
+        if "LOCAL_RANK" not in os.environ:
+            raise ValueError(
+                f"deepspeed={self.deepspeed!r} needs a launcher: deepspeed --num_gpus N launchers/finetune.py ..."
+            )
+
+    def _prepare_cpu(self) -> None:
+        """Have accelerate count the ranks of a CPU run: left to itself each would train alone on all the data.
+
+        Under DeepSpeed the group is joined here, with its backend by name: told only that there is a CPU,
+        accelerate would leave DeepSpeed out.
+        """
+        self.use_cpu, self.dataloader_pin_memory = True, False
+        through_accelerate = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+        if not self.deepspeed and not through_accelerate:
+            return
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        try:
+            PartialState(backend="gloo", timeout=datetime.timedelta(seconds=self.ddp_timeout))
+        finally:
+            if not through_accelerate:
+                del os.environ["ACCELERATE_USE_DEEPSPEED"]
+        self.accelerator_config = {"use_configured_state": True}
+
+
+@dataclasses.dataclass
+class Options:
+    """Everything that one run is asked to do."""
+
+    model: ModelOptions
+    lora: LoraOptions
+    data: DataOptions
+    training: FinetuneArguments
+
+
+def parse_options(argv: list[str] | None = None) -> Options:
+    """Read the command line. Creating the training arguments also starts the process group, and makes
+    transformers partition the base while loading it under ZeRO-3; so it comes before any model.
+
+    Raises:
+        ValueError: an option's value cannot be used.
+    """
+    parser = HfArgumentParser((ModelOptions, LoraOptions, DataOptions, FinetuneArguments))  # type: ignore[arg-type]
+    return Options(*parser.parse_args_into_dataclasses(args=argv))
+
+
+def check_output_dir(output_dir: str) -> None:
+    """Create the folder and try to write into it, before hours of training end in an error.
+
+    Raises:
+        ValueError: it cannot be created or written.
+    """
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise ValueError(f"output_dir={output_dir!r} is not writable ({error}); name another folder") from error
+
+
+def checkpoint_to_resume(arguments: FinetuneArguments) -> str | None:
+    """The checkpoint folder that ``--resume_from_checkpoint`` means; None to start from the beginning.
+
+    Raises:
+        ValueError: the named folder is no checkpoint.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    asked = arguments.resume_from_checkpoint
+    if asked is None:
+        return None
+    if asked == "auto":
+        return get_last_checkpoint(arguments.output_dir)
+    if not (Path(asked) / "trainer_state.json").is_file():
+        raise ValueError(
+            f"resume_from_checkpoint={asked!r} is no checkpoint (it has no trainer_state.json); name a "
+            "checkpoint-N folder of an earlier run, or use auto"
+        )
+    return asked

@@ -1,0 +1,130 @@
+"""What a run measures: losses by step, seconds per step, bytes per step and peak memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import statistics
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+METRICS_FILE = "metrics.json"
+RECORDED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed")
+
+
+class RunRecorder(TrainerCallback):
+    """Times every optimizer step and says, on rank 0, what was attached.
+
+    It stands after RefLoRACallback in the list of callbacks, because it reads its handle.
+    """
+
+    def __init__(self, reflora_callback: Any, first_refactored_step: int | None) -> None:
+        self.reflora_callback = reflora_callback
+        self.first_refactored_step = first_refactored_step
+        self.step_seconds: list[float] = []
+        self._step_start = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            print(describe_attachment(self.report(), self.first_refactored_step, args.world_size), flush=True)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step_start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step_seconds.append(time.perf_counter() - self._step_start)
+        if state.global_step == self.first_refactored_step and state.is_world_process_zero:
+            print(
+                f"step {state.global_step}: refactored; {describe_traffic(self.report())}",
+                flush=True,
+            )
+
+    def report(self) -> dict[str, Any]:
+        """The package's report as a JSON-ready dictionary."""
+        return self.reflora_callback.handle.report().as_dict()
+
+
+def describe_attachment(report: dict[str, Any], first_refactored_step: int | None, world_size: int) -> str:
+    """One line: engine, layout, pairs and their LoRA ranks, and when refactoring begins."""
+    ranks = "/".join(str(r) for r in report["lora_ranks"])
+    begins = "never refactors" if first_refactored_step is None else f"refactors from step {first_refactored_step}"
+    return (
+        f"attached {report['method']}: engine {report['engine']}, layout {report['layout']}, "
+        f"{report['num_pairs']} pairs of rank {ranks} on {world_size} process(es), {begins}, "
+        f"{describe_traffic(report)}"
+    )
+
+
+def describe_traffic(report: dict[str, Any]) -> str:
+    """The collectives and bytes of the last step, as this rank issued them."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in report["collectives_per_step"].items() if count)
+    return f"{report['bytes_per_step']:,} bytes per step ({kinds or 'no collectives'} so far)"
+
+
+def peak_memory_bytes(device: torch.device) -> tuple[int, str]:
+    """The process's peak memory and how it was read: torch's allocator on a GPU, else resident set size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), "GPU allocator"
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB, macOS bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "resident set"
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a run's figures."""
+    versions = {"python": platform.python_version()}
+    for package in RECORDED_PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def collect_metrics(trainer: Any, recorder: RunRecorder, settings: dict[str, Any]) -> dict[str, Any]:
+    """Everything that the comparison reads; every rank must call, rank 0's result is the one to write.
+
+    Losses are means over batches, as Trainer reports them. ``step_seconds_median`` leaves evaluation and
+    checkpoints out. ``peak_memory_bytes`` is the largest over all ranks, loading included.
+
+    Communication: one gather of two numbers per rank.
+    """
+    peak, kind = peak_memory_bytes(trainer.args.device)
+    report = recorder.report()
+    local = torch.tensor([[peak, report["bytes_per_step"]]], dtype=torch.int64, device=trainer.args.device)
+    peak, bytes_per_step = trainer.accelerator.gather(local).max(dim=0).values.tolist()
+    history = trainer.state.log_history
+    return {
+        "method": settings["method"],
+        "held_out_loss": [{"step": e["step"], "loss": e["eval_loss"]} for e in history if "eval_loss" in e],
+        "train_loss": [{"step": e["step"], "loss": float(e["loss"])} for e in history if "loss" in e],
+        "steps": trainer.state.global_step,
+        "world_size": trainer.args.world_size,
+        "step_seconds_median": statistics.median(recorder.step_seconds) if recorder.step_seconds else None,
+        "bytes_per_step": bytes_per_step,
+        "peak_memory_bytes": peak,
+        "peak_memory_kind": kind,
+        "report": report,
+        "settings": settings,
+        "versions": installed_versions(),
+    }
+
+
+def write_metrics(metrics: dict[str, Any], output_dir: str) -> Path:
+    """Write the metrics beside the adapter."""
+    path = Path(output_dir) / METRICS_FILE
+    path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def jsonable(options: Any) -> dict[str, Any]:
+    """A dataclass of options as a JSON-ready dictionary."""
+    return json.loads(json.dumps(dataclasses.asdict(options), default=str))

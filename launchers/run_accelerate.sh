@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Fine-tune through accelerate: bash launchers/run_accelerate.sh [CONFIG.yaml] [options of finetune.py]
+# Without a config: launchers/accelerate/fsdp2.yaml on GPUs; on a CPU deepspeed_zero3.yaml, because accelerate
+# runs FSDP on accelerators only. PROCESSES=N sets the number of ranks.
+set -euo pipefail
+. "$(dirname "$0")/environment.sh"
+ensure_environment deepspeed,launchers
+detect_devices
+config=$repository/launchers/accelerate/fsdp2.yaml
+[ "$gpus" -gt 0 ] || config=$repository/launchers/accelerate/deepspeed_zero3.yaml
+case "${1:-}" in *.yaml) config=$1; shift ;; esac
+if [ "$gpus" -eq 0 ] && grep -q '^distributed_type: FSDP' "$config"; then
+    die "$config: accelerate has no FSDP on a CPU (it would silently run DDP); use deepspeed_zero3.yaml"
+fi
+exec "$PYTHON" -m accelerate.commands.launch --config_file "$config" --num_processes "$PROCESSES" \
+    --main_process_port "$(free_port)" "$repository/launchers/finetune.py" "$@"

@@ -29,10 +29,7 @@ ensure_environment() {
 import sys
 from importlib import metadata
 from packaging.requirements import Requirement
-try:
-    import tomllib
-except ImportError:  # Python 3.10
-    from pip._vendor import tomli as tomllib
+import tomllib
 project = tomllib.load(open(sys.argv[1], "rb"))["project"]
 wanted = project["dependencies"] + [r for e in sys.argv[2].split(",") for r in project["optional-dependencies"][e]]
 for requirement in map(Requirement, wanted):
@@ -59,8 +56,14 @@ detect_devices() {
     fi
 }
 
-# DeepSpeed compiles a small shared-memory extension at its first run on a CPU.
+# DeepSpeed compiles a small shared-memory extension at its first run on a CPU. One that is interrupted while it does
+# leaves a lock, for which all later runs would wait for ever.
 require_compiler() {
+    local extensions=${TORCH_EXTENSIONS_DIR:-$HOME/.cache/torch_extensions}
+    if [ -d "$extensions" ] && [ -n "$(find "$extensions" -name lock -mmin +10)" ]; then
+        say "Removing the lock that an interrupted build left in $extensions"
+        find "$extensions" -name lock -mmin +10 -delete
+    fi
     [ "$gpus" -gt 0 ] || command -v c++ >/dev/null || command -v g++ >/dev/null \
         || die "DeepSpeed compiles a small extension for the CPU and finds no C++ compiler; install g++"
 }

@@ -168,8 +168,10 @@ class Handle:
             return
         # torch passes the optimizer itself as the first argument
         if any(argument is not None for argument in args[1:]) or kwargs.get("closure") is not None:
-            raise RuntimeError("optimizer.step(closure) computes gradients after they would be refactored: call "
-                               "backward() first, then step() without a closure")  # fmt: skip
+            raise RuntimeError(
+                "optimizer.step(closure) computes gradients after they would be refactored: call backward() first, then "
+                "step() without a closure"
+            )
         if not self._checked:
             self._engine.check()
             self._checked = True

@@ -41,8 +41,10 @@ class Retiler:
     ) -> None:
         self._comm = communicator
         self._dtype = dtype
+        # Layers repeat, and under most engines so do their tilings.
+        plan = functools.cache(tile)
         self._tilings = [
-            tile(factor % 2, shape, [rank_shards[factor] for rank_shards in shards], communicator.rank)
+            plan(factor % 2, shape, tuple(rank_shards[factor] for rank_shards in shards), communicator.rank)
             for factor, shape in enumerate(shapes)
         ]
         self._places = list(self._list_places())

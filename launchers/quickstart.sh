@@ -53,7 +53,7 @@ for method in $methods; do
         --cache_dir "$cache_dir" --pretrain_steps "$pretrain_steps" --output_dir "$output_dir/$method" \
         --max_length 128 --lora_r 8 --lora_alpha 16 --learning_rate 1e-3 --lr_scheduler_type cosine \
         --per_device_train_batch_size 8 --max_steps "$steps" --logging_steps $((steps >= 50 ? 10 : 1)) \
-        --eval_on_start True --eval_steps $((steps / 2)) --max_eval_records 200 \
+        --eval_on_start True --eval_steps $((steps >= 10 ? steps / 5 : steps / 2)) --max_eval_records 200 \
         --per_device_eval_batch_size 25 --save_strategy no --seed 0 \
         || die "fine-tuning with $method failed; the messages above say why"
 done

@@ -93,9 +93,14 @@ def find_pairs(model: nn.Module) -> list[AdapterPair]:
     return pairs
 
 
-def active_adapters(model: nn.Module) -> list[tuple[str, ...]]:
-    """The names of every LoRA layer's active adapters, in the order of the model's modules."""
-    return [tuple(module.active_adapters) for module in model.modules() if isinstance(module, LoraLayer)]
+def lora_layers(model: nn.Module) -> list[LoraLayer]:
+    """Every LoRA layer, in the order of the model's modules."""
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def active_adapters(layers: list[LoraLayer]) -> list[tuple[str, ...]]:
+    """The names of each layer's active adapters."""
+    return [tuple(layer.active_adapters) for layer in layers]
 
 
 def clean_name(name: str) -> str:

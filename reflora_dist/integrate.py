@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .adapters import active_adapters, find_pairs
+from .adapters import active_adapters, find_pairs, lora_layers
 from .agreement import agree
 from .communication import Communicator
 from .config import RefLoRAConfig
@@ -77,8 +77,8 @@ class Handle:
     def __init__(self, model: nn.Module, config: RefLoRAConfig, engine: Engine, shards: list[list[LocalShard]]) -> None:
         self.config = config
         self._engine = engine
-        self._model = model
-        self._active_adapters = active_adapters(model)
+        self._layers = lora_layers(model)
+        self._active_adapters = active_adapters(self._layers)
         weights = engine.weights()
         self._comm = Communicator(engine.group, weights[0].device)
         self._steps = 0
@@ -169,13 +169,13 @@ class Handle:
         # torch passes the optimizer itself as the first argument
         if any(argument is not None for argument in args[1:]) or kwargs.get("closure") is not None:
             raise RuntimeError(
-                "optimizer.step(closure) computes gradients after they would be refactored: call backward() first, then "
-                "step() without a closure"
+                "optimizer.step(closure) computes gradients after they would be refactored: call backward() first, "
+                "then step() without a closure"
             )
         if not self._checked:
             self._engine.check()
             self._checked = True
-        if active_adapters(self._model) != self._active_adapters:
+        if active_adapters(self._layers) != self._active_adapters:
             raise RuntimeError("the active adapters changed after attach(): detach, then attach again")
         firing = self._engine.firing()
         if firing.first:

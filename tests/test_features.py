@@ -37,9 +37,9 @@ def train_single(
 
     model = build_model(workload)
     factors = named_factors(model)
-    names = [name for name in factors if "lora_A" in name]
+    names = [name for name in factors if "A." in name]
     optimizer = kind(trainable(model), **(options or Settings().adamw()))
-    ReferenceRefLoRA([(factors[n], factors[n.replace("lora_A", "lora_B")]) for n in names], optimizer, config)
+    ReferenceRefLoRA([(factors[n], factors[n.replace("A.", "B.")]) for n in names], optimizer, config)
     for batch in workload.batches:
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
@@ -96,6 +96,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "r-below-ranks": {"lora": {"r": 2, "lora_alpha": 4}},
     "r1": {"lora": {"r": 1, "lora_alpha": 2}},
     "mixed-ranks": {"lora": {"r": 4, "lora_alpha": 8, "rank_pattern": {"q_proj": 2, "v_proj": 3, "down_proj": 8}}},
+    # an embedding's factors are parameters of their own, lora_A [r, vocabulary]
+    "embedding": {"lora": {"r": 4, "lora_alpha": 8, "target_modules": ["embed_tokens", "q_proj"]}},
     "few-adapters": {"lora": {"r": 3, "target_modules": ["v_proj"]}},
 }
 

@@ -180,7 +180,7 @@ def _load_factors(model: PeftModel, factors: Factors) -> None:
 
 def is_factor(name: str) -> bool:
     """Whether a parameter of this name is a lora_A or lora_B."""
-    return ".lora_A." in name or ".lora_B." in name
+    return any(f".lora_{kind}." in name for kind in ("A", "B", "embedding_A", "embedding_B"))
 
 
 def named_factors(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -26,6 +26,7 @@ def _second_rank_fails(rank: int, world_size: int) -> None:
 
 
 def _every_rank_fails(rank: int, world_size: int) -> None:
+    dist.barrier()  # or one that fails at once leaves others in the middle of connecting
     raise ValueError(f"rank number {rank} refuses")
 
 

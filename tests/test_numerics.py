@@ -109,7 +109,7 @@ def _fp16_error(rank: int, world_size: int, engine: str) -> float:
     return refactoring.worst_error()
 
 
-@pytest.mark.parametrize(("engine", "world_size"), [("ddp", 2), ("fsdp2", 2)])
+@pytest.mark.parametrize(("engine", "world_size"), [("ddp", 2), ("fsdp2", 2), ("fsdp1-full", 2)])
 def test_fp16_with_loss_scaling(engine: str, world_size: int) -> None:
     """The refactorization is linear, so a loss scale passes through it: exact for what comes out of fp16."""
     assert max(run_ranks(_fp16_error, world_size, engine)) < FP32_TOLERANCE

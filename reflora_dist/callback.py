@@ -14,7 +14,7 @@ from transformers.trainer_callback import ExportableState
 from .adapter_files import load_adapter, save_adapter
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import RefLoRAConfig
-from .integrate import Handle, attach
+from .integrate import Handle, attach, schedule_state
 
 logger = logging.getLogger(__name__)
 
@@ -82,13 +82,7 @@ class RefLoRACallback(TrainerCallback, ExportableState):
         logger.warning(
             "the checkpoint was written without RefLoRA; its %d steps count as plain LoRA steps", state.global_step
         )
-        return {
-            "version": 1,
-            "config": self.config.as_dict(),
-            "steps": state.global_step,
-            "applied_steps": 0,
-            "skipped_pairs": 0,
-        }
+        return schedule_state(self.config, state.global_step)
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:

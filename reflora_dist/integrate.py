@@ -122,13 +122,7 @@ class Handle:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint has to keep, JSON-ready and the same on all ranks."""
-        return {
-            "version": _STATE_VERSION,
-            "config": self.config.as_dict(),
-            "steps": self._steps,
-            "applied_steps": self._applied_steps,
-            "skipped_pairs": int(self._skipped_pairs),
-        }
+        return schedule_state(self.config, self._steps, self._applied_steps, int(self._skipped_pairs))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue a run's schedule. The factors and the optimizer's state are the engine's to load.
@@ -203,6 +197,17 @@ class Handle:
     def _rescale_before_first_step(self) -> None:
         if self._rescaling_step is not None and self.config.is_due(0):
             self._skipped_pairs += self._rescaling_step(in_step=False)
+
+
+def schedule_state(config: RefLoRAConfig, steps: int, applied_steps: int = 0, skipped_pairs: int = 0) -> dict[str, Any]:
+    """A handle's state dictionary; by itself that of a run whose steps so far were plain LoRA."""
+    return {
+        "version": _STATE_VERSION,
+        "config": config.as_dict(),
+        "steps": steps,
+        "applied_steps": applied_steps,
+        "skipped_pairs": skipped_pairs,
+    }
 
 
 def _find(model: nn.Module, optimizer: Any, config: RefLoRAConfig) -> Engine:

@@ -62,6 +62,12 @@ class AdapterPair:
             return getattr(self.layer, f"lora_embedding_{side}")[self.adapter]
         return getattr(self.layer, f"lora_{side}")[self.adapter].weight
 
+    def owners(self) -> tuple[tuple[nn.Module, str], tuple[nn.Module, str]]:
+        """Where lora_A and lora_B are registered: their modules, and their names in these."""
+        module_a, module_b = self.factor_modules()
+        name = self.adapter if isinstance(self.layer, Embedding) else "weight"
+        return (module_a, name), (module_b, name)
+
     def factor_modules(self) -> tuple[nn.Module, nn.Module]:
         """The modules that own lora_A and lora_B (for an embedding both are its LoRA layer's dictionaries)."""
         if isinstance(self.layer, Embedding):
@@ -98,9 +104,9 @@ def lora_layers(model: nn.Module) -> list[LoraLayer]:
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
-def active_adapters(layers: list[LoraLayer]) -> list[tuple[str, ...]]:
-    """The names of each layer's active adapters."""
-    return [tuple(layer.active_adapters) for layer in layers]
+def active_adapters(layers: list[LoraLayer]) -> list[str | tuple[str, ...]]:
+    """The name, or names, of each layer's active adapters; asked in every step."""
+    return [name if isinstance(name := layer.active_adapter, str) else tuple(name) for layer in layers]
 
 
 def clean_name(name: str) -> str:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import kernels
+
 # Blocks of one shape are stacked for one batched product. The stack is temporary, so its size bounds the
 # peak memory that a step adds: 2^20 elements are 8 MiB in float64, and still keep a GPU busy.
 _MAX_STACKED_ELEMENTS = 1 << 20
@@ -49,9 +51,16 @@ class BlockSet:
         specs: the blocks.
         lora_ranks: r of every pair in the model.
         device: where products are computed.
+        use_kernels: whether Triton kernels compute them; by default where they can.
     """
 
-    def __init__(self, specs: Sequence[BlockSpec], lora_ranks: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self,
+        specs: Sequence[BlockSpec],
+        lora_ranks: Sequence[int],
+        device: torch.device,
+        use_kernels: bool | None = None,
+    ) -> None:
         self.device = device
         self.specs = tuple(specs)
         self.pairs_by_rank: dict[int, list[int]] = {}
@@ -60,17 +69,25 @@ class BlockSet:
         self._lora_ranks = tuple(lora_ranks)
         self._slots = {pair: slot for pairs in self.pairs_by_rank.values() for slot, pair in enumerate(pairs)}
         self._batches: dict[tuple[torch.device | None, ...], list[_Batch]] = {}
+        self._tiled = None
+        if kernels.usable(device) if use_kernels is None else use_kernels:
+            from .kernels.launch import TiledBlocks  # imports Triton, which not every machine has
+
+            if max(lora_ranks) <= kernels.LARGEST_LORA_RANK:
+                self._tiled = TiledBlocks(self.specs, self._lora_ranks, self._slots, self.pairs_by_rank, device)
 
     def grams(self, blocks: Sequence[Tensor | None]) -> Matrices:
         """This rank's share of every Gram matrix.
 
         Args:
-            blocks: the factors' blocks, in the order of ``specs``; None counts as no rows.
+            blocks: the factors' blocks, in the order of ``specs``, contiguous; None counts as no rows.
 
         Returns:
             For every lora_rank r ``[2, P_r, r, r]`` float64: ``A A^T`` and ``B^T B`` over this rank's blocks,
             zero where it holds none. Formed in float64, since a Gram squares the condition number.
         """
+        if self._tiled is not None and (located := self._tiled.locate("grams", blocks)) is not None:
+            return self._tiled.grams(located)
         grams = {
             lora_rank: torch.zeros(2, len(pairs), lora_rank, lora_rank, dtype=torch.float64, device=self.device)
             for lora_rank, pairs in self.pairs_by_rank.items()
@@ -91,6 +108,9 @@ class BlockSet:
         Products are formed in float64 and rounded once to the block's dtype: a gradient of lora_A is small just
         where S^-1 is large, and in float32 that product loses two digits at cond(B) = 1e4.
         """
+        if self._tiled is not None and (located := self._tiled.locate("products", blocks)) is not None:
+            self._tiled.multiply_(located, left, right)
+            return
         for batch, tensors in self._present(blocks):
             stacked = torch.stack(tensors).to(self.device, non_blocking=True).to(torch.float64)
             matrices = (left if batch.side == SIDE_A else right)[batch.lora_rank].index_select(0, batch.slots)
@@ -105,7 +125,9 @@ class BlockSet:
         if devices not in self._batches:
             self._batches[devices] = list(self._plan(devices))
         for batch in self._batches[devices]:
-            yield batch, [blocks[member] for member in batch.members]  # type: ignore[misc]
+            shape = self.specs[batch.members[0]].shape
+            # never a copy, which would be changed in vain
+            yield batch, [blocks[member].view(shape) for member in batch.members]  # type: ignore[union-attr]
 
     def _plan(self, devices: tuple[torch.device | None, ...]) -> Iterator[_Batch]:
         by_shape: dict[tuple[Any, ...], list[int]] = {}

@@ -27,6 +27,17 @@ class Communicator:
         self.calls: dict[str, int] = {}
         self.bytes = 0
 
+    def twin(self) -> Communicator:
+        """The same ranks with a process group of their own, for collectives that run beside others.
+
+        Communication: creates a process group; every rank of this one must call, in the same order.
+        """
+        group = self.group
+        if self.world_size > 1:
+            ranks = dist.get_process_group_ranks(group)
+            group = dist.new_group(ranks, backend=dist.get_backend_config(group), use_local_synchronization=True)
+        return Communicator(group, self.shard_device)
+
     def start_step(self) -> None:
         """Set the counts of calls and bytes back to zero."""
         self.calls = {}

@@ -19,6 +19,9 @@ class RefLoRAConfig:
         warmup_steps: optimizer steps of plain LoRA before the first refactorization. PEFT starts with
             ``lora_B = 0``, where S does not exist.
         interval: refactor at every ``interval``-th optimizer step after the warm-up.
+        overlap: "reflora" only; form and sum the Grams of the next step right after an update, on a GPU beside the next
+            forward, so that a step only waits for the gradients of lora_A to be re-tiled. Takes a second communicator,
+            and changes no result.
 
     Raises:
         ValueError: a value is out of range.
@@ -27,6 +30,7 @@ class RefLoRAConfig:
     method: str = "reflora"
     warmup_steps: int = 100
     interval: int = 1
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

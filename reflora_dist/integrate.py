@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -94,15 +95,21 @@ class Handle:
             shapes = [shape for pair in engine.pairs for shape in (pair.shape_a, pair.shape_b)]
             wire_dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
             retiler = Retiler(shapes, shards, self._comm, wire_dtype)
-            self._gradient_step = GradientStep(GRADIENT_METHODS[config.method], engine, retiler, self._comm)
+            ahead = self._comm.twin() if config.overlap else None
+            self._gradient_step = GradientStep(GRADIENT_METHODS[config.method], engine, retiler, self._comm, ahead)
         self._hooks = [
             engine.optimizer.register_step_pre_hook(self._before_update),
             engine.optimizer.register_step_post_hook(self._after_update),
         ]
+        if config.overlap:
+            modules: list[Any] = list(self._layers)
+            self._hooks += [module.register_load_state_dict_post_hook(self._after_load) for module in modules]
         _attached.add(engine.optimizer)
 
     def report(self) -> Report:
         """Figures of this rank so far. Waits for the device; local, no communication."""
+        if self._gradient_step is not None:
+            self._gradient_step.check()
         lora_ranks: dict[int, int] = {}
         for pair in self._engine.pairs:
             lora_ranks[pair.lora_rank] = lora_ranks.get(pair.lora_rank, 0) + 1
@@ -113,8 +120,8 @@ class Handle:
             world_size=dist.get_world_size() if dist.is_initialized() else 1,
             num_pairs=len(self._engine.pairs),
             lora_ranks=lora_ranks,
-            collectives_per_step=dict(self._comm.calls),
-            bytes_per_step=self._comm.bytes,
+            collectives_per_step=dict(sum((Counter(comm.calls) for comm in self._communicators), Counter())),
+            bytes_per_step=sum(comm.bytes for comm in self._communicators),
             steps=self._steps,
             applied_steps=self._applied_steps,
             skipped_pairs=int(self._skipped_pairs),
@@ -122,6 +129,8 @@ class Handle:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint has to keep, JSON-ready and the same on all ranks."""
+        if self._gradient_step is not None:
+            self._gradient_step.check()
         return schedule_state(self.config, self._steps, self._applied_steps, int(self._skipped_pairs))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -131,9 +140,18 @@ class Handle:
             ValueError: the state was written by another version, or for another method.
         """
         _check_state(state_dict, self.config)
+        self.weights_changed()
         self._steps = int(state_dict["steps"])
         self._applied_steps = int(state_dict["applied_steps"])
         self._skipped_pairs.fill_(int(state_dict["skipped_pairs"]))
+
+    def weights_changed(self) -> None:
+        """Form S anew. With ``overlap``, call this on every rank after changing factors through ``tensor.data``.
+
+        ``load_state_dict``, and changes by operations that torch can see, need no call.
+        """
+        if self._gradient_step is not None:
+            self._gradient_step.drop()
 
     def detach(self) -> None:
         """Take the hooks off the optimizer: training goes on as plain LoRA."""
@@ -142,6 +160,7 @@ class Handle:
         if self._hooks:
             _attached.discard(self._engine.optimizer)
         self._hooks = []
+        self.weights_changed()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -173,7 +192,8 @@ class Handle:
             raise RuntimeError("the active adapters changed after attach(): detach, then attach again")
         firing = self._engine.firing()
         if firing.first:
-            self._comm.start_step()
+            for communicator in self._communicators:
+                communicator.start_step()
         if self._gradient_step is not None and self.config.is_due(self._steps):
             skipped = self._gradient_step(firing)
             if skipped is not None:
@@ -189,9 +209,20 @@ class Handle:
         if not last:
             return
         self._steps += 1
-        if self._rescaling_step is not None and self.config.is_due(self._steps):
+        if not self.config.is_due(self._steps):
+            return
+        if self._gradient_step is not None:
+            self._gradient_step.form_ahead()
+        if self._rescaling_step is not None:
             self._skipped_pairs += self._rescaling_step(in_step=True)
             self._applied_steps += 1
+
+    def _after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
+        self.weights_changed()
+
+    @property
+    def _communicators(self) -> list[Communicator]:
+        return [self._comm] if self._gradient_step is None else self._gradient_step.communicators
 
     @torch.no_grad()
     def _rescale_before_first_step(self) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import kernels
+
 # A pivot of the Cholesky factorization, relative to its diagonal entry, is the squared sine of the angle
 # between a row of the factor and the rows before it. Rounding in an fp64 Gram leaves about r * 2e-16.
 _RELATIVE_PIVOT = 1e-13
@@ -16,6 +18,8 @@ _RELATIVE_PIVOT = 1e-13
 _RESIDUAL = 1e-6
 # Scaled Newton reaches fp64 accuracy in 9 steps up to cond 1e16 (Higham, Functions of Matrices, 2008, 8.9).
 _NEWTON_STEPS = 10
+# Convergence is quadratic: a step that changes X by less than this leaves an error of its square.
+_CONVERGED = 1e-8
 
 
 def solve_refactorization(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,7 +38,18 @@ def solve_refactorization(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tenso
         ``S`` ``[P, r, r]``, ``S^-1`` ``[P, r, r]`` (float64, symmetric) and ``solved`` ``[P]`` (bool). Where a
         factor is rank-deficient, or so ill-conditioned that S misses its equation, ``solved`` is False and
         S and S^-1 are the identity, which leaves that pair plain LoRA.
+
+    On a GPU one Triton kernel does it, or batched torch code without host synchronisation, on a CPU the latter.
     """
+    if kernels.usable(gram_a.device) and gram_a.shape[-1] <= kernels.LARGEST_SOLVED_LORA_RANK:
+        from .kernels.launch import solve  # imports Triton, which not every machine has
+
+        return solve(gram_a.contiguous(), gram_b.contiguous(), _NEWTON_STEPS, _CONVERGED, _RELATIVE_PIVOT, _RESIDUAL)
+    return solve_with_torch(gram_a, gram_b)
+
+
+def solve_with_torch(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`solve_refactorization` without the kernel."""
     eye = torch.eye(gram_a.shape[-1], dtype=gram_a.dtype, device=gram_a.device)
     chol_a, full_rank_a = _cholesky(gram_a, eye)
     chol_b, full_rank_b = _cholesky(gram_b, eye)
@@ -82,23 +97,25 @@ def _cholesky(gram: Tensor, eye: Tensor) -> tuple[Tensor, Tensor]:
 def _polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The orthogonal polar factor of ``[P, r, r]`` and the matrix's inverse, by Newton's scaled iteration.
 
-    ``X <- (mu X + X^-T / mu) / 2`` with mu from the 1- and infinity-norms. Matrix products and inverses
-    only, a fixed number of them: an eigendecomposition would make a GPU wait for the host.
+    ``X <- (mu X + X^-T / mu) / 2`` with mu from the Frobenius norms. Matrix products and inverses only, a bounded
+    number of them: an eigendecomposition would make a GPU wait for the host.
     """
     x = matrix
     inverse = first_inverse = torch.linalg.inv_ex(x)[0]
     for _ in range(_NEWTON_STEPS):
-        norms = _norm_product(inverse) / _norm_product(x)
-        mu = norms.pow(0.25)[:, None, None]
-        x = 0.5 * (mu * x + inverse.mT / mu)
+        mu = (_norm(inverse) / _norm(x)).sqrt()
+        updated = (0.5 * mu) * x + (0.5 / mu) * inverse.mT
+        # reading the result is free on a CPU, and would make a GPU wait
+        converged = x.device.type == "cpu" and bool((_norm(updated - x) <= _CONVERGED * _norm(updated)).all())
+        x = updated
         inverse = torch.linalg.inv_ex(x)[0]
+        if converged:
+            break
     return 0.5 * (x + inverse.mT), first_inverse
 
 
-def _norm_product(matrix: Tensor) -> Tensor:
-    """``|M|_1 |M|_inf`` of a batch."""
-    magnitude = matrix.abs()
-    return magnitude.sum(dim=-2).amax(dim=-1) * magnitude.sum(dim=-1).amax(dim=-1)
+def _norm(matrix: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True)
 
 
 def _equation_residual(s: Tensor, s_inv: Tensor, gram_a: Tensor, gram_b: Tensor, eye: Tensor) -> Tensor:

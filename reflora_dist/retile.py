@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from .blocks import BlockSpec
 from .communication import Communicator
-from .tiling import LocalShard, Tiling, tile
+from .tiling import LocalShard, Run, Tiling, tile
 
 Channel = Sequence[Tensor | None]
 """The local tensor of every factor: the weights, or the gradients."""
@@ -48,6 +49,11 @@ class Retiler:
             for factor, shape in enumerate(shapes)
         ]
         self._places = list(self._list_places())
+        local_numel = [shard.numel for shard in shards[communicator.rank]]
+        # then blocks are the tensors themselves, and a step has nothing to prepare
+        self._in_place = [(place.factor, place.offset, place.numel) for place in self._places] == [
+            (factor, 0, numel) for factor, numel in enumerate(local_numel)
+        ] and not any(tiling.exchanged for tiling in self._tilings)
         self._exchanges: dict[tuple[tuple[bool, ...], ...], _Exchange] = {}
 
     @property
@@ -55,19 +61,31 @@ class Retiler:
         """The blocks of this rank, in the order in which ``to_blocks`` returns them."""
         return [BlockSpec(place.factor // 2, place.factor % 2, place.shape) for place in self._places]
 
-    def to_blocks(self, channels: Sequence[Channel], present: Sequence[Sequence[bool]]) -> list[list[Tensor | None]]:
+    def to_blocks(
+        self,
+        channels: Sequence[Channel],
+        present: Sequence[Sequence[bool]],
+        communicator: Communicator | None = None,
+    ) -> list[list[Tensor | None]]:
         """Bring the local pieces of one or more channels into blocks.
 
         Args:
             channels: per channel the local tensor of every factor; None counts as zeros.
             present: per channel which factors take part, the same on every rank.
+            communicator: over the same ranks, in place of the one given at first.
 
         Returns:
-            Per channel the blocks in the order of ``specs``, None where a factor does not take part.
+            Per channel the blocks in the order of ``specs``, None where a factor does not take part: contiguous, of the
+            specified number of elements but possibly of more dimensions.
 
         Communication: one all-to-all if a factor that takes part is cut, otherwise none.
         """
-        received = iter(self._exchange(present).forward(channels))
+        if self._in_place:
+            return [
+                list(tensors) if all(wanted) else [t if w else None for t, w in zip(tensors, wanted, strict=True)]
+                for tensors, wanted in zip(channels, present, strict=True)
+            ]
+        received = iter(self._exchange(present).forward(channels, communicator or self._comm))
         blocks: list[list[Tensor | None]] = []
         for tensors, wanted in zip(channels, present, strict=True):
             blocks.append(
@@ -83,6 +101,8 @@ class Retiler:
 
         Communication: one all-to-all if a factor that takes part is cut, otherwise none.
         """
+        if self._in_place:
+            return
         moved = [b for b, place in zip(blocks, self._places, strict=True) if place.offset is None and b is not None]
         self._exchange([present]).backward(moved, tensors)
 
@@ -112,23 +132,27 @@ class _Place(NamedTuple):
     shape: tuple[int, int]
     offset: int | None  # of its first element in the local piece; None: it comes out of the exchange
 
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
 
 def _block(place: _Place, tensor: Tensor | None, received: Iterator[Tensor]) -> Tensor | None:
     if place.offset is None:
-        return next(received).view(place.shape)
+        return next(received)
     if tensor is None:
         return None
-    numel = place.shape[0] * place.shape[1]
-    if tensor.numel() == numel:
-        return tensor.view(place.shape)  # never a copy, which would be changed in vain
-    return tensor.view(-1)[place.offset : place.offset + numel].view(place.shape)
+    if tensor.numel() == place.numel:
+        return tensor
+    return tensor.view(-1)[place.offset : place.offset + place.numel]  # never a copy, which would be changed in vain
 
 
 class _Exchange:
     """One all-to-all and its way back, for a fixed set of (channel, factor) entries.
 
-    Elements travel ordered by the other rank, then entry, then position in the factor; the index tensors hold
-    these permutations, so packing and unpacking are one gather each, whatever the number of adapters.
+    Elements travel ordered by the other rank, then entry, then position in the factor. They are packed and unpacked
+    in *grains*, the largest pieces of equal size that stay together everywhere, with one gather each, whatever the
+    number of adapters.
     """
 
     def __init__(
@@ -141,45 +165,51 @@ class _Exchange:
         self._comm = comm
         self._dtype = dtype
         self._entries = entries
-        self._sent = [(channel, factor, *span) for channel, factor in entries for span in tilings[factor].sent]
-        self._received_numel = [
-            tilings[factor].sources.numel() for _, factor in entries if tilings[factor].received is not None
-        ]
-        self._targets = _concatenated([tilings[factor].targets for _, factor in entries])
-        self._sources = _concatenated([tilings[factor].sources for _, factor in entries])
-        self._send_counts = _counts(self._targets, comm.world_size)
-        self._receive_counts = _counts(self._sources, comm.world_size)
+        self._spans = [(channel, factor, *span) for channel, factor in entries for span in _spans(tilings[factor].sent)]
+        blocks = [tilings[factor] for _, factor in entries if tilings[factor].received is not None]
+        self._received_numel = [sum(run.numel for run in tiling.arriving) for tiling in blocks]
+        sent = [tilings[factor].sent for _, factor in entries]
+        # Runs as they lie in the concatenated pieces, and in the concatenated blocks.
+        outgoing = _Runs([run for runs in sent for run in runs], comm.world_size)
+        incoming = _Runs([run for tiling in blocks for run in tiling.arriving], comm.world_size)
+        self._send_counts, self._receive_counts = outgoing.counts, incoming.counts
+        self._grain = max(1, math.gcd(outgoing.grain, incoming.grain))
+        self._outgoing, self._incoming = outgoing, incoming
 
     # Built when first used: weights are never sent back, so half of them would only take memory.
 
     @functools.cached_property
     def _pack(self) -> Tensor:
-        return _order(self._targets, self._comm)
+        return self._outgoing.to_wire(self._grain).to(self._comm.device)
 
     @functools.cached_property
     def _unpack(self) -> Tensor:
-        return _inverse_order(self._sources, self._comm)
+        return self._incoming.from_wire(self._grain).to(self._comm.device)
 
     @functools.cached_property
     def _pack_return(self) -> Tensor:
-        return _order(self._sources, self._comm)
+        return self._incoming.to_wire(self._grain).to(self._comm.device)
 
     @functools.cached_property
     def _unpack_returned(self) -> Tensor:
-        return _inverse_order(self._targets, self._comm)
+        return self._outgoing.from_wire(self._grain).to(self._comm.device)
 
-    def forward(self, channels: Sequence[Channel]) -> list[Tensor]:
+    def forward(self, channels: Sequence[Channel], comm: Communicator) -> list[Tensor]:
         """Send pieces, return the received blocks, flat."""
         if not self._entries:
             return []
         nothing = torch.zeros(0, dtype=self._dtype, device=self._comm.shard_device)
         pieces = [nothing]  # a rank may hold no piece at all, and still takes part
-        for channel, factor, start, stop in self._sent:
+        for channel, factor, start, stop in self._spans:
             tensor = channels[channel][factor]
-            pieces.append(nothing.new_zeros(stop - start) if tensor is None else tensor.reshape(-1)[start:stop])
-        packed = torch.cat(pieces).to(self._comm.device, non_blocking=True).index_select(0, self._pack)
-        arrived = self._comm.all_to_all(packed, self._send_counts, self._receive_counts)
-        return list(arrived.index_select(0, self._unpack).split(self._received_numel))
+            if tensor is None:
+                pieces.append(nothing.new_zeros(stop - start))
+            else:
+                flat = tensor.reshape(-1)
+                pieces.append(flat if flat.numel() == stop - start else flat[start:stop])
+        packed = self._gather(torch.cat(pieces).to(self._comm.device, non_blocking=True), self._pack)
+        arrived = comm.all_to_all(packed, self._send_counts, self._receive_counts)
+        return list(self._gather(arrived, self._unpack).split(self._received_numel))
 
     def backward(self, blocks: Sequence[Tensor], tensors: Channel) -> None:
         """Send received blocks back and write them into the pieces that they came from."""
@@ -187,12 +217,12 @@ class _Exchange:
             return
         nothing = torch.zeros(0, dtype=self._dtype, device=self._comm.device)
         flat = torch.cat([nothing, *(block.reshape(-1) for block in blocks)])
-        packed = flat.index_select(0, self._pack_return)
+        packed = self._gather(flat, self._pack_return)
         returned = self._comm.all_to_all(packed, self._receive_counts, self._send_counts)
-        returned = returned.index_select(0, self._unpack_returned).to(self._comm.shard_device)
-        values = returned.split([stop - start for *_, start, stop in self._sent])
+        returned = self._gather(returned, self._unpack_returned).to(self._comm.shard_device)
+        values = returned.split([stop - start for *_, start, stop in self._spans])
         targets, kept = [], []
-        for (_, factor, start, stop), value in zip(self._sent, values, strict=True):
+        for (_, factor, start, stop), value in zip(self._spans, values, strict=True):
             tensor = tensors[factor]
             if tensor is not None:
                 targets.append(tensor.view(-1)[start:stop])
@@ -200,24 +230,50 @@ class _Exchange:
         if targets:
             torch._foreach_copy_(targets, kept)
 
-
-def _concatenated(ranks: Sequence[Tensor]) -> Tensor:
-    flat = torch.cat([torch.empty(0, dtype=torch.int16), *ranks])
-    assert flat.numel() < 2**31, "32-bit indices cannot address the exchange"
-    return flat
+    def _gather(self, flat: Tensor, index: Tensor) -> Tensor:
+        return flat.view(-1, self._grain).index_select(0, index).view(-1)
 
 
-def _counts(ranks: Tensor, world_size: int) -> list[int]:
-    return torch.bincount(ranks.to(torch.int64), minlength=world_size).tolist()
+class _Runs:
+    """Runs of elements in local order, and the order in which they travel."""
+
+    def __init__(self, runs: Sequence[Run], world_size: int) -> None:
+        peers = torch.tensor([run.peer for run in runs], dtype=torch.int64)
+        self._numels = torch.tensor([run.numel for run in runs], dtype=torch.int64)
+        self._order = torch.sort(peers, stable=True).indices
+        counts = torch.zeros(world_size, dtype=torch.int64).index_add_(0, peers, self._numels)
+        self.counts: list[int] = counts.tolist()
+        assert sum(self.counts) < 2**31, "32-bit indices cannot address the exchange"
+        # Wherever a run begins, all before it are whole runs: so their sizes' divisor divides every position.
+        self.grain: int = math.gcd(*torch.unique(self._numels).tolist())
+
+    def to_wire(self, grain: int) -> Tensor:
+        """For every grain on the wire its place in local order, int32."""
+        starts = self._numels.cumsum(0) - self._numels
+        return _expand(starts[self._order] // grain, self._numels[self._order] // grain)
+
+    def from_wire(self, grain: int) -> Tensor:
+        """For every grain in local order its place on the wire, int32."""
+        numels = self._numels[self._order]
+        starts = torch.empty_like(self._numels)
+        starts[self._order] = numels.cumsum(0) - numels
+        return _expand(starts // grain, self._numels // grain)
 
 
-def _order(ranks: Tensor, comm: Communicator) -> Tensor:
-    """The order that sorts elements by rank, int32 on the communication device."""
-    return torch.sort(ranks, stable=True).indices.to(comm.device, torch.int32)
+def _expand(starts: Tensor, lengths: Tensor) -> Tensor:
+    """``[s, s + 1, ..., s + length - 1]`` of every start, concatenated."""
+    before = lengths.cumsum(0) - lengths
+    return (torch.repeat_interleave(starts - before, lengths) + torch.arange(int(lengths.sum()))).to(torch.int32)
 
 
-def _inverse_order(ranks: Tensor, comm: Communicator) -> Tensor:
-    order = torch.sort(ranks, stable=True).indices
-    inverse = torch.empty(order.numel(), dtype=torch.int32)
-    inverse[order] = torch.arange(order.numel(), dtype=torch.int32)
-    return inverse.to(comm.device)
+def _spans(runs: Sequence[Run]) -> Iterator[tuple[int, int]]:
+    """The stretches of a piece that runs cover, neighbours joined."""
+    start = stop = 0
+    for run in runs:
+        if run.start != stop:
+            if stop > start:
+                yield start, stop
+            start = run.start
+        stop = run.start + run.numel
+    if stop > start:
+        yield start, stop

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .ahead import Ahead
 from .blocks import BlockSet, Matrices
 from .communication import Communicator
 from .engines import Engine, Firing
@@ -22,17 +23,29 @@ class GradientStep:
     """Applies a GradientMethod to the gradients that an engine is about to use.
 
     Communication per step: one all-reduce of the Grams, and two all-to-alls per firing if factors are cut; none
-    if every rank holds the factors whole.
+    if every rank holds the factors whole. Formed ahead, the weights take an all-to-all of their own.
+
+    Args:
+        ahead: forms S ahead; None to form it in the step.
     """
 
-    def __init__(self, method: GradientMethod, engine: Engine, retiler: Retiler, communicator: Communicator) -> None:
+    def __init__(
+        self,
+        method: GradientMethod,
+        engine: Engine,
+        retiler: Retiler,
+        communicator: Communicator,
+        ahead: Communicator | None = None,
+    ) -> None:
         self._method = method
         self._engine = engine
         self._retiler = retiler
         self._comm = communicator
         lora_ranks = [pair.lora_rank for pair in engine.pairs]
         self._blocks = BlockSet(retiler.specs, lora_ranks, communicator.device)
+        self._everything = (True,) * (2 * len(engine.pairs))
         self._transform: Transform | None = None
+        self._ahead = Ahead(ahead) if ahead is not None else None
 
     def __call__(self, firing: Firing) -> Tensor | None:
         """Replace the gradients of this firing.
@@ -44,10 +57,14 @@ class GradientStep:
         skipped = None
         if firing.first:
             # The weights of all sub-groups are still those of before the step only now, so S is formed once.
-            channels: list[Channel] = [self._engine.weights(), gradients]
-            everything = (True,) * len(firing.present)
-            weight_blocks, blocks = self._retiler.to_blocks(channels, [everything, firing.present])
-            self._transform = self._solve(weight_blocks)
+            weights = self._engine.weights()
+            self._transform = self._ahead.take(weights) if self._ahead is not None else None
+            if self._transform is None:
+                channels: list[Channel] = [weights, gradients]
+                weight_blocks, blocks = self._retiler.to_blocks(channels, [self._everything, firing.present])
+                self._transform = self._solve(weight_blocks, self._comm)
+            else:
+                (blocks,) = self._retiler.to_blocks([gradients], [firing.present])
             skipped = _count_unsolved(self._transform.solved)
         else:
             assert self._transform is not None
@@ -58,9 +75,35 @@ class GradientStep:
             self._transform = None
         return skipped
 
-    def _solve(self, weight_blocks: list[Tensor | None]) -> Transform:
+    def form_ahead(self) -> None:
+        """Right after an update: form the next step's S, on a GPU beside the forward that follows."""
+        if self._ahead is not None:
+            weights = self._engine.weights()
+            with self._ahead.forming(weights) as communicator:
+                (blocks,) = self._retiler.to_blocks([weights], [self._everything], communicator)
+                self._ahead.keep(self._solve(blocks, communicator))
+
+    def drop(self) -> None:
+        """Forget what was formed ahead: the weights have changed. Every rank must call."""
+        if self._ahead is not None:
+            self._ahead.drop()
+
+    @property
+    def communicators(self) -> list[Communicator]:
+        return [self._comm] if self._ahead is None else [self._comm, self._ahead.communicator]
+
+    def check(self) -> None:
+        """Make sure that no S that was formed ahead met weights changed unseen.
+
+        Raises:
+            RuntimeError: one did.
+        """
+        if self._ahead is not None:
+            self._ahead.check()
+
+    def _solve(self, weight_blocks: list[Tensor | None], communicator: Communicator) -> Transform:
         grams: Matrices = self._blocks.grams(weight_blocks)
-        return self._method.solve(reduce_grams(grams, self._comm))
+        return self._method.solve(reduce_grams(grams, communicator))
 
 
 class RescalingStep:

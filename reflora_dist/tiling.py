@@ -7,17 +7,18 @@ column, and every cut row, is given to one rank.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from .blocks import SIDE_A
 
 Shape = tuple[int, int]
 FOLLOWING = -1  # as a shard's start: right behind those of the ranks before
-_NO_RANKS = torch.empty(0, dtype=torch.int16)
+# Columns are dealt out in multiples of this where pieces allow it: what moves together is copied together.
+_GRANULE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,20 @@ class LocalShard:
         return self.start + self.numel
 
 
+class Run(NamedTuple):
+    """Elements that lie together on both sides of the exchange.
+
+    Attributes:
+        peer: the other rank, possibly this one.
+        start: first element, in this rank's piece (sent) or in its block (received).
+        numel: how many.
+    """
+
+    peer: int
+    start: int
+    numel: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Tiling:
     """One factor as one rank sees it.
@@ -45,18 +60,16 @@ class Tiling:
     Attributes:
         exchanged: whether any rank sends any element of this factor (the same on all ranks).
         direct: ``(first element, shape)`` of the block that lies in this rank's piece, or None.
-        sent: ranges of this rank's piece that other ranks, or itself, compute on after the exchange.
-        targets: the rank of each element of ``sent``.
+        sent: what other ranks, or itself, compute on after the exchange, in the piece's order.
         received: shape of the block that the exchange brings, or None.
-        sources: the rank that each element of the received block comes from.
+        arriving: where that block's elements come from, in the block's order.
     """
 
     exchanged: bool = False
     direct: tuple[int, Shape] | None = None
-    sent: tuple[tuple[int, int], ...] = ()
-    targets: Tensor = _NO_RANKS
+    sent: tuple[Run, ...] = ()
     received: Shape | None = None
-    sources: Tensor = _NO_RANKS
+    arriving: tuple[Run, ...] = ()
 
 
 def follow_each_other(shards: Sequence[Sequence[LocalShard]]) -> list[list[LocalShard]]:
@@ -102,20 +115,52 @@ def _tile_columns(shape: Shape, shards: Sequence[LocalShard], rank: int) -> Tili
     numel = lora_rank * columns
     if any(shard.numel == numel for shard in shards):
         return Tiling(direct=(0, shape) if shards[rank].numel else None)
-    holders = _by_start(shards)
-    first_column = torch.tensor([columns * shards[holder].start // numel for holder in holders])
-    owner_of_column = torch.searchsorted(first_column, torch.arange(columns), right=True) - 1
-    holders_tensor = torch.tensor(holders, dtype=torch.int16)
-
     mine = shards[rank]
     if not mine.numel:
         return Tiling(exchanged=True)
-    targets = holders_tensor[owner_of_column[torch.arange(mine.start, mine.stop) % columns]]
-    own_columns = torch.nonzero(holders_tensor[owner_of_column] == rank).flatten()
-    elements = torch.arange(lora_rank)[:, None] * columns + own_columns
-    sources = _holders_of(elements.flatten(), shards)
-    received = (lora_rank, own_columns.numel()) if own_columns.numel() else None
-    return Tiling(True, None, ((0, mine.numel),), targets, received, sources)
+    holders = _by_start(shards)
+    bounds = _column_bounds(columns, numel, [shards[holder].start for holder in holders])
+    sent = _runs(mine.start, mine.stop, columns, bounds, holders)
+    place = holders.index(rank)
+    first, last = bounds[place], bounds[place + 1]
+    if first == last:
+        return Tiling(True, None, tuple(sent))
+    starts = [shards[holder].start for holder in holders]
+    arriving = [
+        Run(run.peer, row * (last - first) + run.start, run.numel)
+        for row in range(lora_rank)
+        for run in _cut(row * columns + first, row * columns + last, starts, holders)
+    ]
+    return Tiling(True, None, tuple(sent), (lora_rank, last - first), tuple(arriving))
+
+
+def _column_bounds(columns: int, numel: int, starts: Sequence[int]) -> list[int]:
+    """The first column of every holder, in the order of their pieces, and the number of columns at the end."""
+    granule = math.gcd(_GRANULE, columns, *starts)
+    if columns < 4 * granule * len(starts):  # shares as even as possible matter more
+        granule = 1
+    return [columns * start // numel // granule * granule for start in starts] + [columns]
+
+
+def _runs(start: int, stop: int, columns: int, bounds: list[int], holders: Sequence[int]) -> Iterator[Run]:
+    """A piece of lora_A, cut where a row ends and where another rank's columns begin."""
+    position = start
+    while position < stop:
+        row_start = position // columns * columns
+        row_stop = min(row_start + columns, stop)
+        for run in _cut(position - row_start, row_stop - row_start, bounds[:-1], holders):
+            yield Run(run.peer, position - start + run.start, run.numel)
+        position = row_stop
+
+
+def _cut(first: int, last: int, bounds: Sequence[int], holders: Sequence[int]) -> Iterator[Run]:
+    """``[first, last)`` cut at ascending bounds; ``holders[i]`` holds what begins at ``bounds[i]``."""
+    position = first
+    while position < last:
+        index = bisect.bisect_right(bounds, position) - 1
+        end = min(bounds[index + 1], last) if index + 1 < len(bounds) else last
+        yield Run(holders[index], position - first, end - position)
+        position = end
 
 
 def _tile_rows(shape: Shape, shards: Sequence[LocalShard], rank: int) -> Tiling:
@@ -131,21 +176,18 @@ def _tile_rows(shape: Shape, shards: Sequence[LocalShard], rank: int) -> Tiling:
     if whole_stop > whole_start:
         direct = (whole_start - mine.start, ((whole_stop - whole_start) // width, width))
 
-    cut = [(mine.start, whole_start), (whole_stop, mine.stop)]
-    sent = tuple((start - mine.start, stop - mine.start) for start, stop in cut if stop > start)
-    elements = torch.cat([torch.arange(start, stop) for start, stop in cut])
-    targets = _holders_of(elements // width * width, shards)
-    if whole_stop == mine.stop:  # no row begins here and ends on another rank
-        return Tiling(exchanged, direct, sent, targets)
-    sources = _holders_of(torch.arange(whole_stop, whole_stop + width), shards)
-    return Tiling(exchanged, direct, sent, targets, (1, width), sources)
-
-
-def _holders_of(elements: Tensor, shards: Sequence[LocalShard]) -> Tensor:
-    """The rank that holds each element of the whole factor."""
     holders = _by_start(shards)
-    starts = torch.tensor([shards[holder].start for holder in holders])
-    return torch.tensor(holders, dtype=torch.int16)[torch.searchsorted(starts, elements, right=True) - 1]
+    starts = [shards[holder].start for holder in holders]
+    sent = []
+    for start, stop in ((mine.start, whole_start), (whole_stop, mine.stop)):
+        if stop > start:  # these elements belong to one row
+            (owner,) = _cut(start // width * width, start // width * width + 1, starts, holders)
+            sent.append(Run(owner.peer, start - mine.start, stop - start))
+    if whole_stop == mine.stop:  # no row begins here and ends on another rank
+        return Tiling(exchanged, direct, tuple(sent))
+    return Tiling(
+        exchanged, direct, tuple(sent), (1, width), tuple(_cut(whole_stop, whole_stop + width, starts, holders))
+    )
 
 
 def _by_start(shards: Sequence[LocalShard]) -> list[int]:

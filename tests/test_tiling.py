@@ -53,12 +53,20 @@ def _tall(side: int, block: torch.Tensor) -> torch.Tensor:
 
 def _receive(rank: int, tilings, pieces) -> torch.Tensor:
     """What the all-to-all brings: from every rank, in order, the elements that it sends here."""
-    tiling = tilings[rank]
-    block = torch.empty(tiling.sources.numel(), dtype=torch.int64)
-    for source, (other, piece) in enumerate(zip(tilings, pieces, strict=True)):
-        sent = torch.cat([piece[start:stop] for start, stop in other.sent] or [piece[:0]])
-        block[tiling.sources == source] = sent[other.targets == rank]
-    return block
+    wire = {
+        source: torch.cat(
+            [piece[run.start : run.start + run.numel] for run in other.sent if run.peer == rank] or [piece[:0]]
+        )
+        for source, (other, piece) in enumerate(zip(tilings, pieces, strict=True))
+    }
+    arriving = tilings[rank].arriving
+    assert [run.start for run in arriving] == list(itertools.accumulate([0, *(r.numel for r in arriving)]))[:-1]
+    block = []
+    for run in arriving:
+        block.append(wire[run.peer][: run.numel])
+        wire[run.peer] = wire[run.peer][run.numel :]
+    assert not any(len(left) for left in wire.values())
+    return torch.cat(block)
 
 
 @settings(max_examples=100, deadline=None)

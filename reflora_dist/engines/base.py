@@ -48,6 +48,7 @@ class Engine(abc.ABC):
     def __init__(self, pairs: Sequence[AdapterPair], optimizer: torch.optim.Optimizer) -> None:
         self.pairs = tuple(pairs)
         self.optimizer = optimizer
+        self._owners = [owner for pair in self.pairs for owner in pair.owners()]
 
     @abc.abstractmethod
     def shards(self) -> list[LocalShard]:
@@ -89,7 +90,13 @@ class Engine(abc.ABC):
         """
 
     def _factors(self) -> list[Tensor]:
-        return [factor for pair in self.pairs for factor in (pair.lora_a, pair.lora_b)]
+        # Looked up in every step, since accelerate and FSDP2 replace parameters; in the dictionary where nn.Module's
+        # attributes end, since the way there takes longer than the step's algebra on a GPU.
+        found = [module._parameters.get(name) for module, name in self._owners]
+        return [
+            getattr(module, name) if factor is None else factor
+            for factor, (module, name) in zip(found, self._owners, strict=True)
+        ]
 
     def _factor_names(self) -> list[str]:
         return [f"{pair.name}.{side}" for pair in self.pairs for side in ("lora_A", "lora_B")]

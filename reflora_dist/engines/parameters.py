@@ -24,9 +24,11 @@ class ParameterEngine(Engine):
         )
         self._layout_at_attach = self._current_layout()
 
+    @torch.no_grad()  # in which to_local() takes no part in autograd, and costs nothing
     def weights(self) -> list[Tensor]:
-        return [_local(factor.detach()) for factor in self._factors()]
+        return [_local(factor) for factor in self._factors()]
 
+    @torch.no_grad()
     def gradients(self) -> list[Tensor | None]:
         return [None if factor.grad is None else _local(factor.grad) for factor in self._factors()]
 
@@ -45,7 +47,9 @@ class ParameterEngine(Engine):
         self._check_ownership(RuntimeError, "the optimizer was rebuilt after attach(): detach, then attach again")
 
     def _current_layout(self) -> list[tuple[type, torch.Size]]:
-        return [(type(factor.data), _local(factor.detach()).shape) for factor in self._factors()]
+        return [
+            (type(factor.data), weight.shape) for factor, weight in zip(self._factors(), self.weights(), strict=True)
+        ]
 
     def _check_ownership(self, error: type[Exception], remedy: str) -> None:
         owned = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
@@ -75,6 +79,12 @@ class ReplicatedEngine(ParameterEngine):
 
     def shards(self) -> list[LocalShard]:
         return [LocalShard(factor.numel(), tall=True) for factor in self._factors()]
+
+    def weights(self) -> list[Tensor]:
+        return self._factors()
+
+    def gradients(self) -> list[Tensor | None]:
+        return [factor.grad for factor in self._factors()]
 
 
 class FSDP2Engine(ParameterEngine):

@@ -1,0 +1,88 @@
+"""S formed ahead: right after an update, on a GPU on a stream of its own beside the next forward and backward."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .communication import Communicator
+from .methods.base import Transform
+
+
+class Ahead:
+    """Keeps a Transform until the step that it is for, unless the weights change in between.
+
+    A change that torch can see (an in-place operation, a replaced tensor) drops it. One behind torch's back (through
+    ``tensor.data``) shows in the weights' norms, which are compared without waiting for the device: :meth:`check`
+    raises.
+
+    Args:
+        communicator: for collectives beside those of the forward and backward, over a process group of its own.
+    """
+
+    def __init__(self, communicator: Communicator) -> None:
+        self.communicator = communicator
+        device = communicator.device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._transform: Transform | None = None
+        self._versions: list[tuple[int, int]] = []
+        self._norms = torch.empty(0)
+        self._unseen = torch.zeros((), dtype=torch.int64, device=device)
+
+    @contextlib.contextmanager
+    def forming(self, weights: Sequence[Tensor]) -> Iterator[Communicator]:
+        """Run the block beside what follows; it has to end with :meth:`keep`."""
+        self._versions = _versions(weights)
+        if self._stream is None:
+            self._norms = _norms(weights)
+            yield self.communicator
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            self._norms = _norms(weights)
+            yield self.communicator
+
+    def keep(self, transform: Transform) -> None:
+        """Keep what was formed."""
+        self._transform = transform
+
+    def take(self, weights: Sequence[Tensor]) -> Transform | None:
+        """What was formed for these weights, or None."""
+        transform, self._transform = self._transform, None
+        if transform is None:
+            return None
+        if self._stream is not None:
+            # Also before the update: the weights are still being read. Memory of the side stream is given back to
+            # that stream only, which waits for this one before it goes on.
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        if _versions(weights) != self._versions:
+            return None
+        self._unseen += (_norms(weights) != self._norms).any().to(self._unseen.device, non_blocking=True)
+        if self._stream is None:
+            self.check()
+        return transform
+
+    def drop(self) -> None:
+        """Forget what was formed."""
+        self._transform = None
+
+    def check(self) -> None:
+        """Raise if weights were changed behind torch's back since the last check. Waits for the device."""
+        if bool(self._unseen):
+            self._unseen.zero_()
+            raise RuntimeError(
+                "factors were changed between two steps through tensor.data, unseen, and gradients were refactored "
+                "with the S of the old ones: call handle.weights_changed() on every rank after changing them, or set "
+                "RefLoRAConfig(overlap=False)"
+            )
+
+
+def _versions(weights: Sequence[Tensor]) -> list[tuple[int, int]]:
+    return [(weight.data_ptr(), weight._version) for weight in weights]
+
+
+def _norms(weights: Sequence[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(list(weights), 1, dtype=torch.float64))

@@ -1,0 +1,30 @@
+"""Triton kernels for CUDA tensors: a bounded number of launches per step, whatever the number of adapters.
+
+The plain torch code of ``blocks`` and ``refactor`` is their oracle, and what runs without a GPU or without Triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+
+
+def usable(device: torch.device) -> bool:
+    """Whether the kernels run on this device: NVIDIA GPUs with float64 tensor cores (A100, H100 and later)."""
+    return device.type == "cuda" and torch.version.cuda is not None and _supported(device)
+
+
+@functools.cache
+def _supported(device: torch.device) -> bool:
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def padded(lora_rank: int) -> int:
+    """lora_rank rounded up to a power of two of at least 16, the least size of a product in Triton."""
+    return max(16, 1 << (lora_rank - 1).bit_length())
+
+
+LARGEST_LORA_RANK = 128  # more does not fit into the registers of one program
+LARGEST_SOLVED_LORA_RANK = 64  # beyond, torch's batched routines are faster

@@ -1,0 +1,235 @@
+"""Plans and launches the kernels over a set of blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..blocks import SIDE_A, SIDE_B, BlockSpec, Matrices
+from . import padded
+from .solve import solve_kernel
+from .tiles import gram_kernel, multiply_kernel, sum_kernel
+
+# Triton 3.6 fails to compile a float64 product of 16-bit operands.
+_TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+_SUM_WIDTH = 1024
+
+Pattern = tuple[torch.dtype | None, ...]
+"""The dtype of every block, None where there is none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Launch:
+    """Blocks of one side, lora_rank and dtype, and the tiles that programs work on."""
+
+    side: int
+    lora_rank: int
+    dtype: torch.dtype
+    members: tuple[int, ...]  # positions in the list of blocks
+    tiles: Tensor  # [programs, 5] int32
+    rows_aligned: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sum:
+    """Which partial Grams of one lora_rank belong to which Gram."""
+
+    spans: Tensor  # [2 P_r, 2] int32
+    order: Tensor  # [partials] int32
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    launches: tuple[_Launch, ...]
+    sums: dict[int, _Sum]  # empty for products
+
+
+@dataclasses.dataclass(frozen=True)
+class Located:
+    """Blocks that kernels can work on, where they lie now. Most of them stay there from step to step."""
+
+    addresses: list[int]
+    table: Tensor  # the same on the device
+    plan: _Plan
+    aligned: tuple[bool, ...]  # per launch, whether 16-byte accesses are possible
+
+
+class TiledBlocks:
+    """Grams of blocks, and their products with r x r matrices, in a few launches.
+
+    Args:
+        specs: the blocks.
+        lora_ranks: r of every pair in the model.
+        slots: position of every pair among the pairs of equal lora_rank.
+        pairs_by_rank: the pairs of every lora_rank.
+        device: a CUDA device.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[BlockSpec],
+        lora_ranks: Sequence[int],
+        slots: Mapping[int, int],
+        pairs_by_rank: Mapping[int, Sequence[int]],
+        device: torch.device,
+    ) -> None:
+        self._specs = specs
+        self._lora_ranks = lora_ranks
+        self._slots = slots
+        self._num_pairs = {lora_rank: len(pairs) for lora_rank, pairs in pairs_by_rank.items()}
+        self._device = device
+        self._plans: dict[tuple[str, Pattern], _Plan] = {}
+        self._located: dict[tuple[str, int], Located] = {}
+
+    def locate(self, purpose: str, blocks: Sequence[Tensor | None]) -> Located | None:
+        """Find the blocks; None if some lie in host memory (an offloaded optimizer's) or have 16 bits.
+
+        Args:
+            purpose: "grams" or "products".
+            blocks: in the order of the specs, contiguous.
+        """
+        addresses = [0 if block is None else block.data_ptr() for block in blocks]
+        # a table is read on the stream that it was sent on
+        key = purpose, torch.cuda.current_stream(self._device).cuda_stream
+        known = self._located.get(key)
+        if known is not None and known.addresses == addresses:
+            return known
+        if not all(b is None or (b.device.type == self._device.type and b.dtype in _TRITON_DTYPES) for b in blocks):
+            return None
+        plan = self._plan(purpose, tuple(None if block is None else block.dtype for block in blocks))
+        # from pinned memory the copy is asynchronous; the allocator keeps it until the copy is done
+        table = torch.tensor(addresses, dtype=torch.int64).pin_memory().to(self._device, non_blocking=True)
+        aligned = tuple(
+            launch.rows_aligned and not any(addresses[member] % 16 for member in launch.members)
+            for launch in plan.launches
+        )
+        self._located[key] = known = Located(addresses, table, plan, aligned)
+        return known
+
+    def grams(self, located: Located) -> Matrices:
+        """As :meth:`reflora_dist.blocks.BlockSet.grams`: one launch per side, dtype and lora_rank, and one to sum."""
+        sums = located.plan.sums
+        partials = {
+            lora_rank: torch.empty(plan.order.numel(), lora_rank, lora_rank, dtype=torch.float64, device=self._device)
+            for lora_rank, plan in sums.items()
+        }
+        first = dict.fromkeys(partials, 0)
+        for launch, aligned in zip(located.plan.launches, located.aligned, strict=True):
+            r, settings = launch.lora_rank, _SETTINGS[padded(launch.lora_rank)]
+            gram_kernel[(len(launch.tiles),)](
+                located.table, launch.tiles, partials[r], first[r], r, padded(r), settings.gram_width,
+                launch.side == SIDE_A, _TRITON_DTYPES[launch.dtype], aligned,
+                num_warps=settings.gram_warps, num_stages=3,
+            )  # fmt: skip
+            first[r] += len(launch.tiles)
+        return {lora_rank: self._sum(lora_rank, sums.get(lora_rank), partials) for lora_rank in self._num_pairs}
+
+    def multiply_(self, located: Located, left: Matrices, right: Matrices) -> None:
+        """As :meth:`reflora_dist.blocks.BlockSet.multiply_`: one launch per side, dtype and lora_rank."""
+        for launch, aligned in zip(located.plan.launches, located.aligned, strict=True):
+            r, settings = launch.lora_rank, _SETTINGS[padded(launch.lora_rank)]
+            matrices = (left if launch.side == SIDE_A else right)[r].contiguous()
+            multiply_kernel[(len(launch.tiles),)](
+                located.table, launch.tiles, matrices, r, padded(r), settings.product_width, min(padded(r), 32),
+                launch.side == SIDE_A, _TRITON_DTYPES[launch.dtype], aligned,
+                num_warps=settings.product_warps, num_stages=settings.product_stages,
+            )  # fmt: skip
+
+    def _sum(self, lora_rank: int, plan: _Sum | None, partials: Mapping[int, Tensor]) -> Tensor:
+        pairs, size = self._num_pairs[lora_rank], lora_rank * lora_rank
+        if plan is None:  # this rank holds nothing of these pairs
+            return torch.zeros(2, pairs, lora_rank, lora_rank, dtype=torch.float64, device=self._device)
+        grams = torch.empty(2, pairs, lora_rank, lora_rank, dtype=torch.float64, device=self._device)
+        width = min(_SUM_WIDTH, triton.next_power_of_2(size))
+        sum_kernel[(2 * pairs, triton.cdiv(size, width))](
+            partials[lora_rank], plan.spans, plan.order, grams, size, width, num_warps=4
+        )
+        return grams
+
+    def _plan(self, purpose: str, pattern: Pattern) -> _Plan:
+        if (purpose, pattern) not in self._plans:
+            launches = tuple(self._plan_launches(purpose, pattern))
+            sums = self._plan_sums(launches) if purpose == "grams" else {}
+            self._plans[purpose, pattern] = _Plan(launches, sums)
+        return self._plans[purpose, pattern]
+
+    def _plan_launches(self, purpose: str, pattern: Pattern) -> Iterator[_Launch]:
+        groups: dict[tuple[int, int, torch.dtype], list[int]] = {}
+        for position, (spec, dtype) in enumerate(zip(self._specs, pattern, strict=True)):
+            if dtype is not None:
+                groups.setdefault((spec.side, self._lora_ranks[spec.pair], dtype), []).append(position)
+        for (side, lora_rank, dtype), members in groups.items():
+            rows = _PRODUCT_ROWS if purpose == "products" else _gram_rows(lora_rank)
+            lengths = [self._specs[member].shape[1 - side] for member in members]
+            tiles = [
+                (member, start, min(start + rows, length), length, self._slots[self._specs[member].pair])
+                for member, length in zip(members, lengths, strict=True)
+                for start in range(0, length, rows)
+            ]
+            rows_aligned = side == SIDE_B or all(length * dtype.itemsize % 16 == 0 for length in lengths)
+            table = torch.tensor(tiles, dtype=torch.int32).to(self._device)
+            yield _Launch(side, lora_rank, dtype, tuple(members), table, rows_aligned)
+
+    def _plan_sums(self, launches: Sequence[_Launch]) -> dict[int, _Sum]:
+        tiles_of: dict[int, list[list[int]]] = {}
+        for launch in launches:
+            pairs = self._num_pairs[launch.lora_rank]
+            lists = tiles_of.setdefault(launch.lora_rank, [[] for _ in range(2 * pairs)])
+            first = sum(len(entry) for entry in lists)
+            for number, slot in enumerate(launch.tiles[:, 4].tolist()):
+                lists[launch.side * pairs + slot].append(first + number)
+        plans = {}
+        for lora_rank, lists in tiles_of.items():
+            ends = torch.tensor([len(entry) for entry in lists]).cumsum(0)
+            starts = torch.cat([torch.zeros(1, dtype=ends.dtype), ends[:-1]])
+            order = torch.tensor([tile for entry in lists for tile in entry], dtype=torch.int32)
+            spans = torch.stack([starts, ends], dim=1).to(torch.int32)
+            plans[lora_rank] = _Sum(spans.to(self._device), order.to(self._device))
+        return plans
+
+
+def solve(
+    gram_a: Tensor, gram_b: Tensor, newton_steps: int, converged: float, relative_pivot: float, residual: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`reflora_dist.refactor.solve_refactorization`, in one launch; ``[P, r, r]``, contiguous, on a GPU."""
+    pairs, lora_rank, _ = gram_a.shape
+    size = padded(lora_rank)
+    s, s_inv = torch.empty_like(gram_a), torch.empty_like(gram_a)
+    solved = torch.empty(pairs, dtype=torch.int8, device=gram_a.device)
+    scratch = torch.empty(pairs, 4, size, size, dtype=torch.float64, device=gram_a.device)
+    solve_kernel[(pairs,)](
+        gram_a, gram_b, s, s_inv, solved, scratch, lora_rank, size, newton_steps, converged, relative_pivot, residual,
+        num_warps=_SETTINGS[size].solve_warps,
+    )  # fmt: skip
+    return s, s_inv, solved.view(torch.bool)
+
+
+class _Settings(NamedTuple):
+    gram_width: int
+    gram_warps: int
+    product_width: int
+    product_warps: int
+    product_stages: int
+    solve_warps: int
+
+
+# The fastest of those tried on an H200 with the shapes of LLaMA-7B.
+_SETTINGS = {
+    16: _Settings(64, 2, 64, 2, 2, 2),
+    32: _Settings(64, 2, 64, 2, 2, 4),
+    64: _Settings(32, 4, 64, 4, 2, 4),
+    128: _Settings(32, 8, 32, 4, 1, 16),
+}
+_PRODUCT_ROWS = 256  # of a tall factor, for one program
+
+
+def _gram_rows(lora_rank: int) -> int:
+    """How many rows of a tall factor one program sums; its result takes 8 r^2 bytes until all are summed."""
+    return min(4 * padded(lora_rank) ** 2, 4096)

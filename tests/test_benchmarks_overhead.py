@@ -1,0 +1,354 @@
+"""The overhead benchmark: records of real runs, baselines that agree, wrong ones that are found out, and the report."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import HfArgumentParser
+
+from benchmarks import baselines, breakdown, common, overhead, throughput, variants
+from benchmarks.collectives import issue_all, recorded
+from benchmarks.reports import overhead as report
+from benchmarks.workloads import OptimizerStep
+from reflora_dist import reference
+from tests.cluster import run_ranks
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TINY = ["--num_layers", "1", "--blocks", "2", "--steps", "2"]
+SHAPE = common.ModelShape(
+    hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_key_value_heads=2, vocab_size=64
+)
+
+
+def _main(rank: int, world_size: int, arguments: Sequence[str]) -> None:
+    sys.argv = ["benchmarks/overhead.py", *arguments]
+    overhead.main()
+
+
+def _record(folder: Path, world_size: int, *arguments: str) -> dict[str, Any]:
+    path = folder / "records" / "record.json"
+    run_ranks(_main, world_size, [*TINY, *arguments, "--output", str(path)], init_process_group=False)
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def step_record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return _record(tmp_path_factory.mktemp("step"), 1, "--lora_ranks", "4", "8", "--breakdown")
+
+
+def test_one_process_writes_a_record(step_record: dict[str, Any]) -> None:
+    assert step_record["benchmark"] == "overhead" and step_record["world_size"] == 1
+    assert "--lora_ranks 4 8" in step_record["command"] and step_record["versions"]["torch"] == torch.__version__
+    runs = step_record["results"]["runs"]
+    assert [run["lora_rank"] for run in runs] == [4, 8]
+    for run in runs:
+        assert run["num_pairs"] == 7
+        assert run["adapter_parameters"] == run["lora_rank"] * (4 * 1024 + 3 * 1888)
+        assert run["largest_relative_error"]["reflora"] < 1e-5
+        assert set(run["variants"]) >= {"lora", "reflora", "reflora-s", "loop"}
+        for figures in run["variants"].values():
+            assert figures["step_ms"]["count"] == 4 and 0 < figures["step_ms"]["q1"] <= figures["step_ms"]["q3"]
+            assert figures["queued_step_ms"]["count"] == 2
+        assert run["variants"]["lora"]["added_step_ms"] == 0
+        assert run["bare_collectives"] is None  # whole factors: nothing is sent
+        assert run["breakdown_ms"]["solve"]["median"] > 0 and run["breakdown_ms"]["all_reduce"]["median"] == 0
+
+
+@pytest.mark.parametrize(
+    ("engine", "scope"), [("ddp", "step"), ("fsdp2", "step"), ("fsdp2", "training"), ("zero3", "training")]
+)
+def test_two_ranks_write_a_record(tmp_path: Path, engine: str, scope: str) -> None:
+    arguments = ["--engine", engine, "--scope", scope, "--seq_len", "8", "--micro_batch_size", "1"]
+    (run,) = _record(tmp_path, 2, *arguments)["results"]["runs"]
+    assert all(error < 1e-5 for error in run["largest_relative_error"].values())
+    timed = "queued_step_ms" if scope == "step" else "training_step_ms"
+    assert all(timed in figures for figures in run["variants"].values())
+    if engine == "ddp":
+        assert run["bare_collectives"] is None and "loop" in run["variants"]
+        return
+    assert {"gather-coalesced", "gather-each"} < set(run["variants"])
+    bare = run["bare_collectives"]
+    sent = run["variants"]["reflora"]["report"]["collectives_per_step"]
+    assert len(bare["calls"]) == sum(sent.values()) > 0
+    added = run["variants"]["reflora"]["added_step_ms"]
+    assert bare["added_over_bare"] == pytest.approx(added / bare["step_ms"]["median"])
+
+
+def test_the_script_runs_from_anywhere_and_explains_itself(tmp_path: Path) -> None:
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / "overhead.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "--lora_ranks" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": "9b"}, "--model 9b is unknown; choose one of small"),
+        ({"scope": "epoch"}, "--scope epoch"),
+        ({"engine": "zero3"}, "--engine zero3 needs a model to shard: use --scope training"),
+        ({"variants": ["gather-each"]}, "--variants gather-each is unknown or impossible here"),
+        ({"engine": "fsdp2", "variants": ["loop"]}, "--variants loop"),
+        ({"lora_ranks": [0]}, r"--lora_ranks \[0\]"),
+        ({"blocks": 0}, "--blocks 0 must be positive"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_bad_input_is_refused_by_name(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        overhead.Arguments(**values)
+
+
+def test_one_process_alone_is_refused_under_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--engine single is one process"):
+        overhead.Arguments()
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match="backend='mpi' is unknown"):
+        common.start("mpi")
+
+
+def test_the_formula_is_that_of_the_oracle() -> None:
+    torch.manual_seed(0)
+    lora_a, lora_b = torch.randn(5, 40, dtype=torch.float64), torch.randn(30, 5, dtype=torch.float64)
+    expected = reference.refactorization(lora_a, lora_b)
+    assert expected is not None
+    for solve in (baselines.solve_as_published, baselines.solve_batched):
+        solution = solve((lora_a @ lora_a.mT)[None], (lora_b.mT @ lora_b)[None])
+        for matrix, wanted in zip(solution, expected, strict=True):
+            # the Grams of these well-conditioned factors cost a few digits of float64
+            torch.testing.assert_close(matrix[0], wanted, rtol=1e-9, atol=1e-11)
+
+
+def _check(rank: int, world_size: int, engine: str, lora_rank: int, names: list[str], broken: str) -> Any:
+    """Errors of the variants, or the message with which one of them is refused."""
+    if broken == "solver":
+        right = baselines.solve_as_published
+        baselines.solve_as_published = lambda gram_a, gram_b: right(gram_a, gram_b)[::-1]
+    elif broken == "place":
+        baselines._GatheredPairs._keep_own = lambda *_: None  # type: ignore[method-assign]
+    elif broken == "everything":
+        variants._BASELINES["loop"] = lambda engine: lambda: None
+    workload = OptimizerStep(SHAPE, lora_rank, torch.device("cpu"), engine)
+
+    def run_step() -> None:
+        workload.prepare()
+        workload.step()
+
+    parameters = [parameter for parameter in workload.trainee.model.parameters() if parameter.requires_grad]
+    before = [parameter.detach().clone() for parameter in parameters]
+    try:
+        errors = variants.check_same_result(engine, names, workload.trainee, run_step)
+    except RuntimeError as error:
+        return str(error)
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True)), "a check must not train"
+    return errors
+
+
+# r = 5 does not divide evenly, and with r = 2 the third rank holds nothing of lora_A
+@pytest.mark.parametrize(("world_size", "lora_rank"), [(2, 4), (2, 5), (3, 2)])
+def test_gathering_agrees_with_the_package(world_size: int, lora_rank: int) -> None:
+    for errors in run_ranks(_check, world_size, "fsdp2", lora_rank, ["reflora", "gather-each"], ""):
+        assert set(errors) == {"reflora", "gather-each"} and max(errors.values()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("engine", "world_size", "names", "broken", "message"),
+    [
+        ("single", 1, ["reflora"], "solver", "reflora and loop disagree"),
+        ("fsdp2", 2, ["gather-each"], "solver", "gather-each and gather-coalesced disagree"),
+        ("fsdp2", 2, ["reflora"], "place", "hardly changes the gradients"),
+        ("single", 1, ["reflora"], "everything", "hardly changes the gradients"),
+    ],
+)
+def test_a_wrong_variant_is_found_out(
+    engine: str, world_size: int, names: list[str], broken: str, message: str
+) -> None:
+    for found in run_ranks(_check, world_size, engine, 4, names, broken):
+        assert isinstance(found, str) and message in found
+
+
+def _riemannian(rank: int, world_size: int) -> list[bool]:
+    workload = OptimizerStep(SHAPE, 4, torch.device("cpu"), "single")
+    gradients = [parameter.grad for parameter in workload.trainee.model.parameters() if parameter.grad is not None]
+    changed = []
+    for name in ("riemannian", "lora"):
+        workload.prepare()
+        before = [gradient.clone() for gradient in gradients]
+        with variants.installed(name, workload.trainee):
+            workload.step()
+        changed.append(not any(torch.equal(g, b) for g, b in zip(gradients, before, strict=True)))
+    return changed
+
+
+def test_pefts_optimizer_acts_while_it_is_installed_and_not_after() -> None:
+    pytest.importorskip("peft.optimizers.riemannian")
+    assert run_ranks(_riemannian, 1) == [[True, False]]
+
+
+def _unapplied(rank: int, world_size: int) -> str:
+    workload = OptimizerStep(SHAPE, 4, torch.device("cpu"), "single")
+    for name, parameter in workload.trainee.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()  # S does not exist
+    try:
+        with variants.installed("reflora", workload.trainee), variants.without_updates(workload.trainee):
+            workload.prepare()
+            workload.step()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_a_method_that_skips_pairs_is_not_timed() -> None:
+    (message,) = run_ranks(_unapplied, 1)
+    assert "did not refactor every pair in every step" in message
+
+
+def _collectives(rank: int, world_size: int) -> tuple[list[dict[str, Any]], float]:
+    from reflora_dist.communication import Communicator
+
+    communicator = Communicator(torch.distributed.group.WORLD, torch.device("cpu"))
+    payload = torch.ones(6, dtype=torch.float64)
+    with recorded() as calls:
+        communicator.all_reduce([payload])
+        torch.distributed.all_reduce(torch.ones(1))  # an engine's, not the package's
+    communicator.all_reduce([payload])  # after the recording
+    issue_all(calls)
+    return [call.as_dict() for call in calls], float(payload.sum())
+
+
+def test_only_the_packages_collectives_are_recorded_and_repeated() -> None:
+    for calls, unchanged in run_ranks(_collectives, 2):
+        assert calls == [{"kind": "all_reduce", "payload_bytes": 48, "dtype": "float64"}]
+        assert unchanged == 6
+
+
+def test_a_phase_inside_another_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules[__name__]
+    monkeypatch.setattr(breakdown, "PHASES", {"outer": (f"{__name__}:_outer",), "inner": (f"{__name__}:_inner",)})
+    original = module._outer
+    with breakdown.timed_phases(torch.device("cpu")) as elapsed_ms:
+        module._outer()
+    assert 20 <= elapsed_ms["inner"] < 40 and elapsed_ms["outer"] < 20
+    assert module._outer is original
+
+
+def _outer() -> None:
+    _inner()
+
+
+def _inner() -> None:
+    time.sleep(0.02)
+
+
+def test_a_phase_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(breakdown, "PHASES", {"grams": ("reflora_dist.blocks:BlockSet.no_such_function",)})
+    with (
+        pytest.raises(RuntimeError, match=r"BlockSet\.no_such_function does not exist; adapt PHASES"),
+        breakdown.timed_phases(torch.device("cpu")),
+    ):
+        pass
+
+
+def _as_on_a_gpu(record: dict[str, Any]) -> dict[str, Any]:
+    record = copy.deepcopy(record)
+    for run in record["results"]["runs"]:
+        for figures in run["variants"].values():
+            figures["memory"] = dict.fromkeys(("held_bytes", "step_peak_bytes", "training_peak_bytes"), 3 * 2**20)
+        run["bare_collectives"] = {
+            "calls": [{"kind": "all_reduce", "payload_bytes": 48_000, "dtype": "float64"}],
+            "step_ms": {"median": 1.5, "q1": 1.0, "q3": 2.0, "count": 4},
+            "added_over_bare": 1.75,
+        }
+    return record
+
+
+def test_the_report_holds_the_records_figures(step_record: dict[str, Any]) -> None:
+    text = report.markdown(step_record)
+    for run in step_record["results"]["runs"]:
+        assert f"r = {run['lora_rank']}: 7 adapters" in text
+        for name, figures in run["variants"].items():
+            assert f"| {name} | {figures['step_ms']['median']:.2f} (" in text
+        assert f"| {run['breakdown_ms']['grams']['median']:.2f} |" in text
+    assert step_record["command"] in text and step_record["hardware"] in text and step_record["date"] in text
+
+    text = report.markdown(_as_on_a_gpu(step_record))
+    assert "peak of the optimizer step, MiB" in text and "| 3.0 | 3.0 |" in text
+    assert "all_reduce of 48,000 bytes" in text and "adds 1.75 times" in text
+
+
+def test_the_plot_can_be_written(step_record: dict[str, Any]) -> None:
+    pytest.importorskip("matplotlib")
+    without_phases = copy.deepcopy(step_record)
+    for run in without_phases["results"]["runs"]:
+        run["breakdown_ms"] = None
+    for record, panels in ((step_record, 2), (without_phases, 1)):
+        figure = report.plot(record)
+        figure.savefig(buffer := io.BytesIO(), format="png")
+        assert len(figure.axes) == panels and buffer.getvalue().startswith(b"\x89PNG")
+
+
+def _stub_interpreter(folder: Path, body: str) -> Path:
+    """An interpreter that claims to see a GPU, notes what it is asked to run, and does ``body`` instead."""
+    stub = folder / "python"
+    stub.write_text(
+        f'#!/bin/sh\nif [ "$1" = -c ]; then echo "NVIDIA H100 80GB HBM3"; exit 0; fi\n'
+        f'echo "$@" >> "{folder}/calls"\n{body}\n'
+    )
+    stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
+    return stub
+
+
+def _gpu_script(folder: Path, body: str, **environment: str) -> tuple[Any, list[list[str]]]:
+    """The finished script, and the words of every command that it gave the interpreter."""
+    stub = _stub_interpreter(folder, body)
+    done = subprocess.run(
+        ["bash", REPOSITORY / "benchmarks" / "gpu.sh", str(folder / "records")],
+        env={**os.environ, "PYTHON": str(stub), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    calls = folder / "calls"
+    return done, [line.split() for line in calls.read_text().splitlines()] if calls.exists() else []
+
+
+def test_the_gpu_script_goes_on_after_a_failure_and_tells(tmp_path: Path) -> None:
+    done, calls = _gpu_script(tmp_path, 'case "$*" in *pytest*) exit 3;; esac')
+    assert done.returncode == 1 and "failed: tests (exit code 3)" in done.stderr
+    assert len(calls) == 8
+
+
+def test_what_the_gpu_script_asks_for_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, calls = _gpu_script(tmp_path, "exit 0")
+    assert done.returncode == 0
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    names = []
+    for words in (call for call in calls if "pytest" not in call):
+        script = next(index for index, word in enumerate(words) if word.startswith("benchmarks/"))
+        module = {"overhead": overhead, "throughput": throughput}[Path(words[script]).stem]
+        (parsed,) = HfArgumentParser(module.Arguments).parse_args_into_dataclasses(words[script + 1 :])
+        names.append(Path(parsed.output).relative_to(tmp_path / "records"))
+    assert len(set(names)) == len(names) == 7
+    assert all(name.parts[0] in ("overhead", "throughput") and "_h100_20" in name.name for name in names)
+
+
+def test_the_gpu_script_ends_in_time(tmp_path: Path) -> None:
+    start = time.monotonic()
+    done, calls = _gpu_script(tmp_path, "exec sleep 60", SECONDS_IN_ALL="6")
+    assert time.monotonic() - start < 30
+    assert done.returncode == 1 and "no time left" in done.stderr and len(calls) == 1

@@ -87,12 +87,18 @@ SHAPES = {
 }
 
 
-def start() -> torch.device:
+def start(backend: str | None = None) -> torch.device:
     """Join the launcher's process group, or make one of a single process, and return this rank's device.
 
+    Args:
+        backend: "gloo" lets several ranks share a GPU; by default NCCL with one GPU per rank, gloo without GPUs.
+
     Raises:
+        ValueError: the backend is unknown, or there are fewer GPUs than ranks under NCCL.
         SystemExit: the launcher set RANK but no rendezvous address.
     """
+    if backend not in (None, "gloo", "nccl"):
+        raise ValueError(f"{backend=} is unknown; choose gloo or nccl, or leave it out")
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if "MASTER_ADDR" not in os.environ:
@@ -102,10 +108,26 @@ def start() -> torch.device:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # ranks share the cores
         dist.init_process_group("gloo")
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    backend = backend or "nccl"
+    local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if backend == "nccl" and local_rank >= gpus:
+        raise ValueError(f"{local_rank=} has no GPU of its own ({gpus} here): start fewer ranks, or use --backend gloo")
+    device = torch.device("cuda", local_rank % gpus)
     torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
+    dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
     return device
+
+
+def single_process_device(remedy: str) -> torch.device:
+    """The device of a benchmark that runs in one process.
+
+    Raises:
+        ValueError: it was launched on several ranks; the message ends with ``remedy``.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        raise ValueError(f"WORLD_SIZE={ranks}, but this benchmark runs in one process; {remedy}")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def finish() -> None:
@@ -115,15 +137,22 @@ def finish() -> None:
 
 
 def build_model(
-    shape: ModelShape, lora_rank: int, device: torch.device, *, dtype: torch.dtype = torch.float32, seed: int = 0
+    shape: ModelShape,
+    lora_rank: int,
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **changes: Any,
 ) -> torch.nn.Module:
     """A LLaMA from its configuration with random weights, in train mode, and LoRA on all seven linears.
 
     The base has ``dtype``, the factors are float32. lora_B gets random values too: PEFT's zero would be skipped.
+    ``changes`` go to the configuration.
     """
     torch.manual_seed(seed)
     with device, _default_dtype(dtype):
-        base = LlamaForCausalLM(shape.config())
+        base = LlamaForCausalLM(shape.config(**changes))
     model = get_peft_model(base, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LINEARS))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -211,8 +240,29 @@ def now(device: torch.device) -> float:
     """Seconds, once the device and all ranks have come this far: the slowest rank is what users wait for."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-    dist.barrier()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # NCCL's barrier is a kernel itself
     return time.perf_counter()
+
+
+@contextlib.contextmanager
+def progress(total: int, description: str) -> Iterator[Callable[[], None]]:
+    """A progress bar on the first rank's terminal; yields the function that moves it on by one."""
+    try:
+        from rich.console import Console
+        from rich.progress import Progress
+    except ImportError:  # only nicer with it
+        Progress = None
+    other_rank = dist.is_initialized() and dist.get_rank() != 0
+    if Progress is None or other_rank or not sys.stderr.isatty():
+        yield lambda: None
+        return
+    # no refreshing thread, which would run beside what is timed
+    with Progress(console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda: bar.update(task, advance=1, refresh=True)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

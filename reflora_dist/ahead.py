@@ -11,6 +11,9 @@ from torch import Tensor
 from .communication import Communicator
 from .methods.base import Transform
 
+Versions = list[tuple[int, int]]
+"""Of ``Engine.versions``."""
+
 
 class Ahead:
     """Keeps a Transform until the step that it is for, unless the weights change in between.
@@ -28,14 +31,14 @@ class Ahead:
         device = communicator.device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._transform: Transform | None = None
-        self._versions: list[tuple[int, int]] = []
+        self._versions: Versions = []
         self._norms = torch.empty(0)
         self._unseen = torch.zeros((), dtype=torch.int64, device=device)
 
     @contextlib.contextmanager
-    def forming(self, weights: Sequence[Tensor]) -> Iterator[Communicator]:
+    def forming(self, weights: Sequence[Tensor], versions: Versions) -> Iterator[Communicator]:
         """Run the block beside what follows; it has to end with :meth:`keep`."""
-        self._versions = _versions(weights)
+        self._versions = versions
         if self._stream is None:
             self._norms = _norms(weights)
             yield self.communicator
@@ -49,7 +52,7 @@ class Ahead:
         """Keep what was formed."""
         self._transform = transform
 
-    def take(self, weights: Sequence[Tensor]) -> Transform | None:
+    def take(self, weights: Sequence[Tensor], versions: Versions) -> Transform | None:
         """What was formed for these weights, or None."""
         transform, self._transform = self._transform, None
         if transform is None:
@@ -58,7 +61,7 @@ class Ahead:
             # Also before the update: the weights are still being read. Memory of the side stream is given back to
             # that stream only, which waits for this one before it goes on.
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
-        if _versions(weights) != self._versions:
+        if versions != self._versions:
             return None
         self._unseen += (_norms(weights) != self._norms).any().to(self._unseen.device, non_blocking=True)
         if self._stream is None:
@@ -78,10 +81,6 @@ class Ahead:
                 "with the S of the old ones: call handle.weights_changed() on every rank after changing them, or set "
                 "RefLoRAConfig(overlap=False)"
             )
-
-
-def _versions(weights: Sequence[Tensor]) -> list[tuple[int, int]]:
-    return [(weight.data_ptr(), weight._version) for weight in weights]
 
 
 def _norms(weights: Sequence[Tensor]) -> Tensor:

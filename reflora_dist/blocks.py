@@ -51,7 +51,7 @@ class BlockSet:
         specs: the blocks.
         lora_ranks: r of every pair in the model.
         device: where products are computed.
-        use_kernels: whether Triton kernels compute them; by default where they can.
+        use_kernels: whether Triton kernels compute them; by default where they can and agree with the plain code.
     """
 
     def __init__(
@@ -74,7 +74,9 @@ class BlockSet:
             from .kernels.launch import TiledBlocks  # imports Triton, which not every machine has
 
             if max(lora_ranks) <= kernels.LARGEST_LORA_RANK:
-                self._tiled = TiledBlocks(self.specs, self._lora_ranks, self._slots, self.pairs_by_rank, device)
+                self._tiled = TiledBlocks(
+                    self.specs, self._lora_ranks, self._slots, self.pairs_by_rank, device, checked=use_kernels is None
+                )
 
     def grams(self, blocks: Sequence[Tensor | None]) -> Matrices:
         """This rank's share of every Gram matrix.

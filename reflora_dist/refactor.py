@@ -13,13 +13,13 @@ from . import kernels
 
 # A pivot of the Cholesky factorization, relative to its diagonal entry, is the squared sine of the angle
 # between a row of the factor and the rows before it. Rounding in an fp64 Gram leaves about r * 2e-16.
-_RELATIVE_PIVOT = 1e-13
+RELATIVE_PIVOT = 1e-13
 # S is accepted only if it solves its defining equation; a well-posed pair leaves below 1e-9.
-_RESIDUAL = 1e-6
+LARGEST_RESIDUAL = 1e-6
 # Scaled Newton reaches fp64 accuracy in 9 steps up to cond 1e16 (Higham, Functions of Matrices, 2008, 8.9).
-_NEWTON_STEPS = 10
+NEWTON_STEPS = 10
 # Convergence is quadratic: a step that changes X by less than this leaves an error of its square.
-_CONVERGED = 1e-8
+CONVERGED = 1e-8
 
 
 def solve_refactorization(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,10 +41,14 @@ def solve_refactorization(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tenso
 
     On a GPU one Triton kernel does it, or batched torch code without host synchronisation, on a CPU the latter.
     """
-    if kernels.usable(gram_a.device) and gram_a.shape[-1] <= kernels.LARGEST_SOLVED_LORA_RANK:
+    lora_rank, device = gram_a.shape[-1], gram_a.device
+    if kernels.usable(device) and lora_rank <= kernels.LARGEST_SOLVED_LORA_RANK:
         from .kernels.launch import solve  # imports Triton, which not every machine has
+        from .kernels.selfcheck import solve_agrees_with_torch
 
-        return solve(gram_a.contiguous(), gram_b.contiguous(), _NEWTON_STEPS, _CONVERGED, _RELATIVE_PIVOT, _RESIDUAL)
+        if solve_agrees_with_torch(lora_rank, device):
+            arguments = (NEWTON_STEPS, CONVERGED, RELATIVE_PIVOT, LARGEST_RESIDUAL)
+            return solve(gram_a.contiguous(), gram_b.contiguous(), *arguments)
     return solve_with_torch(gram_a, gram_b)
 
 
@@ -64,7 +68,7 @@ def solve_with_torch(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tensor, Te
     s = _symmetric(torch.linalg.solve_triangular(chol_a.mT, left.mT, upper=True))
     s_inv = _symmetric(chol_a @ polar_inv @ chol_a.mT)
 
-    solved = full_rank & (_equation_residual(s, s_inv, gram_a, gram_b, eye) < _RESIDUAL)  # NaN compares False
+    solved = full_rank & (_equation_residual(s, s_inv, gram_a, gram_b, eye) < LARGEST_RESIDUAL)  # NaN compares False
     return torch.where(solved[:, None, None], s, eye), torch.where(solved[:, None, None], s_inv, eye), solved
 
 
@@ -90,7 +94,7 @@ def _cholesky(gram: Tensor, eye: Tensor) -> tuple[Tensor, Tensor]:
     chol, failed = torch.linalg.cholesky_ex(torch.where(finite[:, None, None], gram, eye))
     pivots = torch.diagonal(chol, dim1=-2, dim2=-1).square()
     diagonal = torch.diagonal(gram, dim1=-2, dim2=-1)
-    full_rank = finite & (failed == 0) & (pivots > _RELATIVE_PIVOT * diagonal).all(dim=1)
+    full_rank = finite & (failed == 0) & (pivots > RELATIVE_PIVOT * diagonal).all(dim=1)
     return torch.where(full_rank[:, None, None], chol, eye), full_rank
 
 
@@ -102,11 +106,11 @@ def _polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = matrix
     inverse = first_inverse = torch.linalg.inv_ex(x)[0]
-    for _ in range(_NEWTON_STEPS):
+    for _ in range(NEWTON_STEPS):
         mu = (_norm(inverse) / _norm(x)).sqrt()
         updated = (0.5 * mu) * x + (0.5 / mu) * inverse.mT
         # reading the result is free on a CPU, and would make a GPU wait
-        converged = x.device.type == "cpu" and bool((_norm(updated - x) <= _CONVERGED * _norm(updated)).all())
+        converged = x.device.type == "cpu" and bool((_norm(updated - x) <= CONVERGED * _norm(updated)).all())
         x = updated
         inverse = torch.linalg.inv_ex(x)[0]
         if converged:

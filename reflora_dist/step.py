@@ -58,7 +58,8 @@ class GradientStep:
         if firing.first:
             # The weights of all sub-groups are still those of before the step only now, so S is formed once.
             weights = self._engine.weights()
-            self._transform = self._ahead.take(weights) if self._ahead is not None else None
+            if self._ahead is not None:
+                self._transform = self._ahead.take(weights, self._engine.versions())
             if self._transform is None:
                 channels: list[Channel] = [weights, gradients]
                 weight_blocks, blocks = self._retiler.to_blocks(channels, [self._everything, firing.present])
@@ -79,7 +80,7 @@ class GradientStep:
         """Right after an update: form the next step's S, on a GPU beside the forward that follows."""
         if self._ahead is not None:
             weights = self._engine.weights()
-            with self._ahead.forming(weights) as communicator:
+            with self._ahead.forming(weights, self._engine.versions()) as communicator:
                 (blocks,) = self._retiler.to_blocks([weights], [self._everything], communicator)
                 self._ahead.keep(self._solve(blocks, communicator))
 

@@ -21,8 +21,7 @@ FOLLOWING = -1  # as a shard's start: right behind those of the ranks before
 _GRANULE = 16
 
 
-@dataclasses.dataclass(frozen=True)
-class LocalShard:
+class LocalShard(NamedTuple):
     """What one rank holds of one factor: ``numel`` elements.
 
     A flat piece begins at element ``start`` of the row-major whole factor; ``follow_each_other`` fills in FOLLOWING. A
@@ -79,7 +78,7 @@ def follow_each_other(shards: Sequence[Sequence[LocalShard]]) -> list[list[Local
     for rank_shards in shards:
         placed.append(
             [
-                dataclasses.replace(shard, start=position) if shard.start == FOLLOWING else shard
+                LocalShard(shard.numel, position, shard.tall) if shard.start == FOLLOWING else shard
                 for shard, position in zip(rank_shards, positions, strict=True)
             ]
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -18,6 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes minutes")
     config.addinivalue_line("markers", "all_ranks: an engine on a further number of ranks; runs with --all-ranks")
+    config.addinivalue_line("markers", "gpu: needs a GPU, and is left out where there is none")
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -31,10 +33,10 @@ def pytest_runtest_makereport(item: pytest.Item):
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without ``--all-ranks`` leave out (not skip: nothing is missing) what is marked for it."""
-    if config.getoption("--all-ranks"):
-        return
-    further = [item for item in items if item.get_closest_marker("all_ranks")]
+    """Leave out (not skip: nothing is missing) what is for ``--all-ranks``, and for GPUs where there are none."""
+    left_out = set() if config.getoption("--all-ranks") else {"all_ranks"}
+    left_out |= set() if torch.cuda.is_available() else {"gpu"}
+    further = [item for item in items if any(item.get_closest_marker(mark) for mark in left_out)]
     if further:
         config.hook.pytest_deselected(items=further)
-        items[:] = [item for item in items if not item.get_closest_marker("all_ranks")]
+        items[:] = [item for item in items if not any(item.get_closest_marker(mark) for mark in left_out)]

@@ -56,7 +56,7 @@ def test_a_sweep_writes_a_record_and_continues_where_it_was_interrupted(model: P
     output, lines = tmp_path / "results" / "sweep.json", tmp_path / "results" / "sweep.jsonl"
     command = [sys.executable, SCRIPT, *options(model, tmp_path), "--output", output]
     count = 2 * 2 * len(METHODS)
-    assert f"{count} runs, 0 finished before" in launch([*command, "--workers", "2"], timeout_s=180)
+    assert f"{count} runs, 0 finished before" in launch([*command, "--workers", "2"], timeout_s=300)
     record = json.loads(output.read_text())
     assert record["benchmark"] == "convergence" and record["versions"]["torch"] and record["arguments"]["steps"] == 4
     assert list(record["results"]["methods"]) == list(METHODS) == list(record["results"]["step_ms"])
@@ -64,7 +64,7 @@ def test_a_sweep_writes_a_record_and_continues_where_it_was_interrupted(model: P
 
     # killed in the middle of a line: that run is repeated, the others are not, and nothing changes
     lines.write_text(lines.read_text()[:-100])
-    text = launch([*command, "--workers", "1"], timeout_s=180)
+    text = launch([*command, "--workers", "1"], timeout_s=300)
     assert f"{count} runs, {count - 1} finished before" in text
     again = json.loads(output.read_text())
     assert again["results"]["paired"] == record["results"]["paired"]
@@ -236,4 +236,4 @@ def test_a_missing_model_and_a_launcher_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model='.*nowhere' is not a folder"):
         prepare(str(tmp_path / "nowhere"), [], [], **sizes)
     ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", SCRIPT]
-    assert "WORLD_SIZE=2" in (text := launch(ranks, timeout_s=120, expect_failure=True)) and "--workers" in text
+    assert "WORLD_SIZE=2" in (text := launch(ranks, timeout_s=300, expect_failure=True)) and "--workers" in text

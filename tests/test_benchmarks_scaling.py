@@ -36,7 +36,7 @@ def _counted_bytes(rank: int, world_size: int, engine: str, hidden_size: int, lo
 
 @pytest.mark.parametrize(
     ("engine", "world_size", "hidden_size", "lora_rank"),
-    # 48, 129: pieces of unequal size and rows cut between ranks; r = 3 on 4 ranks: a rank without a row of lora_A
+    # hidden size 48: pieces of unequal size, rows cut between ranks; r = 3 on 4 ranks: a rank without rows of lora_A
     [("fsdp2", 2, 64, 4), ("fsdp2", 4, 48, 3), ("zero3", 2, 64, 4), ("zero3", 4, 48, 5), ("zero3", 3, 48, 7)],
 )
 def test_bytes_are_those_that_the_step_counts(engine: str, world_size: int, hidden_size: int, lora_rank: int) -> None:
@@ -45,17 +45,20 @@ def test_bytes_are_those_that_the_step_counts(engine: str, world_size: int, hidd
     assert cost_model.sent_bytes("retile", adapters, world_size, engine).tolist() == counted
 
 
-@pytest.mark.parametrize(("ranks", "retile_mb", "gather_mb"), [(8, 24.8, 203.7), (64, 4.4, 229.1), (512, 1.4, 232.3)])
+@pytest.mark.parametrize(("ranks", "retile_mb", "gather_mb"), [(8, 24.8, 203.7), (64, 4.3, 229.1), (512, 1.4, 232.3)])
 def test_bytes_of_llama_7b_follow_the_closed_formula(ranks: int, retile_mb: float, gather_mb: float) -> None:
-    """Sizes divide, so every rank sends what the formulas of the module's docstring say."""
+    """What a rank sends on average is what the formulas of the module's docstring say, and no rank sends much more."""
     sent = {way: cost_model.sent_bytes(way, _SEVEN_B, ranks) for way in cost_model.WAYS}
     sum_a, sum_b, pairs = 18_219_008, 21_757_952, 224
-    grams = 2 * (ranks - 1) * 8 * pairs * 16 * 17 // ranks
-    assert (sent["grams"] == grams).all()
-    assert (sent["retile"] == 3 * 4 * (ranks - 1) * sum_a // ranks**2 + grams).all()
-    assert (sent["gather"] == 4 * (ranks - 1) * (2 * sum_a + sum_b) // ranks).all()
+    grams = 2 * (ranks - 1) / ranks * 8 * pairs * 16 * 17
+    retile = 3 * 4 * (ranks - 1) / ranks**2 * sum_a + grams
+    assert sent["grams"] == pytest.approx(grams)
+    assert sent["gather"] == pytest.approx(4 * (ranks - 1) / ranks * (2 * sum_a + sum_b))
     assert not sent["backward"].any()
-    assert sent["retile"][0] / 1e6 == pytest.approx(retile_mb, abs=0.05)
+    # 11008 columns cannot be dealt out evenly to 64 or 512 ranks
+    assert sent["retile"].mean() == pytest.approx(retile, rel=0 if ranks == 8 else 0.005)
+    assert sent["retile"].max() <= 1.02 * retile
+    assert sent["retile"].mean() / 1e6 == pytest.approx(retile_mb, abs=0.05)
     assert sent["gather"][0] / 1e6 == pytest.approx(gather_mb, abs=0.05)
 
 
@@ -212,6 +215,13 @@ def test_bad_input_is_refused_by_name(change: dict, message: str) -> None:
         scaling.Arguments(**change)
 
 
+def test_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["scaling.py"])
+    with pytest.raises(ValueError, match="starts its ranks itself"):
+        scaling.main()
+
+
 def _run(*arguments: str) -> str:
     script = [sys.executable, *arguments]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -224,8 +234,9 @@ def _run(*arguments: str) -> str:
 def record(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str]:
     """A short run on 1 and 2 ranks, and what it printed."""
     output = tmp_path_factory.mktemp("scaling") / "record.json"
-    sizes = "--ranks 1 2 --fit_ranks 2 --engines fsdp2 --seq_len 8 --blocks 1 --steps 1 --models 7b --gpus 8 64"
-    printed = _run("benchmarks/scaling.py", *sizes.split(), "--output", str(output))
+    measured = "--ranks 1 2 --fit_ranks 2 --engines fsdp2 --seq_len 8 --blocks 1 --steps 1 --fit_rounds 1"
+    predicted = "--models 7b --gpus 8 64"
+    printed = _run("benchmarks/scaling.py", *measured.split(), *predicted.split(), "--output", str(output))
     return json.loads(output.read_text()), printed
 
 

@@ -58,6 +58,10 @@ class Engine(abc.ABC):
     def weights(self) -> list[Tensor]:
         """The local part of every factor, as the optimizer updates it (the fp32 masters where there are any)."""
 
+    def versions(self) -> list[tuple[int, int]]:
+        """Where every local part lies and how often torch has changed it in place: equal if nothing happened to it."""
+        return [(weight.data_ptr(), weight._version) for weight in self.weights()]
+
     @abc.abstractmethod
     def gradients(self) -> list[Tensor | None]:
         """The local part of every factor's gradient, ready for the optimizer; None where there is none."""

@@ -28,6 +28,13 @@ class ParameterEngine(Engine):
     def weights(self) -> list[Tensor]:
         return [_local(factor) for factor in self._factors()]
 
+    def versions(self) -> list[tuple[int, int]]:
+        # an operation on a DTensor is counted there, not on its local part
+        return [
+            (weight.data_ptr(), weight._version + factor._version)
+            for factor, weight in zip(self._factors(), self.weights(), strict=True)
+        ]
+
     @torch.no_grad()
     def gradients(self) -> list[Tensor | None]:
         return [None if factor.grad is None else _local(factor.grad) for factor in self._factors()]

@@ -70,6 +70,7 @@ class TiledBlocks:
         slots: position of every pair among the pairs of equal lora_rank.
         pairs_by_rank: the pairs of every lora_rank.
         device: a CUDA device.
+        checked: use only kernels that agree with the plain code on this device.
     """
 
     def __init__(
@@ -79,7 +80,9 @@ class TiledBlocks:
         slots: Mapping[int, int],
         pairs_by_rank: Mapping[int, Sequence[int]],
         device: torch.device,
+        checked: bool,
     ) -> None:
+        self._checked = checked
         self._specs = specs
         self._lora_ranks = lora_ranks
         self._slots = slots
@@ -89,7 +92,7 @@ class TiledBlocks:
         self._located: dict[tuple[str, int], Located] = {}
 
     def locate(self, purpose: str, blocks: Sequence[Tensor | None]) -> Located | None:
-        """Find the blocks; None if some lie in host memory (an offloaded optimizer's) or have 16 bits.
+        """Find the blocks; None if kernels cannot work on some: in host memory (an offloaded optimizer's), of 16 bits.
 
         Args:
             purpose: "grams" or "products".
@@ -101,7 +104,7 @@ class TiledBlocks:
         known = self._located.get(key)
         if known is not None and known.addresses == addresses:
             return known
-        if not all(b is None or (b.device.type == self._device.type and b.dtype in _TRITON_DTYPES) for b in blocks):
+        if not all(self._fits(spec, block) for spec, block in zip(self._specs, blocks, strict=True)):
             return None
         plan = self._plan(purpose, tuple(None if block is None else block.dtype for block in blocks))
         # from pinned memory the copy is asynchronous; the allocator keeps it until the copy is done
@@ -112,6 +115,15 @@ class TiledBlocks:
         )
         self._located[key] = known = Located(addresses, table, plan, aligned)
         return known
+
+    def _fits(self, spec: BlockSpec, block: Tensor | None) -> bool:
+        if block is None:
+            return True
+        if block.device.type != self._device.type or block.dtype not in _TRITON_DTYPES:
+            return False
+        from .selfcheck import agree_with_torch  # which launches kernels itself
+
+        return not self._checked or agree_with_torch(self._lora_ranks[spec.pair], block.dtype, block.device)
 
     def grams(self, located: Located) -> Matrices:
         """As :meth:`reflora_dist.blocks.BlockSet.grams`: one launch per side, dtype and lora_rank, and one to sum."""

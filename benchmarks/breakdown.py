@@ -1,0 +1,84 @@
+"""Where the time of a RefLoRA step goes, phase by phase, by timers around the functions that do the work.
+
+The timers wait for the device, so a phase is longer than in an undisturbed step; the parts are for comparison with each
+other. ``PHASES`` names the functions and is all there is to adapt when these change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+PHASES = {
+    "grams": ("reflora_dist.blocks:BlockSet.grams",),
+    "retile": ("reflora_dist.retile:Retiler.to_blocks", "reflora_dist.retile:Retiler.from_blocks"),
+    "all_reduce": ("reflora_dist.communication:Communicator.all_reduce",),
+    "solve": ("reflora_dist.methods.reflora:RefLoRA.solve",),
+    "apply": ("reflora_dist.blocks:BlockSet.multiply_",),
+}
+
+
+@contextlib.contextmanager
+def timed_phases(device: torch.device) -> Iterator[dict[str, float]]:
+    """Add up milliseconds by phase meanwhile. A phase inside another is counted once, as the inner one.
+
+    Raises:
+        RuntimeError: a function of PHASES does not exist.
+    """
+    elapsed_ms = dict.fromkeys(PHASES, 0.0)
+    inner_ms: list[float] = []  # by open phase, the time of the phases inside it
+
+    def timed(phase: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        start = _now(device)
+        inner_ms.append(0.0)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            total = 1e3 * (_now(device) - start)
+            elapsed_ms[phase] += total - inner_ms.pop()
+            if inner_ms:
+                inner_ms[-1] += total
+
+    with contextlib.ExitStack() as stack:
+        for phase, paths in PHASES.items():
+            for path in paths:
+                stack.enter_context(_replaced(path, functools.partial(timed, phase)))
+        yield elapsed_ms
+
+
+@contextlib.contextmanager
+def _replaced(path: str, around: Callable[..., Any]) -> Iterator[None]:
+    owner, name, function = _find(path)
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return around(function, *args, **kwargs)
+
+    setattr(owner, name, wrapper)
+    try:
+        yield
+    finally:
+        setattr(owner, name, function)
+
+
+def _find(path: str) -> tuple[Any, str, Callable[..., Any]]:
+    """``package.module:Class.function``: what holds it, its name there, and the function."""
+    module, _, qualified = path.partition(":")
+    *outer, name = qualified.split(".")
+    try:
+        owner = functools.reduce(getattr, outer, importlib.import_module(module))
+        return owner, name, getattr(owner, name)
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(f"{path} does not exist; adapt PHASES of benchmarks/breakdown.py") from error
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()

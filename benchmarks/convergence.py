@@ -1,0 +1,191 @@
+"""Do the methods learn faster? Loss by step and by time from the same start, with a learning rate tuned for each.
+
+    python benchmarks/convergence.py --output benchmarks/results/convergence/embedded_HARDWARE_YYYYMM.json
+
+Every method trains at every learning rate of one grid and with every seed: a seed stands for initial factors and an
+order of the data, which all methods share. Finished runs are kept in a .jsonl file beside the output, and a sweep that
+was interrupted continues with the ones that are missing. So does one with further learning rates or seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import HfArgumentParser
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import common
+from benchmarks.convergence_data import Material, prepare
+from benchmarks.convergence_runs import (
+    CHECKED_STEPS,
+    STARTS,
+    Schedule,
+    Task,
+    Workbench,
+    append_finished,
+    assert_same_start,
+    load_finished,
+    settings_digest,
+    sweep,
+)
+from benchmarks.convergence_statistics import summarize
+from benchmarks.reports.convergence import markdown
+from launchers.cache import default_cache_dir
+from reflora_dist.config import METHODS
+
+GPU_WORKERS = 8  # small models leave a GPU waiting for the host; each process takes about half a GiB of its memory
+
+
+def _list(values: Sequence[Any], help_text: str) -> Any:
+    return dataclasses.field(default_factory=lambda: list(values), metadata={"help": help_text})
+
+
+def _option(default: Any, help_text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help_text})
+
+
+@dataclasses.dataclass
+class Arguments:
+    """The sweep: methods x learning rates x seeds, on which model and text."""
+
+    methods: list[str] = _list(METHODS, "methods to compare")  # noqa: RUF009
+    learning_rates: list[float] = _list([1.25e-3 * 2**k for k in range(7)], "the grid, the same for every method")  # noqa: RUF009
+    seeds: list[int] = _list(range(5), "one run of every method and learning rate each")  # noqa: RUF009
+    steps: int = _option(250, "optimizer steps of a run")
+    start: str = _option(
+        "zero", "zero: PEFT's start, B = 0; drawn: B drawn as A is, and the product taken off the base"
+    )
+    warmup_steps: int = _option(10, "steps of plain LoRA first; start=drawn needs none")
+    lr_warmup_steps: int = _option(10, "steps over which the learning rate rises; a cosine follows")
+    batch_size: int = _option(8, "records per step")
+    lora_rank: int = _option(8, "r; alpha is 2 r")
+    max_length: int = _option(128, "tokens of prompt and answer together")
+    eval_every: int = _option(25, "steps between two evaluations on the held-out records")
+    model: str | None = _option(None, "folder of a pre-trained model; default: the embedded one, made here")
+    dataset: list[str] = _list([], "local JSON or JSONL instruction files; default: the embedded records")  # noqa: RUF009
+    eval_dataset: list[str] = _list([], "held-out files; default: --eval_fraction of --dataset")  # noqa: RUF009
+    eval_fraction: float = _option(0.1, "share of --dataset held out if there is no --eval_dataset")
+    max_eval_records: int = _option(128, "evaluate on the first n held-out records")
+    cache_dir: str = _option(str(default_cache_dir()), "where the embedded model and records are kept")
+    workers: int | None = _option(None, "runs beside each other; default: one per CPU core, on a GPU at most 8")
+    output: str | None = _option(None, "JSON file to write; finished runs go to .jsonl beside it")
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            if method not in METHODS:
+                raise ValueError(f"methods: {method!r} is unknown; choose from {', '.join(METHODS)}")
+        for name in ("methods", "learning_rates", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name}={values} must hold at least one value, and each only once")
+        if min(self.learning_rates) <= 0:
+            raise ValueError(f"learning_rates={self.learning_rates} must all be above 0")
+        if self.start not in STARTS:
+            raise ValueError(f"start={self.start!r} is unknown; choose one of {', '.join(STARTS)}")
+        for name in ("warmup_steps", "lr_warmup_steps"):
+            if not 0 <= getattr(self, name) < self.steps:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below steps={self.steps}")
+        for name in ("batch_size", "lora_rank", "eval_every", "max_eval_records", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.eval_dataset and not self.dataset:
+            raise ValueError(f"eval_dataset={self.eval_dataset} needs --dataset; the embedded records bring their own")
+
+    def schedule(self) -> Schedule:
+        """What all runs share."""
+        return Schedule(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Schedule)})
+
+    def tasks(self) -> list[Task]:
+        """All runs, seed by seed, so that an interrupted sweep holds whole comparisons."""
+        grid = itertools.product(self.seeds, self.learning_rates, self.methods)
+        return [Task(method, learning_rate, seed) for seed, learning_rate, method in grid]
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    device = common.single_process_device("start it without a launcher and give --workers")
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # as in the workers: timing and runs see the same
+    material = prepare(
+        arguments.model,
+        arguments.dataset,
+        arguments.eval_dataset,
+        max_length=arguments.max_length,
+        max_eval_records=arguments.max_eval_records,
+        eval_fraction=arguments.eval_fraction,
+        cache_dir=Path(arguments.cache_dir).expanduser(),
+    )
+    provenance = common.provenance(device)
+    bench = Workbench(material, arguments.schedule(), device)
+    check(arguments, bench)
+    step_ms = bench.time_steps(arguments.methods)
+    runs, description = run_all(arguments, bench, material, provenance["commit"])
+    record = {
+        "benchmark": "convergence",
+        **provenance,
+        "arguments": dataclasses.asdict(arguments),
+        "results": {"material": description, "step_ms": step_ms, **summarize(runs), "runs": [_short(r) for r in runs]},
+    }
+    if arguments.output is not None:
+        common.write_json(arguments.output, record)
+    print(markdown(record))
+
+
+def check(arguments: Arguments, bench: Workbench) -> None:
+    """Let every method take its first, still plain steps and assert that all of them do the same."""
+    middle = sorted(arguments.learning_rates)[len(arguments.learning_rates) // 2]
+    stop_after = min(arguments.warmup_steps, CHECKED_STEPS) + 1
+    for seed in arguments.seeds:
+        runs = [bench.run(Task(method, middle, seed), stop_after=stop_after) for method in arguments.methods]
+        assert_same_start(runs, arguments.warmup_steps)
+
+
+def run_all(
+    arguments: Arguments, bench: Workbench, material: Material, commit: str | None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Finish the sweep. Returns all of its runs, those of earlier calls included, and the text's description."""
+    description = material.describe()
+    settings = settings_digest(description, bench.schedule, bench.device)
+    path = Path(arguments.output).with_suffix(".jsonl") if arguments.output else None
+    finished = load_finished(path, settings)
+    tasks = arguments.tasks()
+    missing = [task for task in tasks if task not in finished]
+    workers = arguments.workers or default_workers(bench.device)
+    print(f"{len(tasks)} runs, {len(tasks) - len(missing)} finished before, {workers} at a time", flush=True)
+    began = time.perf_counter()
+    with common.progress(len(missing), "runs") as advance:
+        for done, run in enumerate(sweep(missing, bench, material, workers), start=1):
+            append_finished(path, {"settings": settings, "commit": commit, **run})
+            finished[Task(run["method"], run["learning_rate"], run["seed"])] = {"commit": commit, **run}
+            advance()
+            if done == min(2 * workers, len(missing)):  # the first runs of the workers include their start
+                minutes = (time.perf_counter() - began) / done * (len(missing) - done) / 60
+                print(f"{done} of {len(missing)} runs done, about {minutes:.1f} min left", flush=True)
+    runs = [finished[task] for task in tasks]
+    assert_same_start(runs, arguments.warmup_steps)
+    return runs, description
+
+
+def default_workers(device: torch.device) -> int:
+    """One process per core that this one may use; on a GPU not more than GPU_WORKERS."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, GPU_WORKERS) if device.type == "cuda" else cores
+
+
+def _short(run: dict[str, Any]) -> dict[str, Any]:
+    """A run without its losses by step, of which the curves show mean and spread."""
+    return {key: value for key, value in run.items() if key not in ("train_losses", "settings")}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in at most 9 minutes on one: its tests, and the benchmarks at real sizes.
+#
+#   bash benchmarks/gpu.sh              records go to benchmarks/results
+#   bash benchmarks/gpu.sh DIR          ... to DIR
+#   PYTHON=... bash benchmarks/gpu.sh   with another interpreter; SECONDS_IN_ALL=... in another time
+#
+# Needs torch, transformers and peft, and pytest for the tests. A part that fails or takes too long does not stop the
+# others; the exit code is then 1, and the last lines name it.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python}
+folder=${1:-benchmarks/results}
+seconds=${SECONDS_IN_ALL:-530}
+failed=()
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} # all ranks are on this machine
+
+gpu=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name(0) if torch.cuda.is_available() else "")')
+[ -n "$gpu" ] || { echo "error: $PYTHON sees no GPU" >&2; exit 1; }
+# "NVIDIA H100 80GB HBM3" -> h100
+hardware=$(echo "$gpu" | tr '[:upper:]' '[:lower:]' | sed -E 's/^nvidia //; s/[^a-z0-9].*//')_$(date +%Y%m)
+
+# part NAME LIMIT COMMAND...: run a command for at most LIMIT seconds, or what is left.
+part() {
+    local name=$1 limit=$2 left=$((seconds - SECONDS)) start=$SECONDS code=0
+    shift 2
+    printf '\n=== %s\n' "$name"
+    if [ "$left" -lt 5 ]; then
+        echo "no time left"
+        failed+=("$name (no time left)")
+        return
+    fi
+    timeout --kill-after=5 $((limit < left ? limit : left)) "$@" || code=$?
+    [ "$code" -eq 0 ] || failed+=("$name (exit code $code)")
+    echo "--- $name: $((SECONDS - start)) s, exit code $code"
+}
+
+# benchmark NAME LIMIT SCRIPT ARGUMENTS...: in one process; NAME begins with the model's.
+benchmark() {
+    local name=$1 limit=$2 script=$3
+    shift 3
+    part "$script $name" "$limit" "$PYTHON" "benchmarks/$script.py" "$@" \
+        --output "$folder/$script/${name}_$hardware.json"
+}
+
+# shared NAME RANKS LIMIT ARGUMENTS...: the sharded path, several ranks on the one GPU.
+shared() {
+    local name=$1 ranks=$2 limit=$3
+    shift 3
+    OMP_NUM_THREADS=1 part "overhead $name" "$limit" "$PYTHON" -m torch.distributed.run --nproc-per-node "$ranks" \
+        benchmarks/overhead.py --engine fsdp2 --backend gloo "$@" --output "$folder/overhead/${name}_$hardware.json"
+}
+
+# what is asked for first comes first
+benchmark 7b 75 overhead --model 7b --lora_ranks 16 32 --steps 20 --block_seconds 0.5
+benchmark 7b 110 throughput --model 7b --blocks 4
+part "tests" 120 "$PYTHON" -m pytest tests/test_gpu.py -q
+benchmark 7b-lora-ranks 90 overhead --model 7b --lora_ranks 8 16 32 64 128 --variants reflora reflora-s loop \
+    --blocks 3 --steps 20 --block_seconds 0.5 --breakdown
+shared 7b-2ranks 2 50 --model 7b --num_layers 4 --variants reflora reflora-s gather-coalesced --breakdown --blocks 4
+shared 7b-4ranks 4 60 --model 7b --num_layers 4 --variants reflora reflora-s gather-coalesced --breakdown --blocks 4
+benchmark 8b 60 overhead --model 8b --lora_ranks 16 --steps 20 --block_seconds 0.5
+benchmark 8b 110 throughput --model 8b --blocks 3
+
+printf '\n=== %s s in all, records in %s\n' "$SECONDS" "$folder"
+if [ "${#failed[@]}" -gt 0 ]; then
+    printf 'failed: %s\n' "${failed[@]}" >&2
+    exit 1
+fi

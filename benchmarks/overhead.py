@@ -1,0 +1,248 @@
+"""What RefLoRA adds to the optimizer step and to the training step, beside plain LoRA and other ways to its result.
+
+The optimizer step alone, on the adapters of a model of which nothing else exists (CPU or one GPU):
+
+    python benchmarks/overhead.py --model 7b --lora_ranks 16 32
+
+Whole training steps, under an engine:
+
+    torchrun --nproc-per-node 2 benchmarks/overhead.py --scope training --engine zero3
+
+The sharded path where there is one GPU, shared by several ranks:
+
+    torchrun --nproc-per-node 4 benchmarks/overhead.py --model 7b --num_layers 8 --engine fsdp2 --backend gloo
+
+All variants act on one model and optimizer, in blocks that take turns, and are first shown to compute the same
+gradients. Prints medians with quartiles, and writes them as JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.distributed as dist
+from transformers import HfArgumentParser
+
+from benchmarks import common, variants
+from benchmarks.breakdown import timed_phases
+from benchmarks.collectives import Collective
+from benchmarks.interleaved import (
+    Schedule,
+    Times,
+    flattened,
+    measure_memory,
+    measure_times,
+    record_collectives,
+    run_step,
+)
+from benchmarks.reports.overhead import markdown
+from benchmarks.workloads import STEP_ENGINES, OptimizerStep, TrainingStep, Workload
+
+SCOPES = ("step", "training")
+
+
+@dataclasses.dataclass
+class Arguments:
+    """Sizes of the model and of the measurement."""
+
+    model: str = dataclasses.field(default="small", metadata={"help": f"one of {', '.join(common.SHAPES)}"})
+    num_layers: int | None = dataclasses.field(default=None, metadata={"help": "instead of the model's own number"})
+    lora_ranks: list[int] = dataclasses.field(default_factory=lambda: [16], metadata={"help": "r, one run for each"})
+    scope: str = dataclasses.field(
+        default="step",
+        metadata={"help": "step: the optimizer step of adapters alone; training: forward and backward too"},
+    )
+    engine: str = dataclasses.field(
+        default="single", metadata={"help": f"one of {', '.join(common.ENGINES)}; with --scope step the first three"}
+    )
+    variants: list[str] = dataclasses.field(
+        default_factory=list, metadata={"help": "those to compare with lora (all that the engine allows)"}
+    )
+    backend: str | None = dataclasses.field(default=None, metadata={"help": "gloo: several ranks share one GPU"})
+    micro_batch_size: int = dataclasses.field(default=4, metadata={"help": "sequences per rank"})
+    seq_len: int = 128
+    blocks: int = dataclasses.field(default=6, metadata={"help": "blocks of steps per variant, taking turns"})
+    steps: int = dataclasses.field(default=8, metadata={"help": "measured steps per block"})
+    block_seconds: float = dataclasses.field(
+        default=20.0, metadata={"help": "a block of a slow variant has fewer steps, at least one"}
+    )
+    breakdown: bool = dataclasses.field(default=False, metadata={"help": "also time the phases of a RefLoRA step"})
+    output: str | None = dataclasses.field(default=None, metadata={"help": "JSON file to write"})
+
+    def __post_init__(self) -> None:
+        for name, choices in (("model", tuple(common.SHAPES)), ("scope", SCOPES), ("engine", common.ENGINES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"--{name} {getattr(self, name)} is unknown; choose one of {', '.join(choices)}")
+        for name in ("num_layers", "micro_batch_size", "seq_len", "blocks", "steps", "block_seconds"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"--{name} {value} must be positive")
+        if not self.lora_ranks or min(self.lora_ranks) < 1:
+            raise ValueError(f"--lora_ranks {self.lora_ranks} must be one or more positive numbers")
+        if self.scope == "step" and self.engine not in STEP_ENGINES:
+            raise ValueError(f"--engine {self.engine} needs a model to shard: use --scope training")
+        if self.engine == "single" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("--engine single is one process; use --engine ddp or start it without a launcher")
+        self.variants = variants.choose(self.engine, self.variants)
+
+    @property
+    def shape(self) -> common.ModelShape:
+        """Of the model, with the number of layers asked for."""
+        shape = common.SHAPES[self.model]
+        return shape if self.num_layers is None else dataclasses.replace(shape, num_layers=self.num_layers)
+
+    @property
+    def schedule(self) -> Schedule:
+        """How much is measured."""
+        return Schedule(blocks=self.blocks, steps=self.steps, block_seconds=self.block_seconds)
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    device = common.start(arguments.backend)
+    results = measure(arguments, device)
+    if dist.get_rank() == 0:
+        record = {
+            "benchmark": "overhead",
+            **common.provenance(device),
+            "arguments": dataclasses.asdict(arguments),
+            "results": results,
+        }
+        print(markdown(record))
+        if arguments.output is not None:
+            common.write_json(arguments.output, record)
+    common.finish()
+
+
+def measure(arguments: Arguments, device: torch.device) -> dict[str, Any]:
+    """One run per lora_rank. Returns what the record has under ``results``."""
+    runs = []
+    total = len(arguments.lora_ranks) * arguments.blocks * len(arguments.variants)
+    with common.progress(total, "blocks of steps") as advance:
+        for lora_rank in arguments.lora_ranks:
+            runs.append(measure_lora_rank(arguments, lora_rank, device, advance))
+            gc.collect()  # DeepSpeed's engines hold themselves in cycles
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    resident = common.peak_memory_bytes(device) if device.type == "cpu" else None
+    return {"shape": dataclasses.asdict(arguments.shape), "runs": runs, "peak_resident_bytes": resident}
+
+
+def measure_lora_rank(
+    arguments: Arguments, lora_rank: int, device: torch.device, advance: Callable[[], None]
+) -> dict[str, Any]:
+    """Check the variants against each other, then their memory, their times and the phases of a step."""
+    workload = build(arguments, lora_rank, device)
+    names = arguments.variants
+    run_step(workload)  # makes Adam's moments, which belong to plain LoRA
+    errors = variants.check_same_result(arguments.engine, names, workload.trainee, lambda: run_step(workload))
+    memory = {}
+    if device.type == "cuda":
+        memory = {name: measure_memory(workload, name, device) for name in names}
+    calls = record_collectives(workload, "reflora") if "reflora" in names else []
+    times, bare = measure_times(workload, names, arguments.schedule, device, advance, calls)
+    reports = {name: _report(workload, name) for name in names if name.startswith("reflora")}
+    figures = {name: summary(times[name], times["lora"], arguments.scope) for name in names}
+    for name in names:
+        figures[name] |= {"memory": memory.get(name), "report": reports.get(name)}
+        if "reflora" in names:
+            figures[name]["added_over_reflora"] = figures[name]["added_step_ms"] / figures["reflora"]["added_step_ms"]
+    return {
+        "lora_rank": lora_rank,
+        "num_pairs": len(common.LINEARS) * arguments.shape.num_layers,
+        "adapter_parameters": adapter_parameters(arguments.shape, lora_rank),
+        "largest_relative_error": errors,
+        "variants": figures,
+        "bare_collectives": bare_collectives(calls, bare, figures),
+        "breakdown_ms": measure_breakdown(arguments, workload, device) if arguments.breakdown else None,
+    }
+
+
+def build(arguments: Arguments, lora_rank: int, device: torch.device) -> Workload:
+    """The adapters alone, or the model under its engine."""
+    if arguments.scope == "step":
+        return OptimizerStep(arguments.shape, lora_rank, device, arguments.engine)
+    return TrainingStep(
+        arguments.engine,
+        arguments.shape,
+        lora_rank,
+        device,
+        micro_batch_size=arguments.micro_batch_size,
+        seq_len=arguments.seq_len,
+    )
+
+
+def _report(workload: Workload, name: str) -> dict[str, Any]:
+    """What a step of this package sends and does, by its own account."""
+    with variants.installed(name, workload.trainee) as handle:
+        for _ in range(2):
+            run_step(workload)
+        return handle.report().as_dict()
+
+
+def adapter_parameters(shape: common.ModelShape, lora_rank: int) -> int:
+    """Elements of all factors."""
+    return shape.num_layers * lora_rank * sum(inputs + outputs for _, inputs, outputs in shape.adapted_linears())
+
+
+def summary(times: Times, plain: Times, scope: str) -> dict[str, Any]:
+    """Medians and quartiles, and what a variant adds to plain LoRA: over all steps, and block by block.
+
+    ``step_ms`` is the optimizer step alone. What runs without waiting is ``training_step_ms`` or, with nothing but
+    adapters, ``queued_step_ms``: an optimizer step and the copy of gradients before it, the host free to run ahead.
+    """
+    whole = "training_step_ms" if scope == "training" else "queued_step_ms"
+    figures: dict[str, Any] = {}
+    for key, blocks, plain_blocks in (
+        ("step_ms", times.step_ms, plain.step_ms),
+        (whole, times.whole_step_ms, plain.whole_step_ms),
+    ):
+        values, plain_values = flattened(blocks), flattened(plain_blocks)
+        by_block = [statistics.median(b) - statistics.median(p) for b, p in zip(blocks, plain_blocks, strict=True)]
+        figures[key] = common.spread(values)
+        figures[f"added_{key}"] = statistics.median(values) - statistics.median(plain_values)
+        figures[f"added_{key}_by_block"] = common.spread(by_block)
+        figures[f"{key}_ratio"] = statistics.median(values) / statistics.median(plain_values)
+    return figures
+
+
+def bare_collectives(calls: list[Collective], bare: Times, figures: dict[str, Any]) -> dict[str, Any] | None:
+    """RefLoRA's collectives by themselves, and what it adds as a multiple of them; None if it sends nothing."""
+    if not calls:
+        return None
+    spread = common.spread(flattened(bare.step_ms))
+    return {
+        "calls": [call.as_dict() for call in calls],
+        "step_ms": spread,
+        "added_over_bare": figures["reflora"]["added_step_ms"] / spread["median"],
+    }
+
+
+def measure_breakdown(arguments: Arguments, workload: Workload, device: torch.device) -> dict[str, dict[str, float]]:
+    """Milliseconds by phase of RefLoRA's optimizer steps, in steps of their own; "rest" has the update in it."""
+    by_phase: dict[str, list[float]] = {}
+    with variants.installed("reflora", workload.trainee):
+        run_step(workload)
+        for _ in range(arguments.steps):
+            workload.prepare()
+            start = common.now(device)
+            with timed_phases(device) as elapsed_ms:
+                workload.step()
+                total_ms = 1e3 * (common.now(device) - start)
+            for phase, milliseconds in {**elapsed_ms, "rest": total_ms - sum(elapsed_ms.values())}.items():
+                by_phase.setdefault(phase, []).append(milliseconds)
+    return {phase: common.spread(values) for phase, values in by_phase.items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""The convergence sweep's results: tuned losses, the whole sweep, paired differences, curves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.reports.shared import source_line, table
+
+COLOURS = {"lora": "C0", "reflora": "C3", "reflora-s": "C1"}
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """What each method reaches at its own best learning rate, the whole sweep, and where the figures come from."""
+    arguments, results = record["arguments"], record["results"]
+    material = results["material"]
+    text = ", ".join("/".join(name.split("/")[-2:]) for name in arguments["dataset"]) or "embedded records"
+    model = (arguments["model"] or "embedded model").rstrip("/").rsplit("/", 1)[-1]
+    seeds, rates = len(arguments["seeds"]), len(arguments["learning_rates"])
+    start = {"zero": "B = 0 at the start", "drawn": "both factors drawn, their product taken off the base"}
+    return "\n".join(
+        [
+            f"{model} on {text}: {arguments['steps']} steps of {arguments['batch_size']} records, r = "
+            f"{arguments['lora_rank']}, {start[arguments['start']]}, {arguments['warmup_steps']} steps of plain LoRA "
+            f"first; AdamW without weight decay, cosine after {arguments['lr_warmup_steps']} rising steps. "
+            f"{material['train_records']:,} records to train on, {material['held_out_records']:,} held out. "
+            f"{seeds} seeds and {rates} learning rates for every method.",
+            "",
+            _tuned_table(results),
+            "",
+            "Final held-out loss, mean ± standard deviation over seeds. The differences are taken seed by seed, each "
+            "method at its own best learning rate, with 95% t intervals: one that contains 0 shows no difference. The "
+            "learning rate is chosen by the same held-out loss, with the same grid for every method. Ranges are "
+            "interpolated in log lr; ≥ marks those that reach an end of the grid. Steps are timed one method after the "
+            "other in one process, before the sweep.",
+            "",
+            _sweep_table(results),
+            "",
+            source_line(record),
+        ]
+    )
+
+
+def _tuned_table(results: dict[str, Any]) -> str:
+    baseline = results["baseline"]
+    header = ["", "best lr", "held-out loss", f"difference from {baseline}", "lr within 1%", "step, ms (quartiles)"]
+    rows = []
+    for method, tuned in results["methods"].items():
+        best = tuned["sweep"][tuned["learning_rates"].index(tuned["best_learning_rate"])]
+        edge = "" if tuned["best_inside_grid"] else " (at the grid's edge)"
+        step = results["step_ms"][method]
+        rows.append(
+            [
+                method,
+                f"{tuned['best_learning_rate']:.3g}{edge}",
+                _loss(best),
+                _difference(results["paired"].get(method)),
+                _range(tuned["good_range"]),
+                f"{step['median']:.1f} ({step['q1']:.1f} to {step['q3']:.1f})",
+            ]
+        )
+    return table(header, rows)
+
+
+def _sweep_table(results: dict[str, Any]) -> str:
+    methods = results["methods"]
+    rates = next(iter(methods.values()))["learning_rates"]
+    rows = [[f"{rate:.3g}", *(_loss(tuned["sweep"][i]) for tuned in methods.values())] for i, rate in enumerate(rates)]
+    return table(["lr", *methods], rows)
+
+
+def _loss(entry: dict[str, Any]) -> str:
+    if entry["mean"] is None:
+        diverged = sum(value is None for value in entry["final_loss"])
+        return f"diverges ({diverged} of {len(entry['final_loss'])} seeds)"
+    return f"{entry['mean']:.4f} ± {entry['sd']:.4f}"
+
+
+def _difference(paired: dict[str, Any] | None) -> str:
+    if paired is None:
+        return ""
+    if paired["interval"] is None:
+        return "no estimate" if paired["mean"] is None else f"{paired['mean']:+.4f} (one seed)"
+    low, high = paired["interval"]
+    return f"{paired['mean']:+.4f} ({low:+.4f} to {high:+.4f})"
+
+
+def _range(found: dict[str, Any]) -> str:
+    if found["factor"] is None:
+        return "none"
+    at_least = "≥ " if found["low_open"] or found["high_open"] else ""
+    return f"{at_least}{found['factor']:.2f} x ({found['low']:.2g} to {found['high']:.2g})"
+
+
+def plot(record: dict[str, Any]) -> Any:
+    """Held-out loss by step and by training time at each method's best rate, and final loss by learning rate."""
+    from matplotlib.figure import Figure
+
+    results = record["results"]
+    figure = Figure(figsize=(15, 4.4), layout="constrained")
+    by_step, by_time, by_rate = figure.subplots(1, 3)
+    for index, (method, tuned) in enumerate(results["methods"].items()):
+        colour, curves = COLOURS.get(method, f"C{index + 4}"), tuned["curves"]
+        label = f"{method}, lr {tuned['best_learning_rate']:.3g}"
+        seconds = [step * results["step_ms"][method]["median"] / 1e3 for step in curves["held_out_steps"]]
+        _band(by_step, curves["held_out_steps"], curves["held_out"], colour, label)
+        _band(by_time, seconds, curves["held_out"], colour, label)
+        _band(by_rate, tuned["learning_rates"], tuned["sweep"], colour, method, marker="o")
+    by_step.set(xlabel="step", ylabel="held-out loss, mean and standard deviation over seeds")
+    by_time.set(xlabel="training time, s (steps x median step)")
+    by_rate.set(xlabel="learning rate", ylabel="final held-out loss", xscale="log")
+    _limit(results, by_step, by_time, by_rate)
+    for axes in (by_step, by_time, by_rate):
+        axes.legend()
+    return figure
+
+
+def _band(axes: Any, x: list[float], entries: list[dict[str, Any]], colour: str, label: str, marker: str = "") -> None:
+    """A mean with its standard deviation shaded; a gap where runs diverged."""
+    nan = float("nan")
+    mean = [nan if entry["mean"] is None else entry["mean"] for entry in entries]
+    sd = [nan if entry["sd"] is None else entry["sd"] for entry in entries]
+    axes.plot(x, mean, color=colour, label=label, marker=marker)
+    low, high = ([m + sign * s for m, s in zip(mean, sd, strict=True)] for sign in (-1, 1))
+    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _limit(results: dict[str, Any], *panels: Any) -> None:
+    """Show the last third of the way down from the start's loss, where methods and rates differ."""
+    methods = results["methods"].values()
+    means = [entry["mean"] for tuned in methods for entry in tuned["sweep"] if entry["mean"] is not None]
+    start = next(iter(methods))["curves"]["held_out"][0]["mean"]
+    if means and start is not None and min(means) < start:
+        way = start - min(means)
+        for axes in panels:
+            axes.set_ylim(min(means) - 0.03 * way, min(means) + way / 3)

@@ -1,0 +1,139 @@
+"""The figures of ``overhead.py`` as Markdown and as a plot."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.reports.shared import source_line, table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MIB = 2**20
+_QUEUED = (
+    " An optimizer step is waited for before and after; *queued* steps follow each other without waiting, each behind "
+    "a copy of gradients."
+)
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """A table per lora_rank: times, what is added to plain LoRA, memory; then collectives and phases where measured."""
+    arguments, results = record["arguments"], record["results"]
+    shape = results["shape"]
+    lines = [
+        f"**{arguments['model']}**, {shape['num_layers']} layers (hidden {shape['hidden_size']}, "
+        f"{shape['intermediate_size']}), engine {arguments['engine']}, {record['world_size']} rank(s). Medians "
+        "(quartiles) of interleaved blocks; *added* is the difference of medians to plain LoRA, *ratio* their quotient."
+        + _QUEUED
+        * (arguments["scope"] == "step"),
+    ]
+    for run in results["runs"]:
+        lines += ["", _title(run), "", _times_table(run), *_errors(run), *_collectives(run), *_phases(run)]
+    if results["peak_resident_bytes"]:
+        lines += ["", f"Peak resident set of the first rank: {results['peak_resident_bytes'] / _MIB:,.0f} MiB."]
+    return "\n".join([*lines, "", source_line(record)])
+
+
+def _title(run: dict[str, Any]) -> str:
+    return f"r = {run['lora_rank']}: {run['num_pairs']} adapters, {run['adapter_parameters'] / 1e6:.1f} M parameters"
+
+
+def _times_table(run: dict[str, Any]) -> str:
+    first = run["variants"]["lora"]
+    header = ["", "optimizer step, ms", "added, ms", "times RefLoRA's"]
+    whole = "training_step_ms" if "training_step_ms" in first else "queued_step_ms"
+    header += ["training step, ms" if whole == "training_step_ms" else "queued step, ms", "added, ms", "ratio"]
+    if first["memory"]:
+        header += ["held between steps, MiB", "peak of the optimizer step, MiB"]
+    rows = []
+    for name, figures in run["variants"].items():
+        times = figures.get("added_over_reflora")
+        row = [name, _quartiles(figures["step_ms"]), "" if name == "lora" else f"{figures['added_step_ms']:.2f}"]
+        row.append("" if name == "lora" or times is None else f"{times:.2f}")
+        row += [_quartiles(figures[whole]), "" if name == "lora" else f"{figures[f'added_{whole}']:.2f}"]
+        row.append(f"{figures[f'{whole}_ratio']:.3f}")
+        if first["memory"]:
+            row += [f"{figures['memory'][key] / _MIB:.1f}" for key in ("held_bytes", "step_peak_bytes")]
+        rows.append(row)
+    return table(header, rows)
+
+
+def _quartiles(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.2f} ({spread['q1']:.2f} to {spread['q3']:.2f})"
+
+
+def _errors(run: dict[str, Any]) -> list[str]:
+    errors = ", ".join(f"{name} {error:.0e}" for name, error in run["largest_relative_error"].items())
+    return ["", f"Refactored gradients agree, largest relative error: {errors}."] if errors else []
+
+
+def _collectives(run: dict[str, Any]) -> list[str]:
+    bare = run["bare_collectives"]
+    if bare is None:
+        return []
+    calls = ", ".join(f"{call['kind']} of {call['payload_bytes']:,} bytes" for call in bare["calls"])
+    return [
+        "",
+        f"RefLoRA's collectives by themselves ({calls}): {_quartiles(bare['step_ms'])} ms; RefLoRA adds "
+        f"{bare['added_over_bare']:.2f} times that.",
+    ]
+
+
+def _phases(run: dict[str, Any]) -> list[str]:
+    phases = run["breakdown_ms"]
+    if phases is None:
+        return []
+    names = [name.replace("_", " ") for name in phases]
+    row = [f"{spread['median']:.2f}" for spread in phases.values()]
+    return [
+        "",
+        "Phases of a RefLoRA step, ms, each waited for (rest: the update, and what lies between):",
+        "",
+        table(names, [row]),
+    ]
+
+
+def plot(record: dict[str, Any]) -> Figure:
+    """What each variant adds to the optimizer step, by r; and the phases of a RefLoRA step where measured."""
+    from matplotlib.figure import Figure
+
+    runs = record["results"]["runs"]
+    with_phases = [run for run in runs if run["breakdown_ms"]]
+    figure = Figure(figsize=(10 if with_phases else 6, 4), layout="constrained")
+    axes = figure.subplots(1, 2 if with_phases else 1, squeeze=False)[0]
+    _plot_added(axes[0], runs)
+    if with_phases:
+        _plot_phases(axes[1], with_phases)
+    arguments = record["arguments"]
+    figure.suptitle(
+        f"{arguments['model']}, {arguments['engine']}, {record['world_size']} rank(s), {record['hardware']}"
+    )
+    return figure
+
+
+def _plot_added(axes: Any, runs: list[dict[str, Any]]) -> None:
+    names = [name for name in runs[0]["variants"] if name != "lora"]
+    width = 0.8 / max(1, len(names))
+    for number, name in enumerate(names):
+        places = [index + (number - (len(names) - 1) / 2) * width for index in range(len(runs))]
+        axes.bar(places, [run["variants"][name]["added_step_ms"] for run in runs], width, label=name)
+    axes.set_yscale("symlog", linthresh=0.1)  # noise can make a small difference negative
+    axes.set_ylabel("added to the optimizer step (ms)")
+    _label_ranks(axes, runs)
+    axes.legend()
+
+
+def _plot_phases(axes: Any, runs: list[dict[str, Any]]) -> None:
+    bottom = [0.0] * len(runs)
+    for phase in (name for name in runs[0]["breakdown_ms"] if name != "rest"):
+        heights = [run["breakdown_ms"][phase]["median"] for run in runs]
+        axes.bar(range(len(runs)), heights, 0.6, bottom=bottom, label=phase.replace("_", " "))
+        bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
+    axes.set_ylabel("phases of a RefLoRA step (ms)")
+    _label_ranks(axes, runs)
+    axes.legend()
+
+
+def _label_ranks(axes: Any, runs: list[dict[str, Any]]) -> None:
+    axes.set_xticks(range(len(runs)), [f"r = {run['lora_rank']}" for run in runs])
+    axes.grid(axis="y", alpha=0.3)

@@ -1,0 +1,20 @@
+"""What the reports share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def source_line(record: dict[str, Any]) -> str:
+    """Where a record's figures come from: command, commit, versions, hardware, date."""
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
+    ranks = "" if record["world_size"] == 1 else f"{record['world_size']} ranks, "
+    commit = record["commit"] or "unknown"
+    return f"`{record['command']}`, {ranks}{record['hardware']}, {record['date']}, commit {commit}; {versions}."
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,68 @@
+"""The figures of ``throughput.py`` as Markdown and as a plot."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.reports.shared import source_line, table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_GIB = 2**30
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """One row per variant, and the formula behind MFU."""
+    arguments, results = record["arguments"], record["results"]
+    shape = results["shape"]
+    on_gpu = results["variants"]["lora"]["peak_allocated_bytes"] is not None
+    rate = results["peak_flops_per_second"]
+    lines = [
+        f"**{arguments['model']}**, {shape['num_layers']} layers, r = {arguments['lora_rank']}, engine "
+        f"{arguments['engine']}, {record['world_size']} device(s), {results['tokens_per_step_per_device']:,} tokens "
+        f"per step and device in sequences of {arguments['seq_len']}"
+        f"{', activations recomputed' if arguments['gradient_checkpointing'] else ''}.",
+        "",
+        _table(results, on_gpu),
+        "",
+        "MFU: (4 N + 6 N_a + 6 L h s) FLOPs per token, forward and activations' gradients of N frozen parameters, "
+        f"adapters' N_a, causal attention; here {results['model_flops_per_token'] / 1e9:.2f} GFLOP per token, "
+        + ("no peak rate is known for this device." if rate is None else f"of {rate / 1e12:g} TFLOP/s."),
+    ]
+    if results["peak_resident_bytes"]:
+        lines += ["", f"Peak resident set of the first rank: {results['peak_resident_bytes'] / _GIB:.2f} GiB."]
+    return "\n".join([*lines, "", source_line(record)])
+
+
+def _table(results: dict[str, Any], on_gpu: bool) -> str:
+    header = ["", "step, ms (quartiles)", "tokens/s per device", "MFU", "throughput beside lora"]
+    header += ["peak memory, GiB"] if on_gpu else []
+    rows = []
+    for name, figures in results["variants"].items():
+        step, mfu = figures["step_ms"], figures["mfu"]
+        row = [
+            name,
+            f"{step['median']:.1f} ({step['q1']:.1f} to {step['q3']:.1f})",
+            f"{figures['tokens_per_second_per_device']:,.0f}",
+            "" if mfu is None else f"{mfu:.1%}",
+            f"{figures['throughput_ratio']:.2%}",
+        ]
+        rows.append(row + ([f"{figures['peak_allocated_bytes'] / _GIB:.3f}"] if on_gpu else []))
+    return table(header, rows)
+
+
+def plot(record: dict[str, Any]) -> Figure:
+    """Tokens per second and device, one bar per variant."""
+    from matplotlib.figure import Figure
+
+    arguments, variants = record["arguments"], record["results"]["variants"]
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.bar(list(variants), [figures["tokens_per_second_per_device"] for figures in variants.values()])
+    axes.bar_label(bars, [f"{figures['throughput_ratio']:.1%}" for figures in variants.values()])
+    axes.set_ylabel("tokens/s per device")
+    axes.grid(axis="y", alpha=0.3)
+    setting = f"{arguments['model']}, {arguments['engine']}, {record['world_size']} device(s)"
+    axes.set_title(f"{setting}, {record['hardware']}")
+    return figure

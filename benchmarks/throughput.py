@@ -1,0 +1,251 @@
+"""End to end: tokens per second and device, MFU, step time and memory of plain LoRA and RefLoRA under an engine.
+
+    python benchmarks/throughput.py --model 7b
+    torchrun --nproc-per-node 8 benchmarks/throughput.py --model 8b --engine fsdp2 --gradient_checkpointing
+
+The model is built from its configuration with random weights and trains on random tokens, which cost as much as any.
+The variants take turns on one model and optimizer; steps within a block run without waiting for each other, as in
+training.
+
+MFU is the share of the device's peak rate (dense bfloat16) that the model's own arithmetic takes. Per token, with N
+parameters in the frozen matrices (embedding lookup left out), N_a in the adapters, L layers, hidden size h and
+sequences of s tokens:
+
+    4 N  +  6 N_a  +  6 L h s
+
+Forward and the activations' gradients are 2 N each; a frozen matrix has no gradient of its own, which is where LoRA
+differs from the 6 N of full training; adapters have one. Attention is 2 L h s forward (two products over the causal
+half) and twice that backward. Recomputed activations and the optimizer's work do not count.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.distributed as dist
+from transformers import HfArgumentParser
+
+from benchmarks import common, variants
+from benchmarks.interleaved import flattened, run_step
+from benchmarks.reports.throughput import markdown
+from benchmarks.workloads import TrainingStep
+
+VARIANTS = ("lora", "reflora", "reflora-overlap", "reflora-s", "loop")
+
+# Dense bfloat16 rates of NVIDIA's data sheets in FLOP/s, without sparsity, by a part of the device's name; the first
+# that fits counts.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,  # "NVIDIA H100 Tensor Core GPU" data sheet, PCIe column
+    "H100": 989e12,  # same, SXM column
+    "H200": 989e12,  # "NVIDIA H200 Tensor Core GPU" data sheet
+    "B200": 2250e12,  # "NVIDIA DGX B200" data sheet, per GPU
+    "A100": 312e12,  # "NVIDIA A100 Tensor Core GPU" data sheet
+    "L40S": 362e12,  # "NVIDIA L40S" data sheet
+    "A10": 125e12,  # "NVIDIA A10 Tensor Core GPU" data sheet
+}
+_WARM_UP_STEPS = 2  # in every block, not timed
+# Relative difference of first losses. Nothing is updated before them, but RefLoRA-S rescales factors, which leaves
+# the product B A equal up to rounding.
+_LOSS_TOLERANCE = {"cpu": 1e-5, "cuda": 2e-3}  # float32, bfloat16
+
+
+@dataclasses.dataclass
+class Arguments:
+    """Sizes of the model and of the measurement."""
+
+    model: str = dataclasses.field(default="small", metadata={"help": f"one of {', '.join(common.SHAPES)}"})
+    num_layers: int | None = dataclasses.field(default=None, metadata={"help": "instead of the model's own number"})
+    lora_rank: int = 16
+    engine: str = dataclasses.field(default="single", metadata={"help": f"one of {', '.join(common.ENGINES)}"})
+    variants: list[str] = dataclasses.field(
+        default_factory=list, metadata={"help": f"of {', '.join(VARIANTS)}, those to compare with lora (all)"}
+    )
+    seq_len: int | None = dataclasses.field(default=None, metadata={"help": "tokens (GPU: 1024, CPU: 128)"})
+    micro_batch_size: int = dataclasses.field(default=4, metadata={"help": "sequences per rank and backward"})
+    accumulation_steps: int | None = dataclasses.field(
+        default=None, metadata={"help": "backwards per optimizer step (GPU: 2, CPU and DeepSpeed: 1)"}
+    )
+    gradient_checkpointing: bool = dataclasses.field(default=False, metadata={"help": "recompute activations"})
+    attn_implementation: str = "sdpa"
+    blocks: int = dataclasses.field(default=6, metadata={"help": "blocks of steps per variant, taking turns"})
+    steps: int = dataclasses.field(default=4, metadata={"help": "steps per block"})
+    peak_tflops: float | None = dataclasses.field(
+        default=None, metadata={"help": "10^12 FLOP/s of the device, where its name is not known"}
+    )
+    output: str | None = dataclasses.field(default=None, metadata={"help": "JSON file to write"})
+
+    def __post_init__(self) -> None:
+        for name, choices in (("model", tuple(common.SHAPES)), ("engine", common.ENGINES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"--{name} {getattr(self, name)} is unknown; choose one of {', '.join(choices)}")
+        on_gpu = torch.cuda.is_available()
+        if self.seq_len is None:
+            self.seq_len = 1024 if on_gpu else 128
+        if self.accumulation_steps is None:
+            self.accumulation_steps = 2 if on_gpu and not self.engine.startswith("zero") else 1
+        for name in ("num_layers", "lora_rank", "seq_len", "micro_batch_size", "accumulation_steps", "blocks", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value} must be at least 1")
+        if self.accumulation_steps > 1 and self.engine.startswith("zero"):
+            raise ValueError("--accumulation_steps is not for DeepSpeed here; raise --micro_batch_size instead")
+        if self.engine == "single" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("--engine single is one process; use --engine ddp or start it without a launcher")
+        possible = [name for name in VARIANTS if name in variants.available(self.engine)]
+        self.variants = variants.choose(self.engine, self.variants or possible)
+
+    @property
+    def shape(self) -> common.ModelShape:
+        """Of the model, with the number of layers asked for."""
+        shape = common.SHAPES[self.model]
+        return shape if self.num_layers is None else dataclasses.replace(shape, num_layers=self.num_layers)
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    device = common.start()
+    results = measure(arguments, device)
+    if dist.get_rank() == 0:
+        record = {
+            "benchmark": "throughput",
+            **common.provenance(device),
+            "arguments": dataclasses.asdict(arguments),
+            "results": results,
+        }
+        print(markdown(record))
+        if arguments.output is not None:
+            common.write_json(arguments.output, record)
+    common.finish()
+
+
+def measure(arguments: Arguments, device: torch.device) -> dict[str, Any]:
+    """Check that the variants agree, then time them. Returns what the record has under ``results``."""
+    assert arguments.seq_len is not None and arguments.accumulation_steps is not None
+    workload = TrainingStep(
+        arguments.engine,
+        arguments.shape,
+        arguments.lora_rank,
+        device,
+        micro_batch_size=arguments.micro_batch_size,
+        seq_len=arguments.seq_len,
+        accumulation_steps=arguments.accumulation_steps,
+        gradient_checkpointing=arguments.gradient_checkpointing,
+        attn_implementation=arguments.attn_implementation,
+    )
+    losses = check_first_losses(arguments.variants, workload, _LOSS_TOLERANCE[device.type])
+    errors = variants.check_same_result(
+        arguments.engine, arguments.variants, workload.trainee, lambda: run_step(workload)
+    )
+    with common.progress(arguments.blocks * len(arguments.variants), "blocks of steps") as advance:
+        step_ms, peak_bytes = time_blocks(arguments, workload, device, advance)
+    tokens = arguments.micro_batch_size * arguments.accumulation_steps * arguments.seq_len
+    flops = model_flops_per_token(arguments.shape, arguments.lora_rank, arguments.seq_len)
+    peak = peak_flops(device, arguments.peak_tflops)
+    return {
+        "shape": dataclasses.asdict(arguments.shape),
+        "tokens_per_step_per_device": tokens,
+        "model_flops_per_token": flops,
+        "peak_flops_per_second": peak,
+        "largest_relative_error": errors,
+        "first_loss": losses,
+        "variants": {
+            name: _figures(step_ms[name], step_ms["lora"], tokens, flops, peak, peak_bytes.get(name))
+            for name in arguments.variants
+        },
+        "peak_resident_bytes": common.peak_memory_bytes(device) if device.type == "cpu" else None,
+    }
+
+
+def check_first_losses(names: list[str], workload: TrainingStep, tolerance: float) -> dict[str, float]:
+    """The loss of every variant on the first batch, before any update.
+
+    Raises:
+        RuntimeError: they differ by more than the relative tolerance.
+    """
+    losses = {}
+    for name in names:
+        with variants.without_updates(workload.trainee), variants.installed(name, workload.trainee):
+            workload.rewind()
+            run_step(workload)
+        losses[name] = float(workload.last_loss)
+    for name, loss in losses.items():
+        if not abs(loss - losses["lora"]) <= tolerance * abs(losses["lora"]):
+            raise RuntimeError(f"{name} starts from loss {loss}, lora from {losses['lora']}: they cannot be compared")
+    return losses
+
+
+def time_blocks(
+    arguments: Arguments, workload: TrainingStep, device: torch.device, advance: Callable[[], None]
+) -> tuple[dict[str, list[list[float]]], dict[str, int]]:
+    """Milliseconds per step, a list per block with one value; and on a GPU the peak memory of each variant.
+
+    A value is the mean over the steps of a block, which run without waiting for the device.
+    """
+    step_ms: dict[str, list[list[float]]] = {name: [] for name in arguments.variants}
+    peak_bytes: dict[str, int] = {}
+    for block in range(arguments.blocks):
+        for name in arguments.variants if block % 2 == 0 else reversed(arguments.variants):
+            with variants.installed(name, workload.trainee):
+                for _ in range(_WARM_UP_STEPS):
+                    run_step(workload)
+                common.reset_peak_memory(device)
+                start = common.now(device)
+                for _ in range(arguments.steps):
+                    run_step(workload)
+                step_ms[name].append([1e3 * (common.now(device) - start) / arguments.steps])
+                if device.type == "cuda":
+                    peak_bytes[name] = max(peak_bytes.get(name, 0), common.peak_memory_bytes(device))
+            advance()
+    return step_ms, peak_bytes
+
+
+def model_flops_per_token(shape: common.ModelShape, lora_rank: int, seq_len: int) -> float:
+    """``4 N + 6 N_a + 6 L h s``, as the head of this file says."""
+    linears = [(inputs, outputs) for _, inputs, outputs in shape.adapted_linears()]
+    frozen = shape.num_layers * sum(inputs * outputs for inputs, outputs in linears)
+    frozen += shape.hidden_size * shape.vocab_size  # the output layer; looking up an embedding is no arithmetic
+    adapters = shape.num_layers * lora_rank * sum(inputs + outputs for inputs, outputs in linears)
+    return 4 * frozen + 6 * adapters + 6 * shape.num_layers * shape.hidden_size * seq_len
+
+
+def peak_flops(device: torch.device, given_tflops: float | None) -> float | None:
+    """FLOP/s of the device at its best; None if it is a CPU, or unknown and not given."""
+    if given_tflops is not None:
+        return given_tflops * 1e12
+    if device.type == "cpu":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rate for part, rate in PEAK_FLOPS.items() if part in name), None)
+
+
+def _figures(
+    blocks: list[list[float]],
+    plain_blocks: list[list[float]],
+    tokens: int,
+    flops_per_token: float,
+    peak: float | None,
+    peak_bytes: int | None,
+) -> dict[str, Any]:
+    step = common.spread(flattened(blocks))
+    tokens_per_second = 1e3 * tokens / step["median"]
+    ratios = [plain[0] / own[0] for own, plain in zip(blocks, plain_blocks, strict=True)]
+    return {
+        "step_ms": step,
+        "tokens_per_second_per_device": tokens_per_second,
+        "mfu": None if peak is None else tokens_per_second * flops_per_token / peak,
+        "throughput_ratio": common.spread(flattened(plain_blocks))["median"] / step["median"],
+        "throughput_ratio_by_block": common.spread(ratios),
+        "peak_allocated_bytes": peak_bytes,
+    }
+
+
+if __name__ == "__main__":
+    main()

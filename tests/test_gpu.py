@@ -1,0 +1,185 @@
+"""On a GPU: the kernels against the plain code, no waiting for the device, and training as the reference trains."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from reflora_dist import RefLoRAConfig, attach
+from reflora_dist.blocks import SIDE_A, SIDE_B, BlockSet, BlockSpec
+from reflora_dist.communication import Communicator
+from reflora_dist.refactor import solve_refactorization, solve_with_torch
+from reflora_dist.reference import ReferenceRefLoRA, refactorization
+from reflora_dist.retile import Retiler
+from reflora_dist.tiling import FOLLOWING, LocalShard, follow_each_other
+from tests.test_refactor import factor, relative
+from tests.workloads import build_model, named_factors, synthetic_workload, worst_factor_error
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda", 0)
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """Raise where torch would make the host wait for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _blocks(dtype: torch.dtype, seed: int) -> tuple[list[BlockSpec], list[int], list[Tensor | None]]:
+    """Blocks of every size that a program has to pad or cut, some absent, one beginning off a 16-byte boundary."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    lora_ranks = [16, 16, 5, 32, 16, 64, 128, 8]
+    specs: list[BlockSpec] = []
+    blocks: list[Tensor | None] = []
+    for pair, lora_rank in enumerate(lora_ranks):
+        for side in (SIDE_A, SIDE_B):
+            rows = rng.choice([1, 7, 33, 64, 130, 5000, 9001])
+            shape = (lora_rank, rows) if side == SIDE_A else (rows, lora_rank)
+            specs.append(BlockSpec(pair, side, shape))
+            start = rng.choice([0, 0, 1])
+            flat = torch.randn(start + lora_rank * rows, device=CUDA, dtype=torch.float64).to(dtype)
+            blocks.append(flat[start:].view(shape))
+    specs.append(BlockSpec(0, SIDE_B, (1, 16)))  # a second block of one factor
+    blocks.append(torch.randn(1, 16, device=CUDA).to(dtype))
+    blocks[3] = None
+    return specs, lora_ranks, blocks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(3))
+def test_kernels_compute_what_torch_computes(dtype: torch.dtype, seed: int) -> None:
+    specs, lora_ranks, blocks = _blocks(dtype, seed)
+    plain = BlockSet(specs, lora_ranks, CUDA, use_kernels=False)
+    fused = BlockSet(specs, lora_ranks, CUDA, use_kernels=True)
+    expected, grams = plain.grams(blocks), fused.grams(blocks)
+    for lora_rank in expected:
+        assert relative(grams[lora_rank], expected[lora_rank]) < 1e-13
+    left, right = (
+        {r: torch.randn(len(p), r, r, dtype=torch.float64, device=CUDA) for r, p in plain.pairs_by_rank.items()}
+        for _ in range(2)
+    )
+    copies = [None if block is None else block.clone() for block in blocks]
+    plain.multiply_(copies, left, right)
+    fused.multiply_(blocks, left, right)
+    for block, copy in zip(blocks, copies, strict=True):
+        if block is not None and copy is not None:  # both round once; sums in another order may round differently
+            assert relative(block.double(), copy.double()) < (1e-13 if dtype == torch.float64 else 1e-7)
+
+
+def test_equal_factors_have_bit_equal_grams() -> None:
+    """Replicas solve by themselves, so a sum in a random order would let them drift apart."""
+    specs, lora_ranks, blocks = _blocks(torch.float32, 0)
+    fused = BlockSet(specs, lora_ranks, CUDA, use_kernels=True)
+    first = fused.grams(blocks)
+    for _ in range(20):
+        again = fused.grams([None if block is None else block.clone() for block in blocks])
+        assert all(torch.equal(again[lora_rank], first[lora_rank]) for lora_rank in first)
+
+
+@pytest.mark.parametrize("lora_rank", [1, 3, 8, 16, 24, 32, 64, 128])
+@pytest.mark.parametrize(("cond_a", "cond_b"), [(1e0, 1e1), (1e2, 1e4), (1e4, 1e4)])
+def test_s_on_the_gpu_is_that_of_the_reference(lora_rank: int, cond_a: float, cond_b: float) -> None:
+    pairs = [
+        (scale * factor(256, lora_rank, cond_a, seed).mT, factor(280, lora_rank, cond_b, seed + 50))
+        for seed, scale in enumerate((1.0, 1e-4, 1e5))
+    ]
+    grams = [torch.stack([x @ x.mT if x is a else x.mT @ x for a, b in pairs for x in (a, b)][i::2]) for i in (0, 1)]
+    s, s_inv, solved = solve_refactorization(grams[0].to(CUDA), grams[1].to(CUDA))
+    assert solved.all()
+    for index, (lora_a, lora_b) in enumerate(pairs):
+        expected = refactorization(lora_a, lora_b)
+        assert expected is not None
+        assert relative(s[index].cpu(), expected[0]) < 1e-6
+        assert relative(s_inv[index].cpu(), expected[1]) < 1e-6
+
+
+def test_pairs_without_s_are_left_alone() -> None:
+    good, short = factor(40, 16, 10.0, 0), factor(40, 16, 10.0, 1)
+    short[:, 3] = short[:, 2]
+    cases = [
+        torch.zeros(16, 16).double(),
+        short.mT @ short,
+        torch.full((16, 16), float("nan")).double(),
+        good.mT @ good,
+    ]
+    gram_a = torch.stack([good.mT @ good] * 4).to(CUDA)
+    gram_b = torch.stack(cases).to(CUDA)
+    s, s_inv, solved = solve_refactorization(gram_a, gram_b)
+    assert solved.tolist() == solve_with_torch(gram_a, gram_b)[2].tolist() == [False, False, False, True]
+    eye = torch.eye(16, dtype=torch.float64, device=CUDA)
+    assert all(torch.equal(matrix, eye) for matrix in (*s[:3], *s_inv[:3]))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("method", ["reflora", "reflora-s"])
+def test_training_follows_the_reference_and_never_waits(method: str, overlap: bool) -> None:
+    workload = synthetic_workload(seed=2)
+    config = RefLoRAConfig(method=method, warmup_steps=1, overlap=overlap)
+
+    def train(ours: bool) -> dict[str, Tensor]:
+        model = build_model(workload).to(CUDA)
+        factors = named_factors(model)
+        optimizer = torch.optim.AdamW(factors.values(), lr=1e-3, fused=True)
+        if ours:
+            handle = attach(model, optimizer, config)
+        else:
+            values = list(factors.values())
+            ReferenceRefLoRA(list(zip(values[0::2], values[1::2], strict=True)), optimizer, config)
+        for step, batch in enumerate(workload.batches):
+            optimizer.zero_grad()
+            model(input_ids=batch.to(CUDA), labels=batch.to(CUDA)).loss.backward()
+            with no_waiting() if ours and step > 2 else contextlib.nullcontext():  # the first steps plan and compile
+                optimizer.step()
+        if ours:
+            assert handle.report().applied_steps == len(workload.batches) - 1 + (method == "reflora-s")
+            assert not handle.report().skipped_pairs
+        return {name: value.detach().cpu() for name, value in factors.items()}
+
+    assert worst_factor_error(train(ours=True), train(ours=False)) < 1e-5  # fp32 atomics of the backward
+
+
+class _LoopedBack(Communicator):
+    """One rank's part of an exchange among several, with what the others would send taken from its own buffer."""
+
+    def __init__(self, world_size: int, rank: int) -> None:
+        super().__init__(None, CUDA)
+        self.world_size, self.rank = world_size, rank
+
+    def all_to_all(self, send: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
+        return torch.cat([send, send])[: sum(receive_counts)]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_retiling_on_the_gpu_is_that_on_the_cpu(world_size: int) -> None:
+    shapes = [(16, 96), (64, 16)] * 3
+    numels = [r * c for r, c in shapes]
+    everyone = follow_each_other(
+        [
+            [LocalShard(n * (rank + 1) // world_size - n * rank // world_size, FOLLOWING) for n in numels]
+            for rank in range(world_size)
+        ]
+    )
+    results = []
+    for device in (torch.device("cpu"), CUDA):
+        torch.manual_seed(0)
+        comm = _LoopedBack(world_size, rank=1)
+        comm.device = comm.shard_device = device
+        retiler = Retiler(shapes, everyone, comm)
+        pieces = [torch.randn(shard.numel).to(device) for shard in everyone[1]]
+        (blocks,) = retiler.to_blocks([pieces], [(True,) * len(shapes)])
+        for block in blocks:
+            assert block is not None
+            block.mul_(2)
+        retiler.from_blocks(blocks, pieces, (True,) * len(shapes))
+        results.append([tensor.cpu() for tensor in [*pieces, *blocks] if tensor is not None])
+    assert all(torch.equal(on_cpu, on_gpu) for on_cpu, on_gpu in zip(*results, strict=True))

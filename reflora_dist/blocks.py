@@ -26,6 +26,20 @@ Matrices = dict[int, Tensor]
 """One stack of r x r matrices per lora_rank r: ``{r: [P_r, r, r]}``, pairs in their order in the model."""
 
 
+def stack_view(tensors: Sequence[Tensor]) -> Tensor | None:
+    """All elements of contiguous tensors as one flat view, if they follow each other in memory; else None."""
+    address, dtype = tensors[0].data_ptr(), tensors[0].dtype
+    for tensor in tensors:
+        if tensor.data_ptr() != address or tensor.dtype != dtype:
+            return None
+        address += tensor.numel() * tensor.element_size()
+    numel = sum(tensor.numel() for tensor in tensors)
+    first = tensors[0]
+    if (first.storage_offset() + numel) * first.element_size() > first.untyped_storage().nbytes():
+        return None  # neighbours by chance
+    return first.as_strided((numel,), (1,))
+
+
 class BlockSpec(NamedTuple):
     """Place of a block: its pair, its side (SIDE_A or SIDE_B) and its shape in memory."""
 
@@ -95,7 +109,7 @@ class BlockSet:
             for lora_rank, pairs in self.pairs_by_rank.items()
         }
         for batch, tensors in self._present(blocks):
-            stacked = torch.stack(tensors).to(self.device, non_blocking=True).to(torch.float64)
+            stacked = _stack(tensors).to(self.device, non_blocking=True).to(torch.float64)
             product = stacked @ stacked.mT if batch.side == SIDE_A else stacked.mT @ stacked
             grams[batch.lora_rank][batch.side].index_add_(0, batch.slots, product)
         return grams
@@ -114,10 +128,14 @@ class BlockSet:
             self._tiled.multiply_(located, left, right)
             return
         for batch, tensors in self._present(blocks):
-            stacked = torch.stack(tensors).to(self.device, non_blocking=True).to(torch.float64)
+            held = _stack(tensors)
+            stacked = held.to(self.device, non_blocking=True).to(torch.float64)
             matrices = (left if batch.side == SIDE_A else right)[batch.lora_rank].index_select(0, batch.slots)
             product = matrices @ stacked if batch.side == SIDE_A else stacked @ matrices
-            torch._foreach_copy_(tensors, list(product.to(tensors[0].device).unbind()))
+            if held.data_ptr() == tensors[0].data_ptr():  # a view of them
+                held.copy_(product)
+            else:
+                torch._foreach_copy_(tensors, list(product.to(tensors[0].device).unbind()))
 
     def _present(self, blocks: Sequence[Tensor | None]) -> Iterator[tuple[_Batch, list[Tensor]]]:
         """Batches of the blocks that are not None. Few patterns of absence occur, and each is planned once."""
@@ -129,7 +147,8 @@ class BlockSet:
         for batch in self._batches[devices]:
             shape = self.specs[batch.members[0]].shape
             # never a copy, which would be changed in vain
-            yield batch, [blocks[member].view(shape) for member in batch.members]  # type: ignore[union-attr]
+            present = [block for member in batch.members if (block := blocks[member]) is not None]
+            yield batch, [block if block.shape == shape else block.view(shape) for block in present]
 
     def _plan(self, devices: tuple[torch.device | None, ...]) -> Iterator[_Batch]:
         by_shape: dict[tuple[Any, ...], list[int]] = {}
@@ -143,3 +162,9 @@ class BlockSet:
                 members = tuple(positions[start : start + size])
                 slots = torch.tensor([self._slots[self.specs[m].pair] for m in members], dtype=torch.int64)
                 yield _Batch(side, lora_rank, members, slots.to(self.device))
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """``[len(tensors), *shape]``, a view where the tensors follow each other in memory."""
+    flat = stack_view(tensors)
+    return torch.stack(list(tensors)) if flat is None else flat.view(len(tensors), *tensors[0].shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -26,18 +28,19 @@ def reduce_grams(local_grams: Matrices, communicator: Communicator) -> Matrices:
         return local_grams
     triangles, indices = [], {}
     for lora_rank, grams in local_grams.items():
-        rows, columns = torch.triu_indices(lora_rank, lora_rank, device=grams.device)
-        indices[lora_rank] = (rows, columns)
-        triangles.append(grams[..., rows, columns])
+        indices[lora_rank] = _triangle(lora_rank, grams.device)
+        triangles.append(grams.flatten(2).index_select(2, indices[lora_rank][0]))
     summed = communicator.all_reduce(triangles)
     return {
-        lora_rank: _symmetric(triangle, *indices[lora_rank], lora_rank)
-        for lora_rank, triangle in zip(local_grams, summed, strict=True)
+        lora_rank: triangle.index_select(2, indices[lora_rank][1]).view_as(grams)
+        for (lora_rank, grams), triangle in zip(local_grams.items(), summed, strict=True)
     }
 
 
-def _symmetric(triangle: Tensor, rows: Tensor, columns: Tensor, lora_rank: int) -> Tensor:
-    grams = triangle.new_empty(*triangle.shape[:-1], lora_rank, lora_rank)
-    grams[..., rows, columns] = triangle
-    grams[..., columns, rows] = triangle
-    return grams
+@functools.cache
+def _triangle(lora_rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the upper triangle's elements lie in a matrix ``[r * r]``, and where each element lies in the triangle."""
+    rows, columns = torch.triu_indices(lora_rank, lora_rank)
+    whole = torch.empty(lora_rank, lora_rank, dtype=torch.int64)
+    whole[rows, columns] = whole[columns, rows] = torch.arange(rows.numel())
+    return (rows * lora_rank + columns).to(device), whole.flatten().to(device)

@@ -55,9 +55,8 @@ def solve_refactorization(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tenso
 def solve_with_torch(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`solve_refactorization` without the kernel."""
     eye = torch.eye(gram_a.shape[-1], dtype=gram_a.dtype, device=gram_a.device)
-    chol_a, full_rank_a = _cholesky(gram_a, eye)
-    chol_b, full_rank_b = _cholesky(gram_b, eye)
-    full_rank = full_rank_a & full_rank_b
+    (chol_a, chol_b), full_rank_each = _cholesky(torch.stack([gram_a, gram_b]), eye)
+    full_rank = full_rank_each.all(dim=0)
 
     product = torch.where(full_rank[:, None, None], chol_b.mT @ chol_a, eye)
     orthogonal, product_inv = _polar(product)
@@ -89,13 +88,13 @@ def solve_scale(squared_norm_a: Tensor, squared_norm_b: Tensor) -> tuple[Tensor,
 
 
 def _cholesky(gram: Tensor, eye: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower Cholesky factors, and which pairs have one; the others get the identity to stay finite."""
-    finite = torch.isfinite(gram).flatten(1).all(dim=1)
-    chol, failed = torch.linalg.cholesky_ex(torch.where(finite[:, None, None], gram, eye))
+    """Lower Cholesky factors, and which Grams have one; the others get the identity to stay finite."""
+    finite = torch.isfinite(gram).flatten(-2).all(dim=-1)
+    chol, failed = torch.linalg.cholesky_ex(torch.where(finite[..., None, None], gram, eye))
     pivots = torch.diagonal(chol, dim1=-2, dim2=-1).square()
     diagonal = torch.diagonal(gram, dim1=-2, dim2=-1)
-    full_rank = finite & (failed == 0) & (pivots > RELATIVE_PIVOT * diagonal).all(dim=1)
-    return torch.where(full_rank[:, None, None], chol, eye), full_rank
+    full_rank = finite & (failed == 0) & (pivots > RELATIVE_PIVOT * diagonal).all(dim=-1)
+    return torch.where(full_rank[..., None, None], chol, eye), full_rank
 
 
 def _polar(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .blocks import BlockSpec
+from .blocks import BlockSpec, stack_view
 from .communication import Communicator
 from .tiling import LocalShard, Run, Tiling, tile
 
@@ -48,13 +48,19 @@ class Retiler:
             plan(factor % 2, shape, tuple(rank_shards[factor] for rank_shards in shards), communicator.rank)
             for factor, shape in enumerate(shapes)
         ]
+        # Factors of one shape follow each other, so that what the exchange brings is one stack of blocks per shape.
+        self._order = sorted(range(len(shapes)), key=lambda factor: shapes[factor]) if self._cut else range(len(shapes))
         self._places = list(self._list_places())
         local_numel = [shard.numel for shard in shards[communicator.rank]]
         # then blocks are the tensors themselves, and a step has nothing to prepare
         self._in_place = [(place.factor, place.offset, place.numel) for place in self._places] == [
             (factor, 0, numel) for factor, numel in enumerate(local_numel)
-        ] and not any(tiling.exchanged for tiling in self._tilings)
+        ] and not self._cut
         self._exchanges: dict[tuple[tuple[bool, ...], ...], _Exchange] = {}
+
+    @property
+    def _cut(self) -> bool:
+        return any(tiling.exchanged for tiling in self._tilings)
 
     @property
     def specs(self) -> list[BlockSpec]:
@@ -113,14 +119,15 @@ class Retiler:
             entries = [
                 (channel, factor)
                 for channel, wanted in enumerate(key)
-                for factor, tiling in enumerate(self._tilings)
-                if wanted[factor] and tiling.exchanged
+                for factor in self._order
+                if wanted[factor] and self._tilings[factor].exchanged
             ]
             self._exchanges[key] = _Exchange(entries, self._tilings, self._comm, self._dtype)
         return self._exchanges[key]
 
     def _list_places(self) -> Iterator[_Place]:
-        for factor, tiling in enumerate(self._tilings):
+        for factor in self._order:
+            tiling = self._tilings[factor]
             if tiling.direct is not None:
                 yield _Place(factor, tiling.direct[1], tiling.direct[0])
             if tiling.received is not None:
@@ -215,8 +222,12 @@ class _Exchange:
         """Send received blocks back and write them into the pieces that they came from."""
         if not self._entries:
             return
-        nothing = torch.zeros(0, dtype=self._dtype, device=self._comm.device)
-        flat = torch.cat([nothing, *(block.reshape(-1) for block in blocks)])
+        if blocks:
+            flat = stack_view(blocks)
+            if flat is None:
+                flat = torch.cat([block.reshape(-1) for block in blocks])
+        else:
+            flat = torch.empty(0, dtype=self._dtype, device=self._comm.device)
         packed = self._gather(flat, self._pack_return)
         returned = self._comm.all_to_all(packed, self._receive_counts, self._send_counts)
         returned = self._gather(returned, self._unpack_returned).to(self._comm.shard_device)

@@ -21,7 +21,7 @@ from launchers.plots import plot_comparison
 from launchers.recorder import METRICS_FILE
 
 # What may differ between runs that are compared; anything else would make the comparison unfair.
-METHOD_SETTINGS = frozenset({"method", "reflora_warmup_steps", "reflora_interval"})
+METHOD_SETTINGS = frozenset({"method", "reflora_warmup_steps", "reflora_interval", "reflora_overlap"})
 START_TOLERANCE = 1e-3  # relative; the untrained adapter is zero, so only the order of sums differs
 
 

@@ -49,6 +49,7 @@ class LoraOptions:
     method: str = _option("reflora", "lora trains plainly; the others refactor the factors.", choices=METHODS)
     reflora_warmup_steps: int = _option(100, "Optimizer steps of plain LoRA before the first refactorization.")
     reflora_interval: int = _option(1, "Refactor at every n-th optimizer step after the warm-up.")
+    reflora_overlap: bool = _option(False, "Form the next step's S beside the next forward (a second communicator).")
     lora_r: int = _option(16, "LoRA rank r.")
     lora_alpha: float = _option(32.0, "LoRA alpha; the update is scaled by alpha / r.")
     lora_dropout: float = _option(0.0, "Dropout in front of lora_A.")
@@ -68,7 +69,12 @@ class LoraOptions:
 
     def reflora_config(self) -> RefLoRAConfig:
         """The settings that the package reads."""
-        return RefLoRAConfig(method=self.method, warmup_steps=self.reflora_warmup_steps, interval=self.reflora_interval)
+        return RefLoRAConfig(
+            method=self.method,
+            warmup_steps=self.reflora_warmup_steps,
+            interval=self.reflora_interval,
+            overlap=self.reflora_overlap,
+        )
 
 
 @dataclasses.dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reflora_dist.blocks import SIDE_A, SIDE_B
+from reflora_dist.communication import Communicator
+from reflora_dist.retile import Retiler
 from reflora_dist.tiling import FOLLOWING, LocalShard, follow_each_other, tile
 
 
@@ -111,3 +114,53 @@ def test_following_pieces_are_placed_by_rank() -> None:
 def test_pieces_that_do_not_tile_are_refused(shards) -> None:
     with pytest.raises(ValueError, match=r"do not tile|ranks hold"):
         tile(SIDE_A, (3, 4), shards, 0)
+
+
+class _Ranks(Communicator):
+    """A communicator for planning only."""
+
+    def __init__(self, world_size: int, rank: int) -> None:
+        super().__init__(None, torch.device("cpu"))
+        self.world_size, self.rank = world_size, rank
+
+
+def _llama_70b(lora_rank: int = 16) -> list[tuple[int, int]]:
+    """Shapes of both factors of all 560 adapters of a LLaMA-70B."""
+    hidden, wide, keys = 8192, 28672, 1024
+    linears = [(hidden, hidden), (hidden, keys), (hidden, keys), (hidden, hidden)]
+    linears += [(hidden, wide), (hidden, wide), (wide, hidden)]
+    return [shape for _ in range(80) for i, o in linears for shape in ((lora_rank, i), (o, lora_rank))]
+
+
+def _shards(layout: str, shapes: list[tuple[int, int]], world_size: int) -> list[list[LocalShard]]:
+    def pieces(rank: int) -> list[LocalShard]:
+        shards = []
+        for side, (rows, columns) in zip(itertools.cycle((SIDE_A, SIDE_B)), shapes, strict=False):
+            if layout == "zero3":  # equal pieces of every factor, the last ones padded
+                size = -(-rows * columns // world_size)
+                start = min(rank * size, rows * columns)
+                shards.append(LocalShard(min(size, rows * columns - start), start))
+            else:  # fsdp2: chunks of rows
+                chunk = -(-rows // world_size)
+                held = max(0, min(chunk, rows - rank * chunk)) * columns
+                shards.append(LocalShard(held, FOLLOWING, tall=side == SIDE_B))
+        return shards
+
+    return [pieces(rank) for rank in range(world_size)]
+
+
+@pytest.mark.parametrize("layout", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("world_size", [8, 64])
+def test_planning_for_70b_is_quick_and_small(layout: str, world_size: int) -> None:
+    """560 adapters are planned in seconds, with index tensors no larger than what the rank holds."""
+    shapes = _llama_70b()
+    shards = _shards(layout, shapes, world_size)
+    rank = 3
+    start = time.perf_counter()
+    retiler = Retiler(shapes, follow_each_other(shards), _Ranks(world_size, rank))
+    everything = (True,) * len(shapes)
+    both, one = retiler._exchange([everything] * 2), retiler._exchange([everything])
+    indices = [both._pack, both._unpack, one._pack_return, one._unpack_returned]
+    assert time.perf_counter() - start < 5
+    held_bytes = 4 * sum(shard.numel for shard in shards[rank])
+    assert 0 < sum(index.numel() * index.element_size() for index in indices) <= held_bytes

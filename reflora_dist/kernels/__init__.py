@@ -12,13 +12,16 @@ import torch
 
 
 def usable(device: torch.device) -> bool:
-    """Whether the kernels run on this device: NVIDIA GPUs with float64 tensor cores (A100, H100 and later)."""
+    """Whether the kernels run on this device: NVIDIA's Ampere, Ada and Hopper.
+
+    Triton 3.6 puts float64 products on the tensor cores of these; for Blackwell it fails, or spills every register.
+    """
     return device.type == "cuda" and torch.version.cuda is not None and _supported(device)
 
 
 @functools.cache
 def _supported(device: torch.device) -> bool:
-    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device)[0] in (8, 9)
 
 
 def padded(lora_rank: int) -> int:

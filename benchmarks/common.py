@@ -329,6 +329,27 @@ def _commit() -> str | None:
     return f"{commit}+" if changed else commit
 
 
+def publish(
+    benchmark: str,
+    arguments: Any,
+    device: torch.device,
+    results: dict[str, Any],
+    markdown: Callable[[dict[str, Any]], str],
+) -> None:
+    """Show a benchmark's report, and write its record to ``arguments.output`` if that is given; on the first rank."""
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
+    record = {
+        "benchmark": benchmark,
+        **provenance(device),
+        "arguments": dataclasses.asdict(arguments),
+        "results": results,
+    }
+    print(markdown(record))
+    if arguments.output is not None:
+        write_json(arguments.output, record)
+
+
 def write_json(path: str | Path, record: dict[str, Any]) -> None:
     """Write a result where ``report.py`` finds it; only the first rank calls this."""
     path = Path(path)

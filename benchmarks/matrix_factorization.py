@@ -96,15 +96,7 @@ def main() -> None:
     device = common.single_process_device("the whole benchmark takes seconds: run it without a launcher")
     checks = check(arguments, device)
     results = {"checks": checks, "problems": [measure(problem, arguments, device) for problem in PROBLEMS]}
-    record = {
-        "benchmark": "matrix_factorization",
-        **common.provenance(device),
-        "arguments": dataclasses.asdict(arguments),
-        "results": results,
-    }
-    if arguments.output is not None:
-        common.write_json(arguments.output, record)
-    print(markdown(record))
+    common.publish("matrix_factorization", arguments, device, results, markdown)
 
 
 def make(problem: Problem, seed: int, size: int, lora_rank: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,7 +30,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import torch.distributed as dist
 from transformers import HfArgumentParser
 
 from benchmarks import common, variants
@@ -111,16 +110,7 @@ def main() -> None:
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     device = common.start(arguments.backend)
     results = measure(arguments, device)
-    if dist.get_rank() == 0:
-        record = {
-            "benchmark": "overhead",
-            **common.provenance(device),
-            "arguments": dataclasses.asdict(arguments),
-            "results": results,
-        }
-        print(markdown(record))
-        if arguments.output is not None:
-            common.write_json(arguments.output, record)
+    common.publish("overhead", arguments, device, results, markdown)
     common.finish()
 
 

@@ -30,7 +30,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import torch.distributed as dist
 from transformers import HfArgumentParser
 
 from benchmarks import common, variants
@@ -113,16 +112,7 @@ def main() -> None:
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     device = common.start()
     results = measure(arguments, device)
-    if dist.get_rank() == 0:
-        record = {
-            "benchmark": "throughput",
-            **common.provenance(device),
-            "arguments": dataclasses.asdict(arguments),
-            "results": results,
-        }
-        print(markdown(record))
-        if arguments.output is not None:
-            common.write_json(arguments.output, record)
+    common.publish("throughput", arguments, device, results, markdown)
     common.finish()
 
 

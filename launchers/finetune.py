@@ -167,7 +167,8 @@ def add_adapter(model: Any, options: Options) -> Any:
         use_rslora=lora.rslora,
         use_dora=lora.dora,
     )
-    if options.training.activation_checkpointing:
+    training = options.training  # transformers 5.17 knows only the older name, later versions deprecate it
+    if getattr(training, "activation_checkpointing", None) or training.gradient_checkpointing:
         model.enable_input_require_grads()  # reentrant checkpointing drops gradients of frozen inputs
     return get_peft_model(model, config)
 

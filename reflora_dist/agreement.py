@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from . import kernels
 from .config import RefLoRAConfig
 from .engines import Engine
 from .tiling import LocalShard, follow_each_other
@@ -24,6 +25,7 @@ class _Finding:
     checksum: int = 0
     has_moments: bool = False
     state: str = ""
+    kernels: bool = False
 
 
 def agree(
@@ -65,6 +67,8 @@ def agree(
     assert engine is not None
     group = _ranks(engine.group) or [dist.get_rank() if len(findings) > 1 else 0]
     _compare_replicas(engine, findings)
+    if kernels.usable(_kernel_device(engine)) and not all(finding.kernels for finding in findings):
+        kernels.disable()
     shards = follow_each_other([findings[rank].shards for rank in group])
     return shards, any(finding.has_moments for finding in findings)
 
@@ -82,7 +86,15 @@ def _finding(engine: Engine | None, config: RefLoRAConfig, state: str, error: Ex
         checksum=_checksum(engine) if engine.replicas is not None else 0,
         has_moments=any(bool(moments["exp_avg_sq"].any()) for moments in engine.moments() if "exp_avg_sq" in moments),
         state=state,
+        kernels=kernels.work([pair.lora_rank for pair in engine.pairs], _kernel_device(engine)),
     )
+
+
+def _kernel_device(engine: Engine) -> torch.device:
+    """Where products are formed: where the shards lie, or the accelerator if an offloaded optimizer holds them."""
+    device = engine.weights()[0].device
+    offloaded = device.type == "cpu" and engine.group is not None and torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if offloaded else device
 
 
 def _require_equal(field: str, findings: list[_Finding]) -> None:

@@ -18,9 +18,10 @@ Versions = list[tuple[int, int]]
 class Ahead:
     """Keeps a Transform until the step that it is for, unless the weights change in between.
 
-    A change that torch can see (an in-place operation, a replaced tensor) drops it. One behind torch's back (through
-    ``tensor.data``) shows in the weights' norms, which are compared without waiting for the device: :meth:`check`
-    raises.
+    A change that torch can see (an in-place operation, a replaced tensor) drops it in one process. Among several ranks
+    it raises: one that goes on alone would leave the others waiting for collectives. A change behind torch's back
+    (through ``tensor.data``) shows in the weights' norms, which are compared without waiting for the device:
+    :meth:`check` raises.
 
     Args:
         communicator: for collectives beside those of the forward and backward, over a process group of its own.
@@ -54,19 +55,40 @@ class Ahead:
 
     def take(self, weights: Sequence[Tensor], versions: Versions) -> Transform | None:
         """What was formed for these weights, or None."""
+        self._wait()  # also where nothing is kept: the weights may still be read, and are updated next
         transform, self._transform = self._transform, None
         if transform is None:
             return None
-        if self._stream is not None:
-            # Also before the update: the weights are still being read. Memory of the side stream is given back to
-            # that stream only, which waits for this one before it goes on.
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
         if versions != self._versions:
+            if self.communicator.world_size > 1:
+                raise RuntimeError(
+                    "factors were changed between two steps: with overlap=True call handle.weights_changed() on every "
+                    "rank after changing them"
+                )
             return None
-        self._unseen += (_norms(weights) != self._norms).any().to(self._unseen.device, non_blocking=True)
+        now, then = _norms(weights), self._norms
+        changed = (now != then) & ~(now.isnan() & then.isnan())
+        self._unseen += changed.any().to(self._unseen.device, non_blocking=True)
         if self._stream is None:
             self.check()
         return transform
+
+    def _wait(self) -> None:
+        if self._stream is None:
+            return
+        current = torch.cuda.current_stream(self._stream.device)
+        current.wait_stream(self._stream)
+        if self._transform is not None:  # used on one stream, allocated on another
+            for matrices in self._transform:
+                for matrix in matrices.values():
+                    matrix.record_stream(current)
+
+    def close(self) -> None:
+        """Forget what was formed and give the communicator back. Every rank must call."""
+        self.drop()
+        if self._stream is not None:
+            self._stream.synchronize()
+        self.communicator.close()
 
     def drop(self) -> None:
         """Forget what was formed."""
@@ -84,4 +106,5 @@ class Ahead:
 
 
 def _norms(weights: Sequence[Tensor]) -> Tensor:
-    return torch.stack(torch._foreach_norm(list(weights), 1, dtype=torch.float64))
+    norms = torch._foreach_norm(list(weights), 1, dtype=torch.float64)
+    return torch.stack([norm.to(norms[0].device) for norm in norms])

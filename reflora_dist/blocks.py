@@ -20,6 +20,8 @@ from . import kernels
 # peak memory that a step adds: 2^20 elements are 8 MiB in float64, and still keep a GPU busy.
 _MAX_STACKED_ELEMENTS = 1 << 20
 
+_MAX_PLANS = 64  # layers that are dropped at random leave ever new sets of gradients
+
 SIDE_A, SIDE_B = 0, 1
 
 Matrices = dict[int, Tensor]
@@ -65,7 +67,7 @@ class BlockSet:
         specs: the blocks.
         lora_ranks: r of every pair in the model.
         device: where products are computed.
-        use_kernels: whether Triton kernels compute them; by default where they can and agree with the plain code.
+        use_kernels: whether Triton kernels compute them; by default where they can.
     """
 
     def __init__(
@@ -88,9 +90,7 @@ class BlockSet:
             from .kernels.launch import TiledBlocks  # imports Triton, which not every machine has
 
             if max(lora_ranks) <= kernels.LARGEST_LORA_RANK:
-                self._tiled = TiledBlocks(
-                    self.specs, self._lora_ranks, self._slots, self.pairs_by_rank, device, checked=use_kernels is None
-                )
+                self._tiled = TiledBlocks(self.specs, self._lora_ranks, self._slots, self.pairs_by_rank, device)
 
     def grams(self, blocks: Sequence[Tensor | None]) -> Matrices:
         """This rank's share of every Gram matrix.
@@ -143,6 +143,8 @@ class BlockSet:
         devices = tuple(None if block is None else block.device for block in blocks)
         assert len(devices) == len(self.specs)
         if devices not in self._batches:
+            if len(self._batches) >= _MAX_PLANS:
+                self._batches.clear()
             self._batches[devices] = list(self._plan(devices))
         for batch in self._batches[devices]:
             shape = self.specs[batch.members[0]].shape

@@ -30,13 +30,26 @@ class Communicator:
     def twin(self) -> Communicator:
         """The same ranks with a process group of their own, for collectives that run beside others.
 
-        Communication: creates a process group; every rank of this one must call, in the same order.
+        Communication: creates process groups; all ranks of the job must call.
         """
-        group = self.group
-        if self.world_size > 1:
-            ranks = dist.get_process_group_ranks(group)
-            group = dist.new_group(ranks, backend=dist.get_backend_config(group), use_local_synchronization=True)
-        return Communicator(group, self.shard_device)
+        if self.world_size == 1:
+            return Communicator(None, self.shard_device)
+        own = dist.get_process_group_ranks(self.group)
+        everyone: list[list[int]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(everyone, own)
+        # every rank takes part in making every group, in one order: HSDP has one per shard group
+        groups = {
+            ranks: dist.new_group(list(ranks), backend=dist.get_backend_config(self.group))
+            for ranks in sorted({tuple(ranks) for ranks in everyone})
+        }
+        twin = Communicator(groups[tuple(own)], self.shard_device)
+        assert twin.rank == self.rank
+        return twin
+
+    def close(self) -> None:
+        """Give the process group back, which nobody else may use."""
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
 
     def start_step(self) -> None:
         """Set the counts of calls and bytes back to zero."""

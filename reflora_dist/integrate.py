@@ -101,7 +101,8 @@ class Handle:
             engine.optimizer.register_step_pre_hook(self._before_update),
             engine.optimizer.register_step_post_hook(self._after_update),
         ]
-        if config.overlap:
+        # DeepSpeed's weights are loaded on one rank, and copies: what is formed ahead is of the masters
+        if config.overlap and not engine.name.startswith("zero"):
             modules: list[Any] = list(self._layers)
             self._hooks += [module.register_load_state_dict_post_hook(self._after_load) for module in modules]
         _attached.add(engine.optimizer)
@@ -146,21 +147,23 @@ class Handle:
         self._skipped_pairs.fill_(int(state_dict["skipped_pairs"]))
 
     def weights_changed(self) -> None:
-        """Form S anew. With ``overlap``, call this on every rank after changing factors through ``tensor.data``.
+        """Form S anew. With ``overlap``, call this on every rank after changing factors between two steps.
 
-        ``load_state_dict``, and changes by operations that torch can see, need no call.
+        The model's ``load_state_dict`` needs no call (but under DeepSpeed), nor does that of this handle.
         """
         if self._gradient_step is not None:
             self._gradient_step.drop()
 
     def detach(self) -> None:
-        """Take the hooks off the optimizer: training goes on as plain LoRA."""
+        """Take the hooks off the optimizer: training goes on as plain LoRA. Call on every rank."""
         for hook in self._hooks:
             hook.remove()
         if self._hooks:
             _attached.discard(self._engine.optimizer)
+            if self._gradient_step is not None:
+                self._gradient_step.close()
+                self._gradient_step.check()
         self._hooks = []
-        self.weights_changed()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -174,6 +177,7 @@ class Handle:
             yield
         finally:
             self._paused = False
+            self.weights_changed()  # a step of size zero counts as a change
 
     @torch.no_grad()
     def _before_update(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:

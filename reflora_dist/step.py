@@ -89,6 +89,11 @@ class GradientStep:
         if self._ahead is not None:
             self._ahead.drop()
 
+    def close(self) -> None:
+        """Take part in no further step. Every rank must call."""
+        if self._ahead is not None:
+            self._ahead.close()
+
     @property
     def communicators(self) -> list[Communicator]:
         return [self._comm] if self._ahead is None else [self._comm, self._ahead.communicator]

@@ -57,7 +57,7 @@ def _both_ways(rank: int, world_size: int, engine_name: str, interval: int) -> N
     counted = _Counted()
     factors, ahead = _train(engine_name, world_size, overlap=True, interval=interval)
     assert all(torch.equal(factors[name], expected[name]) for name in expected)
-    # warmup_steps=1: nothing is formed after the last step that was trained, so as often as steps were applied
+    # the first step is a warm-up, so S can be formed ahead of every step that is applied
     assert counted.used == ahead.applied_steps == plain.applied_steps > 1
     exchanges = plain.collectives_per_step.get("all_to_all", 0)
     assert ahead.collectives_per_step.get("all_to_all", 0) == (exchanges + 1 if exchanges else 0)
@@ -99,6 +99,13 @@ def _scale_and_say(wrapped: Wrapped, handle: Handle) -> None:
     handle.weights_changed()
 
 
+@torch.no_grad()
+def _scale_masters_and_say(wrapped: Wrapped, handle: Handle) -> None:
+    for master in wrapped.optimizer.fp32_partitioned_groups_flat:
+        master.data.mul_(1.5)
+    handle.weights_changed()
+
+
 def _changed(rank: int, world_size: int, engine_name: str, change: Change) -> None:
     expected, _ = _train(engine_name, world_size, overlap=False, change=change)
     counted = _Counted()
@@ -109,8 +116,7 @@ def _changed(rank: int, world_size: int, engine_name: str, change: Change) -> No
 
 _CHANGES = [
     ("single", 1, _scale), ("single", 1, _load), ("single", 1, _replace), ("single", 1, _scale_and_say),
-    # a DTensor's data cannot be replaced
-    ("fsdp2", 2, _scale), ("fsdp2", 2, _load), ("fsdp2", 2, _scale_and_say),
+    ("fsdp2", 2, _load), ("fsdp2", 2, _scale_and_say), ("zero3", 2, _scale_masters_and_say),
 ]  # fmt: skip
 
 
@@ -123,3 +129,25 @@ def test_a_change_that_nobody_can_see_is_an_error() -> None:
     """Never in silence: norms tell what tensor.data hides."""
     with pytest.raises(RuntimeError, match=r"weights_changed\(\)"):
         _train("single", 1, overlap=True, change=_scale_through_data)
+
+
+def _changed_on_several_ranks(rank: int, world_size: int) -> None:
+    with pytest.raises(RuntimeError, match=r"weights_changed\(\) on every rank"):
+        _train("fsdp2", world_size, overlap=True, change=_scale)
+
+
+def test_a_change_among_several_ranks_is_an_error() -> None:
+    """A rank that went on alone, with S formed anew, would leave the others waiting."""
+    run_ranks(_changed_on_several_ranks, 2, timeout=300)
+
+
+def test_a_factor_that_is_not_a_number_is_no_change() -> None:
+    """With overlap as without, such a pair is left alone and counted."""
+
+    def spoil(wrapped: Wrapped, handle: Handle) -> None:
+        wrapped.optimizer.param_groups[0]["params"][0].data[0] = float("nan")
+        handle.weights_changed()
+
+    _, report = _train("single", 1, overlap=True, change=spoil)
+    _, expected = _train("single", 1, overlap=False, change=spoil)
+    assert report.skipped_pairs == expected.skipped_pairs > 0

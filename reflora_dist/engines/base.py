@@ -59,8 +59,11 @@ class Engine(abc.ABC):
         """The local part of every factor, as the optimizer updates it (the fp32 masters where there are any)."""
 
     def versions(self) -> list[tuple[int, int]]:
-        """Where every local part lies and how often torch has changed it in place: equal if nothing happened to it."""
-        return [(weight.data_ptr(), weight._version) for weight in self.weights()]
+        """Where every local part lies and how often torch has changed it in place: equal if nothing happened to it.
+
+        Nothing can happen to an empty part, though optimizers count steps on it.
+        """
+        return [(weight.data_ptr(), weight._version) if weight.numel() else (0, 0) for weight in self.weights()]
 
     @abc.abstractmethod
     def gradients(self) -> list[Tensor | None]:

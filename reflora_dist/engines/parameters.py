@@ -31,7 +31,7 @@ class ParameterEngine(Engine):
     def versions(self) -> list[tuple[int, int]]:
         # an operation on a DTensor is counted there, not on its local part
         return [
-            (weight.data_ptr(), weight._version + factor._version)
+            (weight.data_ptr(), weight._version + factor._version) if weight.numel() else (0, 0)
             for factor, weight in zip(self._factors(), self.weights(), strict=True)
         ]
 

@@ -7,8 +7,17 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Iterable
 
 import torch
+
+_disabled = False
+
+
+def disable() -> None:
+    """Use the plain code from now on: on some rank the kernels do not work, and all ranks must round alike."""
+    global _disabled
+    _disabled = True
 
 
 def usable(device: torch.device) -> bool:
@@ -16,7 +25,7 @@ def usable(device: torch.device) -> bool:
 
     Triton 3.6 puts float64 products on the tensor cores of these; for Blackwell it fails, or spills every register.
     """
-    return device.type == "cuda" and torch.version.cuda is not None and _supported(device)
+    return device.type == "cuda" and torch.version.cuda is not None and not _disabled and _supported(device)
 
 
 @functools.cache
@@ -31,3 +40,15 @@ def padded(lora_rank: int) -> int:
 
 LARGEST_LORA_RANK = 128  # more does not fit into the registers of one program
 LARGEST_SOLVED_LORA_RANK = 64  # beyond, torch's batched routines are faster
+
+
+def work(lora_ranks: Iterable[int], device: torch.device) -> bool:
+    """Whether the kernels that a step needs agree with the plain code on this device; compiles them.
+
+    Warns where one does not: training then goes on with the plain code, which is slower and as exact.
+    """
+    if not usable(device):
+        return False
+    from .selfcheck import agree_with_torch  # imports Triton, which not every machine has
+
+    return all(agree_with_torch(r, device) for r in sorted(set(lora_ranks)) if r <= LARGEST_LORA_RANK)

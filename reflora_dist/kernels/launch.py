@@ -34,6 +34,7 @@ class _Launch:
     dtype: torch.dtype
     members: tuple[int, ...]  # positions in the list of blocks
     tiles: Tensor  # [programs, 5] int32
+    slots: tuple[int, ...]  # of each tile's pair
     rows_aligned: bool
 
 
@@ -70,7 +71,6 @@ class TiledBlocks:
         slots: position of every pair among the pairs of equal lora_rank.
         pairs_by_rank: the pairs of every lora_rank.
         device: a CUDA device.
-        checked: use only kernels that agree with the plain code on this device.
     """
 
     def __init__(
@@ -80,9 +80,7 @@ class TiledBlocks:
         slots: Mapping[int, int],
         pairs_by_rank: Mapping[int, Sequence[int]],
         device: torch.device,
-        checked: bool,
     ) -> None:
-        self._checked = checked
         self._specs = specs
         self._lora_ranks = lora_ranks
         self._slots = slots
@@ -104,7 +102,7 @@ class TiledBlocks:
         known = self._located.get(key)
         if known is not None and known.addresses == addresses:
             return known
-        if not all(self._fits(spec, block) for spec, block in zip(self._specs, blocks, strict=True)):
+        if not all(map(self._fits, blocks)):
             return None
         plan = self._plan(purpose, tuple(None if block is None else block.dtype for block in blocks))
         # from pinned memory the copy is asynchronous; the allocator keeps it until the copy is done
@@ -116,17 +114,17 @@ class TiledBlocks:
         self._located[key] = known = Located(addresses, table, plan, aligned)
         return known
 
-    def _fits(self, spec: BlockSpec, block: Tensor | None) -> bool:
-        if block is None:
-            return True
-        if block.device.type != self._device.type or block.dtype not in _TRITON_DTYPES:
-            return False
-        from .selfcheck import agree_with_torch  # which launches kernels itself
-
-        return not self._checked or agree_with_torch(self._lora_ranks[spec.pair], block.dtype, block.device)
+    def _fits(self, block: Tensor | None) -> bool:
+        return block is None or (
+            block.device == self._device and block.dtype in _TRITON_DTYPES and block.is_contiguous()
+        )
 
     def grams(self, located: Located) -> Matrices:
         """As :meth:`reflora_dist.blocks.BlockSet.grams`: one launch per side, dtype and lora_rank, and one to sum."""
+        with torch.cuda.device(self._device):  # where Triton launches
+            return self._grams(located)
+
+    def _grams(self, located: Located) -> Matrices:
         sums = located.plan.sums
         partials = {
             lora_rank: torch.empty(plan.order.numel(), lora_rank, lora_rank, dtype=torch.float64, device=self._device)
@@ -145,6 +143,10 @@ class TiledBlocks:
 
     def multiply_(self, located: Located, left: Matrices, right: Matrices) -> None:
         """As :meth:`reflora_dist.blocks.BlockSet.multiply_`: one launch per side, dtype and lora_rank."""
+        with torch.cuda.device(self._device):
+            self._multiply_(located, left, right)
+
+    def _multiply_(self, located: Located, left: Matrices, right: Matrices) -> None:
         for launch, aligned in zip(located.plan.launches, located.aligned, strict=True):
             r, settings = launch.lora_rank, _SETTINGS[padded(launch.lora_rank)]
             matrices = (left if launch.side == SIDE_A else right)[r].contiguous()
@@ -167,6 +169,8 @@ class TiledBlocks:
 
     def _plan(self, purpose: str, pattern: Pattern) -> _Plan:
         if (purpose, pattern) not in self._plans:
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.clear()
             launches = tuple(self._plan_launches(purpose, pattern))
             sums = self._plan_sums(launches) if purpose == "grams" else {}
             self._plans[purpose, pattern] = _Plan(launches, sums)
@@ -187,7 +191,8 @@ class TiledBlocks:
             ]
             rows_aligned = side == SIDE_B or all(length * dtype.itemsize % 16 == 0 for length in lengths)
             table = torch.tensor(tiles, dtype=torch.int32).to(self._device)
-            yield _Launch(side, lora_rank, dtype, tuple(members), table, rows_aligned)
+            slots = tuple(tile[4] for tile in tiles)
+            yield _Launch(side, lora_rank, dtype, tuple(members), table, slots, rows_aligned)
 
     def _plan_sums(self, launches: Sequence[_Launch]) -> dict[int, _Sum]:
         tiles_of: dict[int, list[list[int]]] = {}
@@ -195,7 +200,7 @@ class TiledBlocks:
             pairs = self._num_pairs[launch.lora_rank]
             lists = tiles_of.setdefault(launch.lora_rank, [[] for _ in range(2 * pairs)])
             first = sum(len(entry) for entry in lists)
-            for number, slot in enumerate(launch.tiles[:, 4].tolist()):
+            for number, slot in enumerate(launch.slots):
                 lists[launch.side * pairs + slot].append(first + number)
         plans = {}
         for lora_rank, lists in tiles_of.items():
@@ -216,10 +221,11 @@ def solve(
     s, s_inv = torch.empty_like(gram_a), torch.empty_like(gram_a)
     solved = torch.empty(pairs, dtype=torch.int8, device=gram_a.device)
     scratch = torch.empty(pairs, 4, size, size, dtype=torch.float64, device=gram_a.device)
-    solve_kernel[(pairs,)](
-        gram_a, gram_b, s, s_inv, solved, scratch, lora_rank, size, newton_steps, converged, relative_pivot, residual,
-        num_warps=_SETTINGS[size].solve_warps,
-    )  # fmt: skip
+    with torch.cuda.device(gram_a.device):  # where Triton launches
+        solve_kernel[(pairs,)](
+            gram_a, gram_b, s, s_inv, solved, scratch, lora_rank, size, newton_steps, converged, relative_pivot,
+            residual, num_warps=_SETTINGS[size].solve_warps,
+        )  # fmt: skip
     return s, s_inv, solved.view(torch.bool)
 
 
@@ -237,9 +243,10 @@ _SETTINGS = {
     16: _Settings(64, 2, 64, 2, 2, 2),
     32: _Settings(64, 2, 64, 2, 2, 4),
     64: _Settings(32, 4, 64, 4, 2, 4),
-    128: _Settings(32, 8, 32, 4, 1, 16),
+    128: _Settings(32, 8, 32, 4, 1, 16),  # S of this size is torch's, see LARGEST_SOLVED_LORA_RANK
 }
 _PRODUCT_ROWS = 256  # of a tall factor, for one program
+_MAX_PLANS = 64  # layers that are dropped at random leave ever new sets of gradients
 
 
 def _gram_rows(lora_rank: int) -> int:

@@ -4,65 +4,46 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..blocks import SIDE_A, SIDE_B, BlockSet, BlockSpec
 from ..refactor import CONVERGED, LARGEST_RESIDUAL, NEWTON_STEPS, RELATIVE_PIVOT, solve_with_torch
+from . import LARGEST_SOLVED_LORA_RANK
 from .launch import solve
 
 _TOLERANCE = 1e-6  # one rounding to float32, and S to what Grams allow
 
 
 @functools.cache
-def agree_with_torch(lora_rank: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether Grams and products of this size are right on this device; compiles the kernels as it finds out.
-
-    Warns where they are not: training then goes on with the plain code, which is slower and as exact.
-    """
-    return _agrees(f"Grams and products, r={lora_rank}", lambda: _block_error(lora_rank, dtype, device), device)
-
-
-@functools.cache
-def solve_agrees_with_torch(lora_rank: int, device: torch.device) -> bool:
-    """The same for S."""
-    return _agrees(f"S, r={lora_rank}", lambda: _solve_error(lora_rank, device), device)
-
-
-def _agrees(what: str, measure: Callable[[], float], device: torch.device) -> bool:
+def agree_with_torch(lora_rank: int, device: torch.device) -> bool:
+    """Whether Grams, products and S of this size are right on this device. Warns if not."""
     try:
-        error = measure()
+        errors = [block_error(lora_rank, device, aligned) for aligned in (True, False)]
+        if lora_rank <= LARGEST_SOLVED_LORA_RANK:
+            errors.append(solve_error(lora_rank, device))
     except Exception as caught:  # whatever the compiler or the driver says, the plain code remains
         reason = f"{type(caught).__name__}: {caught}".splitlines()[0]
     else:
-        if error < _TOLERANCE:
+        if max(errors) < _TOLERANCE:
             return True
-        reason = f"they differ by {error:.1e}"
+        reason = f"they differ by {max(errors):.1e}"
     name = torch.cuda.get_device_name(device)
-    warnings.warn(f"RefLoRA's kernels ({what}) are not used on {name}, plain torch code is: {reason}", stacklevel=2)
+    warnings.warn(f"kernels for r={lora_rank} are not used on {name}, plain torch code is: {reason}", stacklevel=2)
     return False
 
 
-def _solve_error(lora_rank: int, device: torch.device) -> float:
+def block_error(lora_rank: int, device: torch.device, aligned: bool) -> float:
+    """The largest relative difference in Grams and products; ``aligned``: of blocks on 16-byte boundaries."""
     generator = torch.Generator(device).manual_seed(0)
-    factors = torch.randn(2, 3, 4 * lora_rank, lora_rank, dtype=torch.float64, device=device, generator=generator)
-    factors[1, 2] = 0.0  # lora_B as PEFT starts it: no S
-    gram_a, gram_b = factors.mT @ factors
-    arguments = (NEWTON_STEPS, CONVERGED, RELATIVE_PIVOT, LARGEST_RESIDUAL)
-    results = zip(solve(gram_a, gram_b, *arguments), solve_with_torch(gram_a, gram_b), strict=True)
-    return max(_relative(value.double(), expected.double()) for value, expected in results)
-
-
-def _block_error(lora_rank: int, dtype: torch.dtype, device: torch.device) -> float:
-    generator = torch.Generator(device).manual_seed(0)
+    offset = 0 if aligned else 1
     specs, blocks = [], []
-    for pair, rows in enumerate((300, 4112)):  # off and on 16-byte boundaries, less and more than a program's share
+    for pair, rows in enumerate((304, 4112)):  # less and more than one program's share
         for side in (SIDE_A, SIDE_B):
             specs.append(BlockSpec(pair, side, (lora_rank, rows) if side == SIDE_A else (rows, lora_rank)))
-            flat = torch.randn(lora_rank * rows + 1, dtype=dtype, device=device, generator=generator)
-            blocks.append(flat[1 - pair :][: lora_rank * rows].view(specs[-1].shape))
+            flat = torch.randn(lora_rank * rows + 1, device=device, generator=generator)
+            blocks.append(flat[offset:][: lora_rank * rows].view(specs[-1].shape))
     plain, fused = (BlockSet(specs, [lora_rank] * 2, device, use_kernels=use) for use in (False, True))
     expected, grams = plain.grams(blocks)[lora_rank], fused.grams(blocks)[lora_rank]
     copies = [block.clone() for block in blocks]
@@ -70,6 +51,17 @@ def _block_error(lora_rank: int, dtype: torch.dtype, device: torch.device) -> fl
     plain.multiply_(copies, left, right)
     fused.multiply_(blocks, left, right)
     return max(_relative(x, y) for x, y in zip([grams, *blocks], [expected, *copies], strict=True))
+
+
+def solve_error(lora_rank: int, device: torch.device) -> float:
+    """The largest relative difference in S, its inverse, and which pairs have one."""
+    generator = torch.Generator(device).manual_seed(0)
+    factors = torch.randn(2, 3, 4 * lora_rank, lora_rank, dtype=torch.float64, device=device, generator=generator)
+    factors[1, 2] = 0.0  # lora_B as PEFT starts it: no S
+    gram_a, gram_b = factors.mT @ factors
+    results = solve(gram_a, gram_b, NEWTON_STEPS, CONVERGED, RELATIVE_PIVOT, LARGEST_RESIDUAL)
+    expected = solve_with_torch(gram_a, gram_b)
+    return max(_relative(value.double(), exact.double()) for value, exact in zip(results, expected, strict=True))
 
 
 def _relative(value: Tensor, expected: Tensor) -> float:

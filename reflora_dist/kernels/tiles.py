@@ -42,10 +42,10 @@ def gram_kernel(
     first_partial,
     lora_rank: tl.constexpr,
     padded: tl.constexpr,  # lora_rank, rounded up to a power of two of at least 16
-    width: tl.constexpr,
+    width: tl.constexpr,  # rows of the tall factor that are loaded at a time
     side_a: tl.constexpr,
     dtype: tl.constexpr,
-    aligned: tl.constexpr,
+    aligned: tl.constexpr,  # every block begins on a 16-byte boundary, and so does every row of lora_A's
 ):
     """``X^T X`` over each tile's rows of the tall factor, one partial Gram per program."""
     program = tl.program_id(0)
@@ -55,8 +55,10 @@ def gram_kernel(
     stop = tl.load(tile + 2)
     length = tl.load(tile + 3)
     if aligned:
-        length = tl.multiple_of(length, 128 // dtype.primitive_bitwidth)
         start = tl.multiple_of(start, 16)
+        if side_a:
+            length = tl.multiple_of(length, 128 // dtype.primitive_bitwidth)
+            stop = tl.multiple_of(stop, 128 // dtype.primitive_bitwidth)
     base = _base(addresses, block, dtype, aligned)
     rows = tl.arange(0, padded)
     gram = tl.zeros([padded, padded], dtype=tl.float64)
@@ -100,7 +102,7 @@ def multiply_kernel(
     lora_rank: tl.constexpr,
     padded: tl.constexpr,
     width: tl.constexpr,
-    depth: tl.constexpr,
+    depth: tl.constexpr,  # of the r terms of a product, how many are loaded at a time
     side_a: tl.constexpr,
     dtype: tl.constexpr,
     aligned: tl.constexpr,
@@ -113,8 +115,10 @@ def multiply_kernel(
     length = tl.load(tile + 3)
     slot = tl.load(tile + 4).to(tl.int64)
     if aligned:
-        length = tl.multiple_of(length, 128 // dtype.primitive_bitwidth)
         start = tl.multiple_of(start, 16)
+        if side_a:
+            length = tl.multiple_of(length, 128 // dtype.primitive_bitwidth)
+            stop = tl.multiple_of(stop, 128 // dtype.primitive_bitwidth)
     base = _base(addresses, block, dtype, aligned)
     matrix = matrices + slot * (lora_rank * lora_rank)
     rows = tl.arange(0, padded)

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from . import kernels
 
-# Blocks of one shape are stacked for one batched product. The stack is temporary, so its size bounds the
-# peak memory that a step adds: 2^20 elements are 8 MiB in float64, and still keep a GPU busy.
-_MAX_STACKED_ELEMENTS = 1 << 20
-
+# Blocks of one shape are stacked for one batched product. The stack is temporary, so its size bounds the peak memory
+# that a step adds. 2^20 elements keep a GPU busy, 8 MiB in float64; 2^16 stay in a CPU core's cache.
+_STACKED_ELEMENTS = {"cpu": 1 << 16}
+_STACKED_ELEMENTS_ELSEWHERE = 1 << 20
 _MAX_PLANS = 64  # layers that are dropped at random leave ever new sets of gradients
 
 SIDE_A, SIDE_B = 0, 1
@@ -159,7 +159,8 @@ class BlockSet:
                 key = (self._lora_ranks[spec.pair], spec.side, spec.shape, devices[position])
                 by_shape.setdefault(key, []).append(position)
         for (lora_rank, side, shape, _), positions in by_shape.items():
-            size = max(1, _MAX_STACKED_ELEMENTS // (shape[0] * shape[1]))
+            elements = _STACKED_ELEMENTS.get(self.device.type, _STACKED_ELEMENTS_ELSEWHERE)
+            size = max(1, elements // (shape[0] * shape[1]))
             for start in range(0, len(positions), size):
                 members = tuple(positions[start : start + size])
                 slots = torch.tensor([self._slots[self.specs[m].pair] for m in members], dtype=torch.int64)

@@ -75,7 +75,7 @@ class Arguments:
     eval_dataset: list[str] = _list([], "held-out files; default: --eval_fraction of --dataset")  # noqa: RUF009
     eval_fraction: float = _option(0.1, "share of --dataset held out if there is no --eval_dataset")
     max_eval_records: int = _option(128, "evaluate on the first n held-out records")
-    cache_dir: str = _option(str(default_cache_dir()), "where the embedded model and records are kept")
+    cache_dir: str | None = _option(None, "folder of the embedded model and records; default: the launchers'")
     workers: int | None = _option(None, "runs beside each other; default: one per CPU core, on a GPU at most 8")
     output: str | None = _option(None, "JSON file to write; finished runs go to .jsonl beside it")
 
@@ -123,7 +123,7 @@ def main() -> None:
         max_length=arguments.max_length,
         max_eval_records=arguments.max_eval_records,
         eval_fraction=arguments.eval_fraction,
-        cache_dir=Path(arguments.cache_dir).expanduser(),
+        cache_dir=Path(arguments.cache_dir).expanduser() if arguments.cache_dir else default_cache_dir(),
     )
     provenance = common.provenance(device)
     bench = Workbench(material, arguments.schedule(), device)

@@ -26,7 +26,7 @@ def test_named_tests_exist() -> None:
 
 
 def test_named_files_exist() -> None:
-    named = re.findall(r"`?\b((?:launchers|ds_configs|tests|benchmarks|reflora_dist)/[\w/.]*\w)", README)
+    named = re.findall(r"`?\b((?:launchers|ds_configs|tests|benchmarks|reflora_dist)/[\w/.-]*\w)", README)
     missing = {path for path in named if not (ROOT / path).exists()}
     assert named and not missing
 

@@ -120,7 +120,7 @@ def _plot_added(axes: Any, runs: list[dict[str, Any]]) -> None:
     axes.set_yscale("symlog", linthresh=0.1)  # noise can make a small difference negative
     axes.set_ylabel("added to the optimizer step (ms)")
     _label_ranks(axes, runs)
-    axes.legend()
+    axes.legend(ncols=2, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.08))
 
 
 def _plot_phases(axes: Any, runs: list[dict[str, Any]]) -> None:
@@ -131,7 +131,7 @@ def _plot_phases(axes: Any, runs: list[dict[str, Any]]) -> None:
         bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
     axes.set_ylabel("phases of a RefLoRA step (ms)")
     _label_ranks(axes, runs)
-    axes.legend()
+    axes.legend(ncols=2, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.08))
 
 
 def _label_ranks(axes: Any, runs: list[dict[str, Any]]) -> None:

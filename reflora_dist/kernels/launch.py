@@ -238,7 +238,7 @@ class _Settings(NamedTuple):
     solve_warps: int
 
 
-# The fastest of those tried on an H200 with the shapes of LLaMA-7B.
+# Among the fastest of those tried on an H200 with the shapes of LLaMA-7B, within the memory that _gram_rows allows.
 _SETTINGS = {
     16: _Settings(64, 2, 64, 2, 2, 2),
     32: _Settings(64, 2, 64, 2, 2, 4),

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 import os
 import stat
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from benchmarks.collectives import issue_all, recorded
 from benchmarks.reports import overhead as report
 from benchmarks.workloads import OptimizerStep
 from reflora_dist import reference
+from tests.benchmark_runs import record_of
 from tests.cluster import run_ranks
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -32,15 +31,8 @@ SHAPE = common.ModelShape(
 )
 
 
-def _main(rank: int, world_size: int, arguments: Sequence[str]) -> None:
-    sys.argv = ["benchmarks/overhead.py", *arguments]
-    overhead.main()
-
-
 def _record(folder: Path, world_size: int, *arguments: str) -> dict[str, Any]:
-    path = folder / "records" / "record.json"
-    run_ranks(_main, world_size, [*TINY, *arguments, "--output", str(path)], init_process_group=False)
-    return json.loads(path.read_text())
+    return record_of("overhead", folder, world_size, [*TINY, *arguments])
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import common, throughput, variants
 from benchmarks.reports import throughput as report
 from benchmarks.workloads import TrainingStep
+from tests.benchmark_runs import record_of
 from tests.cluster import run_ranks
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -27,15 +26,8 @@ SHAPE = common.ModelShape(
 )
 
 
-def _main(rank: int, world_size: int, arguments: Sequence[str]) -> None:
-    sys.argv = ["benchmarks/throughput.py", *arguments]
-    throughput.main()
-
-
 def _record(folder: Path, world_size: int, *arguments: str) -> dict[str, Any]:
-    path = folder / "record.json"
-    run_ranks(_main, world_size, [*TINY, *arguments, "--output", str(path)], init_process_group=False)
-    return json.loads(path.read_text())
+    return record_of("throughput", folder, world_size, [*TINY, *arguments])
 
 
 @pytest.fixture(scope="module")

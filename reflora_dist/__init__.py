@@ -6,7 +6,8 @@
 from .callback import RefLoRACallback
 from .config import RefLoRAConfig
 from .integrate import Handle, attach
+from .lora_rite import LoRARite
 from .report import Report
 
 __version__ = "0.1.0"
-__all__ = ["Handle", "RefLoRACallback", "RefLoRAConfig", "Report", "attach"]
+__all__ = ["Handle", "LoRARite", "RefLoRACallback", "RefLoRAConfig", "Report", "attach"]

@@ -48,6 +48,11 @@ class AdapterPair:
         return self._factor("B")
 
     @property
+    def scaling(self) -> float:
+        """s of the update ``s B A``."""
+        return float(self.layer.scaling[self.adapter])
+
+    @property
     def shape_a(self) -> tuple[int, int]:
         """Whole shape of lora_A, ``(r, in)``."""
         return (self.lora_rank, self.in_features)

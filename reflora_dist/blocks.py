@@ -137,6 +137,63 @@ class BlockSet:
             else:
                 torch._foreach_copy_(tensors, list(product.to(tensors[0].device).unbind()))
 
+    def stacked_grams(self, streams: Sequence[Sequence[Tensor | None]]) -> Matrices:
+        """This rank's share of the Grams of several tall matrices side by side, ``[X_1, X_2, ...]``.
+
+        Args:
+            streams: k lists of blocks, each as for :meth:`grams`: the factors, their gradients, ... A block of the
+                first that is None counts as no rows, of another as zeros.
+
+        Returns:
+            For every lora_rank r ``[2, P_r, k r, k r]`` float64.
+        """
+        size = len(streams)
+        grams = {
+            r: torch.zeros(2, len(pairs), size * r, size * r, dtype=torch.float64, device=self.device)
+            for r, pairs in self.pairs_by_rank.items()
+        }
+        for batch, _ in self._present(streams[0]):
+            stacked = self._side_by_side(streams, batch)
+            product = stacked @ stacked.mT if batch.side == SIDE_A else stacked.mT @ stacked
+            grams[batch.lora_rank][batch.side].index_add_(0, batch.slots, product)
+        return grams
+
+    def combine_(
+        self, streams: Sequence[Sequence[Tensor | None]], outputs: Sequence[int], left: Matrices, right: Matrices
+    ) -> None:
+        """Replace tall matrices by combinations of several, ``[X_1, X_2, ...] M``, formed in float64.
+
+        Args:
+            streams: k lists of blocks; where a block of the first output is None, nothing is done.
+            outputs: which m of the streams are overwritten.
+            left: ``{r: [P_r, m r, k r]}`` for lora_A's side, ``[A; grad_A; ...]``.
+            right: ``{r: [P_r, k r, m r]}`` for lora_B's.
+        """
+        for batch, _ in self._present(streams[outputs[0]]):
+            stacked = self._side_by_side(streams, batch)
+            matrices = (left if batch.side == SIDE_A else right)[batch.lora_rank].index_select(0, batch.slots)
+            product = matrices @ stacked if batch.side == SIDE_A else stacked @ matrices
+            parts = product.split(batch.lora_rank, dim=1 if batch.side == SIDE_A else 2)
+            batch_shape = self.specs[batch.members[0]].shape
+            for output, part in zip(outputs, parts, strict=True):
+                blocks = [streams[output][member] for member in batch.members]
+                tensors = [block.view(batch_shape) for block in blocks if block is not None]  # never a copy
+                assert len(tensors) == len(blocks)
+                torch._foreach_copy_(tensors, list(part.to(tensors[0].device).unbind()))
+
+    def _side_by_side(self, streams: Sequence[Sequence[Tensor | None]], batch: _Batch) -> Tensor:
+        """``[blocks, k r, columns]`` or ``[blocks, rows, k r]``, float64."""
+        shape = self.specs[batch.members[0]].shape
+        parts = []
+        for stream in streams:
+            blocks = [stream[member] for member in batch.members]
+            like = next((block for block in blocks if block is not None), torch.empty(0, device=self.device))
+            zeros = like.new_zeros(shape) if any(block is None for block in blocks) else None
+            tensors = [zeros if block is None else block.view(shape) for block in blocks]
+            stacked = _stack([tensor for tensor in tensors if tensor is not None])
+            parts.append(stacked.to(self.device, non_blocking=True).to(torch.float64))
+        return torch.cat(parts, dim=1 if batch.side == SIDE_A else 2)
+
     def _present(self, blocks: Sequence[Tensor | None]) -> Iterator[tuple[_Batch, list[Tensor]]]:
         """Batches of the blocks that are not None. Few patterns of absence occur, and each is planned once."""
         # Received blocks lie on the communication device, direct ones where the engine has its shards.

@@ -1,44 +1,67 @@
-"""RefLoRAConfig: which method refactors the factors, and at which optimizer steps."""
+"""RefLoRAConfig: which method acts on the factors, and at which optimizer steps."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-METHODS = ("lora", "reflora", "reflora-s")
+METHODS = ("lora", "reflora", "reflora-s", "scaled-gd", "lora-pro", "lora-rite")
+
+# PEFT starts with lora_B = 0, where these methods do nothing and Adam meets gradients of another scale. The others have
+# an answer there.
+_DEFAULT_WARMUP_STEPS = {"reflora": 100, "reflora-s": 100, "lora-pro": 100}
+_FORMED_FROM_WEIGHTS = ("reflora", "scaled-gd")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RefLoRAConfig:
-    """Settings of the refactorization (RefLoRA, Zhang, Li and Giannakis, NeurIPS 2025).
+    """Settings of RefLoRA (Zhang, Li and Giannakis, NeurIPS 2025) and its relatives.
 
     Args:
         method: ``"reflora"`` refactors the gradients with the full r x r matrix S, ``"reflora-s"``
-            rescales factors and Adam moments with a scalar, ``"lora"`` leaves training as it is and
-            exists for comparisons.
-        warmup_steps: optimizer steps of plain LoRA before the first refactorization. PEFT starts with
-            ``lora_B = 0``, where S does not exist.
-        interval: refactor at every ``interval``-th optimizer step after the warm-up.
-        overlap: "reflora" only; form and sum the Grams of the next step right after an update, on a GPU beside the next
-            forward, so that a step only waits for the gradients of lora_A to be re-tiled. Takes a second communicator,
-            and changes no result.
+            rescales factors and Adam moments with a scalar. ``"scaled-gd"`` preconditions gradients with the inverse
+            Gram of the other factor (Riemannian preconditioning), ``"lora-pro"`` replaces them by those whose step is
+            closest to full fine-tuning's, ``"lora-rite"`` is an optimizer of its own (:class:`reflora_dist.LoRARite`)
+            to which attach gives the factors. ``"lora"`` leaves training as it is and exists for comparisons.
+        warmup_steps: optimizer steps of plain LoRA before the method's first. By default 100 for "reflora",
+            "reflora-s" and "lora-pro", which do not exist at PEFT's start with ``lora_B = 0``; else 0.
+        interval: act at every ``interval``-th optimizer step after the warm-up.
+        overlap: "reflora" and "scaled-gd" only; form and sum the Grams of the next step right after an update, on a
+            GPU beside the next forward, so that a step only waits for the gradients of lora_A to be re-tiled. Takes a
+            second communicator, and changes no result.
+        damping: "scaled-gd" only; delta, which is added to the Grams' diagonal. 1e-2 is PEFT's ``reg``.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: a value is out of range, or means nothing to the method.
     """
 
     method: str = "reflora"
-    warmup_steps: int = 100
+    warmup_steps: int | None = None
     interval: int = 1
     overlap: bool = False
+    damping: float = 1e-2
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is unknown; choose one of {', '.join(METHODS)}")
+        if self.warmup_steps is None:
+            object.__setattr__(self, "warmup_steps", _DEFAULT_WARMUP_STEPS.get(self.method, 0))
         for name, least in (("warmup_steps", 0), ("interval", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
+        if not 0 <= self.damping < float("inf"):
+            raise ValueError(f"damping={self.damping!r} must be at least 0, and finite")
+        if self.method == "lora-rite" and (self.warmup_steps or self.interval != 1):
+            raise ValueError(
+                f"method='lora-rite' is the optimizer itself and acts in every step: leave out "
+                f"warmup_steps={self.warmup_steps} and interval={self.interval}"
+            )
+        if self.overlap and self.method not in _FORMED_FROM_WEIGHTS:
+            raise ValueError(
+                f"overlap=True means nothing to method={self.method!r}: only {' and '.join(_FORMED_FROM_WEIGHTS)} "
+                "need the weights alone"
+            )
 
     def is_due(self, completed_steps: int) -> bool:
         """Whether to refactor when ``completed_steps`` optimizer steps lie behind.
@@ -46,6 +69,7 @@ class RefLoRAConfig:
         RefLoRA asks right before step ``completed_steps + 1``, RefLoRA-S right after step
         ``completed_steps`` (and once before the first). Both count as the published implementation does.
         """
+        assert self.warmup_steps is not None
         since_warmup = completed_steps - self.warmup_steps
         return self.method != "lora" and since_warmup >= 0 and since_warmup % self.interval == 0
 

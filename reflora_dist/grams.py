@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ def reduce_grams(local_grams: Matrices, communicator: Communicator) -> Matrices:
     """Sum every rank's partial Gram matrices.
 
     Args:
-        local_grams: for every lora_rank r ``[2, P_r, r, r]`` float64, symmetric; ``X^T X`` over this rank's rows of
-            each tall factor.
+        local_grams: for every lora_rank r ``[2, P_r, r, r]`` float64 (``[2, P_r, k r, k r]`` of k tall matrices),
+            symmetric; ``X^T X`` over this rank's rows of each tall factor.
         communicator: over the ranks that together hold every row once.
 
     Returns:
@@ -24,23 +25,31 @@ def reduce_grams(local_grams: Matrices, communicator: Communicator) -> Matrices:
 
     Communication: one all-reduce of ``sum_r P_r r (r + 1)`` float64 values (upper triangles).
     """
+    return reduce_grams_and(local_grams, [], communicator)[0]
+
+
+def reduce_grams_and(
+    local_grams: Matrices, others: Sequence[Tensor], communicator: Communicator
+) -> tuple[Matrices, list[Tensor]]:
+    """Likewise, with other float64 tensors in the same all-reduce."""
     if communicator.world_size == 1:
-        return local_grams
+        return local_grams, list(others)
     triangles, indices = [], {}
     for lora_rank, grams in local_grams.items():
-        indices[lora_rank] = _triangle(lora_rank, grams.device)
+        indices[lora_rank] = _triangle(grams.shape[-1], grams.device)
         triangles.append(grams.flatten(2).index_select(2, indices[lora_rank][0]))
-    summed = communicator.all_reduce(triangles)
-    return {
+    summed = communicator.all_reduce([*triangles, *others])
+    matrices = {
         lora_rank: triangle.index_select(2, indices[lora_rank][1]).view_as(grams)
-        for (lora_rank, grams), triangle in zip(local_grams.items(), summed, strict=True)
+        for (lora_rank, grams), triangle in zip(local_grams.items(), summed[: len(triangles)], strict=True)
     }
+    return matrices, summed[len(triangles) :]
 
 
 @functools.cache
-def _triangle(lora_rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _triangle(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where the upper triangle's elements lie in a matrix ``[r * r]``, and where each element lies in the triangle."""
-    rows, columns = torch.triu_indices(lora_rank, lora_rank)
-    whole = torch.empty(lora_rank, lora_rank, dtype=torch.int64)
+    rows, columns = torch.triu_indices(size, size)
+    whole = torch.empty(size, size, dtype=torch.int64)
     whole[rows, columns] = whole[columns, rows] = torch.arange(rows.numel())
-    return (rows * lora_rank + columns).to(device), whole.flatten().to(device)
+    return (rows * size + columns).to(device), whole.flatten().to(device)

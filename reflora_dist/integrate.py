@@ -18,12 +18,14 @@ from .agreement import agree
 from .communication import Communicator
 from .config import RefLoRAConfig
 from .engines import Engine, find_engine
+from .lora_rite import LoRARite
 from .methods import GRADIENT_METHODS, RESCALING_METHODS
 from .optimizers import check_optimizer
 from .report import Report
 from .retile import Retiler
 from .step import GradientStep, RescalingStep
 from .tiling import LocalShard
+from .update import RiteStep
 
 _STATE_VERSION = 1
 _attached: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -40,7 +42,8 @@ def attach(
     Args:
         model: the PEFT model, bare or as DDP, fully_shard, FSDP, deepspeed.initialize or accelerator.prepare
             returned it.
-        optimizer: likewise; any elementwise torch optimizer, for "reflora-s" one of the Adam family.
+        optimizer: likewise; any elementwise torch optimizer, for "reflora-s" one of the Adam family, for "lora-rite" a
+            LoRARite.
         config: the method and its schedule, the same on all ranks.
         state_dict: of a handle, to continue a run whose factors and optimizer state are loaded already.
 
@@ -89,14 +92,21 @@ class Handle:
         self._paused = False
         self._gradient_step: GradientStep | None = None
         self._rescaling_step: RescalingStep | None = None
+        self._rite_step: RiteStep | None = None
         if config.method in RESCALING_METHODS:
-            self._rescaling_step = RescalingStep(RESCALING_METHODS[config.method], engine, self._comm)
-        elif config.method in GRADIENT_METHODS:
+            self._rescaling_step = RescalingStep(RESCALING_METHODS[config.method](), engine, self._comm)
+        elif config.method != "lora":
             shapes = [shape for pair in engine.pairs for shape in (pair.shape_a, pair.shape_b)]
             wire_dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
             retiler = Retiler(shapes, shards, self._comm, wire_dtype)
-            ahead = self._comm.twin() if config.overlap else None
-            self._gradient_step = GradientStep(GRADIENT_METHODS[config.method], engine, retiler, self._comm, ahead)
+            if config.method in GRADIENT_METHODS:
+                method = GRADIENT_METHODS[config.method](config, _scaling(engine))
+                ahead = self._comm.twin() if config.overlap else None
+                self._gradient_step = GradientStep(method, engine, retiler, self._comm, ahead)
+            else:
+                assert isinstance(engine.optimizer, LoRARite)
+                self._rite_step = RiteStep(engine.optimizer, engine, retiler, self._comm, shards[self._comm.rank])
+                engine.optimizer.connect(self._rite_step)
         self._hooks = [
             engine.optimizer.register_step_pre_hook(self._before_update),
             engine.optimizer.register_step_post_hook(self._after_update),
@@ -155,11 +165,13 @@ class Handle:
             self._gradient_step.drop()
 
     def detach(self) -> None:
-        """Take the hooks off the optimizer: training goes on as plain LoRA. Call on every rank."""
+        """Take the hooks off the optimizer: training goes on as plain LoRA, but LoRARite's does not. On every rank."""
         for hook in self._hooks:
             hook.remove()
         if self._hooks:
             _attached.discard(self._engine.optimizer)
+            if isinstance(self._engine.optimizer, LoRARite):
+                self._engine.optimizer.connect(None)
             if self._gradient_step is not None:
                 self._gradient_step.close()
                 self._gradient_step.check()
@@ -213,6 +225,9 @@ class Handle:
         if not last:
             return
         self._steps += 1
+        if self._rite_step is not None:
+            self._skipped_pairs += self._rite_step.take_skipped()
+            self._applied_steps += 1
         if not self.config.is_due(self._steps):
             return
         if self._gradient_step is not None:
@@ -249,10 +264,17 @@ def _find(model: nn.Module, optimizer: Any, config: RefLoRAConfig) -> Engine:
     if not isinstance(config, RefLoRAConfig):
         raise TypeError(f"config is a {type(config).__name__}; pass RefLoRAConfig(method=..., warmup_steps=...)")
     engine = find_engine(model, optimizer, find_pairs(model))
-    check_optimizer(engine.optimizer, config)
+    check_optimizer(engine.optimizer, config, engine.pairs)
     if engine.optimizer in _attached:
         raise RuntimeError("this optimizer is attached already: call detach() on its handle first")
     return engine
+
+
+def _scaling(engine: Engine) -> dict[int, torch.Tensor]:
+    scaling: dict[int, list[float]] = {}
+    for pair in engine.pairs:
+        scaling.setdefault(pair.lora_rank, []).append(pair.scaling)
+    return {r: torch.tensor(values, dtype=torch.float64) for r, values in scaling.items()}
 
 
 def _check_state(state_dict: Mapping[str, Any], config: RefLoRAConfig) -> None:

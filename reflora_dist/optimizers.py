@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from .adapters import AdapterPair
 from .config import RefLoRAConfig
+from .lora_rite import LoRARite
+from .update import packed_size
 
 # Package of the class, class names: elementwise in the gradient, one step per backward.
 _ELEMENTWISE = {
@@ -21,14 +26,23 @@ _ADAM_FAMILY = {
 }
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, config: RefLoRAConfig) -> None:
-    """Make sure that a method can work with an optimizer.
+def check_optimizer(optimizer: torch.optim.Optimizer, config: RefLoRAConfig, pairs: Sequence[AdapterPair] = ()) -> None:
+    """Make sure that a method can work with an optimizer, and with the adapters.
 
     Raises:
         ValueError: the optimizer is not known to be elementwise (a refactored, perhaps flat and partial gradient
-            means nothing to others), or, for "reflora-s", not one of the Adam family.
+            means nothing to others), or, for "reflora-s", not one of the Adam family; or "lora-rite" without LoRARite,
+            or with a factor of less than r rows.
     """
     name = type(optimizer).__name__
+    if (config.method == "lora-rite") != isinstance(optimizer, LoRARite):
+        raise ValueError(
+            f"method={config.method!r} with {name}: LoRA-RITE is an optimizer of its own, so RefLoRAConfig("
+            "method='lora-rite') and reflora_dist.LoRARite(params, ...) go together, and neither with another"
+        )
+    if config.method == "lora-rite":
+        _check_sizes(pairs)
+        return
     if config.method == "reflora-s" and not _is_listed(optimizer, _ADAM_FAMILY):
         known = ", ".join(sorted(set().union(*_ADAM_FAMILY.values())))
         raise ValueError(f"method='reflora-s' rescales Adam's moments; {name} is not one of {known}")
@@ -37,6 +51,16 @@ def check_optimizer(optimizer: torch.optim.Optimizer, config: RefLoRAConfig) -> 
             f"{name} is not known to update elementwise, so its gradients cannot be refactored; use AdamW or another "
             "of torch.optim's elementwise optimizers"
         )
+
+
+def _check_sizes(pairs: Sequence[AdapterPair]) -> None:
+    for pair in pairs:
+        rows, least = min(pair.in_features, pair.out_features), pair.lora_rank
+        if rows < least or rows * least < packed_size(least):
+            raise ValueError(
+                f"method='lora-rite' needs r orthonormal directions in each factor, and {pair.name} has r={least} with "
+                f"in={pair.in_features}, out={pair.out_features}: lower r there (rank_pattern) or leave it out"
+            )
 
 
 def _is_listed(optimizer: torch.optim.Optimizer, listed: dict[str, set[str]]) -> bool:

@@ -52,17 +52,17 @@ def solve_refactorization(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tenso
 def solve_with_torch(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`solve_refactorization` without the kernel."""
     eye = torch.eye(gram_a.shape[-1], dtype=gram_a.dtype, device=gram_a.device)
-    (chol_a, chol_b), full_rank_each = _cholesky(torch.stack([gram_a, gram_b]), eye)
+    (chol_a, chol_b), full_rank_each = cholesky(torch.stack([gram_a, gram_b]), eye)
     full_rank = full_rank_each.all(dim=0)
 
     product = torch.where(full_rank[:, None, None], chol_b.mT @ chol_a, eye)
-    orthogonal, product_inv = _polar(product)
-    polar = _symmetric(orthogonal.mT @ product)
-    polar_inv = _symmetric(product_inv @ orthogonal)
+    orthogonal, product_inv = polar(product)
+    root = _symmetric(orthogonal.mT @ product)
+    root_inv = _symmetric(product_inv @ orthogonal)
 
-    left = torch.linalg.solve_triangular(chol_a.mT, polar, upper=True)
+    left = torch.linalg.solve_triangular(chol_a.mT, root, upper=True)
     s = _symmetric(torch.linalg.solve_triangular(chol_a.mT, left.mT, upper=True))
-    s_inv = _symmetric(chol_a @ polar_inv @ chol_a.mT)
+    s_inv = _symmetric(chol_a @ root_inv @ chol_a.mT)
 
     solved = full_rank & (_equation_residual(s, s_inv, gram_a, gram_b, eye) < LARGEST_RESIDUAL)  # NaN compares False
     return torch.where(solved[:, None, None], s, eye), torch.where(solved[:, None, None], s_inv, eye), solved
@@ -84,8 +84,8 @@ def solve_scale(squared_norm_a: Tensor, squared_norm_b: Tensor) -> tuple[Tensor,
     return torch.where(solved, s, 1.0), solved
 
 
-def _cholesky(gram: Tensor, eye: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower Cholesky factors, and which Grams have one; the others get the identity to stay finite."""
+def cholesky(gram: Tensor, eye: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower Cholesky factors ``[..., r, r]`` of Gram matrices, and which have one ``[...]``; the others get ``eye``."""
     finite = torch.isfinite(gram).flatten(-2).all(dim=-1)
     chol, failed = torch.linalg.cholesky_ex(torch.where(finite[..., None, None], gram, eye))
     pivots = torch.diagonal(chol, dim1=-2, dim2=-1).square()
@@ -94,7 +94,7 @@ def _cholesky(gram: Tensor, eye: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(full_rank[..., None, None], chol, eye), full_rank
 
 
-def _polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The orthogonal polar factor of ``[P, r, r]`` and the matrix's inverse, by Newton's scaled iteration.
 
     ``X <- (mu X + X^-T / mu) / 2`` with mu from the Frobenius norms. Matrix products and inverses only, a bounded

@@ -102,15 +102,25 @@ class Retiler:
             )
         return blocks
 
-    def from_blocks(self, blocks: Sequence[Tensor | None], tensors: Channel, present: Sequence[bool]) -> None:
-        """Write one channel's blocks, as ``to_blocks`` returned them and changed in place, back into ``tensors``.
+    def from_blocks(
+        self,
+        blocks: Sequence[Sequence[Tensor | None]],
+        channels: Sequence[Channel],
+        present: Sequence[Sequence[bool]],
+    ) -> None:
+        """Write blocks, as ``to_blocks`` returned them and changed in place, back into the channels' tensors.
 
         Communication: one all-to-all if a factor that takes part is cut, otherwise none.
         """
         if self._in_place:
             return
-        moved = [b for b, place in zip(blocks, self._places, strict=True) if place.offset is None and b is not None]
-        self._exchange([present]).backward(moved, tensors)
+        moved = [
+            block
+            for of_channel in blocks
+            for block, place in zip(of_channel, self._places, strict=True)
+            if place.offset is None and block is not None
+        ]
+        self._exchange(present).backward(moved, channels)
 
     def _exchange(self, present: Sequence[Sequence[bool]]) -> _Exchange:
         """Few sets of factors meet in an exchange (all, or those of one sub-group), and each is planned once."""
@@ -218,7 +228,7 @@ class _Exchange:
         arrived = comm.all_to_all(packed, self._send_counts, self._receive_counts)
         return list(self._gather(arrived, self._unpack).split(self._received_numel))
 
-    def backward(self, blocks: Sequence[Tensor], tensors: Channel) -> None:
+    def backward(self, blocks: Sequence[Tensor], channels: Sequence[Channel]) -> None:
         """Send received blocks back and write them into the pieces that they came from."""
         if not self._entries:
             return
@@ -233,8 +243,8 @@ class _Exchange:
         returned = self._gather(returned, self._unpack_returned).to(self._comm.shard_device)
         values = returned.split([stop - start for *_, start, stop in self._spans])
         targets, kept = [], []
-        for (_, factor, start, stop), value in zip(self._spans, values, strict=True):
-            tensor = tensors[factor]
+        for (channel, factor, start, stop), value in zip(self._spans, values, strict=True):
+            tensor = channels[channel][factor]
             if tensor is not None:
                 targets.append(tensor.view(-1)[start:stop])
                 kept.append(value)

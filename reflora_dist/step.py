@@ -22,8 +22,9 @@ _SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
 class GradientStep:
     """Applies a GradientMethod to the gradients that an engine is about to use.
 
-    Communication per step: one all-reduce of the Grams, and two all-to-alls per firing if factors are cut; none
-    if every rank holds the factors whole. Formed ahead, the weights take an all-to-all of their own.
+    Communication per step: one all-reduce of the Grams (for a method that uses gradients one per firing), and two
+    all-to-alls per firing if factors are cut; none if every rank holds the factors whole. Formed ahead, the weights
+    take an all-to-all of their own.
 
     Args:
         ahead: forms S ahead; None to form it in the step.
@@ -45,6 +46,7 @@ class GradientStep:
         self._blocks = BlockSet(retiler.specs, lora_ranks, communicator.device)
         self._everything = (True,) * (2 * len(engine.pairs))
         self._transform: Transform | None = None
+        self._factor_grams: Matrices = {}
         self._ahead = Ahead(ahead) if ahead is not None else None
 
     def __call__(self, firing: Firing) -> Tensor | None:
@@ -53,6 +55,8 @@ class GradientStep:
         Returns:
             The number of pairs left as plain LoRA, a 0-dim tensor, on the first firing of a step; then None.
         """
+        if self._method.uses_gradients:
+            return self._with_gradients(firing)
         gradients = self._engine.gradients()
         skipped = None
         if firing.first:
@@ -71,10 +75,25 @@ class GradientStep:
             assert self._transform is not None
             (blocks,) = self._retiler.to_blocks([gradients], [firing.present])
         self._blocks.multiply_(blocks, self._transform.left, self._transform.right)
-        self._retiler.from_blocks(blocks, gradients, firing.present)
+        self._retiler.from_blocks([blocks], [gradients], [firing.present])
         if firing.last:
             self._transform = None
         return skipped
+
+    def _with_gradients(self, firing: Firing) -> Tensor | None:
+        weights, gradients = self._engine.weights(), self._engine.gradients()
+        # the other side's factor may have been updated by an earlier firing; its Gram of before the step is kept
+        present = self._everything if firing.first else firing.present
+        streams = self._retiler.to_blocks([weights, gradients], [present, firing.present])
+        grams = reduce_grams(self._blocks.stacked_grams(streams), self._comm)
+        if firing.first:
+            self._factor_grams = {r: both[..., :r, :r].clone() for r, both in grams.items()}
+        for r, both in grams.items():
+            both[..., :r, :r] = self._factor_grams[r]
+        transform = self._method.solve(grams)
+        self._blocks.combine_(streams, [1], transform.left, transform.right)
+        self._retiler.from_blocks(streams[1:], [gradients], [firing.present])
+        return _count_unsolved(transform.solved) if firing.first else None
 
     def form_ahead(self) -> None:
         """Right after an update: form the next step's S, on a GPU beside the forward that follows."""

@@ -207,3 +207,22 @@ def _check_tiling(shape: Shape, shards: Sequence[LocalShard]) -> None:
     if position != numel:
         pieces = [(shard.start, shard.stop) for shard in shards]
         raise ValueError(f"the ranks' pieces {pieces} do not tile a factor of shape {shape} ({numel} elements)")
+
+
+def head(side: int, shape: Shape, shard: LocalShard, count: int) -> list[tuple[int, int, int]]:
+    """Which of a factor's first ``count`` elements, row by row, lie in a shard: (place there, place, how many).
+
+    Args:
+        shard: with its start filled in; a tall one of lora_A is whole columns.
+    """
+    columns = shape[1]
+    if side != SIDE_A or not shard.tall:
+        numel = min(shard.stop, count) - shard.start
+        return [(0, shard.start, numel)] if numel > 0 else []
+    width, first = shard.numel // shape[0], shard.start // shape[0]
+    runs = []
+    for row in range(-(-count // columns)):
+        numel = min(row * columns + first + width, count) - (row * columns + first)
+        if numel > 0:
+            runs.append((row * width, row * columns + first, numel))
+    return runs

@@ -36,13 +36,14 @@ class CollectiveRecorder(TorchDispatchMode):
         engine = handle._engine
         self._group = engine.group
         optimizer: Any = engine.optimizer
-        for register, hooks in (
-            (optimizer.register_step_pre_hook, optimizer._optimizer_step_pre_hooks),
-            (optimizer.register_step_post_hook, optimizer._optimizer_step_post_hooks),
-        ):
-            before = register(lambda *_, pre=register == optimizer.register_step_pre_hook: self._begin(engine, pre))
-            hooks.move_to_end(before.id, last=False)
-            register(lambda *_: self.__exit__(None, None, None))
+        pre_hooks, post_hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+        begin = optimizer.register_step_pre_hook(lambda *_: self._begin(engine, is_pre_hook=True))
+        pre_hooks.move_to_end(begin.id, last=False)
+        if handle.config.method != "lora-rite":  # which acts in the step itself; the others in the hooks alone
+            optimizer.register_step_pre_hook(lambda *_: self.__exit__(None, None, None))
+            begin = optimizer.register_step_post_hook(lambda *_: self._begin(engine, is_pre_hook=False))
+            post_hooks.move_to_end(begin.id, last=False)
+        optimizer.register_step_post_hook(lambda *_: self.__exit__(None, None, None))
 
     def _begin(self, engine: Any, is_pre_hook: bool) -> None:
         if is_pre_hook and engine.firing().first:
@@ -72,33 +73,37 @@ class CollectiveRecorder(TorchDispatchMode):
 def check_collectives(handle: Handle, steps: list[Step]) -> None:
     """What was seen equals what ``handle.report()`` says, and is no more than a step may issue.
 
-    One all-reduce; two all-to-alls per firing of the optimizer where factors are cut; nothing at all where ranks hold
-    them whole; never another kind (an all-gather above all). The exchange carries at most 3 numel(A) / N elements
-    per rank and the rows of B that are cut.
+    One all-reduce, for LoRA-Pro one per firing of the optimizer; two all-to-alls per firing where factors are cut, for
+    LoRA-RITE two in all; nothing at all where ranks hold them whole; never another kind (an all-gather above all). The
+    exchange carries at most 3 numel(A) / N elements per rank (weights and gradients, and gradients back; LoRA-RITE its
+    moments both ways, and weights back, too) and the rows of B that are cut.
     """
-    report, engine = handle.report(), handle._engine
-    assert steps[-1].calls == report.collectives_per_step
+    report, engine, method = handle.report(), handle._engine, handle.config.method
+    assert steps[-1].calls == report.collectives_per_step, (method, steps[-1].calls, report)
     assert steps[-1].bytes == report.bytes_per_step
     firings = len(getattr(engine, "_buffers", [])) if engine.name.startswith("zero") else 1
     if "BF16" in engine.name:
         firings = 1
-    allowed = {"all_reduce": 1, "all_to_all": 2 * firings}
+    allowed = {
+        "all_reduce": firings if method == "lora-pro" else 1,
+        "all_to_all": 2 if method == "lora-rite" else 2 * firings,
+    }
     if engine.group is None or report.world_size == 1:
         allowed = {}
-    elif engine.layout == "tall" or handle.config.method == "reflora-s":
-        allowed = {"all_reduce": 1}
+    elif engine.layout == "tall" or method == "reflora-s":
+        del allowed["all_to_all"]
     for step in steps:
         assert all(count <= allowed.get(kind, 0) for kind, count in step.calls.items()), step.calls
     applied = [step for step in steps if step.calls]
     assert not allowed or len(applied) == report.applied_steps
-    _check_exchanged_elements(engine, report.world_size, steps)
+    _check_exchanged_elements(engine, report.world_size, steps, channels=5 if method == "lora-rite" else 3)
 
 
-def _check_exchanged_elements(engine: Any, world_size: int, steps: list[Step]) -> None:
+def _check_exchanged_elements(engine: Any, world_size: int, steps: list[Step], channels: int) -> None:
     shards = [shard.numel for shard in engine.shards()]
     # What a rank holds of all lora_A; under ZeRO and FSDP1 this is 1 / N of them, give or take a piece.
     held_a = sum(shards[0::2])
     whole_a = sum(pair.lora_rank * pair.in_features for pair in engine.pairs)
-    cut_rows = 2 * sum(pair.lora_rank for pair in engine.pairs) * 3
-    limit = 3 * max(held_a, -(-whole_a // world_size)) + cut_rows
+    cut_rows = 2 * sum(pair.lora_rank for pair in engine.pairs) * channels
+    limit = channels * max(held_a, -(-whole_a // world_size)) + cut_rows
     assert all(step.exchanged_elements <= limit for step in steps)

@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from reflora_dist.checkpoint import load_adapter, save_adapter
 from tests.cluster import run_ranks
 from tests.engines_under_test import ENGINES
-from tests.engines_under_test.common import Wrapped, _train_on, adamw
+from tests.engines_under_test.common import Wrapped, _train_on, optimizer_of
 from tests.engines_under_test.zero import Zero, zero_config
 from tests.test_checkpoint import _as_float, _wrap
 from tests.workloads import Factors, synthetic_workload, worst_factor_error
@@ -123,22 +123,22 @@ def _wrap_variant(engine_name: str, model: PeftModel, world_size: int) -> Wrappe
     model.train()
     if engine_name == "ddp":
         ddp = DistributedDataParallel(model)
-        return Wrapped(ddp, adamw(ddp, settings), settings)
+        return Wrapped(ddp, optimizer_of(ddp, settings), settings)
     if engine_name == "fsdp2":
         for layer in model.get_base_model().model.layers:
             fully_shard(layer)
         fully_shard(model)
-        return Wrapped(model, adamw(model, settings), settings)
+        return Wrapped(model, optimizer_of(model, settings), settings)
     if engine_name.startswith("fsdp1"):
         flat = engine_name == "fsdp1-flat"
         policy = fsdp_auto_wrap_policy(model) if flat else ModuleWrapPolicy({LlamaDecoderLayer})
         options: dict[str, Any] = {"use_orig_params": not flat, "device_id": torch.device("cpu")}
         fsdp1 = FullyShardedDataParallel(model, auto_wrap_policy=policy, **options)
-        return Wrapped(fsdp1, adamw(fsdp1, settings), settings)
+        return Wrapped(fsdp1, optimizer_of(fsdp1, settings), settings)
     stage = int(engine_name[4])
     more = {"stage3_param_persistence_threshold": 0} if engine_name.endswith("persist-none") else {}
     config = zero_config(settings, workload.batches.shape[1] // world_size, stage, **more)
-    engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adamw(model, settings), config=config)
+    engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer_of(model, settings), config=config)
     return Zero(engine, optimizer, settings)
 
 

@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from reflora_dist import LoRARite
+
 Factors = dict[str, Tensor]
 Attach = Callable[[Any, Any], Any]
 
@@ -45,7 +47,10 @@ TINY_LORA = {"r": 8, "lora_alpha": 16, "target_modules": list(LINEARS), "lora_dr
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to train: AdamW's hyperparameters, the clipping norm (0: off), micro-batches per optimizer step."""
+    """How to train: AdamW's hyperparameters, the clipping norm (0: off), micro-batches per optimizer step.
+
+    ``rite`` are further hyperparameters of LoRARite, in place of AdamW; None for AdamW.
+    """
 
     lr: float = 5e-3
     weight_decay: float = 0.01
@@ -53,6 +58,17 @@ class Settings:
     eps: float = 1e-8
     clip: float = 0.0
     grad_accum: int = 1
+    rite: dict[str, Any] | None = None
+
+    def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
+        """Of parameters or groups of them."""
+        if self.rite is None:
+            return torch.optim.AdamW(parameters, **self.adamw())
+        return LoRARite(parameters, **self.lora_rite())
+
+    def lora_rite(self) -> dict[str, Any]:
+        """The keyword arguments of ``LoRARite``."""
+        return {"lr": self.lr, "weight_decay": self.weight_decay, "betas": self.betas, **(self.rite or {})}
 
     def adamw(self) -> dict[str, Any]:
         """The keyword arguments of ``torch.optim.AdamW``."""
@@ -78,6 +94,12 @@ class Reference(Workload):
     cases: dict[str, dict[str, Any]]
     factors: dict[str, Factors]
 
+    def settings_of(self, name: str) -> Settings:
+        """How a case trains: with AdamW, or as LoRA-RITE with its own defaults."""
+        if self.cases[name]["method"] != "lora-rite":
+            return dataclasses.replace(self.settings, clip=self.cases[name].get("clip", 0.0))
+        return dataclasses.replace(self.settings, weight_decay=0.0, rite={})
+
 
 def reference_dir() -> Path:
     """Where the reference trajectories lie: ``REFLORA_REFERENCE`` or ``../shared/reference``."""
@@ -96,8 +118,7 @@ def reference_cases() -> dict[str, dict[str, Any]]:
     meta = reference_dir() / "meta.json"
     if not meta.is_file():
         return {}
-    cases = json.loads(meta.read_text())["cases"]
-    return {name: case for name, case in cases.items() if case["method"] in ("lora", "reflora", "reflora-s")}
+    return json.loads(meta.read_text())["cases"]
 
 
 def load_reference() -> Reference:
@@ -199,7 +220,7 @@ def train_single(
     model: torch.nn.Module, batches: Tensor, settings: Settings, attach: Attach | None = None
 ) -> tuple[list[float], Factors]:
     """One process, plain AdamW: what every sharded run is compared with. Returns losses and final factors."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **settings.adamw())
+    optimizer = settings.optimizer([p for p in model.parameters() if p.requires_grad])
     if attach is not None:
         attach(model, optimizer)
     losses = []

@@ -73,6 +73,10 @@ class Engine(abc.ABC):
     def moments(self) -> list[dict[str, Tensor]]:
         """Per factor the optimizer's state tensors of the local part, empty before the first step."""
 
+    @abc.abstractmethod
+    def holders(self) -> list[tuple[Tensor, int]]:
+        """Per factor the optimizer's parameter that contains its local part, and that part's first element there."""
+
     def firing(self) -> Firing:
         """Which factors the call of ``optimizer.step`` that is under way updates."""
         return Firing((True,) * (2 * len(self.pairs)), first=True, last=True)

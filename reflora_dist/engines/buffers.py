@@ -66,6 +66,9 @@ class BufferEngine(Engine):
             for piece in self._pieces
         ]
 
+    def holders(self) -> list[tuple[Tensor, int]]:
+        return [(self._buffers[piece.buffer], piece.offset) for piece in self._pieces]
+
 
 def _slice(buffer: Tensor, piece: Piece) -> Tensor:
     return buffer[piece.offset : piece.offset + piece.numel]

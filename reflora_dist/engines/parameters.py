@@ -45,6 +45,9 @@ class ParameterEngine(Engine):
             for factor in self._factors()
         ]
 
+    def holders(self) -> list[tuple[Tensor, int]]:
+        return [(factor, 0) for factor in self._factors()]
+
     def check(self) -> None:
         if self._current_layout() != self._layout_at_attach:
             raise RuntimeError(

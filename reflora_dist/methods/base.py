@@ -1,16 +1,25 @@
-"""What a method has to say about a step; everything else is done for it."""
+"""What a method has to say about a step; everything else is done for it.
+
+Written tall, the factors are ``X_A = A^T`` ``[in, r]`` and ``X_B = B`` ``[out, r]``. A method gets Gram matrices of
+whole tall factors and answers with small matrices; it never sees a factor, a rank or an engine.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+import abc
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ..blocks import Matrices
+from ..config import RefLoRAConfig
 
 
 class Transform(NamedTuple):
     """Gradients become ``left grad_A`` and ``grad_B right``.
+
+    A method that ``uses_gradients`` multiplies ``[A; grad_A]`` and ``[B, grad_B]`` instead, with matrices
+    ``[P_r, r, 2 r]`` and ``[P_r, 2 r, r]``.
 
     Attributes:
         left, right: ``{r: [P_r, r, r]}`` float64.
@@ -22,12 +31,33 @@ class Transform(NamedTuple):
     solved: dict[int, Tensor]
 
 
-class GradientMethod(Protocol):
-    """A method that replaces the gradients right before the optimizer reads them."""
+class GradientMethod(abc.ABC):
+    """A method that replaces the gradients right before the optimizer reads them.
 
+    Args:
+        config: with the method's own settings.
+        scaling: ``{r: [P_r]}`` float64, s of every pair's update ``s B A``.
+
+    Attributes:
+        uses_gradients: whether it needs more than the Grams of the factors.
+    """
+
+    uses_gradients = False
+
+    def __init__(self, config: RefLoRAConfig, scaling: Matrices) -> None:
+        self.config = config
+        self.scaling = scaling
+
+    @abc.abstractmethod
     def solve(self, grams: Matrices) -> Transform:
-        """From the Grams of the whole factors, ``{r: [2, P_r, r, r]}`` float64 (``A A^T``, ``B^T B``)."""
-        ...
+        """What to do to the gradients of every pair.
+
+        Args:
+            grams: ``{r: [2, P_r, r, r]}`` float64, ``A A^T`` and ``B^T B``. For a method that ``uses_gradients``
+                ``{r: [2, P_r, 2 r, 2 r]}``, of ``[A^T, grad_A^T]`` and ``[B, grad_B]``. There lora_A's and lora_B's
+                gradients may not be known at the same time: ``left`` must not depend on ``grad_B``, nor ``right`` on
+                ``grad_A``, nor either on the Gram of gradients with themselves.
+        """
 
 
 class Rescaling(NamedTuple):
@@ -42,9 +72,9 @@ class Rescaling(NamedTuple):
     solved: Tensor
 
 
-class RescalingMethod(Protocol):
+class RescalingMethod(abc.ABC):
     """A method that rescales the factors right after the optimizer has updated them."""
 
+    @abc.abstractmethod
     def solve(self, squared_norms: Tensor) -> Rescaling:
         """From ``[2, P]`` float64: ``|A|_F^2`` and ``|B|_F^2`` of the whole factors."""
-        ...

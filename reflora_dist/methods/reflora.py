@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from ..blocks import Matrices
 from ..refactor import solve_refactorization
-from .base import Transform
+from .base import GradientMethod, Transform
 
 
-class RefLoRA:
+class RefLoRA(GradientMethod):
     """``grad_A <- S^-1 grad_A`` and ``grad_B <- grad_B S`` with ``S (A A^T) S = B^T B``."""
 
     def solve(self, grams: Matrices) -> Transform:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..refactor import solve_scale
-from .base import Rescaling
+from .base import Rescaling, RescalingMethod
 
 
-class RefLoRAS:
+class RefLoRAS(RescalingMethod):
     """``A <- sqrt(s) A`` and ``B <- B / sqrt(s)`` with ``s = |B|_F / |A|_F``, which makes their norms equal."""
 
     def solve(self, squared_norms: Tensor) -> Rescaling:

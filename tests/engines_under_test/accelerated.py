@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState, DistributedType, GradientState, P
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.engines_under_test.common import Engine, Wrapped, adamw, copied, trainable, world_size
+from tests.engines_under_test.common import Engine, Wrapped, copied, optimizer_of, trainable, world_size
 from tests.engines_under_test.fsdp import assert_fsdp1_shards, assert_fsdp2_shards, gathered_by_fsdp1
 from tests.engines_under_test.zero import assert_zero_shards, gathered_by_deepspeed, zero_config
 from tests.workloads import Factors, Settings, named_factors
@@ -121,7 +121,7 @@ def prepare_deepspeed_on_cpu() -> None:
 def _ddp(model: nn.Module, settings: Settings, micro_batch_size: int) -> Wrapped:
     forget_accelerate()
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=settings.grad_accum)
-    prepared, optimizer = accelerator.prepare(model, adamw(model, settings))
+    prepared, optimizer = accelerator.prepare(model, optimizer_of(model, settings))
     assert isinstance(prepared, DistributedDataParallel)
     return Accelerated(accelerator, prepared, optimizer, settings)
 
@@ -132,12 +132,12 @@ def _fsdp(model: nn.Module, settings: Settings, micro_batch_size: int, *, versio
         plugin = FullyShardedDataParallelPlugin(**FSDP_PLUGIN[version])
         accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, gradient_accumulation_steps=settings.grad_accum)
     if version == 2:
-        prepared, optimizer = accelerator.prepare(model, adamw(model, settings))
+        prepared, optimizer = accelerator.prepare(model, optimizer_of(model, settings))
         assert_fsdp2_shards(prepared)
     else:
         # FSDP1 replaces the parameters, so the optimizer is made of the prepared model's
         prepared = accelerator.prepare(model)
-        optimizer = accelerator.prepare(adamw(prepared, settings))
+        optimizer = accelerator.prepare(optimizer_of(prepared, settings))
         assert_fsdp1_shards(prepared)
     assert {id(p) for p in trainable(prepared)} == {id(p) for group in optimizer.param_groups for p in group["params"]}
     return Accelerated(accelerator, prepared, optimizer, settings)
@@ -149,7 +149,7 @@ def _zero(model: nn.Module, settings: Settings, micro_batch_size: int, *, stage:
     plugin = DeepSpeedPlugin(hf_ds_config=config, gradient_clipping=settings.clip)
     prepare_deepspeed_on_cpu()
     accelerator = Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=settings.grad_accum)
-    prepared, optimizer = accelerator.prepare(model, adamw(model, settings))
+    prepared, optimizer = accelerator.prepare(model, optimizer_of(model, settings))
     assert_zero_shards(prepared, stage)
     return Accelerated(accelerator, prepared, optimizer, settings)
 

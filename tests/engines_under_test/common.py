@@ -130,8 +130,8 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def adamw(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
-    return torch.optim.AdamW(trainable(model), **settings.adamw())
+def optimizer_of(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    return settings.optimizer(trainable(model))
 
 
 def copied(factors: dict[str, nn.Parameter]) -> Factors:

@@ -23,7 +23,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from tests.engines_under_test.common import Engine, Wrapped, adamw, copied, world_size
+from tests.engines_under_test.common import Engine, Wrapped, copied, optimizer_of, world_size
 from tests.workloads import Factors, Settings, named_factors, plain_name
 
 
@@ -114,7 +114,7 @@ def _fsdp2(
             name,
             factor.placements,
         )
-    return Fsdp2(model, adamw(model, settings), settings)
+    return Fsdp2(model, optimizer_of(model, settings), settings)
 
 
 def _hybrid_mesh() -> Any:
@@ -144,7 +144,7 @@ def _fsdp1(
     assert_fsdp1_shards(wrapped, whole=strategy is ShardingStrategy.NO_SHARD)
     names = [plain_name(name) for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
     assert all(name.endswith("_flat_param") for name in names) if flat else all("lora_" in name for name in names)
-    return Fsdp1(wrapped, adamw(wrapped, settings), settings, bare=wrapped.module)
+    return Fsdp1(wrapped, optimizer_of(wrapped, settings), settings, bare=wrapped.module)
 
 
 _fsdp2_shard1 = functools.partial(_fsdp2, columns_of_a=True)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.engines_under_test.common import Engine, Wrapped, adamw
+from tests.engines_under_test.common import Engine, Wrapped, optimizer_of
 from tests.workloads import Settings
 
 
@@ -19,12 +19,12 @@ class _Ddp(Wrapped):
 
 
 def _single(model: nn.Module, settings: Settings, micro_batch_size: int) -> Wrapped:
-    return Wrapped(model, adamw(model, settings), settings)
+    return Wrapped(model, optimizer_of(model, settings), settings)
 
 
 def _ddp(model: nn.Module, settings: Settings, micro_batch_size: int) -> Wrapped:
     wrapped = DistributedDataParallel(model)
-    return _Ddp(wrapped, adamw(wrapped, settings), settings, bare=model)
+    return _Ddp(wrapped, optimizer_of(wrapped, settings), settings, bare=model)
 
 
 ENGINES = [Engine("single", _single, world_sizes=(1,)), Engine("ddp", _ddp)]

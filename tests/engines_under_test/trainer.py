@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
+from reflora_dist import LoRARite
 from tests.engines_under_test.accelerated import (
     forget_accelerate,
     fsdp_on_cpu,
@@ -89,6 +90,7 @@ class TrainerEngine(Engine):
                 train_dataset=[{"input_ids": row, "labels": row} for row in batches.flatten(0, 1)],
                 data_collator=default_data_collator,
                 callbacks=callbacks,
+                optimizer_cls_and_kwargs=None if settings.rite is None else (LoRARite, settings.lora_rite()),
             )
         assert trainer.accelerator.num_processes == world_size()
         trainer.assert_sharded = self.assert_sharded

@@ -9,7 +9,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from tests.engines_under_test.common import Engine, Wrapped, adamw, copied, world_size
+from tests.engines_under_test.common import Engine, Wrapped, copied, optimizer_of, world_size
 from tests.workloads import Factors, Settings, named_factors
 
 
@@ -116,13 +116,13 @@ def _optimizer(model: nn.Module, settings: Settings, two_groups: bool, cpu_adam:
     if two_groups:
         factors = named_factors(model)
         groups = [{"params": [p for n, p in factors.items() if key in n]} for key in (".lora_A.", ".lora_B.")]
-        return torch.optim.AdamW(groups, **settings.adamw())
+        return settings.optimizer(groups)
     if cpu_adam:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings.adamw())
-    return adamw(model, settings)
+    return optimizer_of(model, settings)
 
 
 _OFFLOAD = {"device": "cpu", "pin_memory": False}

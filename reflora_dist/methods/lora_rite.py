@@ -1,0 +1,173 @@
+"""LoRA-RITE (Yen et al., 2024, arXiv 2410.20625): an adaptive step that depends on the factors' product alone.
+
+With orthonormal bases ``X N`` of both tall factors (N is the inverse square root of the Gram), the *unmagnified*
+gradient of a factor is ``U = grad N_other``. Its moments are kept in the basis of the other factor, which turns from
+step to step. All that is r x r, or ``X M + grad M' + moment M''`` with r x r matrices, and every norm and every turn
+follows from one Gram of ``[X, grad, moment]``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..blocks import Matrices
+from ..roots import damped_inverse_root, pseudo_inverse_root
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RiteSettings:
+    """Hyperparameters, as in the published code; see :class:`reflora_dist.LoRARite`."""
+
+    betas: tuple[float, float]
+    eps: float
+    clip_unmagnified_grad: float
+    update_capping: float
+    update_skipping: float
+    apply_escape: bool
+    balance_param: bool
+
+
+class Moments(NamedTuple):
+    """What is kept from step to step beside the first moment, in the basis of the current factors.
+
+    Attributes:
+        second: ``{r: [2, P_r, r, r]}`` float64, of lora_A and of lora_B.
+        escape: ``{r: [2, P_r]}`` float64, what second moments lost in turns of the basis.
+    """
+
+    second: Matrices
+    escape: Matrices
+
+
+class Groups(NamedTuple):
+    """What differs between factors, each ``{r: [2, P_r]}`` float64: learning rate, weight decay, and rows (in, out)."""
+
+    lr: Matrices
+    weight_decay: Matrices
+    rows: Matrices
+
+
+class Update(NamedTuple):
+    """What a step does.
+
+    Attributes:
+        matrices: ``{r: [2, P_r, 3 r, 2 r]}``; ``[X, grad, moment]`` times them is the new ``[X, moment]``.
+        moments: those of after the step.
+        skipped: ``{r: [P_r]}`` bool; pairs of which a gradient was left out as too large.
+    """
+
+    matrices: Matrices
+    moments: Moments
+    skipped: dict[int, Tensor]
+
+
+class _Gradient(NamedTuple):
+    basis: Tensor  # [2, P, r, r]: N of each factor
+    second: Tensor  # [2, P, r, r]: U^T U
+    kept: Tensor  # [2, P]: 1, or 0 where the gradient is skipped
+
+
+def rite_update(grams: Matrices, moments: Moments, groups: Groups, step: int, settings: RiteSettings) -> Update:
+    """The step of algorithm 1 there.
+
+    Args:
+        grams: ``{r: [2, P_r, 3 r, 3 r]}`` float64, of ``[X, grad, moment]`` of lora_A and of lora_B, both tall.
+        moments: of the step before, zero at first.
+        groups: settings of every factor.
+        step: steps done before.
+        settings: those that all factors share.
+    """
+    gradients = {r: _unmagnified(both, groups.rows[r], settings) for r, both in grams.items()}
+    clip = torch.ones((), dtype=torch.float64, device=next(iter(grams.values())).device)
+    if settings.clip_unmagnified_grad > 0:
+        norm = torch.stack([_trace(gradient.second).sum() for gradient in gradients.values()]).sum().sqrt()
+        clip = torch.where(norm > settings.clip_unmagnified_grad, settings.clip_unmagnified_grad / norm, 1.0)
+    update = Update({}, Moments({}, {}), {})
+    for r, both in grams.items():
+        old = Moments({r: moments.second[r]}, {r: moments.escape[r]})
+        _update_one(r, both, gradients[r], clip, old, groups, step, settings, update)
+        update.skipped[r] = (gradients[r].kept == 0).any(dim=0)
+    return update
+
+
+def _unmagnified(grams: Tensor, rows: Tensor, settings: RiteSettings) -> _Gradient:
+    r = grams.shape[-1] // 3
+    basis = pseudo_inverse_root(grams[..., :r, :r])
+    other = basis.flip(0)
+    second = _symmetric(other @ grams[..., r : 2 * r, r : 2 * r] @ other)
+    kept = torch.ones_like(rows)
+    if settings.update_skipping > 0:
+        kept = torch.where(_trace(second) > settings.update_skipping**2 * rows * r, 0.0, 1.0)
+        second = torch.where(kept[..., None, None] > 0, second, 0.0)
+    return _Gradient(basis, second, kept)
+
+
+def _update_one(
+    r: int,
+    grams: Tensor,
+    gradient: _Gradient,
+    clip: Tensor,
+    moments: Moments,
+    groups: Groups,
+    step: int,
+    settings: RiteSettings,
+    update: Update,
+) -> None:
+    """Fill in the pairs of one lora_rank."""
+    beta1, beta2 = (_bias_corrected(beta, step) for beta in settings.betas)
+    eye = torch.eye(r, dtype=grams.dtype, device=grams.device)
+    other = gradient.basis.flip(0)
+    rows, lr, weight_decay = (_matrix(values[r]) for values in (groups.rows, groups.lr, groups.weight_decay))
+
+    second = _symmetric((1 - beta2) * clip**2 * gradient.second / rows + beta2 * moments.second[r])
+    escape = beta2 * moments.escape[r]
+    preconditioner = damped_inverse_root(second + _matrix(escape) * eye, settings.eps)
+    # new moment = [X, grad, moment] times this
+    from_gradient = (1 - beta1) * clip * _matrix(gradient.kept) * (other @ preconditioner)
+    first = torch.cat([torch.zeros_like(from_gradient), from_gradient, (beta1 * eye).expand_as(from_gradient)], dim=-2)
+
+    capped = torch.ones_like(rows)
+    if settings.update_capping > 0:
+        rms = _matrix((_trace(first.mT @ grams @ first) / (groups.rows[r] * r)).sqrt())
+        capped = 1 / (rms / settings.update_capping).clamp_min(1.0)
+    kept_weight = torch.cat([eye, torch.zeros_like(eye), torch.zeros_like(eye)])
+    factor = (1 - lr * weight_decay) * kept_weight - lr * capped * (first @ other)
+    if settings.balance_param:
+        norms = _matrix(_trace(factor.mT @ grams @ factor).sqrt() + 1e-6)
+        factor = factor * ((norms * norms.flip(0)).sqrt() / norms)
+
+    # into the basis of the new factors, so that nothing of the old ones need be kept
+    new_basis = pseudo_inverse_root(_symmetric(factor.mT @ grams @ factor))
+    turn = (new_basis @ (factor.mT @ grams[..., :r]) @ gradient.basis).flip(0)
+    turned = _symmetric(turn @ second @ turn.mT)
+    if settings.apply_escape:
+        escape = escape + _lost(second, turned)
+    update.matrices[r] = torch.cat([factor, first @ turn.mT], dim=-1)
+    update.moments.second[r], update.moments.escape[r] = turned, escape
+
+
+def _lost(before: Tensor, after: Tensor) -> Tensor:
+    """Escaped mass ``[2, P]``: the largest loss of an eigenvalue, or that of the trace if less. Waits for a GPU."""
+    eigenvalue = (torch.linalg.eigvalsh(before) - torch.linalg.eigvalsh(after)).amax(dim=-1)
+    return torch.minimum(eigenvalue.clamp_min(0.0), (_trace(before) - _trace(after)).clamp_min(0.0))
+
+
+def _bias_corrected(decay: float, step: int) -> float:
+    """A decay that makes averages unbiased (Shazeer and Stern, 2018, arXiv 1804.04235, section 7.1)."""
+    return decay * (1 - decay**step) / (1 - decay ** (step + 1))
+
+
+def _trace(matrix: Tensor) -> Tensor:
+    return torch.diagonal(matrix, dim1=-2, dim2=-1).sum(dim=-1)
+
+
+def _matrix(values: Tensor) -> Tensor:
+    return values[..., None, None]
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    return 0.5 * (matrix + matrix.mT)

@@ -1,0 +1,26 @@
+"""ScaledGD, or Riemannian preconditioning (Tong et al., 2021; for LoRA Zhang and Pilanci, 2024, arXiv 2402.02347)."""
+
+from __future__ import annotations
+
+import torch
+
+from ..blocks import Matrices
+from .base import GradientMethod, Transform
+
+
+class ScaledGD(GradientMethod):
+    """``grad_A <- (B^T B + delta I)^-1 grad_A`` and ``grad_B <- grad_B (A A^T + delta I)^-1`` (equation 2 there).
+
+    ``delta`` is ``RefLoRAConfig.damping``. A pair whose damped Grams have no inverse keeps its gradients.
+    """
+
+    def solve(self, grams: Matrices) -> Transform:
+        transform = Transform({}, {}, {})
+        for lora_rank, both in grams.items():
+            eye = torch.eye(lora_rank, dtype=both.dtype, device=both.device)
+            inverses = torch.linalg.inv_ex(both + self.config.damping * eye)[0]
+            solved = inverses.isfinite().flatten(-2).all(dim=-1).all(dim=0)
+            inverse_a, inverse_b = torch.where(solved[:, None, None], inverses, eye)
+            transform.left[lora_rank], transform.right[lora_rank] = inverse_b, inverse_a
+            transform.solved[lora_rank] = solved
+        return transform

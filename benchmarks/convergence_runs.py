@@ -26,7 +26,7 @@ from transformers import logging as transformers_logging
 from benchmarks import common
 from benchmarks.convergence_data import Batch, Material
 from launchers.tokenization import IGNORE_INDEX
-from reflora_dist import RefLoRAConfig, attach
+from reflora_dist import LoRARite, RefLoRAConfig, attach
 
 # zero: PEFT's default, B = 0. drawn: B is drawn as A is, and the base gives up the product (the published code's
 # re_init), so that the model is the same and S exists from the first step on.
@@ -96,7 +96,7 @@ class Workbench:
             self._batches = (seed, made)
         return self._batches[1]
 
-    def reset(self, seed: int, learning_rate: float) -> torch.optim.Optimizer:
+    def reset(self, seed: int, learning_rate: float, method: str) -> torch.optim.Optimizer:
         """Draw the factors anew and return a new optimizer over them."""
         torch.manual_seed(seed)
         for layer in self._layers:
@@ -104,6 +104,8 @@ class Workbench:
         for layer, weight in zip(self._layers, self._base_weights, strict=False):  # none unless the start is drawn
             torch.nn.init.kaiming_uniform_(layer.lora_B["default"].weight, a=math.sqrt(5))
             _base_weight(layer).copy_(weight - layer.get_delta_weight("default").detach())
+        if method == "lora-rite":
+            return LoRARite(self.trained, lr=learning_rate)
         return torch.optim.AdamW(self.trained, lr=learning_rate, weight_decay=0.0, fused=True)
 
     def run(self, task: Task, *, stop_after: int | None = None) -> dict[str, Any]:
@@ -119,10 +121,10 @@ class Workbench:
             finite); ``skipped_pairs`` and ``applied_steps`` as the handle reports them; ``wall_seconds``.
         """
         schedule, batches = self.schedule, self.batches(task.seed)
-        optimizer = self.reset(task.seed, task.learning_rate)
+        optimizer = self.reset(task.seed, task.learning_rate, task.method)
         decay = get_cosine_schedule_with_warmup(optimizer, schedule.lr_warmup_steps, schedule.steps)
         start_digest = self._digest(batches)
-        handle = attach(self.model, optimizer, RefLoRAConfig(method=task.method, warmup_steps=schedule.warmup_steps))
+        handle = attach(self.model, optimizer, _config(task.method, schedule.warmup_steps))
         began = common.now(self.device)
         train_losses, held_out = [], [(0, self.evaluate())]
         for step, batch in enumerate(batches[:stop_after], start=1):
@@ -181,8 +183,8 @@ class Workbench:
         return {method: common.spread(values) for method, values in times.items()}
 
     def _time_block(self, method: str, batch: Batch) -> list[float]:
-        optimizer = self.reset(0, learning_rate=1e-4)
-        handle = attach(self.model, optimizer, RefLoRAConfig(method=method, warmup_steps=1))  # B = 0 is left behind
+        optimizer = self.reset(0, learning_rate=1e-4, method=method)
+        handle = attach(self.model, optimizer, _config(method, warmup_steps=1))  # B = 0 is left behind
         times = []
         for step in range(UNTIMED_STEPS + TIMED_STEPS):
             began = common.now(self.device)
@@ -193,6 +195,15 @@ class Workbench:
                 times.append(1e3 * (common.now(self.device) - began))
         handle.detach()
         return times
+
+
+def plain_steps(method: str, warmup_steps: int) -> int:
+    """The steps in which a method is still plain LoRA."""
+    return 0 if method == "lora-rite" else warmup_steps
+
+
+def _config(method: str, warmup_steps: int) -> RefLoRAConfig:
+    return RefLoRAConfig(method=method, warmup_steps=plain_steps(method, warmup_steps))
 
 
 def _base_weight(layer: LoraLayer) -> Tensor:
@@ -225,10 +236,11 @@ def assert_same_start(runs: Sequence[dict[str, Any]], warmup_steps: int) -> None
             _assert_equal(first, other, "start_digest", first["start_digest"] == other["start_digest"])
             start, other_start = first["held_out_losses"][0], other["held_out_losses"][0]
             _assert_equal(first, other, "held_out_losses", _is_close(start, other_start))
-    # the loss at step w + 1 is the last that follows from w plain steps alone
-    count = min(warmup_steps, CHECKED_STEPS) + 1
     for first, *others in plain.values():
         for other in others:
+            # the loss at step w + 1 is the last that follows from w plain steps alone
+            shared = min(plain_steps(run["method"], warmup_steps) for run in (first, other))
+            count = min(shared, CHECKED_STEPS) + 1
             pairs = zip(first["train_losses"][:count], other["train_losses"][:count], strict=True)
             _assert_equal(first, other, "train_losses", all(_is_close(x, y) for x, y in pairs))
 

@@ -141,7 +141,7 @@ def measure_lora_rank(
         memory = {name: measure_memory(workload, name, device) for name in names}
     calls = record_collectives(workload, "reflora") if "reflora" in names else []
     times, bare = measure_times(workload, names, arguments.schedule, device, advance, calls)
-    reports = {name: _report(workload, name) for name in names if name.startswith("reflora")}
+    reports = {name: _report(workload, name) for name in names if name in variants.METHODS[1:]}
     figures = {name: summary(times[name], times["lora"], arguments.scope) for name in names}
     for name in names:
         figures[name] |= {"memory": memory.get(name), "report": reports.get(name)}

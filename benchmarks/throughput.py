@@ -37,7 +37,7 @@ from benchmarks.interleaved import flattened, run_step
 from benchmarks.reports.throughput import markdown
 from benchmarks.workloads import TrainingStep
 
-VARIANTS = ("lora", "reflora", "reflora-overlap", "reflora-s", "loop")
+VARIANTS = (*variants.METHODS, "loop")
 
 # Dense bfloat16 rates of NVIDIA's data sheets in FLOP/s, without sparsity, by a part of the device's name; the first
 # that fits counts.

@@ -1,8 +1,8 @@
 """The variants that the benchmarks compare: which exist where, hooking them in, and proof that they agree.
 
-``lora`` (nothing is done to the gradients), ``reflora``, ``reflora-overlap`` (S formed ahead) and ``reflora-s`` (this
-package), ``loop``, ``gather-coalesced`` and ``gather-each`` (``baselines``: the same result by other means),
-``riemannian`` (PEFT's preconditioned optimizer: another method, with the same kind of work).
+``lora`` (nothing is done to the gradients), ``reflora``, ``reflora-overlap`` (S formed ahead), ``reflora-s`` and the
+other methods of this package, ``loop``, ``gather-coalesced`` and ``gather-each`` (``baselines``: RefLoRA's result by
+other means), ``riemannian`` (PEFT's preconditioned optimizer, the method of ``scaled-gd``).
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from torch import Tensor
 
 from benchmarks.baselines import Gather, Loop
 from benchmarks.common import Trainee
-from reflora_dist import RefLoRAConfig, attach
+from reflora_dist import Handle, LoRARite, RefLoRAConfig, attach
 from reflora_dist.adapters import find_pairs
 from reflora_dist.engines import Engine, find_engine
 
-_WHOLE = ("lora", "reflora", "reflora-overlap", "reflora-s", "loop", "riemannian")
-_SHARDED = ("lora", "reflora", "reflora-overlap", "reflora-s", "gather-coalesced", "gather-each")
+METHODS = ("lora", "reflora", "reflora-overlap", "reflora-s", "scaled-gd", "lora-pro", "lora-rite")
+_WHOLE = (*METHODS, "loop", "riemannian")
+_SHARDED = (*METHODS, "gather-coalesced", "gather-each")
 _SAME_RESULT = ("reflora", "reflora-overlap", "loop", "gather-coalesced", "gather-each")
 _BASELINES: dict[str, Callable[[Engine], Callable[[], None]]] = {
     "loop": Loop,
@@ -68,6 +69,9 @@ def installed(name: str, trainee: Trainee) -> Iterator[Any]:
     elif name == "riemannian":
         with _riemannian(trainee):
             yield None
+    elif name == "lora-rite":
+        with _lora_rite(trainee) as handle:
+            yield handle
     elif name in _BASELINES:
         engine = innermost_engine(trainee)
         baseline = torch.no_grad()(_BASELINES[name](engine))
@@ -77,13 +81,19 @@ def installed(name: str, trainee: Trainee) -> Iterator[Any]:
         method = name.removesuffix("-overlap")
         config = RefLoRAConfig(method=method, warmup_steps=0, overlap=name != method)
         handle = attach(trainee.model, trainee.optimizer, config)
-        try:
+        with _applied_everywhere(handle):
             yield handle
-            report = handle.report()
-            if report.applied_steps != report.steps or report.skipped_pairs:
-                raise RuntimeError(f"{name} did not refactor every pair in every step: {report}")
-        finally:
-            handle.detach()
+
+
+@contextlib.contextmanager
+def _applied_everywhere(handle: Handle) -> Iterator[None]:
+    try:
+        yield
+        report = handle.report()
+        if report.applied_steps != report.steps or report.skipped_pairs:
+            raise RuntimeError(f"{report.method} did not act on every pair in every step: {report}")
+    finally:
+        handle.detach()
 
 
 def innermost_engine(trainee: Trainee) -> Engine:
@@ -190,6 +200,28 @@ def _riemannian_optimizer() -> Callable[..., torch.optim.Optimizer] | None:
     except ImportError:
         return None
     return create_riemannian_optimizer
+
+
+@contextlib.contextmanager
+def _lora_rite(trainee: Trainee) -> Iterator[Handle]:
+    """Steps of LoRARite in place of the trainee's optimizer, which an engine may hold, on the same parameters."""
+    outer, inner = trainee.optimizer, innermost_engine(trainee).optimizer
+    # random gradients are as large as they are, and none shall be left out
+    rite = LoRARite([torch.zeros(1)], update_skipping=0.0)
+    rite.param_groups = inner.param_groups
+    if outer is inner:
+        outer.step = rite.step  # hides the method of the class
+    else:
+        outer.optimizer = rite
+    try:
+        handle = attach(trainee.model, rite if outer is inner else outer, RefLoRAConfig(method="lora-rite"))
+        with _applied_everywhere(handle):
+            yield handle
+    finally:
+        if outer is inner:
+            del outer.step
+        else:
+            outer.optimizer = inner
 
 
 @contextlib.contextmanager

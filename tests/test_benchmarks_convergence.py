@@ -123,8 +123,8 @@ def test_a_planted_different_start_is_caught(bench: Workbench, monkeypatch: pyte
     plain = bench.run(Task("lora", 1e-2, 0))
     original = Workbench.reset
 
-    def planted(self: Workbench, seed: int, learning_rate: float) -> torch.optim.Optimizer:
-        optimizer = original(self, seed, learning_rate)
+    def planted(self: Workbench, seed: int, learning_rate: float, method: str) -> torch.optim.Optimizer:
+        optimizer = original(self, seed, learning_rate, method)
         with torch.no_grad():  # B is zero, so the loss does not show it
             self.trained[0].mul_(1.001)
         return optimizer

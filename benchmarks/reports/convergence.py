@@ -6,7 +6,16 @@ from typing import Any
 
 from benchmarks.reports.shared import source_line, table
 
-COLOURS = {"lora": "C0", "reflora": "C3", "reflora-s": "C1"}
+COLOURS = {
+    "lora": "C0",
+    "reflora": "C3",
+    "reflora-s": "C1",
+    "scaled-gd": "C2",
+    "lora-pro": "C4",
+    "lora-rite": "C5",
+    "lora-sb": "C6",
+    "lora-xs": "C9",
+}
 
 
 def markdown(record: dict[str, Any]) -> str:

@@ -21,7 +21,9 @@ from launchers.plots import plot_comparison
 from launchers.recorder import METRICS_FILE
 
 # What may differ between runs that are compared; anything else would make the comparison unfair.
-METHOD_SETTINGS = frozenset({"method", "reflora_warmup_steps", "reflora_interval", "reflora_overlap"})
+METHOD_SETTINGS = frozenset(
+    {"method", "reflora_warmup_steps", "reflora_interval", "reflora_overlap", "scaled_gd_damping", "optim_args"}
+)
 START_TOLERANCE = 1e-3  # relative; the untrained adapter is zero, so only the order of sums differs
 
 

@@ -35,6 +35,7 @@ RECORDED_ARGUMENTS = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "bf16",
+    "optim_args",
 )
 
 
@@ -71,6 +72,7 @@ def prepare(options: Options) -> tuple[Trainer, recorder.RunRecorder]:
     model = add_adapter(load_model(model_path, options), options)
     config = options.lora.reflora_config()
     reflora_callback = RefLoRACallback(config)
+    assert config.warmup_steps is not None
     first_refactored = config.warmup_steps + 1 if config.method != "lora" else None
     run_recorder = recorder.RunRecorder(reflora_callback, first_refactored)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -81,6 +83,7 @@ def prepare(options: Options) -> tuple[Trainer, recorder.RunRecorder]:
         eval_dataset=eval_data,
         data_collator=Collator(pad_token_id=padding),
         callbacks=[reflora_callback, run_recorder],
+        optimizer_cls_and_kwargs=options.optimizer(),
     )
     return trainer, run_recorder
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import datetime
 import os
 import tempfile
 from dataclasses import field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -16,7 +18,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from launchers.cache import default_cache_dir
 from launchers.embedded import EmbeddedSettings
 from launchers.tokenization import TokenizationSettings
-from reflora_dist import RefLoRAConfig
+from reflora_dist import LoRARite, RefLoRAConfig
 from reflora_dist.config import METHODS
 
 MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -46,9 +48,17 @@ class ModelOptions:
 class LoraOptions:
     """The adapter and the method that trains it."""
 
-    method: str = _option("reflora", "lora trains plainly; the others refactor the factors.", choices=METHODS)
-    reflora_warmup_steps: int = _option(100, "Optimizer steps of plain LoRA before the first refactorization.")
-    reflora_interval: int = _option(1, "Refactor at every n-th optimizer step after the warm-up.")
+    method: str = _option(
+        "reflora",
+        "lora trains plainly. lora-rite is an optimizer of its own: --optim_args sets its options, as in "
+        "update_capping=1.0,balance_param=True.",
+        choices=METHODS,
+    )
+    reflora_warmup_steps: int | None = _option(
+        None, "Optimizer steps of plain LoRA before the method's first. Default: 100 for reflora, reflora-s, lora-pro."
+    )
+    reflora_interval: int = _option(1, "Act at every n-th optimizer step after the warm-up.")
+    scaled_gd_damping: float = _option(RefLoRAConfig.damping, "delta of --method scaled-gd.")
     reflora_overlap: bool = _option(False, "Form the next step's S beside the next forward (a second communicator).")
     lora_r: int = _option(16, "LoRA rank r.")
     lora_alpha: float = _option(32.0, "LoRA alpha; the update is scaled by alpha / r.")
@@ -74,6 +84,7 @@ class LoraOptions:
             warmup_steps=self.reflora_warmup_steps,
             interval=self.reflora_interval,
             overlap=self.reflora_overlap,
+            damping=self.scaled_gd_damping,
         )
 
 
@@ -174,6 +185,41 @@ class Options:
     lora: LoraOptions
     data: DataOptions
     training: FinetuneArguments
+
+    def __post_init__(self) -> None:
+        self.optimizer()
+
+    def optimizer(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+        """The optimizer's class and arguments where the method is one; None for that of --optim.
+
+        Raises:
+            ValueError: --optim_args names an unknown option, or a value that it cannot have.
+        """
+        if self.lora.method != "lora-rite":
+            return None
+        training = self.training
+        deepspeed_config = training.hf_deepspeed_config.config if training.hf_deepspeed_config else {}
+        if "optimizer" in deepspeed_config:
+            raise ValueError(
+                f"deepspeed={training.deepspeed!r} has an optimizer of its own, which would replace LoRARite: take "
+                '"optimizer" out, and with offload_optimizer set "zero_force_ds_cpu_optimizer": false'
+            )
+        arguments: dict[str, Any] = {
+            "lr": training.learning_rate,
+            "betas": (training.adam_beta1, training.adam_beta2),
+            "weight_decay": training.weight_decay,
+        }
+        for entry in filter(None, (training.optim_args or "").replace(" ", "").split(",")):
+            name, _, text = entry.partition("=")
+            try:
+                arguments[name] = ast.literal_eval(text)
+            except (ValueError, SyntaxError) as error:
+                raise ValueError(f"optim_args: {entry!r} must be name=value, a number or True or False") from error
+        try:
+            LoRARite([torch.zeros(1)], **arguments)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"optim_args={training.optim_args!r}: {error}") from error
+        return LoRARite, arguments
 
 
 def parse_options(argv: list[str] | None = None) -> Options:

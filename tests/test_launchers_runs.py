@@ -20,6 +20,7 @@ from tests.test_launchers_configs import launch_environment
 from tests.test_launchers_support import REPOSITORY, micro_model, write_records
 
 WORLD_SIZE = 2
+_SAMPLED = {("scaled-gd", "fsdp2"), ("lora-pro", "zero3"), ("lora-rite", "zero3_offload"), ("lora-rite", "fsdp1")}
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp1", "fsdp2")
 
 
@@ -59,7 +60,7 @@ def _finetune(rank: int, world_size: int, engine: str, argv: list[str]) -> None:
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         shim = fsdp_on_cpu()
     elif engine.startswith("zero"):
-        argv = [*argv, f"--deepspeed={REPOSITORY / 'ds_configs' / f'{engine}.json'}"]
+        argv = [f"--deepspeed={REPOSITORY / 'ds_configs' / f'{engine}.json'}", *argv]  # the last one counts
     with shim:
         finetune.main(argv)
 
@@ -100,6 +101,40 @@ def test_every_shipped_configuration_trains_and_saves_the_adapter(folder: Path, 
     assert metrics["peak_memory_bytes"] > 2**26
     assert (folder / output / "loss.png").read_bytes().startswith(b"\x89PNG")
     _check_adapter(folder, folder / output)
+
+
+@pytest.mark.parametrize(
+    "method, engine",
+    [
+        pytest.param(method, engine, marks=[] if (method, engine) in _SAMPLED else [pytest.mark.all_ranks])
+        for method in ("scaled-gd", "lora-pro", "lora-rite")
+        for engine in ENGINES
+    ],
+)
+def test_every_method_trains_under_every_engine(folder: Path, method: str, engine: str) -> None:
+    """The same options, data and start: only the method differs, and it is the one asked for."""
+    options: dict[str, Any] = {"method": method, "reflora_warmup_steps": 1 if method == "lora-pro" else 0}
+    if method == "lora-rite":
+        options |= {"learning_rate": 3e-2, "optim_args": "update_capping=2.0"}
+    if (method, engine) == ("lora-rite", "zero3_offload"):
+        _refused_beside_another_optimizer(folder, options)
+        options["deepspeed"] = folder / "zero3_offload_own_optimizer.json"
+        config = json.loads((REPOSITORY / "ds_configs" / "zero3_offload.json").read_text())
+        del config["optimizer"]
+        options["deepspeed"].write_text(json.dumps({**config, "zero_force_ds_cpu_optimizer": False}))
+    metrics = _run(folder, f"{method}-{engine}", engine, **options)
+    assert metrics["report"]["method"] == method
+    assert metrics["report"]["applied_steps"] == 6 - options["reflora_warmup_steps"]
+    held_out = [point["loss"] for point in metrics["held_out_loss"]]
+    assert held_out[1] < held_out[0]
+    reference = _engine_run(folder, engine)["held_out_loss"]
+    assert held_out[1] != reference[1]["loss"]
+    _check_adapter(folder, folder / f"{method}-{engine}")
+
+
+def _refused_beside_another_optimizer(folder: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(RuntimeError, match="has an optimizer of its own"):
+        _run(folder, "refused", "zero3_offload", **options)
 
 
 def _check_adapter(folder: Path, adapter: Path) -> None:

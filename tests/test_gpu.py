@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reflora_dist import RefLoRAConfig, attach
+from reflora_dist import LoRARite, RefLoRAConfig, attach
 from reflora_dist.blocks import SIDE_A, SIDE_B, BlockSet, BlockSpec
 from reflora_dist.communication import Communicator
 from reflora_dist.refactor import solve_refactorization, solve_with_torch
@@ -122,8 +122,7 @@ def test_pairs_without_s_are_left_alone() -> None:
     assert all(torch.equal(matrix, eye) for matrix in (*s[:3], *s_inv[:3]))
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("method", ["reflora", "reflora-s"])
+@pytest.mark.parametrize(("method", "overlap"), [("reflora", False), ("reflora", True), ("reflora-s", False)])
 def test_training_follows_the_reference_and_never_waits(method: str, overlap: bool) -> None:
     workload = synthetic_workload(seed=2)
     config = RefLoRAConfig(method=method, warmup_steps=1, overlap=overlap)
@@ -148,6 +147,32 @@ def test_training_follows_the_reference_and_never_waits(method: str, overlap: bo
         return {name: value.detach().cpu() for name, value in factors.items()}
 
     assert worst_factor_error(train(ours=True), train(ours=False)) < 1e-5  # fp32 atomics of the backward
+
+
+@pytest.mark.parametrize("method", ["scaled-gd", "lora-pro", "lora-rite"])
+def test_the_relatives_train_as_on_the_cpu_and_never_wait(method: str) -> None:
+    """On a CPU they take eigenvectors, here iterations."""
+    workload = synthetic_workload(seed=2)
+    config = RefLoRAConfig(method=method, warmup_steps=0)
+
+    def train(device: torch.device) -> dict[str, Tensor]:
+        model = build_model(workload).to(device)
+        factors = named_factors(model)
+        optimizer: torch.optim.Optimizer
+        if method == "lora-rite":
+            optimizer = LoRARite(factors.values(), lr=1e-3)
+        else:
+            optimizer = torch.optim.AdamW(factors.values(), lr=1e-3, fused=True)
+        handle = attach(model, optimizer, config)
+        for step, batch in enumerate(workload.batches):
+            optimizer.zero_grad()
+            model(input_ids=batch.to(device), labels=batch.to(device)).loss.backward()
+            with no_waiting() if device == CUDA and step > 1 else contextlib.nullcontext():
+                optimizer.step()
+        assert handle.report().applied_steps == len(workload.batches)
+        return {name: value.detach().cpu() for name, value in factors.items()}
+
+    assert worst_factor_error(train(CUDA), train(torch.device("cpu"))) < 1e-4  # fp32 sums of the model in another order
 
 
 class _LoopedBack(Communicator):
@@ -182,6 +207,6 @@ def test_retiling_on_the_gpu_is_that_on_the_cpu(world_size: int) -> None:
         for block in blocks:
             assert block is not None
             block.mul_(2)
-        retiler.from_blocks(blocks, pieces, (True,) * len(shapes))
+        retiler.from_blocks([blocks], [pieces], [(True,) * len(shapes)])
         results.append([tensor.cpu() for tensor in [*pieces, *blocks] if tensor is not None])
     assert all(torch.equal(on_cpu, on_gpu) for on_cpu, on_gpu in zip(*results, strict=True))

@@ -184,15 +184,17 @@ class BlockSet:
     def _side_by_side(self, streams: Sequence[Sequence[Tensor | None]], batch: _Batch) -> Tensor:
         """``[blocks, k r, columns]`` or ``[blocks, rows, k r]``, float64."""
         shape = self.specs[batch.members[0]].shape
-        parts = []
-        for stream in streams:
+        dim = 1 if batch.side == SIDE_A else 2
+        whole = [len(batch.members), *shape]
+        whole[dim] *= len(streams)
+        side_by_side = torch.empty(whole, dtype=torch.float64, device=self.device)
+        for stream, part in zip(streams, side_by_side.split(batch.lora_rank, dim), strict=True):
             blocks = [stream[member] for member in batch.members]
             like = next((block for block in blocks if block is not None), torch.empty(0, device=self.device))
             zeros = like.new_zeros(shape) if any(block is None for block in blocks) else None
             tensors = [zeros if block is None else block.view(shape) for block in blocks]
-            stacked = _stack([tensor for tensor in tensors if tensor is not None])
-            parts.append(stacked.to(self.device, non_blocking=True).to(torch.float64))
-        return torch.cat(parts, dim=1 if batch.side == SIDE_A else 2)
+            part.copy_(_stack([tensor for tensor in tensors if tensor is not None]), non_blocking=True)
+        return side_by_side
 
     def _present(self, blocks: Sequence[Tensor | None]) -> Iterator[tuple[_Batch, list[Tensor]]]:
         """Batches of the blocks that are not None. Few patterns of absence occur, and each is planned once."""

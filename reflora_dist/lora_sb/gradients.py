@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from ..communication import Communicator
@@ -81,7 +82,19 @@ def _calls_of(module: nn.Module, layers: Sequence[nn.Module], batch: Any, loss: 
     finally:
         for hook in hooks:
             hook.remove()
+    _restore_unsharded_units(module)
     return calls
+
+
+def _restore_unsharded_units(model: nn.Module) -> None:
+    """What FSDP1 does after backward, but under NO_SHARD leaves out for a unit in which nothing needs a gradient.
+
+    Its modules would keep views instead of parameters, and lose these for good in the next forward.
+    """
+    for unit in model.modules():
+        if isinstance(unit, FullyShardedDataParallel) and unit._handle is not None:
+            if unit._use_orig_params and not unit._handle.uses_sharded_strategy:
+                unit._handle._use_sharded_views()
 
 
 def _recorder(calls: _Calls) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:

@@ -3,10 +3,11 @@
 ``attach(model, optimizer, RefLoRAConfig(...))`` in a training loop of your own, or ``RefLoRACallback`` in HF Trainer.
 """
 
+from . import lora_sb  # which makes its adapters known to PEFT
 from .callback import RefLoRACallback
 from .config import RefLoRAConfig
 from .integrate import Handle, attach
 from .report import Report
 
 __version__ = "0.1.0"
-__all__ = ["Handle", "RefLoRACallback", "RefLoRAConfig", "Report", "attach"]
+__all__ = ["Handle", "RefLoRACallback", "RefLoRAConfig", "Report", "attach", "lora_sb"]

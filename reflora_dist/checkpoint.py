@@ -210,7 +210,8 @@ def _read_record(folder: Path) -> dict[str, Any]:
         )
     try:
         record = json.loads(path.read_text())
-        version, _, _, _ = record["version"], record["engine"], record["files"], record["handle"]["steps"]
+        version, _, _, handle = record["version"], record["engine"], record["files"], record["handle"]
+        _ = handle and handle["steps"]  # empty where nothing was attached
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); load an earlier checkpoint") from error
     if version != _FORMAT_VERSION:

@@ -4,18 +4,22 @@ Importing this makes the adapter known to PEFT: ``PeftModel.from_pretrained`` lo
 imported PEFT stops with ``KeyError: 'REFLORA_DIST_LORA_XS'``.
 """
 
+from .callback import LoRASBCallback
 from .config import LoraXSConfig, LoRASBConfig
+from .convert import save_as_lora
 from .initialize import initialize_lora_sb, initialize_lora_xs
 from .layer import LoraXSLinear
 from .svd import truncated_svd
 from .tuner import LoraXSModel
 
 __all__ = [
+    "LoRASBCallback",
     "LoRASBConfig",
     "LoraXSConfig",
     "LoraXSLinear",
     "LoraXSModel",
     "initialize_lora_sb",
     "initialize_lora_xs",
+    "save_as_lora",
     "truncated_svd",
 ]

@@ -20,8 +20,7 @@ class LoraXSConfig(PeftConfig):
 
     Args:
         r: side of R; every adapter trains r * r values.
-        lora_alpha: ``s = lora_alpha / r``; None, which is what the papers' code uses, is s = 1.
-        use_rslora: ``s = lora_alpha / sqrt(r)``.
+        lora_alpha: ``s = lora_alpha / r``; None, as in the papers' code, is s = 1 for every r.
         lora_dropout: of the adapter's input.
         target_modules, exclude_modules, layers_to_transform, layers_pattern: which ``nn.Linear`` to adapt.
         rank_pattern, alpha_pattern: module names or regular expressions with their own r and lora_alpha.
@@ -31,7 +30,6 @@ class LoraXSConfig(PeftConfig):
 
     r: int = 8
     lora_alpha: float | None = None
-    use_rslora: bool = False
     lora_dropout: float = 0.0
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -38,11 +37,6 @@ def save_as_lora(adapter_dir: str | Path, output_dir: str | Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     save_file(_as_lora(tensors), target / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     _lora_config(config).save_pretrained(str(target))
-    # PEFT writes the settings as they are given; what it filled in itself was the base's class
-    path = target / "adapter_config.json"
-    settings = json.loads(path.read_text())
-    settings["auto_mapping"] = config.auto_mapping
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True))
 
 
 def _as_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -59,25 +53,21 @@ def _as_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _lora_config(config: LoraXSConfig) -> LoraConfig:
     # lora_alpha=None is s = 1 for every r, also for those of rank_pattern
-    alpha = config.r if config.lora_alpha is None else config.lora_alpha
-    ranks = config.rank_pattern if config.lora_alpha is None else {}
-    scale_one = {name: (r**0.5 if config.use_rslora else r) for name, r in ranks.items()}
-    if config.lora_alpha is None and config.use_rslora:
-        scale_one = dict(ranks)
+    own_alphas = dict(config.rank_pattern) if config.lora_alpha is None else {}
     return LoraConfig(
         task_type=config.task_type,
+        auto_mapping=config.auto_mapping,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
         inference_mode=True,
         r=config.r,
-        lora_alpha=alpha,  # type: ignore[arg-type]
-        use_rslora=config.use_rslora,
+        lora_alpha=config.r if config.lora_alpha is None else config.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=config.lora_dropout,
         target_modules=config.target_modules,
         exclude_modules=config.exclude_modules,
         layers_to_transform=config.layers_to_transform,
         layers_pattern=config.layers_pattern,
         rank_pattern=dict(config.rank_pattern),
-        alpha_pattern={**scale_one, **config.alpha_pattern},
+        alpha_pattern={**own_alphas, **config.alpha_pattern},
         modules_to_save=config.modules_to_save,
     )

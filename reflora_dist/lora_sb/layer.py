@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -61,7 +60,7 @@ class LoraXSLinear(nn.Module, BaseTunerLayer):
             )
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = alpha
-        self.scaling[adapter_name] = alpha / (math.sqrt(r) if config.use_rslora else r)
+        self.scaling[adapter_name] = alpha / r
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
         self.lora_xs_dropout[adapter_name] = dropout
         self.lora_xs_A[adapter_name] = nn.Linear(self.in_features, r, bias=False)

@@ -44,7 +44,7 @@ class LoRASBCallback(TrainerCallback):
         elif self.config.method == "lora-xs":
             initialize_lora_xs(model, optimizer, self.config)
         else:
-            config = dataclasses.replace(self.config, learning_rate=self._first_learning_rate(args, state))
+            config = dataclasses.replace(self.config, learning_rate=self.first_learning_rate(args, state))
             batches = _first_batches(kwargs["train_dataloader"], config.num_batches)
             initialize_lora_sb(model, optimizer, batches, config)
 
@@ -63,7 +63,8 @@ class LoRASBCallback(TrainerCallback):
             # Trainer has just loaded it, from files that hold no adapter
             load_adapter(kwargs["model"], kwargs["optimizer"], best)
 
-    def _first_learning_rate(self, args: TrainingArguments, state: TrainerState) -> float:
+    def first_learning_rate(self, args: TrainingArguments, state: TrainerState) -> float:
+        """That of the configuration, or of the first step of a linear warm-up: as published, whatever the schedule."""
         if self.config.learning_rate is not None:
             return self.config.learning_rate
         return args.learning_rate / max(1, args.get_warmup_steps(state.max_steps))

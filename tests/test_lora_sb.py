@@ -185,7 +185,7 @@ def test_a_step_on_r_is_the_projected_full_step() -> None:
         model(input_ids=batch, labels=batch).loss.backward()
         torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
         for name, layer in layers.items():
-            b, r, a = (factor.detach().double() for factor in layer.factors("default"))
+            b, _, a = (factor.detach().double() for factor in layer.factors("default"))
             s = layer.scaling["default"]
             expected = s * b.T @ gradients[name].double() @ a.T
             found = layer.factors("default")[1].grad
@@ -298,7 +298,9 @@ def test_a_converted_adapter_is_plain_lora(trained: PeftModel, tmp_path: Path) -
     loaded = PeftModel.from_pretrained(base_model(synthetic_workload(steps=1)), tmp_path / "lora").eval()
     assert isinstance(loaded.peft_config["default"], LoraConfig)
     assert torch.allclose(_logits(loaded), _logits(trained), atol=FLOAT32_TOLERANCE)
-    script = "import sys, torch; from peft import PeftModel; PeftModel.from_pretrained(torch.nn.Linear(2, 2), sys.argv[1])"
+    script = (
+        "import sys, torch; from peft import PeftModel; PeftModel.from_pretrained(torch.nn.Linear(2, 2), sys.argv[1])"
+    )
     command = [sys.executable, "-c", script, str(tmp_path / "xs")]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False)
     assert outcome.returncode != 0 and "REFLORA_DIST_LORA_XS" in outcome.stderr

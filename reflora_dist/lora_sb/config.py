@@ -50,7 +50,9 @@ class LoraXSConfig(PeftConfig):
         if self.r < 1:
             raise ValueError(f"r={self.r} must be positive")
         if self.bias != "none":
-            raise ValueError(f"bias={self.bias!r} is not supported; use 'none', and modules_to_save for what is trained")
+            raise ValueError(
+                f"bias={self.bias!r} is not supported; use 'none', and modules_to_save for what is trained"
+            )
         if isinstance(self.target_modules, str) and (self.layers_to_transform or self.layers_pattern):
             raise ValueError("layers_to_transform and layers_pattern need target_modules as a list, not as a string")
 

@@ -30,7 +30,9 @@ def save_as_lora(adapter_dir: str | Path, output_dir: str | Path) -> None:
     source, target = Path(adapter_dir), Path(output_dir)
     config = PeftConfig.from_pretrained(str(source))
     if not isinstance(config, LoraXSConfig):
-        raise ValueError(f"{source} holds a {config.peft_type} adapter; only LoRA-XS and LoRA-SB adapters are converted")
+        raise ValueError(
+            f"{source} holds a {config.peft_type} adapter; only LoRA-XS and LoRA-SB adapters are converted"
+        )
     if source.resolve() == target.resolve():
         raise ValueError(f"output_dir={str(target)!r} is the adapter's own folder, whose files would be lost")
     tensors = load_file(source / SAFETENSORS_WEIGHTS_NAME)
@@ -63,11 +65,15 @@ def _lora_config(config: LoraXSConfig) -> LoraConfig:
         r=config.r,
         lora_alpha=config.r if config.lora_alpha is None else config.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=config.lora_dropout,
-        target_modules=config.target_modules,
-        exclude_modules=config.exclude_modules,
+        target_modules=_listed(config.target_modules),
+        exclude_modules=_listed(config.exclude_modules),
         layers_to_transform=config.layers_to_transform,
         layers_pattern=config.layers_pattern,
         rank_pattern=dict(config.rank_pattern),
         alpha_pattern={**own_alphas, **config.alpha_pattern},
         modules_to_save=config.modules_to_save,
     )
+
+
+def _listed(names: list[str] | set[str] | str | None) -> list[str] | str | None:
+    return sorted(names) if isinstance(names, (list, set)) else names

@@ -23,7 +23,7 @@ _Calls = list[tuple[Tensor, Tensor]]
 
 
 def mean_gradients(
-    model: nn.Module, layers: Sequence[nn.Module], batches: Sequence[Any], loss: Loss, comm: Communicator
+    model: nn.Module, layers: Sequence[Any], batches: Sequence[Any], loss: Loss, comm: Communicator
 ) -> list[Tensor]:
     """The mean gradient of linear layers' weights over all ranks' batches: of each this rank's block of rows.
 
@@ -47,9 +47,9 @@ def mean_gradients(
     """
     module = _callable(model)
     device = comm.device
-    blocks = [row_block(layer.out_features, comm.rank, comm.world_size) for layer in layers]  # type: ignore[arg-type]
+    blocks = [row_block(layer.out_features, comm.rank, comm.world_size) for layer in layers]
     totals = [
-        torch.zeros(block.stop - block.start, layer.in_features, device=device)  # type: ignore[arg-type]
+        torch.zeros(block.stop - block.start, layer.in_features, device=device)
         for layer, block in zip(layers, blocks, strict=True)
     ]
     devices = [device.index] if device.type == "cuda" else []
@@ -65,7 +65,7 @@ def mean_gradients(
 
 
 def row_block(rows: int, rank: int, world_size: int) -> slice:
-    """The rows that a rank owns: blocks in the order of ranks, equal but for one row; some are empty if rows are few."""
+    """The rows that a rank owns: equal blocks but for one row, in the order of ranks; some may be empty."""
     return slice(rank * rows // world_size, (rank + 1) * rows // world_size)
 
 
@@ -91,10 +91,10 @@ def _restore_unsharded_units(model: nn.Module) -> None:
 
     Its modules would keep views instead of parameters, and lose these for good in the next forward.
     """
-    for unit in model.modules():
-        if isinstance(unit, FullyShardedDataParallel) and unit._handle is not None:
-            if unit._use_orig_params and not unit._handle.uses_sharded_strategy:
-                unit._handle._use_sharded_views()
+    units = (module for module in model.modules() if isinstance(module, FullyShardedDataParallel))
+    for handle in (unit._handle for unit in units if unit._use_orig_params):
+        if handle is not None and not handle.uses_sharded_strategy:
+            handle._use_sharded_views()
 
 
 def _recorder(calls: _Calls) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:

@@ -77,7 +77,7 @@ def initialize_lora_sb(
     latent = {}
     for group in _groups(targets, config.modules_per_pass):
         gradients = mean_gradients(model, [t.layer for t in group], kept, loss or _model_loss, comm)
-        values = {}
+        values: dict[str, Tensor] = {}
         for target in group:
             step = gradients.pop(0).sign_().mul_(-config.learning_rate)
             left, singular, right = _svd(target, step, config, comm)
@@ -106,7 +106,7 @@ def initialize_lora_xs(model: nn.Module, optimizer: Any, config: LoRASBConfig) -
     generator = torch.Generator().manual_seed(config.seed)
     latent = {}
     for group in _groups(targets, config.modules_per_pass):
-        values = {}
+        values: dict[str, Tensor] = {}
         for target, rows, comm in _weights(model, owners, group):
             left, singular, right = _svd(target, rows, config, comm)
             values |= {target.key("A"): singular[:, None] * right, target.key("B"): _whole(left, comm)}

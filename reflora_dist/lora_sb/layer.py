@@ -37,10 +37,11 @@ class LoraXSLinear(nn.Module, BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
-        self.lora_xs_dropout = nn.ModuleDict()
-        self.lora_xs_A = nn.ModuleDict()
-        self.lora_xs_B = nn.ModuleDict()
-        self.lora_xs_R = nn.ModuleDict()
+        # by adapter; Any, since a ModuleDict's values are of no known type
+        self.lora_xs_dropout: Any = nn.ModuleDict()
+        self.lora_xs_A: Any = nn.ModuleDict()
+        self.lora_xs_B: Any = nn.ModuleDict()
+        self.lora_xs_R: Any = nn.ModuleDict()
         self.cast_input_dtype_enabled = True
         self.merged_adapters: list[str] = []
         self._disable_adapters = False

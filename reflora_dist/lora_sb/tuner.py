@@ -22,11 +22,11 @@ class LoraXSModel(BaseTuner):
 
     prefix = "lora_xs_"
     tuner_layer_cls = LoraXSLinear  # type: ignore[assignment]
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
-        peft_config: LoraXSConfig,  # type: ignore[override]
+        peft_config: LoraXSConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -35,8 +35,8 @@ class LoraXSModel(BaseTuner):
         parameter_name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        r_key = get_pattern_key(peft_config.rank_pattern.keys(), current_key)
-        alpha_key = get_pattern_key(peft_config.alpha_pattern.keys(), current_key)
+        r_key = get_pattern_key(list(peft_config.rank_pattern), current_key)
+        alpha_key = get_pattern_key(list(peft_config.alpha_pattern), current_key)
         r = peft_config.rank_pattern.get(r_key, peft_config.r)
         alpha = peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha)
         settings = (peft_config, r, float(r if alpha is None else alpha))

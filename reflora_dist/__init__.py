@@ -1,8 +1,9 @@
-"""RefLoRA for sharded training: refactored LoRA gradients under DDP, FSDP and DeepSpeed ZeRO.
+"""LoRA with geometry for sharded training: RefLoRA and its relatives under DDP, FSDP and DeepSpeed ZeRO.
 
 ``attach(model, optimizer, RefLoRAConfig(...))`` in a training loop of your own, or ``RefLoRACallback`` in HF Trainer.
 """
 
+from . import lora_sb  # which makes its adapters known to PEFT
 from .callback import RefLoRACallback
 from .config import RefLoRAConfig
 from .integrate import Handle, attach
@@ -10,4 +11,4 @@ from .lora_rite import LoRARite
 from .report import Report
 
 __version__ = "0.1.0"
-__all__ = ["Handle", "LoRARite", "RefLoRACallback", "RefLoRAConfig", "Report", "attach"]
+__all__ = ["Handle", "LoRARite", "RefLoRACallback", "RefLoRAConfig", "Report", "attach", "lora_sb"]

@@ -19,9 +19,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .adapters import clean_name, find_pairs
-from .engines import find_engine
+from .adapters import clean_name
 from .engines.zero import ZeroEngine
+from .trained import find_training_engine
 from .whole import Owner, gather, owned_tensors, scatter
 
 
@@ -53,7 +53,7 @@ def save_adapter(model: nn.Module, output_dir: str | Path, *, save_embedding_lay
     """
     folder = Path(output_dir)
     with agreed("preparing to save the adapter"):
-        peft_model = _peft_model(model)
+        peft_model = find_peft_model(model)
         owners = owned_tensors(model, peft_model)
         if is_first_rank():
             folder.mkdir(parents=True, exist_ok=True)
@@ -98,23 +98,60 @@ def load_adapter(model: nn.Module, optimizer: Any, adapter_dir: str | Path) -> N
     Communication: every rank must call. As :func:`save_adapter`.
     """
     with agreed("opening the adapter"):
-        peft_model = _peft_model(model)
+        peft_model = find_peft_model(model)
+        owners = owned_tensors(model, peft_model)
+    values = _read(adapter_dir, _entries(peft_model, owners, save_embedding_layers=False))
+    with agreed("loading the adapter"):
+        write_weights(model, optimizer, owners, values)
+
+
+def load_frozen(model: nn.Module, adapter_dir: str | Path) -> None:
+    """Load those parameters of the adapters that are not trained, which no engine keeps in its training state.
+
+    Args:
+        model, adapter_dir: as for :func:`load_adapter`.
+
+    Raises:
+        TypeError, ValueError, OSError, RuntimeError: as :func:`load_adapter`.
+
+    Communication: as :func:`load_adapter`, for what is frozen.
+    """
+    with agreed("opening the adapter"):
+        peft_model = find_peft_model(model)
         owners = owned_tensors(model, peft_model)
     entries = _entries(peft_model, owners, save_embedding_layers=False)
+    frozen = {name: entry for name, entry in entries.items() if not getattr(*owners[name]).requires_grad}
+    values = _read(adapter_dir, frozen)
+    with agreed("loading the adapter"):
+        scatter(model, owners, values)
+
+
+def write_weights(model: nn.Module, optimizer: Any, owners: Mapping[str, Owner], values: Mapping[str, Tensor]) -> None:
+    """Put whole values, the same on all ranks, into the model and into the masters that its engine trains.
+
+    Communication: as :func:`scatter`; every rank must call.
+    """
+    scatter(model, owners, values)
+    engine = find_training_engine(model, optimizer)
+    if isinstance(engine, ZeroEngine):
+        engine.write_masters({getattr(*owners[name]): value for name, value in values.items()})
+
+
+def _read(adapter_dir: str | Path, entries: Mapping[str, _Entry]) -> dict[str, Tensor]:
     with agreed("reading the adapter"):
         files = {file: load_file(Path(adapter_dir) / file) for file in {entry.file for entry in entries.values()}}
         missing = [entry.file_key for entry in entries.values() if entry.file_key not in files[entry.file]]
         if missing:
             raise ValueError(f"{adapter_dir} lacks {len(missing)} of the model's parameters ({missing[0]}, ...)")
-        values = {name: files[entry.file][entry.file_key] for name, entry in entries.items()}
-    with agreed("loading the adapter"):
-        scatter(model, owners, values)
-        engine = find_engine(model, optimizer, find_pairs(model))
-        if isinstance(engine, ZeroEngine):
-            engine.write_masters({getattr(*owners[name]): value for name, value in values.items()})
+        return {name: files[entry.file][entry.file_key] for name, entry in entries.items()}
 
 
-def _peft_model(model: nn.Module) -> PeftModel:
+def find_peft_model(model: nn.Module) -> PeftModel:
+    """The PEFT model inside of any wrappers.
+
+    Raises:
+        TypeError: there is none.
+    """
     peft_model = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
     if peft_model is None:
         raise TypeError(f"{type(model).__name__} contains no PeftModel: wrap the model with peft.get_peft_model(...)")

@@ -43,7 +43,7 @@ class RefLoRACallback(TrainerCallback, ExportableState):
             self.handle.detach()
         saved = self._saved_state(state) if state.global_step else None
         if state.global_step and isinstance(kwargs["model"], FullyShardedDataParallel):
-            load_checkpoint(_resumed_checkpoint(args, state), kwargs["model"], kwargs["optimizer"])
+            load_checkpoint(resumed_checkpoint(args, state), kwargs["model"], kwargs["optimizer"])
         self.handle = attach(kwargs["model"], kwargs["optimizer"], self.config, state_dict=saved)
         # Trainer updates this entry at every checkpoint, and fails if a resumed state lacks it.
         assert isinstance(state.stateful_callbacks, dict)
@@ -55,9 +55,9 @@ class RefLoRACallback(TrainerCallback, ExportableState):
             # Trainer's own has no factors, since PEFT does not find its layers under FSDP1's wrappers, and as sharded
             # state accelerate does not load the optimizer's
             assert self.handle is not None
-            save_checkpoint(_checkpoint_folder(args, state), kwargs["model"], kwargs["optimizer"], self.handle)
+            save_checkpoint(checkpoint_folder(args, state), kwargs["model"], kwargs["optimizer"], self.handle)
         elif engine == "fsdp2":
-            save_adapter(kwargs["model"], _checkpoint_folder(args, state))
+            save_adapter(kwargs["model"], checkpoint_folder(args, state))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -85,22 +85,23 @@ class RefLoRACallback(TrainerCallback, ExportableState):
         return schedule_state(self.config, state.global_step)
 
 
-def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """The folder of the checkpoint that Trainer writes at this step."""
     assert args.output_dir is not None
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
-def _resumed_checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+def resumed_checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     """The folder that Trainer resumed from, which it tells nobody: the one whose history is that of ``state``.
 
     Raises:
         FileNotFoundError: it is neither what the arguments name nor in the output folder.
     """
-    for folder in (Path(str(args.resume_from_checkpoint)), _checkpoint_folder(args, state)):
+    for folder in (Path(str(args.resume_from_checkpoint)), checkpoint_folder(args, state)):
         file = folder / "trainer_state.json"
         if file.is_file() and TrainerState.load_from_json(str(file)).log_history == state.log_history:
             return folder
     raise FileNotFoundError(
-        f"{_checkpoint_folder(args, state)} is not the checkpoint of step {state.global_step} that training resumes "
+        f"{checkpoint_folder(args, state)} is not the checkpoint of step {state.global_step} that training resumes "
         "from: under FSDP1 name it in TrainingArguments(resume_from_checkpoint=...) as well"
     )

@@ -32,10 +32,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from .adapter_files import agreed, is_first_rank, load_adapter, save_adapter, world_size
-from .adapters import clean_name, find_pairs
-from .engines import Engine, find_engine
+from .adapter_files import agreed, is_first_rank, load_adapter, load_frozen, save_adapter, world_size
+from .adapters import clean_name
+from .engines import Engine
 from .integrate import Handle
+from .trained import find_training_engine
 
 __all__ = ["load_adapter", "load_checkpoint", "save_adapter", "save_checkpoint"]
 
@@ -47,7 +48,7 @@ _PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed")
 _TRAINABLE_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
-def save_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any, handle: Handle) -> None:
+def save_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any, handle: Handle | None = None) -> None:
     """Save the adapter, the optimizer's state and the schedule, to continue with :func:`load_checkpoint`.
 
     Learning-rate schedulers outside DeepSpeed, random states and the position in the data are the caller's.
@@ -56,7 +57,7 @@ def save_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any, ha
         output_dir: on storage that all ranks share; a checkpoint that is there is replaced.
         model: as the engine returned it (wrapped); under FSDP2 and in one process the model itself.
         optimizer: as given to ``attach``.
-        handle: what ``attach`` returned.
+        handle: what ``attach`` returned; None where nothing is attached (LoRA-SB).
 
     Raises:
         TypeError, ValueError, OSError, RuntimeError: on every rank; the model is not what the engine returned, or
@@ -66,7 +67,7 @@ def save_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any, ha
     """
     folder = Path(output_dir)
     with agreed("preparing to save the checkpoint"):
-        engine = find_engine(model, optimizer, find_pairs(model))
+        engine = find_training_engine(model, optimizer)
         _require_wrapped(model, engine)
         if is_first_rank():
             folder.mkdir(parents=True, exist_ok=True)
@@ -88,6 +89,7 @@ def load_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any) ->
     """Load what :func:`save_checkpoint` wrote into a model and optimizer that were made as for a new run.
 
     The handle's state comes back, for ``attach(model, optimizer, config, state_dict=...)``: load first, then attach.
+    It is empty if there was no handle. Adapter parameters that are frozen come from the adapter's files.
 
     Another number of ranks than that which wrote the checkpoint works under FSDP2, DDP and one process, and under
     DeepSpeed once the checkpoint is converted (the error names the command); it does not under FSDP1.
@@ -104,7 +106,7 @@ def load_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any) ->
     """
     folder = Path(output_dir)
     with agreed("opening the checkpoint"):
-        engine = find_engine(model, optimizer, find_pairs(model))
+        engine = find_training_engine(model, optimizer)
         _require_wrapped(model, engine)
         universal = _is_deepspeed(engine) and bool(model.load_universal_checkpoint())  # type: ignore[operator]
         record = _read_record(folder)
@@ -124,6 +126,7 @@ def load_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any) ->
             state = _training_state(model, engine)
             dcp.load(state, checkpoint_id=folder / _STATE)
             _set_training_state(model, engine, state)
+    load_frozen(model, folder)
     return record["handle"]
 
 
@@ -180,14 +183,14 @@ def _is_no_shard(engine: Engine) -> bool:
 # --- the checkpoint's record ---
 
 
-def _write_record(folder: Path, engine: Engine, handle: Handle) -> None:
+def _write_record(folder: Path, engine: Engine, handle: Handle | None) -> None:
     files = sorted(path for path in (folder / _STATE).rglob("*") if path.is_file())
     record = {
         "version": _FORMAT_VERSION,
         "engine": engine.name,
         "world_size": world_size(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "handle": handle.state_dict(),
+        "handle": {} if handle is None else handle.state_dict(),
         "param_groups": _group_settings(engine),
         "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
     }
@@ -207,7 +210,8 @@ def _read_record(folder: Path) -> dict[str, Any]:
         )
     try:
         record = json.loads(path.read_text())
-        version, _, _, _ = record["version"], record["engine"], record["files"], record["handle"]["steps"]
+        version, _, _, handle = record["version"], record["engine"], record["files"], record["handle"]
+        _ = handle and handle["steps"]  # empty where nothing was attached
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); load an earlier checkpoint") from error
     if version != _FORMAT_VERSION:

@@ -70,6 +70,13 @@ class Communicator:
         pieces = bucket.split([tensor.numel() for tensor in tensors])
         return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
 
+    def reduce_to(self, owner: int, tensor: Tensor) -> Tensor:
+        """Sum a tensor over the group; only ``owner``, a rank of the group, may use what is returned."""
+        if self.world_size > 1:
+            dist.reduce(tensor, group=self.group, group_dst=owner)
+            self._count("reduce", 0 if self.rank == owner else tensor.numel() * tensor.element_size())
+        return tensor
+
     def all_to_all(self, send: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
         """Exchange slices of a 1-D tensor; counts the bytes that go to other ranks."""
         received = send.new_empty(sum(receive_counts))

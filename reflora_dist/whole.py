@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .adapters import clean_name, find_pairs
+from .adapters import clean_name
 
 Owner = tuple[nn.Module, str]
 
@@ -35,17 +36,18 @@ def owned_tensors(model: nn.Module, peft_model: PeftModel) -> dict[str, Owner]:
             if id(module) in module_names:
                 owners[clean_name(f"{module_names[id(module)]}.{attribute}")] = (module, attribute)
     if _fsdp1_units(model) and not isinstance(model, FullyShardedDataParallel):
-        _require_all_factors(model, peft_model, owners)
+        _require_all_adapters(model, peft_model, owners)
     return owners
 
 
-def _require_all_factors(model: nn.Module, peft_model: PeftModel, owners: Mapping[str, Owner]) -> None:
+def _require_all_adapters(model: nn.Module, peft_model: PeftModel, owners: Mapping[str, Owner]) -> None:
     """A model taken out of its FSDP wrapper does not know what that wrapper holds."""
     units = _fsdp1_units(model)
     held = {(id(module), attribute) for unit in units for module, attribute in _unit_tensors(unit)}
     held_names = {name for name, (module, attribute) in owners.items() if (id(module), attribute) in held}
-    for pair in find_pairs(peft_model):
-        prefix = pair.name.removesuffix(f".{pair.adapter}") + ".lora_"
+    layers = [clean_name(name) for name, module in peft_model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        prefix = f"{layer}.{peft_model.base_model.prefix}"
         if units[0]._is_root is None or not any(name.startswith(prefix) for name in held_names):
             raise ValueError(
                 f"the bare {type(model).__name__} does not reach all of FSDP's units: pass the model as "

@@ -200,8 +200,8 @@ def _load_factors(model: PeftModel, factors: Factors) -> None:
 
 
 def is_factor(name: str) -> bool:
-    """Whether a parameter of this name is a lora_A or lora_B."""
-    return any(f".lora_{kind}." in name for kind in ("A", "B", "embedding_A", "embedding_B"))
+    """Whether a parameter of this name is a lora_A or lora_B, or what LoRA-XS trains."""
+    return any(f".lora_{kind}." in name for kind in ("A", "B", "embedding_A", "embedding_B", "xs_R"))
 
 
 def named_factors(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

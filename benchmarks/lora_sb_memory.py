@@ -1,0 +1,124 @@
+"""Peak memory and time of LoRA-SB's initialization, group by group, beside holding all gradients at once.
+
+Starts the ranks itself, a launch per variant and number of ranks, since a process's peak cannot be set back:
+
+    python benchmarks/lora_sb_memory.py --output result.json
+
+    training    no initialization: forward and backward of one batch with adapters, for comparison
+    by group    ``initialize_lora_sb``: the rows of one decoder layer's gradients at a time
+    by module   the same with ``modules_per_pass=1``
+    all at once the published way: all weights trainable, gradients of all batches, then the SVDs by torch
+
+Before figures are shown, the variants must capture the same energy of the first step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import common
+
+VARIANTS = ("training", "by group", "by module", "all at once")
+_RANKS_SCRIPT = Path(__file__).with_name("lora_sb_memory_ranks.py")
+# Each sums in its own order, so that gradients near zero can differ in sign, and both SVDs are approximations.
+ENERGY_TOLERANCE = 0.02
+
+
+@dataclasses.dataclass
+class Arguments:
+    """What is initialized."""
+
+    shape: str = dataclasses.field(default="160m", metadata={"help": f"one of {', '.join(common.SHAPES)}"})
+    lora_rank: int = dataclasses.field(default=16, metadata={"help": "r"})
+    batches: int = dataclasses.field(default=2, metadata={"help": "batches per rank that gradients are the mean of"})
+    batch_size: int = dataclasses.field(default=1, metadata={"help": "sequences per batch"})
+    seq_len: int = dataclasses.field(default=64, metadata={"help": "tokens per sequence"})
+    ranks: list[int] = dataclasses.field(
+        default_factory=lambda: [1, 2], metadata={"help": "numbers of ranks, under DDP"}
+    )
+    output: str | None = dataclasses.field(default=None, metadata={"help": "file for the JSON record"})
+
+    def __post_init__(self) -> None:
+        if self.shape not in common.SHAPES:
+            raise ValueError(f"--shape {self.shape} is unknown; choose one of {', '.join(common.SHAPES)}")
+        for name in ("lora_rank", "batches", "batch_size", "seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+        if not self.ranks or min(self.ranks) < 1:
+            raise ValueError(f"--ranks {self.ranks} must be one or more positive numbers")
+
+
+def main() -> None:
+    from transformers import HfArgumentParser
+
+    from benchmarks.reports.lora_sb_memory import markdown
+
+    (arguments,) = HfArgumentParser([Arguments]).parse_args_into_dataclasses()
+    device = common.single_process_device("start it without a launcher: it starts its ranks itself")
+    common.publish("lora_sb_memory", arguments, device, run(arguments), markdown)
+
+
+def run(arguments: Arguments) -> dict[str, Any]:
+    """Measure every variant on every number of ranks.
+
+    Returns:
+        ``cells``: per launch its ``variant``, ``ranks``, ``seconds``, ``peak_bytes`` (the largest of the ranks) and
+        the ``energy`` captured; ``gradient_bytes`` of all adapted weights in float32; ``shape``.
+    """
+    shape = common.SHAPES[arguments.shape]
+    cells = []
+    with common.progress(len(VARIANTS) * len(arguments.ranks), "launches") as advance:
+        for ranks in arguments.ranks:
+            for variant in VARIANTS:
+                cells.append({"variant": variant, "ranks": ranks, **launch(arguments, variant, ranks)})
+                advance()
+            _require_equal_energy(cells[-len(VARIANTS) :])
+    elements = sum(inputs * outputs for _, inputs, outputs in shape.adapted_linears())
+    return {
+        "shape": dataclasses.asdict(shape),
+        "gradient_bytes": 4 * elements * shape.num_layers,
+        "cells": cells,
+    }
+
+
+def _require_equal_energy(cells: list[dict[str, Any]]) -> None:
+    energies = {cell["variant"]: cell["energy"] for cell in cells if cell["energy"] is not None}
+    reference = energies["all at once"]
+    for variant, energy in energies.items():
+        if abs(energy - reference) > ENERGY_TOLERANCE * reference:
+            raise RuntimeError(f"{variant} captures {energy:g} of the first step's energy, all at once {reference:g}")
+
+
+def launch(arguments: Arguments, variant: str, ranks: int) -> dict[str, Any]:
+    """Run ``lora_sb_memory_ranks.py`` on so many ranks of this machine.
+
+    Raises:
+        RuntimeError: a rank failed; the message holds the end of what they printed.
+    """
+    with tempfile.TemporaryDirectory(prefix="lora-sb-") as folder:
+        job_file, result_file = Path(folder, "job.json"), Path(folder, "result.json")
+        job_file.write_text(json.dumps({**dataclasses.asdict(arguments), "variant": variant}))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        done = subprocess.run(
+            [*command, str(_RANKS_SCRIPT), str(job_file), str(result_file)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},  # ranks share the cores
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if done.returncode or not result_file.exists():
+            raise RuntimeError(f"{variant} on {ranks} ranks failed ({done.returncode}):\n{done.stdout[-4000:]}")
+        return json.loads(result_file.read_text())
+
+
+if __name__ == "__main__":
+    main()

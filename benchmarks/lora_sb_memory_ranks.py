@@ -1,0 +1,89 @@
+"""One rank of ``lora_sb_memory.py``: initializes by one variant and says what it took.
+
+Started by it through ``torch.distributed.run`` with the job's file and the result's.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.distributed as dist
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaForCausalLM
+
+from benchmarks import common
+from reflora_dist.lora_sb import LoRASBConfig, LoraXSConfig, LoraXSLinear, initialize_lora_sb
+
+LEARNING_RATE = 1e-4
+
+
+def main() -> None:
+    job_file, result_file = sys.argv[1:]
+    job = json.loads(Path(job_file).read_text())
+    device = common.start()
+    torch.manual_seed(0)
+    with device:
+        base = LlamaForCausalLM(common.SHAPES[job["shape"]].config())
+    base.train().requires_grad_(False)
+    batches = _batches(job, device)
+    start = common.now(device)
+    energy = _all_at_once(base, batches, job) if job["variant"] == "all at once" else _adapted(base, batches, job)
+    seconds = common.now(device) - start
+    peak = torch.tensor(common.peak_memory_bytes(device), device=device)
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
+    if dist.get_rank() == 0:
+        common.write_json(result_file, {"seconds": seconds, "peak_bytes": int(peak), "energy": energy})
+    common.finish()
+
+
+def _batches(job: dict[str, Any], device: torch.device) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    vocabulary = common.SHAPES[job["shape"]].vocab_size
+    size = (job["batches"], job["batch_size"], job["seq_len"])
+    tokens = torch.randint(vocabulary, size, generator=generator).to(device)
+    return [{"input_ids": batch, "labels": batch} for batch in tokens]
+
+
+def _adapted(base: nn.Module, batches: list[dict[str, Tensor]], job: dict[str, Any]) -> float | None:
+    """With adapters under DDP. Returns the energy of ``B R A``, or None if they are not initialized."""
+    config = LoraXSConfig(r=job["lora_rank"], target_modules=common.LINEARS)
+    model = DistributedDataParallel(get_peft_model(base, config))  # type: ignore[arg-type]
+    optimizer = common.fused_adamw(model)
+    if job["variant"] == "training":
+        model(**batches[0]).loss.backward()
+        return None
+    per_pass = 1 if job["variant"] == "by module" else None
+    settings = LoRASBConfig(num_batches=len(batches), learning_rate=LEARNING_RATE, modules_per_pass=per_pass)
+    initialize_lora_sb(model, optimizer, batches, settings)
+    layers = [module for module in model.modules() if isinstance(module, LoraXSLinear)]
+    return sum(layer.factors("default")[1].square().sum().item() for layer in layers)
+
+
+def _all_at_once(base: nn.Module, batches: list[dict[str, Tensor]], job: dict[str, Any]) -> float:
+    """The gradients of all adapted weights on every rank, as published but for their copies. Returns the energy."""
+    weights = [module.weight for name, module in base.named_modules() if name.endswith(tuple(common.LINEARS))]
+    for weight in weights:
+        weight.requires_grad_(True)
+    for batch in batches:
+        base(**batch).loss.backward()
+    energy = 0.0
+    for weight in weights:
+        dist.all_reduce(weight.grad)
+    for weight in weights:
+        step = weight.grad.sign_().mul_(-LEARNING_RATE)
+        # oversampled, and with as many iterations as published
+        values = torch.svd_lowrank(step, q=2 * job["lora_rank"], niter=10)[1]
+        energy += values[: job["lora_rank"]].square().sum().item()
+    return energy
+
+
+if __name__ == "__main__":
+    main()

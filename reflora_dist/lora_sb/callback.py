@@ -1,0 +1,99 @@
+"""LoRA-SB and LoRA-XS in HF Trainer, and in the trainers of TRL, as one callback."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..adapter_files import load_adapter, load_frozen, save_adapter
+from ..callback import checkpoint_folder, resumed_checkpoint
+from ..checkpoint import load_checkpoint, save_checkpoint
+from .config import LoRASBConfig
+from .initialize import initialize_lora_sb, initialize_lora_xs
+
+
+class LoRASBCallback(TrainerCallback):
+    """Initializes the adapters at the beginning of training, from the Trainer's own batches, under every engine.
+
+    A resumed run is not initialized: it takes A and B from the checkpoint's adapter, which this callback writes under
+    every engine, since they cannot be made again.
+
+    Args:
+        config: what to do, or its settings as a dictionary.
+    """
+
+    def __init__(self, config: LoRASBConfig | Mapping[str, Any]) -> None:
+        self.config = config if isinstance(config, LoRASBConfig) else LoRASBConfig(**config)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        if state.global_step:
+            folder = resumed_checkpoint(args, state)
+            if isinstance(model, FullyShardedDataParallel):
+                load_checkpoint(folder, model, optimizer)
+            else:
+                load_frozen(model, folder)
+        elif self.config.method == "lora-xs":
+            initialize_lora_xs(model, optimizer, self.config)
+        else:
+            config = dataclasses.replace(self.config, learning_rate=self.first_learning_rate(args, state))
+            batches = _first_batches(kwargs["train_dataloader"], config.num_batches)
+            initialize_lora_sb(model, optimizer, batches, config)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = checkpoint_folder(args, state)
+        if isinstance(kwargs["model"], FullyShardedDataParallel):
+            save_checkpoint(folder, kwargs["model"], kwargs["optimizer"])
+        else:
+            save_adapter(kwargs["model"], folder)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        best = state.best_model_checkpoint
+        if args.load_best_model_at_end and best and isinstance(kwargs["model"], FullyShardedDataParallel):
+            # Trainer has just loaded it, from files that hold no adapter
+            load_adapter(kwargs["model"], kwargs["optimizer"], best)
+
+    def first_learning_rate(self, args: TrainingArguments, state: TrainerState) -> float:
+        """That of the configuration, or of the first step of a linear warm-up: as published, whatever the schedule."""
+        if self.config.learning_rate is not None:
+            return self.config.learning_rate
+        return args.learning_rate / max(1, args.get_warmup_steps(state.max_steps))
+
+
+def _first_batches(loader: Any, count: int) -> list[Any]:
+    """The batches that training begins with, taken such that it still begins with them."""
+    generators = {id(found): found for found in _generators(loader)}
+    states = {key: generator.get_state() for key, generator in generators.items()}
+    with torch.random.fork_rng(devices=[]):
+        iterator = iter(loader)
+        batches = list(itertools.islice(iterator, count))
+        if hasattr(iterator, "close"):
+            iterator.close()
+    if hasattr(loader, "end"):
+        loader.end()  # accelerate counts a loader that was left early as one that is still read
+    for key, generator in generators.items():
+        generator.set_state(states[key])
+    return batches
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """Every random generator that a loader, or a sampler in it, draws from."""
+    found, waiting = [], [loader]
+    while waiting:
+        part = waiting.pop()
+        generator = getattr(part, "generator", None)
+        if isinstance(generator, torch.Generator):
+            found.append(generator)
+        children = (getattr(part, name, None) for name in ("base_dataloader", "sampler", "batch_sampler"))
+        waiting += [child for child in children if child is not None]
+    return found

@@ -1,0 +1,79 @@
+"""An ordinary LoRA adapter that computes the same, for tools that know nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .config import LoraXSConfig
+
+
+def save_as_lora(adapter_dir: str | Path, output_dir: str | Path) -> None:
+    """Convert a saved adapter: ``lora_A = A``, ``lora_B = B R``, of the same r, scale and modules.
+
+    On one process, from the files alone. ``lora_B`` is formed in float64 and rounded once. What ``modules_to_save``
+    holds is copied.
+
+    Args:
+        adapter_dir: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        output_dir: another folder, for the same files of the LoRA adapter.
+
+    Raises:
+        ValueError: the adapter is of another kind, or the folders are the same.
+        OSError: a file cannot be read or written.
+    """
+    source, target = Path(adapter_dir), Path(output_dir)
+    config = PeftConfig.from_pretrained(str(source))
+    if not isinstance(config, LoraXSConfig):
+        raise ValueError(
+            f"{source} holds a {config.peft_type} adapter; only LoRA-XS and LoRA-SB adapters are converted"
+        )
+    if source.resolve() == target.resolve():
+        raise ValueError(f"output_dir={str(target)!r} is the adapter's own folder, whose files would be lost")
+    tensors = load_file(source / SAFETENSORS_WEIGHTS_NAME)
+    target.mkdir(parents=True, exist_ok=True)
+    save_file(_as_lora(tensors), target / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    _lora_config(config).save_pretrained(str(target))
+
+
+def _as_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    converted = {}
+    for key, tensor in tensors.items():
+        if ".lora_xs_B." in key:
+            latent = tensors[key.replace(".lora_xs_B.", ".lora_xs_R.")]
+            product = (tensor.double() @ latent.double()).to(torch.promote_types(tensor.dtype, latent.dtype))
+            converted[key.replace(".lora_xs_B.", ".lora_B.")] = product
+        elif ".lora_xs_R." not in key:
+            converted[key.replace(".lora_xs_A.", ".lora_A.")] = tensor
+    return converted
+
+
+def _lora_config(config: LoraXSConfig) -> LoraConfig:
+    # lora_alpha=None is s = 1 for every r, also for those of rank_pattern
+    own_alphas = dict(config.rank_pattern) if config.lora_alpha is None else {}
+    return LoraConfig(
+        task_type=config.task_type,
+        auto_mapping=config.auto_mapping,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=True,
+        r=config.r,
+        lora_alpha=config.r if config.lora_alpha is None else config.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=config.lora_dropout,
+        target_modules=_listed(config.target_modules),
+        exclude_modules=_listed(config.exclude_modules),
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
+        rank_pattern=dict(config.rank_pattern),
+        alpha_pattern={**own_alphas, **config.alpha_pattern},
+        modules_to_save=config.modules_to_save,
+    )
+
+
+def _listed(names: list[str] | set[str] | str | None) -> list[str] | str | None:
+    return sorted(names) if isinstance(names, (list, set)) else names

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import common
 from benchmarks.convergence_data import Material, prepare
 from benchmarks.convergence_runs import (
+    ALL_METHODS,
     CHECKED_STEPS,
     STARTS,
     Schedule,
@@ -40,7 +41,6 @@ from benchmarks.convergence_runs import (
 from benchmarks.convergence_statistics import summarize
 from benchmarks.reports.convergence import markdown
 from launchers.cache import default_cache_dir
-from reflora_dist.config import METHODS
 
 GPU_WORKERS = 8  # small models leave a GPU waiting for the host; each process takes about half a GiB of its memory
 
@@ -57,7 +57,7 @@ def _option(default: Any, help_text: str) -> Any:
 class Arguments:
     """The sweep: methods x learning rates x seeds, on which model and text."""
 
-    methods: list[str] = _list(METHODS, "methods to compare")  # noqa: RUF009
+    methods: list[str] = _list(ALL_METHODS, "methods to compare")  # noqa: RUF009
     learning_rates: list[float] = _list([1.25e-3 * 2**k for k in range(7)], "the grid, the same for every method")  # noqa: RUF009
     seeds: list[int] = _list(range(5), "one run of every method and learning rate each")  # noqa: RUF009
     steps: int = _option(250, "optimizer steps of a run")
@@ -68,6 +68,7 @@ class Arguments:
     lr_warmup_steps: int = _option(10, "steps over which the learning rate rises; a cosine follows")
     batch_size: int = _option(8, "records per step")
     lora_rank: int = _option(8, "r; alpha is 2 r")
+    latent_rank: int = _option(32, "r of lora-sb and lora-xs, which train r * r numbers per layer")
     max_length: int = _option(128, "tokens of prompt and answer together")
     eval_every: int = _option(25, "steps between two evaluations on the held-out records")
     model: str | None = _option(None, "folder of a pre-trained model; default: the embedded one, made here")
@@ -81,8 +82,8 @@ class Arguments:
 
     def __post_init__(self) -> None:
         for method in self.methods:
-            if method not in METHODS:
-                raise ValueError(f"methods: {method!r} is unknown; choose from {', '.join(METHODS)}")
+            if method not in ALL_METHODS:
+                raise ValueError(f"methods: {method!r} is unknown; choose from {', '.join(ALL_METHODS)}")
         for name in ("methods", "learning_rates", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
@@ -94,7 +95,7 @@ class Arguments:
         for name in ("warmup_steps", "lr_warmup_steps"):
             if not 0 <= getattr(self, name) < self.steps:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below steps={self.steps}")
-        for name in ("batch_size", "lora_rank", "eval_every", "max_eval_records", "workers"):
+        for name in ("batch_size", "lora_rank", "latent_rank", "eval_every", "max_eval_records", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")

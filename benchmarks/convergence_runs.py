@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
@@ -26,7 +26,9 @@ from transformers import logging as transformers_logging
 from benchmarks import common
 from benchmarks.convergence_data import Batch, Material
 from launchers.tokenization import IGNORE_INDEX
-from reflora_dist import LoRARite, RefLoRAConfig, attach
+from reflora_dist import Handle, LoRARite, RefLoRAConfig, attach
+from reflora_dist.config import METHODS
+from reflora_dist.lora_sb import LoRASBConfig, LoraXSConfig, initialize_lora_sb, initialize_lora_xs
 
 # zero: PEFT's default, B = 0. drawn: B is drawn as A is, and the base gives up the product (the published code's
 # re_init), so that the model is the same and S exists from the first step on.
@@ -35,6 +37,10 @@ CHECKED_STEPS = 3
 # Runs of one seed do the same arithmetic up to the end of the warm-up; some GPU kernels add up in any order.
 CHECK_TOLERANCE = 1e-4
 TIMED_ROUNDS, TIMED_STEPS, UNTIMED_STEPS = 6, 5, 3
+# These train an r x r matrix between frozen factors of their own start.
+LATENT_METHODS = ("lora-sb", "lora-xs")
+ALL_METHODS = (*METHODS, *LATENT_METHODS)
+_GRADIENT_BATCHES = 8  # from which LoRA-SB takes its first step: those that training begins with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +54,7 @@ class Schedule:
         lr_warmup_steps: steps over which the learning rate rises; a cosine follows.
         batch_size: records per step.
         lora_rank: r; alpha is 2 r, and every linear layer but the head gets an adapter.
+        latent_rank: r of LoRA-SB and LoRA-XS, which train r * r numbers per layer; s = 1, as published.
         eval_every: steps between two evaluations.
     """
 
@@ -57,6 +64,7 @@ class Schedule:
     lr_warmup_steps: int
     batch_size: int
     lora_rank: int
+    latent_rank: int
     eval_every: int
 
 
@@ -75,10 +83,8 @@ class Workbench:
     def __init__(self, material: Material, schedule: Schedule, device: torch.device) -> None:
         _be_quiet()
         self.schedule, self.device = schedule, device
-        base = AutoModelForCausalLM.from_pretrained(material.model, dtype=torch.float32).to(device)
-        base.config.use_cache = False
         lora = LoraConfig(r=schedule.lora_rank, lora_alpha=2 * schedule.lora_rank, target_modules="all-linear")
-        self.model = get_peft_model(base, lora)
+        self.model = get_peft_model(self._base(material.model), lora)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
         self._base_weights = (
@@ -86,7 +92,20 @@ class Workbench:
         )
         self._material = material
         self._held_out = material.held_out_batches(device)
+        self._latent_model: PeftModel | None = None
         self._batches: tuple[int, list[Batch]] | None = None
+
+    def _base(self, model: str) -> Any:
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(self.device)
+        base.config.use_cache = False
+        return base
+
+    def latent_model(self) -> PeftModel:
+        """The model with adapters of LoRA-XS, made when first asked for."""
+        if self._latent_model is None:
+            config = LoraXSConfig(r=self.schedule.latent_rank, target_modules="all-linear")
+            self._latent_model = get_peft_model(self._base(self._material.model), config)  # type: ignore[arg-type]
+        return self._latent_model
 
     def batches(self, seed: int) -> list[Batch]:
         """The training batches of a seed; those of the last one are kept."""
@@ -121,21 +140,22 @@ class Workbench:
             finite); ``skipped_pairs`` and ``applied_steps`` as the handle reports them; ``wall_seconds``.
         """
         schedule, batches = self.schedule, self.batches(task.seed)
-        optimizer = self.reset(task.seed, task.learning_rate, task.method)
+        began = common.now(self.device)
+        model, optimizer, handle = self._start(task, batches)
         decay = get_cosine_schedule_with_warmup(optimizer, schedule.lr_warmup_steps, schedule.steps)
         start_digest = self._digest(batches)
-        handle = attach(self.model, optimizer, _config(task.method, schedule.warmup_steps))
-        began = common.now(self.device)
-        train_losses, held_out = [], [(0, self.evaluate())]
+        train_losses, held_out = [], [(0, self.evaluate(model))]
         for step, batch in enumerate(batches[:stop_after], start=1):
-            train_losses.append(self._backward(batch))
+            train_losses.append(self._backward(model, batch))
             optimizer.step()
             decay.step()
             optimizer.zero_grad()
             if step % schedule.eval_every == 0 or step == schedule.steps:
-                held_out.append((step, self.evaluate()))
-        report = handle.report().as_dict()
-        handle.detach()
+                held_out.append((step, self.evaluate(model)))
+        report = {"applied_steps": len(train_losses), "skipped_pairs": 0}
+        if handle is not None:
+            report = handle.report().as_dict()
+            handle.detach()
         return {
             **dataclasses.asdict(task),
             "start_digest": start_digest,
@@ -147,21 +167,47 @@ class Workbench:
             "wall_seconds": common.now(self.device) - began,
         }
 
-    def _backward(self, batch: Batch) -> Tensor:
-        self.model.train()
-        loss = self.model(**batch).loss
+    def _start(
+        self, task: Task, batches: Sequence[Batch], warmup_steps: int | None = None
+    ) -> tuple[PeftModel, torch.optim.Optimizer, Handle | None]:
+        """The model, its optimizer, and what acts on the steps."""
+        schedule = self.schedule
+        optimizer = self.reset(task.seed, task.learning_rate, task.method)
+        if task.method not in LATENT_METHODS:
+            plain = schedule.warmup_steps if warmup_steps is None else warmup_steps
+            return self.model, optimizer, attach(self.model, optimizer, _config(task.method, plain))
+        model = self.latent_model()
+        optimizer = torch.optim.AdamW(
+            (parameter for parameter in model.parameters() if parameter.requires_grad),
+            lr=task.learning_rate,
+            weight_decay=0.0,
+            fused=True,
+        )
+        first = task.learning_rate / max(1, schedule.lr_warmup_steps)
+        count = min(_GRADIENT_BATCHES, len(batches))
+        config = LoRASBConfig(method=task.method, num_batches=count, learning_rate=first, seed=task.seed)
+        if task.method == "lora-sb":
+            model.train()
+            initialize_lora_sb(model, optimizer, batches, config)
+        else:
+            initialize_lora_xs(model, optimizer, config)
+        return model, optimizer, None
+
+    def _backward(self, model: PeftModel, batch: Batch) -> Tensor:
+        model.train()
+        loss = model(**batch).loss
         loss.backward()
         return loss.detach()
 
     @torch.no_grad()
-    def evaluate(self) -> float:
+    def evaluate(self, model: PeftModel) -> float:
         """The held-out loss per answer token."""
-        self.model.eval()
+        model.eval()
         total, tokens = torch.zeros((), dtype=torch.float64, device=self.device), 0
         for batch in self._held_out:
             # a batch's loss is the mean over the labels that are predicted: all but a row's first position
             count = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-            total += self.model(**batch).loss.double() * count
+            total += model(**batch).loss.double() * count
             tokens += count
         return float(total) / tokens
 
@@ -183,17 +229,18 @@ class Workbench:
         return {method: common.spread(values) for method, values in times.items()}
 
     def _time_block(self, method: str, batch: Batch) -> list[float]:
-        optimizer = self.reset(0, learning_rate=1e-4, method=method)
-        handle = attach(self.model, optimizer, _config(method, warmup_steps=1))  # B = 0 is left behind
+        batches = [batch] * _GRADIENT_BATCHES
+        model, optimizer, handle = self._start(Task(method, 1e-4, 0), batches, warmup_steps=1)  # leaves B = 0 behind
         times = []
         for step in range(UNTIMED_STEPS + TIMED_STEPS):
             began = common.now(self.device)
-            self._backward(batch)
+            self._backward(model, batch)
             optimizer.step()
             optimizer.zero_grad()
             if step >= UNTIMED_STEPS:
                 times.append(1e3 * (common.now(self.device) - began))
-        handle.detach()
+        if handle is not None:
+            handle.detach()
         return times
 
 
@@ -224,6 +271,8 @@ def _finite(value: float) -> float | None:
 def assert_same_start(runs: Sequence[dict[str, Any]], warmup_steps: int) -> None:
     """All runs of a seed begin with the same factors, batches and losses, and stay together while they are plain.
 
+    LoRA-SB and LoRA-XS have another model to start from; they share the batches.
+
     Raises:
         AssertionError: they do not; the message names the runs.
     """
@@ -234,10 +283,14 @@ def assert_same_start(runs: Sequence[dict[str, Any]], warmup_steps: int) -> None
     for first, *others in seeds.values():
         for other in others:
             _assert_equal(first, other, "start_digest", first["start_digest"] == other["start_digest"])
+            if {first["method"], other["method"]} & set(LATENT_METHODS):
+                continue
             start, other_start = first["held_out_losses"][0], other["held_out_losses"][0]
             _assert_equal(first, other, "held_out_losses", _is_close(start, other_start))
     for first, *others in plain.values():
         for other in others:
+            if {first["method"], other["method"]} & set(LATENT_METHODS):
+                continue
             # the loss at step w + 1 is the last that follows from w plain steps alone
             shared = min(plain_steps(run["method"], warmup_steps) for run in (first, other))
             count = min(shared, CHECKED_STEPS) + 1

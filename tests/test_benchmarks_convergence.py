@@ -14,15 +14,16 @@ import torch
 
 from benchmarks import convergence, convergence_runs
 from benchmarks.convergence_data import Material, prepare
-from benchmarks.convergence_runs import Schedule, Task, Workbench, assert_same_start, load_finished
+from benchmarks.convergence_runs import ALL_METHODS, Schedule, Task, Workbench, assert_same_start, load_finished
 from benchmarks.convergence_statistics import good_range, mean_and_sd, paired, summarize
 from benchmarks.reports.convergence import markdown, plot
 from launchers.tokenization import IGNORE_INDEX
-from reflora_dist.config import METHODS
 from tests.test_launchers_support import launch, micro_model, write_records
 
 CPU = torch.device("cpu")
-SCHEDULE = Schedule(steps=4, start="zero", warmup_steps=2, lr_warmup_steps=1, batch_size=2, lora_rank=2, eval_every=2)
+SCHEDULE = Schedule(
+    steps=4, start="zero", warmup_steps=2, lr_warmup_steps=1, batch_size=2, lora_rank=2, latent_rank=3, eval_every=2
+)
 SCRIPT = "benchmarks/convergence.py"
 
 
@@ -48,18 +49,18 @@ def options(model: Path, folder: Path) -> list[str]:
     """A sweep of seconds."""
     records = write_records(folder / "records.jsonl")
     text = f"--model {model} --dataset {records} --eval_fraction 0.2 --max_eval_records 4 --max_length 96"
-    sizes = "--steps 4 --warmup_steps 2 --lr_warmup_steps 1 --batch_size 2 --lora_rank 2 --eval_every 2"
+    sizes = "--steps 4 --warmup_steps 2 --lr_warmup_steps 1 --batch_size 2 --lora_rank 2 --latent_rank 3 --eval_every 2"
     return f"{text} {sizes} --seeds 0 1 --learning_rates 1e-3 1e-2".split()
 
 
 def test_a_sweep_writes_a_record_and_continues_where_it_was_interrupted(model: Path, tmp_path: Path) -> None:
     output, lines = tmp_path / "results" / "sweep.json", tmp_path / "results" / "sweep.jsonl"
     command = [sys.executable, SCRIPT, *options(model, tmp_path), "--output", output]
-    count = 2 * 2 * len(METHODS)
+    count = 2 * 2 * len(ALL_METHODS)
     assert f"{count} runs, 0 finished before" in launch([*command, "--workers", "2"], timeout_s=300)
     record = json.loads(output.read_text())
     assert record["benchmark"] == "convergence" and record["versions"]["torch"] and record["arguments"]["steps"] == 4
-    assert list(record["results"]["methods"]) == list(METHODS) == list(record["results"]["step_ms"])
+    assert list(record["results"]["methods"]) == list(ALL_METHODS) == list(record["results"]["step_ms"])
     assert len(record["results"]["runs"]) == count == len(lines.read_text().splitlines())
 
     # killed in the middle of a line: that run is repeated, the others are not, and nothing changes
@@ -68,7 +69,7 @@ def test_a_sweep_writes_a_record_and_continues_where_it_was_interrupted(model: P
     assert f"{count} runs, {count - 1} finished before" in text
     again = json.loads(output.read_text())
     assert again["results"]["paired"] == record["results"]["paired"]
-    for method in METHODS:
+    for method in ALL_METHODS:
         assert f"| {method} |" in text
         assert again["results"]["methods"][method] == record["results"]["methods"][method]
     assert markdown(again) in text
@@ -92,10 +93,10 @@ def test_runs_of_other_settings_are_not_taken_over(bench: Workbench, material: M
 @pytest.mark.parametrize("start", convergence_runs.STARTS)
 def test_all_methods_start_alike_and_then_part(material: Material, start: str) -> None:
     bench = Workbench(material, Schedule(**{**vars(SCHEDULE), "start": start, "lr_warmup_steps": 0}), CPU)
-    runs = [bench.run(Task(method, 1e-2, seed)) for seed in (0, 1) for method in METHODS]
+    runs = [bench.run(Task(method, 1e-2, seed)) for seed in (0, 1) for method in ALL_METHODS]
     assert_same_start(runs, SCHEDULE.warmup_steps)
     first_seed = {run["method"]: run for run in runs if run["seed"] == 0}
-    assert len({run["held_out_losses"][-1] for run in first_seed.values()}) == len(METHODS)
+    assert len({run["held_out_losses"][-1] for run in first_seed.values()}) == len(ALL_METHODS)
     assert not any(run["skipped_pairs"] for run in runs)
     assert first_seed["lora"]["applied_steps"] == 0
     assert first_seed["reflora"]["applied_steps"] == SCHEDULE.steps - SCHEDULE.warmup_steps

@@ -27,6 +27,8 @@ def mean_gradients(
 ) -> list[Tensor]:
     """The mean gradient of linear layers' weights over all ranks' batches: of each this rank's block of rows.
 
+    Every batch counts the same, as under data parallelism; a layer that none of them reaches has the gradient zero.
+
     All parameters are frozen meanwhile, so that engines have no gradient to reduce or to accumulate. The graph begins
     at the given layers: what lies before them only runs forward. Random states are what they were afterwards.
 
@@ -39,9 +41,6 @@ def mean_gradients(
         batches: as many on every rank.
         loss: from the model and a batch, its mean loss.
         comm: all ranks that hold batches.
-
-    Raises:
-        RuntimeError: the loss of a batch does not depend on the layers.
 
     Communication: per batch and layer one reduce per rank, in all ``out * in`` float32 values; and the engine's own.
     """
@@ -76,9 +75,8 @@ def _calls_of(module: nn.Module, layers: Sequence[nn.Module], batch: Any, loss: 
     try:
         with torch.enable_grad():
             value = loss(module, batch)
-            if not value.requires_grad:
-                raise RuntimeError("the loss does not depend on the adapted modules: no gradient can be estimated")
-            value.backward()
+            if value.requires_grad:  # if not, this batch reaches none of the layers
+                value.backward()
     finally:
         for hook in hooks:
             hook.remove()

@@ -36,6 +36,7 @@ from .adapter_files import agreed, is_first_rank, load_adapter, save_adapter, wo
 from .adapters import clean_name, find_pairs
 from .engines import Engine, find_engine
 from .integrate import Handle
+from .start_files import mark_of, require_same_start
 
 __all__ = ["load_adapter", "load_checkpoint", "save_adapter", "save_checkpoint"]
 
@@ -81,7 +82,7 @@ def save_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any, ha
             dcp.save(_training_state(model, engine), checkpoint_id=folder / _STATE)
     with agreed("completing the checkpoint"):
         if is_first_rank():
-            _write_record(folder, engine, handle)
+            _write_record(folder, engine, handle, mark_of(model))
 
 
 def load_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any) -> dict[str, Any]:
@@ -109,6 +110,7 @@ def load_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any) ->
         universal = _is_deepspeed(engine) and bool(model.load_universal_checkpoint())  # type: ignore[operator]
         record = _read_record(folder)
         _require_same_engine(record, engine, folder)
+        require_same_start(model, record.get("start"), folder)
         if universal:
             _require_converted(folder)
         else:
@@ -180,7 +182,7 @@ def _is_no_shard(engine: Engine) -> bool:
 # --- the checkpoint's record ---
 
 
-def _write_record(folder: Path, engine: Engine, handle: Handle) -> None:
+def _write_record(folder: Path, engine: Engine, handle: Handle, start: str | None) -> None:
     files = sorted(path for path in (folder / _STATE).rglob("*") if path.is_file())
     record = {
         "version": _FORMAT_VERSION,
@@ -188,6 +190,7 @@ def _write_record(folder: Path, engine: Engine, handle: Handle) -> None:
         "world_size": world_size(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "handle": handle.state_dict(),
+        "start": start,
         "param_groups": _group_settings(engine),
         "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
     }

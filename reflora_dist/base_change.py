@@ -74,12 +74,13 @@ def checksum(block: Block) -> int:
     device = compute_device(block.tensor.device)
     row_count, column_count = block.tensor.shape
     column_weights = torch.arange(block.column, block.column + column_count, device=device) % _COLUMN_PERIOD + 1
-    row_weights = torch.arange(block.row, block.row + row_count, device=device) % _ROW_PERIOD + 1
+    # odd, so that the weights of a transposed place differ
+    row_weights = torch.arange(block.row, block.row + row_count, device=device) % _ROW_PERIOD * 2 + 1
     total = 0
     for rows in _row_ranges(block.tensor, device):
         values = block.tensor[rows].contiguous()
         bits = values.view(_BITS[values.element_size()]).to(device, torch.int64)
-        total += int((bits.mul_(column_weights).sum(dim=1) * row_weights[rows]).sum())
+        total += int(((bits * column_weights).sum(dim=1) * row_weights[rows]).sum())
     return total % 2**64
 
 

@@ -83,7 +83,11 @@ def _estimate_gradients(
                 batch = collator([data[i] for i in indices])
                 base(**{key: value.to(training.device) for key, value in batch.items()}).loss.backward()
 
-    config = LoraConfig(target_modules=names, init_lora_weights="lora_ga", lora_ga_config=lora_ga_config)
+    config = LoraConfig(
+        target_modules=names,
+        init_lora_weights="lora_ga",  # type: ignore[arg-type]  # missing in PEFT's annotation
+        lora_ga_config=lora_ga_config,
+    )
     with torch.random.fork_rng():
         preprocess_loraga(base, config, accumulate)
     for name, layer in zip(names, layers.values(), strict=True):

@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 FILE_NAME = "initial_factors.safetensors"
 _CONFIG_NAME = "adapter_config.json"
 _VERSION = 1
+_PEFT_STARTS = ("pissa", "olora", "lora_ga", "corda", "loftq")
 _MARK = "base changed at the start by "
 
 
@@ -82,7 +84,8 @@ def mark_of(model: nn.Module) -> str | None:
     """The mark of a model whose base was changed, on every rank; None for any other."""
     peft_model = find_peft_model(model)
     configs: Any = peft_model.peft_config.values() if peft_model is not None else ()
-    return next((config.init_lora_weights for config in configs if is_mark(config.init_lora_weights)), None)
+    starts = [getattr(config, "init_lora_weights", None) for config in configs]
+    return next((init for init in starts if is_mark(init)), None)
 
 
 def saved_mark(adapter_dir: str | Path) -> str | None:
@@ -112,9 +115,16 @@ def require_same_start(model: nn.Module, saved: str | None, source: Any) -> None
 
 
 def write_start(model: nn.Module, folder: str | Path) -> None:
-    """Put the initial factors beside an adapter or checkpoint. Local: the first rank writes, any other returns."""
-    start = getattr(find_peft_model(model), "_reflora_start", None)
-    if start is None or not start.factors:
+    """Put the initial factors beside an adapter or checkpoint. Local: the first rank writes, any other returns.
+
+    Warns of a base that PEFT changed by itself, since then there is nothing to repeat the change from.
+    """
+    peft_model = find_peft_model(model)
+    start = getattr(peft_model, "_reflora_start", None)
+    if start is None:
+        _warn_of_peft_starts(peft_model)
+        return
+    if not start.factors:
         return
     header = {field: json.dumps(dict(getattr(start, field))) for field in ("scaling", "before", "after", "base_dtype")}
     header |= {"version": str(_VERSION), "init": start.init, "mark": start.mark}
@@ -123,6 +133,17 @@ def write_start(model: nn.Module, folder: str | Path) -> None:
     part = target.with_name(f".{FILE_NAME}.part")
     save_file(dict(start.factors), part, metadata=header)
     os.replace(part, target)
+
+
+def _warn_of_peft_starts(peft_model: Any) -> None:
+    for config in peft_model.peft_config.values() if peft_model is not None else ():
+        init = getattr(config, "init_lora_weights", None)
+        if isinstance(init, str) and init.startswith(_PEFT_STARTS):
+            warnings.warn(
+                f"init_lora_weights={init!r} changed the base, which is not saved, and not in a way that can always be "
+                "repeated: use init_lora_weights=True and reflora_dist.initialize_adapters(model, init) instead",
+                stacklevel=3,
+            )
 
 
 def find_start(folder: str | Path) -> Path:

@@ -43,7 +43,7 @@ class Run(NamedTuple):
 
 
 def base_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    base = LlamaForCausalLM(LlamaConfig(**WORKLOAD.llama))
+    base: Any = LlamaForCausalLM(LlamaConfig(**WORKLOAD.llama))
     base.load_state_dict(WORKLOAD.base_weights)
     base.config.use_cache = False
     return base.to(dtype)

@@ -74,7 +74,8 @@ def test_kaiming_both_draws_the_published_numbers() -> None:
     layer by layer; A within 1 / sqrt(in), B within 1 / sqrt(r).
     """
     torch.manual_seed(3)
-    published = get_peft_model(base_model(), LoraConfig(**WORKLOAD.lora))
+    published: Any = get_peft_model(base_model(), LoraConfig(**WORKLOAD.lora))
+    module: Any
     for module in published.modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
             for factor in (module.lora_A["default"].weight, module.lora_B["default"].weight):
@@ -101,17 +102,18 @@ def _exact_svd(matrix: Tensor, q: int, niter: int) -> tuple[Tensor, Tensor, Tens
 def test_factors_are_those_that_peft_computes(init: str, rslora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside a model that PEFT itself started: the same B A, and the same base weights up to rounding."""
     more: dict[str, Any] = {"use_rslora": rslora}
+    own: dict[str, Any] = {"init_lora_weights": init}
     ga = LoraGAConfig() if init == "lora_ga" else None
     monkeypatch.setattr(torch, "svd_lowrank", _exact_svd)
-    base = base_model()
+    base: Any = base_model()
     if ga is not None:
-        twin = base_model()
+        twin: Any = base_model()
         twin(input_ids=WORKLOAD.batches[0], labels=WORKLOAD.batches[0]).loss.backward()
         for name, module in base.named_modules():
             if isinstance(module, nn.Linear):
                 module._peft_loraga_grad = twin.get_submodule(name).weight.grad
     torch.manual_seed(0)
-    peft_own = get_peft_model(base, LoraConfig(**WORKLOAD.lora, init_lora_weights=init, lora_ga_config=ga, **more))
+    peft_own = get_peft_model(base, LoraConfig(**{**WORKLOAD.lora, **more, **own}, lora_ga_config=ga))
     torch.manual_seed(0)
     model = get_peft_model(base_model(), LoraConfig(**WORKLOAD.lora, **more))
     if ga is not None:
@@ -230,7 +232,8 @@ def _fresh(base: Any = None, **lora: Any) -> PeftModel:
 
 def test_a_quantized_base_is_refused() -> None:
     model = _fresh()
-    layer = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
+    inner: Any = model.get_base_model()
+    layer = inner.model.layers[0].self_attn.q_proj.base_layer
     layer.weight = nn.Parameter(torch.zeros(64, 64, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match=r"q_proj.default is quantized \(Parameter, torch.int8\).*load the base in bf"):
         initialize_adapters(model, "kaiming_both")
@@ -257,7 +260,8 @@ def test_a_second_change_is_refused(saved: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["other-weights", "bf16", "alpha", "rank", "targets"])
 def test_replaying_on_another_model_is_refused(saved: Path, kind: str) -> None:
-    base, lora, message = base_model(), {}, ""
+    base: Any = base_model()
+    lora: dict[str, Any] = {}
     if kind == "other-weights":
         base.model.layers[1].mlp.up_proj.weight.data[3, 5] += 1e-6
         message = r"layers.1.mlp.up_proj is not the one that training began from: load the same base"
@@ -321,6 +325,12 @@ def test_what_needs_no_replay_or_conversion(tmp_path: Path) -> None:
     assert torch.equal(logits_of(model), logits_of(base_model()))
     with pytest.raises(ValueError, match="nothing to convert"):
         convert_adapter(tmp_path, tmp_path / "converted")
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_base_that_peft_changed_itself_is_warned_of(init: str, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=rf"init_lora_weights='{init}' changed the base.*initialize_adapters"):
+        save_adapter(_fresh(init_lora_weights=init), tmp_path)
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -435,6 +445,7 @@ def test_ranks_with_unequal_bases_are_told() -> None:
 def _fails_on_one_rank(rank: int, world_size: int) -> str:
     from reflora_dist import initialization
 
+    module: Any = initialization
     original = initialization.peft_factors
 
     def broken(pair: Any, *args: Any) -> Any:
@@ -442,7 +453,7 @@ def _fails_on_one_rank(rank: int, world_size: int) -> str:
             raise torch.linalg.LinAlgError("the decomposition did not converge")
         return original(pair, *args)
 
-    initialization.peft_factors = broken
+    module.peft_factors = broken
     with pytest.raises(RuntimeError) as error:
         initialize_adapters(_fresh(), "pissa")
     return str(error.value)
@@ -456,6 +467,7 @@ def test_a_decomposition_that_fails_on_one_rank_fails_on_all() -> None:
 def test_tolerances_can_tell() -> None:
     """A base that was not changed, and one that was not changed back, are far beyond the tolerances."""
     model = _started()
+    layer: Any
     for layer in model.get_base_model().modules():
         if hasattr(layer, "lora_B") and "default" in layer.lora_B:
             layer.lora_B["default"].weight.data.zero_()

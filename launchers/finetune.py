@@ -22,11 +22,11 @@ from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
 
 from launchers import embedded, plots, recorder
-from launchers.options import Options, check_output_dir, checkpoint_to_resume, parse_options
+from launchers.options import PEFT_STARTS, Options, check_output_dir, checkpoint_to_resume, parse_options
 from launchers.records import Record, load_records, split_records
+from launchers.starts import start_adapter
 from launchers.tokenization import Collator, cached_examples
-from reflora_dist import RefLoRACallback
-from reflora_dist.checkpoint import save_adapter
+from reflora_dist import RefLoRACallback, export_adapter
 
 # Trainer's settings that two runs must share to be comparable.
 RECORDED_ARGUMENTS = (
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         options = parse_options(argv)
         check_output_dir(options.training.output_dir)
         checkpoint = checkpoint_to_resume(options.training)
-        trainer, run_recorder = prepare(options)
+        trainer, run_recorder = prepare(options, checkpoint)
     except (ValueError, RuntimeError) as error:
         # What a user can mend is told in one line; a traceback would hide it.
         raise SystemExit(f"finetune.py: error: {error}") from error
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     leave()
 
 
-def prepare(options: Options) -> tuple[Trainer, recorder.RunRecorder]:
+def prepare(options: Options, checkpoint: str | None = None) -> tuple[Trainer, recorder.RunRecorder]:
     """Model, data and trainer, ready to train; every mistake that can be found before training is found here.
 
     Raises:
@@ -70,18 +70,20 @@ def prepare(options: Options) -> tuple[Trainer, recorder.RunRecorder]:
         arguments.eval_strategy, arguments.eval_on_start = "no", False
     set_seed(arguments.seed)
     model = add_adapter(load_model(model_path, options), options)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    collator = Collator(pad_token_id=padding)
+    start_adapter(model, lambda: load_model(model_path, options), train_data, collator, options, checkpoint)
     config = options.lora.reflora_config()
     reflora_callback = RefLoRACallback(config)
     assert config.warmup_steps is not None
     first_refactored = config.warmup_steps + 1 if config.method != "lora" else None
     run_recorder = recorder.RunRecorder(reflora_callback, first_refactored)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=train_data,
         eval_dataset=eval_data,
-        data_collator=Collator(pad_token_id=padding),
+        data_collator=collator,
         callbacks=[reflora_callback, run_recorder],
         optimizer_cls_and_kwargs=options.optimizer(),
     )
@@ -169,6 +171,8 @@ def add_adapter(model: Any, options: Options) -> Any:
         target_modules=targets[0] if targets == ["all-linear"] else targets,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
+        # a start that changes the base is made afterwards, the same on every rank and under every engine
+        init_lora_weights=PEFT_STARTS.get(lora.init_lora_weights, True),  # type: ignore[arg-type]
     )
     training = options.training  # transformers 5.17 knows only the older name, later versions deprecate it
     if getattr(training, "activation_checkpointing", None) or training.gradient_checkpointing:
@@ -183,7 +187,7 @@ def finish(trainer: Trainer, run_recorder: recorder.RunRecorder, options: Option
     evaluated = any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in history)
     if trainer.eval_dataset is not None and not evaluated:
         trainer.evaluate()
-    save_adapter(trainer.model_wrapped, output_dir)
+    export_adapter(trainer.model_wrapped, output_dir)
     settings = {"method": options.lora.method}
     for part in (options.model, options.lora, options.data):
         settings |= recorder.jsonable(part)

@@ -20,8 +20,11 @@ from launchers.embedded import EmbeddedSettings
 from launchers.tokenization import TokenizationSettings
 from reflora_dist import LoRARite, RefLoRAConfig
 from reflora_dist.config import METHODS
+from reflora_dist.initial_factors import check_init
 
 MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")
+# PEFT's own starts that leave the base alone; the others are reflora_dist.initialization's.
+PEFT_STARTS: dict[str, bool | str] = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
 
 
 def _option(default: object, help_text: str, **metadata: object):  # type: ignore[no-untyped-def]
@@ -69,13 +72,30 @@ class LoraOptions:
     )
     rslora: bool = _option(False, "Rank-stabilised scaling: alpha / sqrt(r).")
     dora: bool = _option(False, "DoRA: a trained magnitude beside the factors.")
+    init_lora_weights: str = _option(
+        "default",
+        "Start of the factors. default (B = 0), gaussian (B = 0) and orthogonal leave the base alone. pissa, "
+        "pissa_niter_N, olora, lora_ga, and kaiming_both (published for --reflora_warmup_steps 0) change it.",
+    )
+    lora_ga_batches: int = _option(8, "Batches of per_device_train_batch_size from which lora_ga takes the gradient.")
 
     def __post_init__(self) -> None:
         if self.lora_r < 1:
             raise ValueError(f"lora_r={self.lora_r} must be at least 1")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout} must be in [0, 1)")
+        if self.lora_ga_batches < 1:
+            raise ValueError(f"lora_ga_batches={self.lora_ga_batches} must be at least 1")
+        self._check_start()
         self.reflora_config()
+
+    def _check_start(self) -> None:
+        if self.init_lora_weights in PEFT_STARTS:
+            return
+        try:
+            check_init(self.init_lora_weights)
+        except ValueError as error:
+            raise ValueError(f"init_lora_weights: {error}, or one of {', '.join(PEFT_STARTS)}") from error
 
     def reflora_config(self) -> RefLoRAConfig:
         """The settings that the package reads."""

@@ -6,9 +6,22 @@
 from . import lora_sb  # which makes its adapters known to PEFT
 from .callback import RefLoRACallback
 from .config import RefLoRAConfig
+from .initialization import convert_adapter, export_adapter, initialize_adapters, replay_initialization
 from .integrate import Handle, attach
 from .lora_rite import LoRARite
 from .report import Report
 
 __version__ = "0.1.0"
-__all__ = ["Handle", "LoRARite", "RefLoRACallback", "RefLoRAConfig", "Report", "attach", "lora_sb"]
+__all__ = [
+    "Handle",
+    "LoRARite",
+    "RefLoRACallback",
+    "RefLoRAConfig",
+    "Report",
+    "attach",
+    "convert_adapter",
+    "export_adapter",
+    "initialize_adapters",
+    "lora_sb",
+    "replay_initialization",
+]

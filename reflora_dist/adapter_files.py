@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .adapters import clean_name
 from .engines.zero import ZeroEngine
+from .start_files import require_same_start, saved_mark, write_start
 from .trained import find_training_engine
 from .whole import Owner, gather, owned_tensors, scatter
 
@@ -76,6 +77,7 @@ def save_adapter(model: nn.Module, output_dir: str | Path, *, save_embedding_lay
             if is_first_rank():
                 _clean_keys(Path(target))
                 _move_into_place(Path(target), folder)
+                write_start(model, folder)
         finally:
             shutil.rmtree(target, ignore_errors=True)
 
@@ -99,6 +101,7 @@ def load_adapter(model: nn.Module, optimizer: Any, adapter_dir: str | Path) -> N
     """
     with agreed("opening the adapter"):
         peft_model = find_peft_model(model)
+        require_same_start(model, saved_mark(adapter_dir), adapter_dir)
         owners = owned_tensors(model, peft_model)
     values = _read(adapter_dir, _entries(peft_model, owners, save_embedding_layers=False))
     with agreed("loading the adapter"):

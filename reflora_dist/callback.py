@@ -15,6 +15,7 @@ from .adapter_files import load_adapter, save_adapter
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import RefLoRAConfig
 from .integrate import Handle, attach, schedule_state
+from .start_files import mark_of, require_same_start, write_start
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class RefLoRACallback(TrainerCallback, ExportableState):
     def __init__(self, config: RefLoRAConfig | Mapping[str, Any]) -> None:
         self.config = config if isinstance(config, RefLoRAConfig) else RefLoRAConfig(**config)
         self.handle: Handle | None = None
+        self._start: str | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -42,6 +44,9 @@ class RefLoRACallback(TrainerCallback, ExportableState):
         if self.handle is not None:
             self.handle.detach()
         saved = self._saved_state(state) if state.global_step else None
+        if state.global_step:
+            require_same_start(kwargs["model"], self._saved_start(state), "the checkpoint")
+        self._start = mark_of(kwargs["model"])
         if state.global_step and isinstance(kwargs["model"], FullyShardedDataParallel):
             load_checkpoint(resumed_checkpoint(args, state), kwargs["model"], kwargs["optimizer"])
         self.handle = attach(kwargs["model"], kwargs["optimizer"], self.config, state_dict=saved)
@@ -58,6 +63,8 @@ class RefLoRACallback(TrainerCallback, ExportableState):
             save_checkpoint(checkpoint_folder(args, state), kwargs["model"], kwargs["optimizer"], self.handle)
         elif engine == "fsdp2":
             save_adapter(kwargs["model"], checkpoint_folder(args, state))
+        else:
+            write_start(kwargs["model"], checkpoint_folder(args, state))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -72,7 +79,17 @@ class RefLoRACallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What Trainer writes into ``trainer_state.json``."""
         handle_state = self.handle.state_dict() if self.handle is not None else None
-        return {"args": {"config": self.config.as_dict()}, "attributes": {}, "handle": handle_state}
+        return {
+            "args": {"config": self.config.as_dict()},
+            "attributes": {},
+            "handle": handle_state,
+            "start": self._start,
+        }
+
+    def _saved_start(self, state: TrainerState) -> str | None:
+        callbacks = state.stateful_callbacks
+        entry = callbacks.get(type(self).__name__) if isinstance(callbacks, dict) else None
+        return entry.get("start") if isinstance(entry, dict) else None
 
     def _saved_state(self, state: TrainerState) -> dict[str, Any]:
         callbacks = state.stateful_callbacks

@@ -36,6 +36,7 @@ from .adapter_files import agreed, is_first_rank, load_adapter, load_frozen, sav
 from .adapters import clean_name
 from .engines import Engine
 from .integrate import Handle
+from .start_files import mark_of, require_same_start
 from .trained import find_training_engine
 
 __all__ = ["load_adapter", "load_checkpoint", "save_adapter", "save_checkpoint"]
@@ -82,7 +83,7 @@ def save_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any, ha
             dcp.save(_training_state(model, engine), checkpoint_id=folder / _STATE)
     with agreed("completing the checkpoint"):
         if is_first_rank():
-            _write_record(folder, engine, handle)
+            _write_record(folder, engine, handle, mark_of(model))
 
 
 def load_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any) -> dict[str, Any]:
@@ -111,6 +112,7 @@ def load_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any) ->
         universal = _is_deepspeed(engine) and bool(model.load_universal_checkpoint())  # type: ignore[operator]
         record = _read_record(folder)
         _require_same_engine(record, engine, folder)
+        require_same_start(model, record.get("start"), folder)
         if universal:
             _require_converted(folder)
         else:
@@ -183,7 +185,7 @@ def _is_no_shard(engine: Engine) -> bool:
 # --- the checkpoint's record ---
 
 
-def _write_record(folder: Path, engine: Engine, handle: Handle | None) -> None:
+def _write_record(folder: Path, engine: Engine, handle: Handle | None, start: str | None) -> None:
     files = sorted(path for path in (folder / _STATE).rglob("*") if path.is_file())
     record = {
         "version": _FORMAT_VERSION,
@@ -191,6 +193,7 @@ def _write_record(folder: Path, engine: Engine, handle: Handle | None) -> None:
         "world_size": world_size(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "handle": {} if handle is None else handle.state_dict(),
+        "start": start,
         "param_groups": _group_settings(engine),
         "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
     }

@@ -22,8 +22,11 @@ from launchers.recorder import METRICS_FILE
 
 # What may differ between runs that are compared; anything else would make the comparison unfair.
 METHOD_SETTINGS = frozenset(
-    {"method", "reflora_warmup_steps", "reflora_interval", "reflora_overlap", "scaled_gd_damping", "optim_args"}
+    ("method", "reflora_warmup_steps", "reflora_interval", "reflora_overlap", "scaled_gd_damping", "optim_args")
 )
+# What only these read, or read otherwise: they train an r x r matrix between frozen factors.
+LATENT_METHODS = frozenset(("lora-sb", "lora-xs"))
+LATENT_SETTINGS = frozenset(("lora_alpha", "lora_sb_batches"))
 START_TOLERANCE = 1e-3  # relative; the untrained adapter is zero, so only the order of sums differs
 
 
@@ -48,15 +51,18 @@ def check_comparable(runs: Sequence[dict[str, Any]]) -> None:
     """
     first = runs[0]
     for run in runs[1:]:
+        methods = {first["method"], run["method"]}
+        free = METHOD_SETTINGS | (LATENT_SETTINGS if methods & LATENT_METHODS else frozenset())
         names = sorted(set(first["settings"]) | set(run["settings"]))
         for name in names:
             values = (first["settings"].get(name), run["settings"].get(name))
-            if name not in METHOD_SETTINGS and values[0] != values[1]:
+            if name not in free and values[0] != values[1]:
                 raise ValueError(f"runs cannot be compared: {name} is {values[0]!r} in one, {values[1]!r} in another")
         steps = [[point["step"] for point in r["held_out_loss"]] for r in (first, run)]
         if steps[0] != steps[1]:
             raise ValueError(f"runs cannot be compared: evaluated at steps {steps[0]} and {steps[1]}")
-        if steps[0] and steps[0][0] == 0:
+        # LoRA-SB starts from a first step that it has estimated
+        if steps[0] and steps[0][0] == 0 and "lora-sb" not in methods:
             start, other = first["held_out_loss"][0]["loss"], run["held_out_loss"][0]["loss"]
             if abs(other - start) > START_TOLERANCE * start:
                 raise ValueError(f"runs cannot be compared: they start from held-out losses {start} and {other}")

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, set_seed
 
 from launchers import embedded, plots, recorder
 from launchers.options import PEFT_STARTS, Options, check_output_dir, checkpoint_to_resume, parse_options
@@ -27,6 +27,7 @@ from launchers.records import Record, load_records, split_records
 from launchers.starts import start_adapter
 from launchers.tokenization import Collator, cached_examples
 from reflora_dist import RefLoRACallback, export_adapter
+from reflora_dist.lora_sb import LoRASBCallback, LoRASBConfig, LoraXSConfig
 
 # Trainer's settings that two runs must share to be comparable.
 RECORDED_ARGUMENTS = (
@@ -73,21 +74,30 @@ def prepare(options: Options, checkpoint: str | None = None) -> tuple[Trainer, r
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     collator = Collator(pad_token_id=padding)
     start_adapter(model, lambda: load_model(model_path, options), train_data, collator, options, checkpoint)
-    config = options.lora.reflora_config()
-    reflora_callback = RefLoRACallback(config)
-    assert config.warmup_steps is not None
-    first_refactored = config.warmup_steps + 1 if config.method != "lora" else None
-    run_recorder = recorder.RunRecorder(reflora_callback, first_refactored)
+    callback, first_step = method_callback(options)
+    run_recorder = recorder.RunRecorder(callback, first_step)
     trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=train_data,
         eval_dataset=eval_data,
         data_collator=collator,
-        callbacks=[reflora_callback, run_recorder],
+        callbacks=[callback, run_recorder],
         optimizer_cls_and_kwargs=options.optimizer(),
     )
     return trainer, run_recorder
+
+
+def method_callback(options: Options) -> tuple[TrainerCallback, int | None]:
+    """What applies the method, and the first step in which it does more than plain LoRA."""
+    lora = options.lora
+    if lora.latent:
+        config = LoRASBConfig(method=lora.method, num_batches=lora.lora_sb_batches, seed=options.training.seed)
+        return LoRASBCallback(config), None
+    reflora_config = lora.reflora_config()
+    assert reflora_config.warmup_steps is not None
+    first_step = reflora_config.warmup_steps + 1 if reflora_config.method != "lora" else None
+    return RefLoRACallback(reflora_config), first_step
 
 
 def shared_once(arguments: Any, make: Any, *args: Any, **kwargs: Any) -> Any:
@@ -163,20 +173,30 @@ def add_adapter(model: Any, options: Options) -> Any:
     """
     lora = options.lora
     targets: str | list[str] = lora.target_modules
+    targets = targets[0] if targets == ["all-linear"] else targets
+    training = options.training  # transformers 5.17 knows only the older name, later versions deprecate it
+    if getattr(training, "activation_checkpointing", None) or training.gradient_checkpointing:
+        model.enable_input_require_grads()  # reentrant checkpointing drops gradients of frozen inputs
+    if lora.latent:
+        latent = LoraXSConfig(
+            task_type=TaskType.CAUSAL_LM,
+            r=lora.lora_r,
+            lora_alpha=lora.lora_alpha,
+            lora_dropout=lora.lora_dropout,
+            target_modules=targets,
+        )
+        return get_peft_model(model, latent)
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=lora.lora_r,
         lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # PEFT accepts fractions
         lora_dropout=lora.lora_dropout,
-        target_modules=targets[0] if targets == ["all-linear"] else targets,
+        target_modules=targets,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         # a start that changes the base is made afterwards, the same on every rank and under every engine
         init_lora_weights=PEFT_STARTS.get(lora.init_lora_weights, True),  # type: ignore[arg-type]
     )
-    training = options.training  # transformers 5.17 knows only the older name, later versions deprecate it
-    if getattr(training, "activation_checkpointing", None) or training.gradient_checkpointing:
-        model.enable_input_require_grads()  # reentrant checkpointing drops gradients of frozen inputs
     return get_peft_model(model, config)
 
 

@@ -22,6 +22,7 @@ from reflora_dist import LoRARite, RefLoRAConfig
 from reflora_dist.config import METHODS
 from reflora_dist.initial_factors import check_init
 
+LATENT_METHODS = ("lora-sb", "lora-xs")
 MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")
 # PEFT's own starts that leave the base alone; the others are reflora_dist.initialization's.
 PEFT_STARTS: dict[str, bool | str] = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
@@ -54,8 +55,8 @@ class LoraOptions:
     method: str = _option(
         "reflora",
         "lora trains plainly. lora-rite is an optimizer of its own: --optim_args sets its options, as in "
-        "update_capping=1.0,balance_param=True.",
-        choices=METHODS,
+        "update_capping=1.0,balance_param=True. lora-sb and lora-xs train an r x r matrix between frozen factors.",
+        choices=(*METHODS, *LATENT_METHODS),
     )
     reflora_warmup_steps: int | None = _option(
         None, "Optimizer steps of plain LoRA before the method's first. Default: 100 for reflora, reflora-s, lora-pro."
@@ -64,7 +65,9 @@ class LoraOptions:
     scaled_gd_damping: float = _option(RefLoRAConfig.damping, "delta of --method scaled-gd.")
     reflora_overlap: bool = _option(False, "Form the next step's S beside the next forward (a second communicator).")
     lora_r: int = _option(16, "LoRA rank r.")
-    lora_alpha: float = _option(32.0, "LoRA alpha; the update is scaled by alpha / r.")
+    lora_alpha: float | None = _option(
+        None, "LoRA alpha; the update is scaled by alpha / r. Default: 32, for lora-sb and lora-xs r."
+    )
     lora_dropout: float = _option(0.0, "Dropout in front of lora_A.")
     target_modules: list[str] = _option(  # noqa: RUF009
         ["all-linear"],
@@ -77,6 +80,7 @@ class LoraOptions:
         "Start of the factors. default (B = 0), gaussian (B = 0) and orthogonal leave the base alone. pissa, "
         "pissa_niter_N, olora, lora_ga, and kaiming_both (published for --reflora_warmup_steps 0) change it.",
     )
+    lora_sb_batches: int = _option(8, "Batches per rank from which lora-sb takes the first full step's gradient.")
     lora_ga_batches: int = _option(8, "Batches of per_device_train_batch_size from which lora_ga takes the gradient.")
 
     def __post_init__(self) -> None:
@@ -86,8 +90,24 @@ class LoraOptions:
             raise ValueError(f"lora_dropout={self.lora_dropout} must be in [0, 1)")
         if self.lora_ga_batches < 1:
             raise ValueError(f"lora_ga_batches={self.lora_ga_batches} must be at least 1")
+        if self.lora_sb_batches < 1:
+            raise ValueError(f"lora_sb_batches={self.lora_sb_batches} must be at least 1")
+        if self.latent:
+            self._check_latent()
+        elif self.lora_alpha is None:
+            self.lora_alpha = 32.0
         self._check_start()
         self.reflora_config()
+
+    @property
+    def latent(self) -> bool:
+        """Whether an r x r matrix between frozen factors is trained, and not the factors."""
+        return self.method in LATENT_METHODS
+
+    def _check_latent(self) -> None:
+        for name, default in (("rslora", False), ("dora", False), ("init_lora_weights", "default")):
+            if getattr(self, name) != default:
+                raise ValueError(f"{name}={getattr(self, name)!r} means nothing to --method {self.method}: drop it")
 
     def _check_start(self) -> None:
         if self.init_lora_weights in PEFT_STARTS:
@@ -100,7 +120,7 @@ class LoraOptions:
     def reflora_config(self) -> RefLoRAConfig:
         """The settings that the package reads."""
         return RefLoRAConfig(
-            method=self.method,
+            method="lora" if self.latent else self.method,
             warmup_steps=self.reflora_warmup_steps,
             interval=self.reflora_interval,
             overlap=self.reflora_overlap,

@@ -22,11 +22,11 @@ RECORDED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed")
 class RunRecorder(TrainerCallback):
     """Times every optimizer step and says, on rank 0, what was attached.
 
-    It stands after RefLoRACallback in the list of callbacks, because it reads its handle.
+    It stands after the method's callback in the list of callbacks, because it reads its report.
     """
 
-    def __init__(self, reflora_callback: Any, first_refactored_step: int | None) -> None:
-        self.reflora_callback = reflora_callback
+    def __init__(self, method_callback: Any, first_refactored_step: int | None) -> None:
+        self.method_callback = method_callback
         self.first_refactored_step = first_refactored_step
         self.step_seconds: list[float] = []
         self._step_start = 0.0
@@ -48,7 +48,7 @@ class RunRecorder(TrainerCallback):
 
     def report(self) -> dict[str, Any]:
         """The package's report as a JSON-ready dictionary."""
-        return self.reflora_callback.handle.report().as_dict()
+        return self.method_callback.report().as_dict()
 
 
 def describe_attachment(report: dict[str, Any], first_refactored_step: int | None, world_size: int) -> str:

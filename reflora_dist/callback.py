@@ -15,6 +15,7 @@ from .adapter_files import load_adapter, save_adapter
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import RefLoRAConfig
 from .integrate import Handle, attach, schedule_state
+from .report import Report
 from .start_files import mark_of, require_same_start, write_start
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,16 @@ class RefLoRACallback(TrainerCallback, ExportableState):
         # Trainer updates this entry at every checkpoint, and fails if a resumed state lacks it.
         assert isinstance(state.stateful_callbacks, dict)
         state.stateful_callbacks[type(self).__name__] = self.state()
+
+    def report(self) -> Report:
+        """That of the handle.
+
+        Raises:
+            RuntimeError: training has not begun.
+        """
+        if self.handle is None:
+            raise RuntimeError("report() before training: the method is attached in on_train_begin")
+        return self.handle.report()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         engine = self.handle.report().engine if self.handle is not None else ""

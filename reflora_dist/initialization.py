@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .adapter_files import agreed, is_first_rank, save_adapter, world_size
+from .adapter_files import agreed, find_peft_model, is_first_rank, save_adapter, world_size
 from .adapters import AdapterPair, find_pairs
 from .base_change import subtract_product
 from .base_weights import (
@@ -36,7 +36,7 @@ from .base_weights import (
 )
 from .communication import Communicator
 from .initial_factors import KAIMING_BOTH, check_init, kaiming_both, needs_base, peft_factors, refuse_layers
-from .start_files import Start, convert_adapter, find_peft_model, make_mark, mark_of, read_start, saved_mark
+from .start_files import Start, convert_adapter, make_mark, mark_of, read_start, saved_mark
 from .whole import gather, scatter
 
 __all__ = ["convert_adapter", "export_adapter", "initialize_adapters", "replay_initialization"]
@@ -149,8 +149,6 @@ def export_adapter(model: nn.Module, output_dir: str | Path) -> None:
 def _prepared(model: nn.Module, init: str) -> list[AdapterPair]:
     check_init(init)
     peft_model = find_peft_model(model)
-    if peft_model is None:
-        raise TypeError(f"{type(model).__name__} contains no PeftModel: wrap the model with peft.get_peft_model(...)")
     if list(peft_model.peft_config) != ["default"]:
         names = list(peft_model.peft_config)
         raise ValueError(f"the model has the adapters {names}: a change of the base is for one, named 'default'")

@@ -75,14 +75,14 @@ def init_of_mark(mark: str) -> str:
     return mark.removeprefix(_MARK).partition(" ")[0]
 
 
-def find_peft_model(model: nn.Module) -> PeftModel | None:
+def _peft_model(model: nn.Module) -> PeftModel | None:
     """The PEFT model in a model, wrapped or not."""
     return next((module for module in model.modules() if isinstance(module, PeftModel)), None)
 
 
 def mark_of(model: nn.Module) -> str | None:
     """The mark of a model whose base was changed, on every rank; None for any other."""
-    peft_model = find_peft_model(model)
+    peft_model = _peft_model(model)
     configs: Any = peft_model.peft_config.values() if peft_model is not None else ()
     starts = [getattr(config, "init_lora_weights", None) for config in configs]
     return next((init for init in starts if is_mark(init)), None)
@@ -119,7 +119,7 @@ def write_start(model: nn.Module, folder: str | Path) -> None:
 
     Warns of a base that PEFT changed by itself, since then there is nothing to repeat the change from.
     """
-    peft_model = find_peft_model(model)
+    peft_model = _peft_model(model)
     start = getattr(peft_model, "_reflora_start", None)
     if start is None:
         _warn_of_peft_starts(peft_model)

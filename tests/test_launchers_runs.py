@@ -15,12 +15,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 
+from reflora_dist.lora_sb import save_as_lora
 from tests.cluster import run_ranks
 from tests.test_launchers_configs import launch_environment
 from tests.test_launchers_support import REPOSITORY, micro_model, write_records
 
 WORLD_SIZE = 2
 _SAMPLED = {("scaled-gd", "fsdp2"), ("lora-pro", "zero3"), ("lora-rite", "zero3_offload"), ("lora-rite", "fsdp1")}
+_SAMPLED |= {("lora-sb", "zero3"), ("lora-sb", "fsdp2"), ("lora-xs", "fsdp1")}
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp1", "fsdp2")
 
 
@@ -107,7 +109,7 @@ def test_every_shipped_configuration_trains_and_saves_the_adapter(folder: Path, 
     "method, engine",
     [
         pytest.param(method, engine, marks=[] if (method, engine) in _SAMPLED else [pytest.mark.all_ranks])
-        for method in ("scaled-gd", "lora-pro", "lora-rite")
+        for method in ("scaled-gd", "lora-pro", "lora-rite", "lora-sb", "lora-xs")
         for engine in ENGINES
     ],
 )
@@ -122,14 +124,36 @@ def test_every_method_trains_under_every_engine(folder: Path, method: str, engin
         config = json.loads((REPOSITORY / "ds_configs" / "zero3_offload.json").read_text())
         del config["optimizer"]
         options["deepspeed"].write_text(json.dumps({**config, "zero_force_ds_cpu_optimizer": False}))
+    latent = method in ("lora-sb", "lora-xs")
+    if latent:
+        options |= {"lora_alpha": 4, "learning_rate": 1e-2 if method == "lora-sb" else 1e-1, "lora_sb_batches": 2}
+        options |= {"warmup_steps": 2, "lr_scheduler_type": "linear"}
     metrics = _run(folder, f"{method}-{engine}", engine, **options)
     assert metrics["report"]["method"] == method
+    assert engine.removesuffix("_offload") in metrics["report"]["engine"]
+    assert metrics["report"]["num_pairs"] == 14
     assert metrics["report"]["applied_steps"] == 6 - options["reflora_warmup_steps"]
     held_out = [point["loss"] for point in metrics["held_out_loss"]]
     assert held_out[1] < held_out[0]
     reference = _engine_run(folder, engine)["held_out_loss"]
     assert held_out[1] != reference[1]["loss"]
-    _check_adapter(folder, folder / f"{method}-{engine}")
+    if latent:
+        _check_latent_adapter(folder, folder / f"{method}-{engine}")
+    else:
+        _check_adapter(folder, folder / f"{method}-{engine}")
+
+
+def _check_latent_adapter(folder: Path, adapter: Path) -> None:
+    """PEFT loads it, and its conversion to plain LoRA computes the same."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    assert len(tensors) == 3 * 14 and all(tensor.abs().sum() > 0 for tensor in tensors.values())
+    save_as_lora(adapter, adapter / "plain")
+    tokens = torch.arange(12)[None]
+    logits = []
+    for saved in (adapter, adapter / "plain"):
+        base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+        logits.append(PeftModel.from_pretrained(base, saved)(tokens).logits)
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-5)
 
 
 def _refused_beside_another_optimizer(folder: Path, options: dict[str, Any]) -> None:

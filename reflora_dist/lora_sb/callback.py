@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..adapter_files import load_adapter, load_frozen, save_adapter
 from ..callback import checkpoint_folder, resumed_checkpoint
 from ..checkpoint import load_checkpoint, save_checkpoint
+from ..report import Report
+from ..trained import find_training_engine
 from .config import LoRASBConfig
 from .initialize import initialize_lora_sb, initialize_lora_xs
+from .layer import LoraXSLinear
 
 
 class LoRASBCallback(TrainerCallback):
@@ -30,11 +35,13 @@ class LoRASBCallback(TrainerCallback):
 
     def __init__(self, config: LoRASBConfig | Mapping[str, Any]) -> None:
         self.config = config if isinstance(config, LoRASBConfig) else LoRASBConfig(**config)
+        self._report: Report | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model, optimizer = kwargs["model"], kwargs["optimizer"]
+        self._report = _describe(model, optimizer, self.config.method, state.global_step)
         if state.global_step:
             folder = resumed_checkpoint(args, state)
             if isinstance(model, FullyShardedDataParallel):
@@ -47,6 +54,21 @@ class LoRASBCallback(TrainerCallback):
             config = dataclasses.replace(self.config, learning_rate=self.first_learning_rate(args, state))
             batches = _first_batches(kwargs["train_dataloader"], config.num_batches)
             initialize_lora_sb(model, optimizer, batches, config)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        assert self._report is not None
+        steps = self._report.steps + 1
+        self._report = dataclasses.replace(self._report, steps=steps, applied_steps=steps)
+
+    def report(self) -> Report:
+        """As ``Handle.report()``: nothing is sent in a step.
+
+        Raises:
+            RuntimeError: training has not begun.
+        """
+        if self._report is None:
+            raise RuntimeError("report() before training: the adapters are initialized in on_train_begin")
+        return self._report
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = checkpoint_folder(args, state)
@@ -68,6 +90,25 @@ class LoRASBCallback(TrainerCallback):
         if self.config.learning_rate is not None:
             return self.config.learning_rate
         return args.learning_rate / max(1, args.get_warmup_steps(state.max_steps))
+
+
+def _describe(model: Any, optimizer: Any, method: str, steps: int) -> Report:
+    engine = find_training_engine(model, optimizer)
+    layers = [module for module in model.modules() if isinstance(module, LoraXSLinear)]
+    ranks = Counter(layer.r[adapter] for layer in layers for adapter in layer.active_adapters if adapter in layer.r)
+    return Report(
+        method=method,
+        engine=engine.name,
+        layout=engine.layout,
+        world_size=dist.get_world_size() if dist.is_initialized() else 1,
+        num_pairs=sum(ranks.values()),
+        lora_ranks=dict(ranks),
+        collectives_per_step={},
+        bytes_per_step=0,
+        steps=steps,
+        applied_steps=steps,
+        skipped_pairs=0,
+    )
 
 
 def _first_batches(loader: Any, count: int) -> list[Any]:

@@ -43,6 +43,9 @@ def _times_table(run: dict[str, Any]) -> str:
     header = ["", "optimizer step, ms", "added, ms", "times RefLoRA's"]
     whole = "training_step_ms" if "training_step_ms" in first else "queued_step_ms"
     header += ["training step, ms" if whole == "training_step_ms" else "queued step, ms", "added, ms", "ratio"]
+    sent = {name: figures["report"]["bytes_per_step"] for name, figures in run["variants"].items() if figures["report"]}
+    if any(sent.values()):
+        header.append("bytes sent per step and rank")
     if first["memory"]:
         header += ["held between steps, MiB", "peak of the optimizer step, MiB"]
     rows = []
@@ -52,6 +55,8 @@ def _times_table(run: dict[str, Any]) -> str:
         row.append("" if name == "lora" or times is None else f"{times:.2f}")
         row += [_quartiles(figures[whole]), "" if name == "lora" else f"{figures[f'added_{whole}']:.2f}"]
         row.append(f"{figures[f'{whole}_ratio']:.3f}")
+        if any(sent.values()):
+            row.append(f"{sent[name]:,}" if name in sent else "")
         if first["memory"]:
             row += [f"{figures['memory'][key] / _MIB:.1f}" for key in ("held_bytes", "step_peak_bytes")]
         rows.append(row)

@@ -71,7 +71,8 @@ def run(arguments: Arguments) -> dict[str, Any]:
 
     Returns:
         ``cells``: per launch its ``variant``, ``ranks``, ``seconds``, ``peak_bytes``, ``added_bytes`` (the peak
-        beyond what the built model holds; both the largest of the ranks) and the ``energy`` captured; ``gradient_bytes`` of all adapted weights in float32; ``shape``.
+        beyond what the built model holds; both the largest of the ranks) and the ``energy`` captured;
+        ``gradient_bytes`` of all adapted weights in float32; ``shape``.
     """
     shape = common.SHAPES[arguments.shape]
     cells = []

@@ -72,7 +72,7 @@ def _batches(job: dict[str, Any], device: torch.device) -> list[dict[str, Tensor
 
 
 def _adapted(base: nn.Module, batches: list[dict[str, Tensor]], job: dict[str, Any]) -> float | None:
-    """With adapters, as every rank of DDP holds them. Returns the energy of ``B R A``, or None if they are not initialized."""
+    """With adapters, as every rank of DDP holds them. Returns the energy of ``B R A``, None without."""
     config = LoraXSConfig(r=job["lora_rank"], target_modules=common.LINEARS)
     # not wrapped: DDP's own copies of the weights would be the peak
     model = get_peft_model(base, config)  # type: ignore[arg-type]

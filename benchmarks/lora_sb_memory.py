@@ -1,12 +1,11 @@
 """Peak memory and time of LoRA-SB's initialization, group by group, beside holding all gradients at once.
 
-Starts the ranks itself, a launch per variant and number of ranks, since a process's peak cannot be set back:
+Starts the ranks itself, a launch per variant and number of ranks, each in fresh processes:
 
     python benchmarks/lora_sb_memory.py --output result.json
 
     training    no initialization: forward and backward of one batch with adapters, for comparison
     by group    ``initialize_lora_sb``: the rows of one decoder layer's gradients at a time
-    by module   the same with ``modules_per_pass=1``
     all at once the published way: all weights trainable, gradients of all batches, then the SVDs by torch
 
 Before figures are shown, the variants must capture the same energy of the first step.
@@ -27,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
 
-VARIANTS = ("training", "by group", "by module", "all at once")
+VARIANTS = ("training", "by group", "all at once")
 _RANKS_SCRIPT = Path(__file__).with_name("lora_sb_memory_ranks.py")
 # Each sums in its own order, so that gradients near zero can differ in sign, and both SVDs are approximations.
 ENERGY_TOLERANCE = 0.02
@@ -43,7 +42,7 @@ class Arguments:
     batch_size: int = dataclasses.field(default=1, metadata={"help": "sequences per batch"})
     seq_len: int = dataclasses.field(default=64, metadata={"help": "tokens per sequence"})
     ranks: list[int] = dataclasses.field(
-        default_factory=lambda: [1, 2], metadata={"help": "numbers of ranks, under DDP"}
+        default_factory=lambda: [1, 2], metadata={"help": "numbers of ranks, each with the whole model"}
     )
     output: str | None = dataclasses.field(default=None, metadata={"help": "file for the JSON record"})
 
@@ -71,8 +70,9 @@ def run(arguments: Arguments) -> dict[str, Any]:
     """Measure every variant on every number of ranks.
 
     Returns:
-        ``cells``: per launch its ``variant``, ``ranks``, ``seconds``, ``peak_bytes`` (the largest of the ranks) and
-        the ``energy`` captured; ``gradient_bytes`` of all adapted weights in float32; ``shape``.
+        ``cells``: per launch its ``variant``, ``ranks``, ``seconds``, ``peak_bytes``, ``added_bytes`` (the peak
+        beyond what the built model holds; both the largest of the ranks) and the ``energy`` captured;
+        ``gradient_bytes`` of all adapted weights in float32; ``shape``.
     """
     shape = common.SHAPES[arguments.shape]
     cells = []

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from peft import get_peft_model
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM
 
 from benchmarks import common
@@ -34,14 +33,34 @@ def main() -> None:
         base = LlamaForCausalLM(common.SHAPES[job["shape"]].config())
     base.train().requires_grad_(False)
     batches = _batches(job, device)
+    before = _reset_peak(device)
     start = common.now(device)
     energy = _all_at_once(base, batches, job) if job["variant"] == "all at once" else _adapted(base, batches, job)
     seconds = common.now(device) - start
-    peak = torch.tensor(common.peak_memory_bytes(device), device=device)
+    peak = torch.tensor([_peak(device), _peak(device) - before], device=device)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     if dist.get_rank() == 0:
-        common.write_json(result_file, {"seconds": seconds, "peak_bytes": int(peak), "energy": energy})
+        figures = {"peak_bytes": int(peak[0]), "added_bytes": int(peak[1])}
+        common.write_json(result_file, {"seconds": seconds, **figures, "energy": energy})
     common.finish()
+
+
+def _reset_peak(device: torch.device) -> int:
+    """Forget the peak of building the model; returns what is held now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: resets VmHWM to the resident set
+    return _resident("VmRSS")
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def _batches(job: dict[str, Any], device: torch.device) -> list[dict[str, Tensor]]:
@@ -53,15 +72,15 @@ def _batches(job: dict[str, Any], device: torch.device) -> list[dict[str, Tensor
 
 
 def _adapted(base: nn.Module, batches: list[dict[str, Tensor]], job: dict[str, Any]) -> float | None:
-    """With adapters under DDP. Returns the energy of ``B R A``, or None if they are not initialized."""
+    """With adapters, as every rank of DDP holds them. Returns the energy of ``B R A``, None without."""
     config = LoraXSConfig(r=job["lora_rank"], target_modules=common.LINEARS)
-    model = DistributedDataParallel(get_peft_model(base, config))  # type: ignore[arg-type]
+    # not wrapped: DDP's own copies of the weights would be the peak
+    model = get_peft_model(base, config)  # type: ignore[arg-type]
     optimizer = common.fused_adamw(model)
     if job["variant"] == "training":
         model(**batches[0]).loss.backward()
         return None
-    per_pass = 1 if job["variant"] == "by module" else None
-    settings = LoRASBConfig(num_batches=len(batches), learning_rate=LEARNING_RATE, modules_per_pass=per_pass)
+    settings = LoRASBConfig(num_batches=len(batches), learning_rate=LEARNING_RATE)
     initialize_lora_sb(model, optimizer, batches, settings)
     layers = [module for module in model.modules() if isinstance(module, LoraXSLinear)]
     return sum(layer.factors("default")[1].square().sum().item() for layer in layers)

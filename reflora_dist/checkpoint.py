@@ -23,6 +23,8 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_local_load_plan
+from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -126,13 +128,24 @@ def load_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any) ->
                 _restore_groups(engine, record)
         else:
             state = _training_state(model, engine)
-            dcp.load(state, checkpoint_id=folder / _STATE)
+            dcp.load(state, checkpoint_id=folder / _STATE, planner=_Planner())
             _set_training_state(model, engine, state)
     load_frozen(model, folder)
     return record["handle"]
 
 
 # --- the training state ---
+
+
+class _Planner(DefaultLoadPlanner):
+    """torch's, but for its guess that a checkpoint is older than torch 2.4 where a rank lacks some of its keys.
+
+    Under FSDP1 a rank lacks what it holds no part of; taken for old, the checkpoint would not load.
+    """
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        return create_default_local_load_plan(self.state_dict, self.metadata, not self.allow_partial_load)
 
 
 def _training_state(model: nn.Module, engine: Engine) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def _model() -> LlamaForCausalLM:
 def _run_loop_and_checkpoint_snippets(rank: int, world_size: int, folder: str) -> str:
     import os
 
-    loop, _, checkpoint = _snippets()
+    rite, latent, loop, _, checkpoint = _snippets()
     names = {"base_model": _model()}
     exec(loop, names)
     model, optimizer, handle = (names[key] for key in ("model", "optimizer", "handle"))
@@ -55,7 +55,23 @@ def _run_loop_and_checkpoint_snippets(rank: int, world_size: int, folder: str) -
     handle.detach()
     exec(checkpoint, names)
     assert names["state"] == handle.state_dict()
+    _run_method_snippets(rite, latent, names)
     return handle.report().engine
+
+
+def _run_method_snippets(rite: str, latent: str, names: dict) -> None:
+    exec(rite, names)
+    model, tokens = names["model"], torch.arange(32).view(1, 32)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    names["optimizer"].step()
+    assert names["handle"].report().applied_steps == 1
+    names |= {"base_model": _model(), "batches": [{"input_ids": tokens, "labels": tokens}] * 8}
+    exec(latent, names)
+    loaded = names["PeftModel"].from_pretrained(_model(), "adapter")
+    plain = names["PeftModel"].from_pretrained(_model(), "plain_lora")
+    logits = [peft_model(tokens).logits for peft_model in (names["model"].eval(), loaded, plain)]
+    torch.testing.assert_close(logits[1], logits[0])
+    torch.testing.assert_close(logits[2], logits[0], rtol=1e-4, atol=1e-5)
 
 
 def test_loop_and_checkpoint_snippets(tmp_path: Path) -> None:
@@ -70,6 +86,6 @@ def test_trainer_snippet(tmp_path: Path) -> None:
     rows = [{"input_ids": list(range(16)), "labels": list(range(16))}] * 4
     arguments = TrainingArguments(str(tmp_path), max_steps=2, report_to="none", use_cpu=True, save_strategy="no")
     names = {"peft_model": model, "args": arguments, "data": Dataset.from_list(rows)}
-    exec(_snippets()[1], names)
+    exec(_snippets()[3], names)
     handle = next(c.handle for c in names["trainer"].callback_handler.callbacks if hasattr(c, "handle"))
     assert handle.report().steps == 2

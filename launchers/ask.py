@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launchers.records import load_records
 from launchers.tokenization import encode_prompts, format_prompt
+from reflora_dist import lora_sb  # noqa: F401  (adapters that PEFT does not know by itself)
 
 
 def load(adapter: str) -> tuple[Any, Any]:

@@ -26,7 +26,7 @@ METHOD_SETTINGS = frozenset(
 )
 # What only these read, or read otherwise: they train an r x r matrix between frozen factors.
 LATENT_METHODS = frozenset(("lora-sb", "lora-xs"))
-LATENT_SETTINGS = frozenset(("lora_alpha", "lora_sb_batches"))
+LATENT_SETTINGS = frozenset(("lora_r", "lora_alpha", "lora_sb_batches", "lora_sb_learning_rate"))
 START_TOLERANCE = 1e-3  # relative; the untrained adapter is zero, so only the order of sums differs
 
 

@@ -92,7 +92,12 @@ def method_callback(options: Options) -> tuple[TrainerCallback, int | None]:
     """What applies the method, and the first step in which it does more than plain LoRA."""
     lora = options.lora
     if lora.latent:
-        config = LoRASBConfig(method=lora.method, num_batches=lora.lora_sb_batches, seed=options.training.seed)
+        config = LoRASBConfig(
+            method=lora.method,
+            num_batches=lora.lora_sb_batches,
+            learning_rate=lora.lora_sb_learning_rate,
+            seed=options.training.seed,
+        )
         return LoRASBCallback(config), None
     reflora_config = lora.reflora_config()
     assert reflora_config.warmup_steps is not None

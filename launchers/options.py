@@ -81,6 +81,9 @@ class LoraOptions:
         "pissa_niter_N, olora, lora_ga, and kaiming_both (published for --reflora_warmup_steps 0) change it.",
     )
     lora_sb_batches: int = _option(8, "Batches per rank from which lora-sb takes the first full step's gradient.")
+    lora_sb_learning_rate: float | None = _option(
+        None, "Learning rate of lora-sb's first full step. Default: --learning_rate / warm-up steps."
+    )
     lora_ga_batches: int = _option(8, "Batches of per_device_train_batch_size from which lora_ga takes the gradient.")
 
     def __post_init__(self) -> None:
@@ -92,6 +95,8 @@ class LoraOptions:
             raise ValueError(f"lora_ga_batches={self.lora_ga_batches} must be at least 1")
         if self.lora_sb_batches < 1:
             raise ValueError(f"lora_sb_batches={self.lora_sb_batches} must be at least 1")
+        if self.lora_sb_learning_rate is not None and self.lora_sb_learning_rate <= 0:
+            raise ValueError(f"lora_sb_learning_rate={self.lora_sb_learning_rate} must be above 0")
         if self.latent:
             self._check_latent()
         elif self.lora_alpha is None:

@@ -79,11 +79,13 @@ def test_the_quickstart_runs_through(tmp_path: Path) -> None:
     output = tmp_path / "out"
     command = ["bash", LAUNCHERS / "quickstart.sh", "--steps", "4", "--pretrain-steps", "2"]
     command += ["--cache-dir", tmp_path / "cache", "--output-dir", output, "--processes", "2"]
+    methods = ("lora", "reflora", "lora-rite", "lora-sb")
+    command += ["--methods", " ".join(methods)]
     printed = launch(command, timeout_s=800)
     for expected in ("held-out loss, step 0", "time per step", "bytes per step", "peak memory", "A: "):
         assert expected in printed
     assert (output / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    runs = {method: json.loads((output / method / "metrics.json").read_text()) for method in ("lora", "reflora")}
+    runs = {method: json.loads((output / method / "metrics.json").read_text()) for method in methods}
     for method, run in runs.items():
         assert (run["method"], run["report"]["engine"], run["world_size"]) == (method, "zero3", 2)
         assert [point["step"] for point in run["held_out_loss"]] == [0, 2, 4]

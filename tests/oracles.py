@@ -212,4 +212,3 @@ def trained_in_float64(
 ) -> tuple[list[float], Factors]:
     """`train_oracle` on a workload's model, everything in float64; ``model`` goes to ``build_model``."""
     return train_oracle(build_model(workload, dtype=torch.float64, **model), workload.batches, settings, config)
-

@@ -33,7 +33,7 @@ def scaled_gd(lora_a: Tensor, lora_b: Tensor, grad_a: Tensor, grad_b: Tensor, da
 def lora_pro(
     lora_a: Tensor, lora_b: Tensor, grad_a: Tensor, grad_b: Tensor, scaling: float, x: Tensor | None = None
 ) -> Pair:
-    """Theorem 2.1 of LoRA-Pro with the X of theorem 2.3 (or a given one); unchanged where a factor is rank-deficient."""
+    """Theorem 2.1 there with the X of theorem 2.3, or a given one; unchanged where a factor is rank-deficient."""
     rank = lora_a.shape[0]
     if min(torch.linalg.matrix_rank(lora_a), torch.linalg.matrix_rank(lora_b)) < rank:
         return grad_a, grad_b

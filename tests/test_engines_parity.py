@@ -1,5 +1,6 @@
-"""Every engine follows the single-process trajectories, on every number of ranks it is valid on: the published ones, and
-for methods without those their oracles.
+"""Every engine follows the single-process trajectories on every number of ranks it is valid on.
+
+They are the published ones, and for methods without those their oracles'.
 
 One launch per engine and number of ranks trains all cases in turn, on a new model each.
 """

@@ -221,7 +221,7 @@ def train_single(
     batches: Tensor,
     settings: Settings,
     attach: Attach | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Any = None,
 ) -> tuple[list[float], Factors]:
     """One process, the settings' optimizer unless one is given. Returns losses and final factors."""
     if optimizer is None:

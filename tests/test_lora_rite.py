@@ -122,6 +122,21 @@ def test_a_gradient_that_is_too_large_is_skipped_and_counted() -> None:
     assert not any(state["exp_avg"].any() for state in optimizer.state.values())
 
 
+@pytest.mark.parametrize(("slack", "skipped"), [(1.001, 0), (0.999, 1)])
+def test_the_threshold_of_skipping(slack: float, skipped: int) -> None:
+    """It is the root mean square of the unmagnified gradient, here of the one that is largest."""
+    model = small_model()
+    backward(model, small_batches(1)[0])
+    factors, sizes = factors_in_pairs(model), []
+    for lora_a, lora_b in zip(factors[0::2], factors[1::2], strict=True):
+        pairs = ((lora_a.grad.mT, lora_b.detach()), (lora_b.grad, lora_a.detach().mT))
+        unmagnified = [grad @ torch.linalg.pinv(torch.linalg.qr(other).R) for grad, other in pairs]
+        sizes += [float(gradient.square().mean().sqrt()) for gradient in unmagnified]
+    optimizer, handle = rite(model, update_skipping=slack * max(sizes))
+    optimizer.step()
+    assert handle.report().skipped_pairs == skipped
+
+
 # --- invariance ---
 
 

@@ -123,9 +123,12 @@ def test_damping_is_checked(damping: float) -> None:
 class Pair:
     """A pair, the gradient G of the whole weight, and what the chain rule and LoRA-Pro make of it."""
 
-    def __init__(self, seed: int, r: int, rows: tuple[int, int], condition: float, scaling: float) -> None:
+    def __init__(
+        self, seed: int, r: int, rows: tuple[int, int], condition: float, scaling: float, of_a: float | None = None
+    ) -> None:
         self.scaling = scaling
-        self.lora_a, self.lora_b = factor(rows[0], r, condition, seed).mT, 0.3 * factor(rows[1], r, condition, seed + 1)
+        self.lora_a = factor(rows[0], r, condition if of_a is None else of_a, seed).mT
+        self.lora_b = 0.3 * factor(rows[1], r, condition, seed + 1)
         self.gradient = torch.randn(rows[1], rows[0], generator=torch.Generator().manual_seed(seed)).double()
         self.old = (scaling * self.lora_b.mT @ self.gradient, scaling * self.gradient @ self.lora_a.mT)
         grams = []
@@ -262,9 +265,10 @@ def test_lora_pro_with_ill_conditioned_factors_is_exact_or_skipped() -> None:
     fine = Pair(3, 4, (40, 30), 1e4, 2.0)
     expected = oracles.lora_pro(fine.lora_a, fine.lora_b, *fine.old, 2.0)
     assert fine.solved and relative(fine.product(fine.new), fine.product(expected)) < 1e-4
-    beyond = Pair(3, 4, (40, 30), 1e9, 2.0)
-    assert not beyond.solved
-    assert all(torch.equal(new, old) for new, old in zip(beyond.new, beyond.old, strict=True))
+    for of_a, of_b in ((1e9, 1e9), (1e9, 2.0), (2.0, 1e9)):
+        beyond = Pair(3, 4, (40, 30), of_b, 2.0, of_a)
+        assert not beyond.solved
+        assert all(torch.equal(new, old) for new, old in zip(beyond.new, beyond.old, strict=True))
 
 
 def _positive(r: int, condition: float, seed: int, scale: float) -> Tensor:

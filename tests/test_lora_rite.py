@@ -275,11 +275,12 @@ def test_no_gradient_counts_as_zero(missing: str) -> None:
     assert worst_factor_error(*ends) == 0.0
 
 
+@pytest.mark.parametrize("options", [{}, {"clip_unmagnified_grad": 0.0}], ids=["clipping", "no clipping"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_shows(value: float) -> None:
-    """As with AdamW its pair is not finite afterwards; with clipping by the norm of all, neither is any other."""
+def test_a_gradient_that_is_not_finite_shows(value: float, options: dict[str, Any]) -> None:
+    """As with AdamW it makes its pair not finite, and no other."""
     model = small_model()
-    optimizer, _ = rite(model, clip_unmagnified_grad=0.0)
+    optimizer, _ = rite(model, **options)
     backward(model, small_batches(1)[0])
     parameters = named_factors(model)
     bad = next(name for name in parameters if "first" in name and "lora_A" in name)

@@ -570,3 +570,24 @@ def test_moments_stay_sharded(engine: str) -> None:
         if engine in ("fsdp2", "fsdp2-shard1", "zero3"):
             assert not whole
             assert held <= total / 4 * 1.05
+
+
+def _large_rank(rank: int, world_size: int) -> Factors:
+    workload = synthetic_workload(lora=LARGE_RANK)
+    settings = Settings(rite={})
+    return ENGINES["fsdp2-shard1"].train(
+        build_model(workload), workload.batches, settings, lambda m, o: attach(m, o, CONFIG)
+    )[1]
+
+
+LARGE_RANK = {"r": 16, "lora_alpha": 32}
+
+
+def test_second_moments_over_several_rows_of_a_column_shard() -> None:
+    """r = 16: 137 numbers at the head of a lora_A of 64 columns, of which each of two ranks has half."""
+    workload = synthetic_workload(lora=LARGE_RANK)
+    model = build_model(workload, dtype=torch.float64)
+    oracle = RiteOracle(factors_in_pairs(model), **Settings(rite={}).lora_rite())
+    _, expected = train_single(model, workload.batches, Settings(), optimizer=oracle)
+    for factors in run_ranks(_large_rank, 2):
+        assert worst_factor_error(factors, expected) < FACTOR_TOLERANCE

@@ -43,14 +43,8 @@ def damped_inverse_root(matrix: Tensor, eps: float) -> Tensor:
     finite = torch.isfinite(matrix).flatten(-2).all(dim=-1)
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     matrix = torch.where(finite[..., None, None], matrix, eye)
-    if matrix.device.type == "cpu":
-        values, vectors = torch.linalg.eigh(matrix)
-        inverse = (vectors / (values.clamp_min(0.0).sqrt() + eps)[..., None, :]) @ vectors.mT
-    else:
-        # regular by less than eps can show, also where M is zero
-        size = torch.diagonal(matrix, dim1=-2, dim2=-1).sum(dim=-1)[..., None, None]
-        root, _ = _roots(matrix + (_JITTER * size + (1e-4 * eps) ** 2) * eye)
-        inverse = torch.linalg.inv_ex(root + eps * eye)[0]
+    damped = _damped_by_eigenvectors if matrix.device.type == "cpu" else _damped_by_iteration
+    inverse = damped(matrix, eps, eye)
     return torch.where(finite[..., None, None], _symmetric(inverse), 0.0)
 
 
@@ -67,6 +61,18 @@ def _by_iteration(gram: Tensor, eye: Tensor) -> Tensor:
     projector = 0.5 * (eye + _symmetric(sign))
     _, inverse_root = _roots(_symmetric(projector @ gram @ projector) + (eye - projector))
     return _symmetric(projector @ inverse_root @ projector)
+
+
+def _damped_by_eigenvectors(matrix: Tensor, eps: float, eye: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors / (values.clamp_min(0.0).sqrt() + eps)[..., None, :]) @ vectors.mT
+
+
+def _damped_by_iteration(matrix: Tensor, eps: float, eye: Tensor) -> Tensor:
+    # regular by less than eps can show, also where M is zero
+    size = torch.diagonal(matrix, dim1=-2, dim2=-1).sum(dim=-1)[..., None, None]
+    root, _ = _roots(matrix + (_JITTER * size + (1e-4 * eps) ** 2) * eye)
+    return torch.linalg.inv_ex(root + eps * eye)[0]
 
 
 def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:

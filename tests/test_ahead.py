@@ -40,10 +40,17 @@ class _Counted:
         Ahead.take = counting  # type: ignore[method-assign]
 
 
-def _train(engine_name: str, world_size: int, overlap: bool, interval: int = 1, change: Change | None = None) -> Any:
+def _train(
+    engine_name: str,
+    world_size: int,
+    overlap: bool,
+    interval: int = 1,
+    change: Change | None = None,
+    method: str = "reflora",
+) -> Any:
     workload = synthetic_workload(seed=5)
     wrapped = ENGINES[engine_name].wrap(build_model(workload), Settings(), workload.batches.shape[1] // world_size)
-    config = RefLoRAConfig(warmup_steps=1, interval=interval, overlap=overlap)
+    config = RefLoRAConfig(method=method, warmup_steps=1, interval=interval, overlap=overlap)
     handle = attach(wrapped.model, wrapped.optimizer, config)
     for step, batch in enumerate(workload.batches):
         if step == 3 and change is not None:
@@ -52,10 +59,10 @@ def _train(engine_name: str, world_size: int, overlap: bool, interval: int = 1, 
     return wrapped.factors(), handle.report()
 
 
-def _both_ways(rank: int, world_size: int, engine_name: str, interval: int) -> None:
-    expected, plain = _train(engine_name, world_size, overlap=False, interval=interval)
+def _both_ways(rank: int, world_size: int, engine_name: str, interval: int, method: str = "reflora") -> None:
+    expected, plain = _train(engine_name, world_size, overlap=False, interval=interval, method=method)
     counted = _Counted()
-    factors, ahead = _train(engine_name, world_size, overlap=True, interval=interval)
+    factors, ahead = _train(engine_name, world_size, overlap=True, interval=interval, method=method)
     assert all(torch.equal(factors[name], expected[name]) for name in expected)
     # the first step is a warm-up, so S can be formed ahead of every step that is applied
     assert counted.used == ahead.applied_steps == plain.applied_steps > 1
@@ -66,6 +73,12 @@ def _both_ways(rank: int, world_size: int, engine_name: str, interval: int) -> N
 @pytest.mark.parametrize(("engine_name", "world_size"), ENGINES_AND_RANKS)
 def test_overlap_changes_no_bit(engine_name: str, world_size: int) -> None:
     run_ranks(_both_ways, world_size, engine_name, 1, timeout=300)
+
+
+@pytest.mark.parametrize(("engine_name", "world_size"), [("fsdp2", 2), ("zero3-subgroups", 2)])
+def test_overlap_changes_no_bit_of_scaled_gd(engine_name: str, world_size: int) -> None:
+    """Its inverses, too, depend on the weights alone."""
+    run_ranks(_both_ways, world_size, engine_name, 1, "scaled-gd", timeout=300)
 
 
 def test_with_an_interval_only_steps_that_are_due_are_prepared() -> None:

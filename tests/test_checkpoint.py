@@ -33,6 +33,7 @@ from tests.workloads import Factors, Workload, build_model, synthetic_workload, 
 OWN_LOOP = [name for name in ENGINES if not name.endswith("-trainer")]
 ZERO = ("zero1", "zero2", "zero3", "zero3-two-groups", "zero1-bf16")
 SAVED_AT, STEPS = 3, 5
+SCHEDULE: dict[str, Any] = {"warmup_steps": 1, "interval": 2}
 OTHER_RANKS_TOLERANCE = 1e-5  # another number of ranks sums gradients in another order; measured 8e-8
 # DDP and ZeRO-1/2 cut their first step's buckets differently, so a fresh process sums in another order; measured 7e-8
 REBUCKETED_TOLERANCE = 1e-6
@@ -48,10 +49,13 @@ class Outcome(NamedTuple):
     handle: dict[str, Any]
 
 
-def _wrap(engine_name: str, world_size: int, universal: bool = False) -> tuple[Workload, Wrapped]:
+def _wrap(
+    engine_name: str, world_size: int, universal: bool = False, method: str = "reflora"
+) -> tuple[Workload, Wrapped]:
     workload = synthetic_workload(steps=STEPS)
     engine = ENGINES[engine_name]
-    settings = dataclasses.replace(workload.settings, clip=0.5)
+    rite = {"apply_escape": True} if method == "lora-rite" else None
+    settings = dataclasses.replace(workload.settings, clip=0.5, rite=rite)
     model = build_model(workload, dtype=engine.model_dtype)
     wrap = engine.wrap
     if universal:
@@ -62,14 +66,14 @@ def _wrap(engine_name: str, world_size: int, universal: bool = False) -> tuple[W
 
 
 def _config(method: str) -> RefLoRAConfig:
-    return RefLoRAConfig(method=method, warmup_steps=1, interval=2)
+    return RefLoRAConfig(method=method, **({} if method == "lora-rite" else SCHEDULE))
 
 
 def _train_and_save(
     rank: int, world_size: int, engine_name: str, method: str, folder: str, saved_at: int = SAVED_AT
 ) -> Outcome:
     """Train without interruption, saving on the way."""
-    workload, wrapped = _wrap(engine_name, world_size)
+    workload, wrapped = _wrap(engine_name, world_size, method=method)
     handle = attach(wrapped.model, wrapped.optimizer, _config(method))
     losses, at_checkpoint = [], {}
     for step, batch in enumerate(workload.batches):
@@ -90,7 +94,7 @@ def _resume(
     universal: bool = False,
 ) -> Outcome:
     """A fresh model and optimizer, loaded and trained to the end."""
-    workload, wrapped = _wrap(engine_name, world_size, universal)
+    workload, wrapped = _wrap(engine_name, world_size, universal, method)
     state = load_checkpoint(folder, wrapped.model, wrapped.optimizer)
     if hasattr(wrapped.model, "micro_steps"):
         wrapped.model.micro_steps = wrapped.model.global_steps  # DeepSpeed starts it anew; the harness compares
@@ -98,6 +102,9 @@ def _resume(
     at_checkpoint = wrapped.factors()
     losses = [_train_on(wrapped, batch) for batch in workload.batches[saved_at:]]
     return Outcome(mean_over_ranks(losses), at_checkpoint, wrapped.factors(), handle.state_dict())
+
+
+_CHOSEN_GRADIENT_METHODS = {("fsdp2", "scaled-gd"), ("zero3", "lora-pro")}
 
 
 def _engines_with_ranks() -> Iterator[Any]:
@@ -110,6 +117,14 @@ def _engines_with_ranks() -> Iterator[Any]:
             marks = [] if name in default and saved_at == SAVED_AT else [pytest.mark.all_ranks]
             world_size = ENGINES[name].world_sizes[index % len(ENGINES[name].world_sizes)]
             yield pytest.param(name, method, world_size, saved_at, marks=marks, id=f"{name}-{method}-after{saved_at}")
+    default = {"single", "ddp", "fsdp2", "fsdp1-full", "fsdp1-flat", "zero1", "zero2-two-groups", "zero3-subgroups"}
+    for index, name in enumerate(OWN_LOOP):
+        world_size = ENGINES[name].world_sizes[(index + 1) % len(ENGINES[name].world_sizes)]
+        methods = ["scaled-gd", "lora-pro"] if name.endswith("cpu-adam") else ["scaled-gd", "lora-pro", "lora-rite"]
+        for method in methods:
+            chosen = name in default if method == "lora-rite" else (name, method) in _CHOSEN_GRADIENT_METHODS
+            marks = [] if chosen else [pytest.mark.all_ranks]
+            yield pytest.param(name, method, world_size, SAVED_AT, marks=marks, id=f"{name}-{method}-after{SAVED_AT}")
 
 
 @pytest.mark.parametrize(("engine_name", "method", "world_size", "saved_at"), _engines_with_ranks())
@@ -182,6 +197,12 @@ def _other_numbers_of_ranks() -> Iterator[Any]:
             marks = [] if (name, before, after) in default else [pytest.mark.all_ranks]
             method = ("reflora", "reflora-s")[index]
             yield pytest.param(name, method, before, after, marks=marks, id=f"{name}-{method}-{before}to{after}")
+    # a tall shard of lora_A holds its part of the second moment elsewhere than a flat one
+    default = {("fsdp2", 2, 3), ("fsdp2-shard1", 4, 2), ("zero2", 2, 3), ("zero3", 2, 3)}
+    for name in ("fsdp2", "fsdp2-offload", "fsdp2-shard1", "ddp", *ZERO):
+        for before, after in ((2, 4), (4, 2)) if name == "fsdp2-shard1" else ((2, 3), (4, 2)):
+            marks = [] if (name, before, after) in default else [pytest.mark.all_ranks]
+            yield pytest.param(name, "lora-rite", before, after, marks=marks, id=f"{name}-lora-rite-{before}to{after}")
 
 
 @pytest.mark.parametrize(("engine_name", "method", "before", "after"), _other_numbers_of_ranks())

@@ -31,7 +31,7 @@ from tests.workloads import Factors, build_model, synthetic_workload, worst_fact
 
 STEPS, SAVE_STEPS, WORLD_SIZE = 6, 2, 2
 # warm-up until after the first checkpoint, so that a schedule that restarts on resume shows
-SCHEDULE = {"warmup_steps": 3, "interval": 2}
+SCHEDULE: dict[str, Any] = {"warmup_steps": 3, "interval": 2}
 # one ulp of a reduction; a schedule, a moment or a factor that is not restored makes 1e-3 and more
 TOLERANCE = {"zero2-trainer": 1e-6}  # measured 8e-9; every other engine is bit-equal
 
@@ -74,8 +74,11 @@ def _train(
     for version in (1, 2):
         trainer_engines._FSDP_CONFIG[version]["state_dict_type"] = "SHARDED_STATE_DICT"
     workload = synthetic_workload(steps=STEPS)
-    settings = dataclasses.replace(workload.settings, clip=0.5, grad_accum=2)
-    callback, recorder = RefLoRACallback(RefLoRAConfig(method=method, **SCHEDULE)), _FactorsAtSave(kill_after)
+    is_rite = method == "lora-rite"
+    rite = {"apply_escape": True} if is_rite else None
+    settings = dataclasses.replace(workload.settings, clip=0.5, grad_accum=2, rite=rite)
+    config = RefLoRAConfig(method=method, **({} if is_rite else SCHEDULE))
+    callback, recorder = RefLoRACallback(config), _FactorsAtSave(kill_after)
     trainer = ENGINES[engine_name].trainer(build_model(workload), workload.batches, settings, [callback, recorder])
     recorder.trainer = trainer
     trainer.args.output_dir = output_dir
@@ -101,9 +104,12 @@ def _cases() -> Iterator[Any]:
         ("zero2-trainer", "reflora-s"),
         ("zero3-trainer", "reflora"),
         ("zero3-trainer", "reflora-s"),
+        ("fsdp1-trainer", "lora-rite"),
+        ("fsdp2-trainer", "lora-rite"),
+        ("zero3-trainer", "lora-rite"),
     }
     for engine in ("ddp-trainer", "fsdp1-trainer", "fsdp2-trainer", "zero2-trainer", "zero3-trainer"):
-        for method in ("reflora", "reflora-s"):
+        for method in ("reflora", "reflora-s", "lora-pro", "lora-rite"):
             marks = [] if (engine, method) in default else [pytest.mark.all_ranks]
             yield pytest.param(engine, method, marks=marks, id=f"{engine}-{method}")
 

@@ -1,4 +1,6 @@
-"""Every engine follows the published single-process trajectories, on every number of ranks it is valid on.
+"""Every engine follows the single-process trajectories on every number of ranks it is valid on.
+
+They are the published ones, and for methods without those their oracles'.
 
 One launch per engine and number of ranks trains all cases in turn, on a new model each.
 """
@@ -14,6 +16,7 @@ import pytest
 from reflora_dist import Handle, RefLoRACallback, RefLoRAConfig, attach
 from tests.cluster import run_ranks
 from tests.engines_under_test import ENGINES
+from tests.oracles import trained_in_float64
 from tests.recorder import CollectiveRecorder, check_collectives
 from tests.workloads import (
     FACTOR_TOLERANCE,
@@ -53,9 +56,13 @@ _NEEDS_ADAM = ("zero2-offload-cpu-adam", "zero3-offload-cpu-adam")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training run of a launch: a case of the reference, perhaps split up or handed over differently."""
+    """One training run of a launch: a case of the reference, perhaps split up or handed over differently.
+
+    With a ``method`` the case only says how to train, and the method's oracle where to end.
+    """
 
     case: str
+    method: str = ""
     accumulate: bool = False
     bare: bool = False
     clip: float = 0.0
@@ -63,17 +70,20 @@ class Run:
     @property
     def label(self) -> str:
         suffixes = {"accumulated": self.accumulate, "bare model": self.bare, "clipped": self.clip}
-        return " ".join([self.case, *(suffix for suffix, present in suffixes.items() if present)])
+        return " ".join([self.method or self.case, *(suffix for suffix, present in suffixes.items() if present)])
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How far one run ended from its reference on this rank, and from the reference of ``reflora``."""
+    """How far one run ended from its reference on this rank, and from what it must not agree with.
+
+    That is the reference of plain LoRA for a run with a ``method``, and that of ``reflora`` for all others.
+    """
 
     label: str
     factor_error: float
     loss_error: float
-    distance_to_reflora: float
+    distance_to_other: float
 
 
 def _runs(engine_name: str) -> list[Run]:
@@ -89,6 +99,9 @@ def _runs(engine_name: str) -> list[Run]:
         # both forms of the model are accepted
         Run("reflora", bare=True),
         Run("lora-rite", accumulate=True),
+        Run("lora", "scaled-gd"),
+        Run("lora", "lora-pro"),
+        Run("lora", "lora-pro", accumulate=True, clip=0.05),
     ]
     return [Run(case) for case in cases] + [run for run in extra if run.case in cases]
 
@@ -139,13 +152,15 @@ def _train_all(rank: int, world_size: int, engine_name: str, runs: list[Run]) ->
 
 
 def _train_one(reference: Reference, engine_name: str, world_size: int, run: Run) -> Outcome:
-    engine, case = ENGINES[engine_name], reference.cases[run.case]
+    engine, case = ENGINES[engine_name], dict(reference.cases[run.case])
     settings = reference.settings_of(run.case)
     settings = dataclasses.replace(
         settings,
         clip=run.clip or settings.clip,
         grad_accum=_micro_batches(reference, world_size) if run.accumulate else 1,
     )
+    if run.method:
+        case["method"] = run.method
     attached = _Attached(case)
     losses, factors = engine.train(
         build_model(reference, dtype=engine.model_dtype),
@@ -156,13 +171,15 @@ def _train_one(reference: Reference, engine_name: str, world_size: int, run: Run
     )
     attached.check_collectives(len(reference.batches))
     expected_losses, expected_factors = case["losses"], reference.factors[run.case]
-    if run.clip:  # the reference has no such case
+    if run.method:
+        expected_losses, expected_factors = trained_in_float64(reference, settings, attached.config)
+    elif run.clip:  # the reference has no such case
         expected_losses, expected_factors = train_single(build_model(reference), reference.batches, settings)
     return Outcome(
         run.label,
         worst_factor_error(factors, expected_factors),
         worst_loss_error(losses, expected_losses),
-        worst_factor_error(factors, reference.factors["reflora"]),
+        worst_factor_error(factors, reference.factors["lora" if run.method else "reflora"]),
     )
 
 
@@ -179,8 +196,8 @@ def test_engine_follows_the_reference(engine_name: str, world_size: int) -> None
 
     In the same runs the collectives are counted below the package, and must be what its report says and few enough.
 
-    The tolerances are the reference's own; they are loosened only for bf16 weights, as the engine states. Plain
-    LoRA and LoRA-RITE must end far from ``reflora``'s reference: a comparison that holds for both would prove nothing.
+    The tolerances are the reference's own; they are loosened only for bf16 weights, as the engine states. A run must
+    also end far from another method's reference: a comparison that holds for both would prove nothing.
     """
     engine = ENGINES[engine_name]
     factor_tolerance = engine.bf16_factor_tolerance or FACTOR_TOLERANCE
@@ -190,6 +207,6 @@ def test_engine_follows_the_reference(engine_name: str, world_size: int) -> None
         for outcome in outcomes:
             if not (outcome.factor_error <= factor_tolerance and outcome.loss_error <= loss_tolerance):
                 wrong.append(f"rank {rank}: {outcome}")
-            if not outcome.label.startswith("reflora") and outcome.distance_to_reflora < 1e-3:
-                wrong.append(f"rank {rank}: plain LoRA passes for reflora: {outcome}")
+            if not outcome.label.startswith("reflora") and outcome.distance_to_other < 1e-3:
+                wrong.append(f"rank {rank}: the comparison proves nothing: {outcome}")
     assert not wrong, "\n".join(wrong)

@@ -14,6 +14,7 @@ from reflora_dist import RefLoRAConfig, attach
 from tests.cluster import run_ranks
 from tests.engines_under_test import ENGINES, fsdp
 from tests.engines_under_test.common import Wrapped, _train_on, trainable
+from tests.oracles import trained_in_float64
 from tests.recorder import CollectiveRecorder, check_collectives
 from tests.workloads import (
     FACTOR_TOLERANCE,
@@ -139,6 +140,50 @@ def test_sizes(engine: str, world_size: int, sizes: str, method: str) -> None:
         assert any(0 in held for _, held in results), "no rank was empty"
 
 
+def _other_methods_with_sizes(rank: int, world_size: int, engine: str, sizes: str) -> list[dict[str, Any]]:
+    workload = synthetic_workload(**SIZES[sizes])
+    if sizes == "r1":
+        fsdp.assert_fsdp2_shards = lambda model: None
+    trained = []
+    for config, settings in OTHER_METHODS:
+        wrapped = ENGINES[engine].wrap(build_model(workload), settings, 12 // world_size)
+        handle = attach(wrapped.model, wrapped.optimizer, config)
+        recorder = CollectiveRecorder(handle)
+        for batch in workload.batches:
+            _train_on(wrapped, batch)
+        check_collectives(handle, recorder.steps)
+        assert handle.report().skipped_pairs == 0
+        trained.append(wrapped.factors())
+    return trained
+
+
+OTHER_METHODS = [
+    (RefLoRAConfig(method="lora-pro", warmup_steps=0), Settings()),
+    (RefLoRAConfig(method="lora-rite"), Settings(rite={"apply_escape": True})),
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize(
+    ("engine", "world_size"),
+    [
+        ("fsdp2", 4), ("zero3", 4),
+        pytest.param("fsdp1-full", 3, marks=pytest.mark.all_ranks),
+        pytest.param("zero2", 4, marks=pytest.mark.all_ranks),
+        pytest.param("zero3-subgroups", 3, marks=pytest.mark.all_ranks),
+        pytest.param("fsdp1-flat", 3, marks=pytest.mark.all_ranks),
+        pytest.param("fsdp2-hsdp", 4, marks=pytest.mark.all_ranks),
+    ],
+)  # fmt: skip
+def test_sizes_of_other_methods(engine: str, world_size: int, sizes: str) -> None:
+    """LoRA-Pro, which reads gradients too, and LoRA-RITE, whose second moment lies at the head of the pieces."""
+    workload = synthetic_workload(**SIZES[sizes])
+    expected = [trained_in_float64(workload, settings, config)[1] for config, settings in OTHER_METHODS]
+    for trained in run_ranks(_other_methods_with_sizes, world_size, engine, sizes):
+        errors = [worst_factor_error(factors, exact) for factors, exact in zip(trained, expected, strict=True)]
+        assert max(errors) < FACTOR_TOLERANCE, errors
+
+
 # --- features of the model and the engine -----------------------------------------------------------------------
 
 
@@ -206,13 +251,14 @@ def test_loss_scaling() -> None:
         assert steps == len(synthetic_workload().batches)
 
 
-def _unused_adapter(rank: int, world_size: int, engine: str) -> tuple[dict[str, torch.Tensor], int]:
+def _unused_adapter(rank: int, world_size: int, engine: str, method: str) -> tuple[dict[str, torch.Tensor], int]:
     """The last layer is not called: its adapters have no gradient on any rank."""
     workload = synthetic_workload()
     model = build_model(workload)
     model.base_model.model.model.layers[1] = Skipped(model.base_model.model.model.layers[1])
-    wrapped = ENGINES[engine].wrap(model, Settings(), 12 // world_size)
-    handle = attach(wrapped.model, wrapped.optimizer, REFLORA)
+    settings = Settings(weight_decay=0.0, rite={} if method == "lora-rite" else None)
+    wrapped = ENGINES[engine].wrap(model, settings, 12 // world_size)
+    handle = attach(wrapped.model, wrapped.optimizer, RefLoRAConfig(method=method, warmup_steps=0))
     for batch in workload.batches:
         _train_on(wrapped, batch)
     return wrapped.factors(), handle.report().num_pairs
@@ -229,9 +275,13 @@ class Skipped(torch.nn.Module):
         return hidden_states
 
 
+@pytest.mark.parametrize("method", ["reflora", "lora-pro", "lora-rite"])
 @pytest.mark.parametrize("engine", ["fsdp2", "fsdp1-full", "zero2", "zero3"])
-def test_adapters_without_gradients(engine: str) -> None:
-    """An adapter that the forward does not reach keeps every rank in step, and the others are right."""
-    for factors, num_pairs in run_ranks(_unused_adapter, 2, engine):
+def test_adapters_without_gradients(engine: str, method: str) -> None:
+    """An adapter that the forward does not reach keeps every rank in step and stays as it is; the others move."""
+    start = synthetic_workload().initial_factors
+    for factors, num_pairs in run_ranks(_unused_adapter, 2, engine, method):
         assert num_pairs == 14
-        assert all(torch.isfinite(factor).all() for factor in factors.values())
+        for name, factor in factors.items():
+            error = ((factor - start[name.replace(".1.layer.", ".1.")]).norm() / factor.norm()).item()
+            assert error == 0.0 if ".1.layer." in name else 1e-3 < error < 1.0, (name, error)

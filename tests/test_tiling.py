@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from reflora_dist.blocks import SIDE_A, SIDE_B
 from reflora_dist.communication import Communicator
 from reflora_dist.retile import Retiler
-from reflora_dist.tiling import FOLLOWING, LocalShard, follow_each_other, tile
+from reflora_dist.tiling import FOLLOWING, LocalShard, follow_each_other, head, tile
 
 
 @st.composite
@@ -164,3 +164,23 @@ def test_planning_for_70b_is_quick_and_small(layout: str, world_size: int) -> No
     assert time.perf_counter() - start < 5
     held_bytes = 4 * sum(shard.numel for shard in shards[rank])
     assert 0 < sum(index.numel() * index.element_size() for index in indices) <= held_bytes
+
+
+@pytest.mark.parametrize("count", [1, 7, 11, 37, 60])
+@pytest.mark.parametrize("tall", [False, True])
+@pytest.mark.parametrize("side", [SIDE_A, SIDE_B])
+def test_the_head_of_a_factor_is_found_in_its_shards(side: int, tall: bool, count: int) -> None:
+    """Every one of the first elements in exactly one shard, at the place where it lies, also over several rows."""
+    shape = (6, 12) if side == SIDE_A else (12, 6)
+    whole = torch.arange(72).view(shape)
+    if tall:
+        parts = [part.contiguous() for part in whole.split([5, 0, 4, 3], dim=1 - side)]
+    else:
+        parts = list(whole.flatten().split([31, 0, 2, 39]))
+    shards = follow_each_other([[LocalShard(part.numel(), FOLLOWING, tall)] for part in parts])
+    found = []
+    for part, (shard,) in zip(parts, shards, strict=True):
+        for start, position, numel in head(side, shape, shard, count):
+            assert part.flatten()[start : start + numel].tolist() == list(range(position, position + numel))
+            found += range(position, position + numel)
+    assert sorted(found) == list(range(count))

@@ -217,10 +217,15 @@ def plain_name(name: str) -> str:
 
 
 def train_single(
-    model: torch.nn.Module, batches: Tensor, settings: Settings, attach: Attach | None = None
+    model: torch.nn.Module,
+    batches: Tensor,
+    settings: Settings,
+    attach: Attach | None = None,
+    optimizer: Any = None,
 ) -> tuple[list[float], Factors]:
-    """One process, plain AdamW: what every sharded run is compared with. Returns losses and final factors."""
-    optimizer = settings.optimizer([p for p in model.parameters() if p.requires_grad])
+    """One process, the settings' optimizer unless one is given. Returns losses and final factors."""
+    if optimizer is None:
+        optimizer = settings.optimizer([p for p in model.parameters() if p.requires_grad])
     if attach is not None:
         attach(model, optimizer)
     losses = []
@@ -243,7 +248,7 @@ def worst_factor_error(factors: Factors, expected: Factors) -> float:
     assert factors.keys() == expected.keys(), factors.keys() ^ expected.keys()
     for name, reference in expected.items():
         assert factors[name].shape == reference.shape, (name, factors[name].shape, reference.shape)
-    errors = [((factors[name].float() - ref).norm() / ref.norm()).item() for name, ref in expected.items()]
+    errors = [((factors[name].to(ref.dtype) - ref).norm() / ref.norm()).item() for name, ref in expected.items()]
     assert all(map(math.isfinite, errors)), "NaN or inf in a factor"  # max() may pass over NaN
     return max(errors)
 

@@ -28,6 +28,7 @@ from benchmarks.convergence_data import Batch, Material
 from launchers.tokenization import IGNORE_INDEX
 from reflora_dist import Handle, LoRARite, RefLoRAConfig, attach
 from reflora_dist.config import METHODS
+from reflora_dist.lora_sb import METHODS as LATENT_METHODS
 from reflora_dist.lora_sb import LoRASBConfig, LoraXSConfig, initialize_lora_sb, initialize_lora_xs
 
 # zero: PEFT's default, B = 0. drawn: B is drawn as A is, and the base gives up the product (the published code's
@@ -37,8 +38,6 @@ CHECKED_STEPS = 3
 # Runs of one seed do the same arithmetic up to the end of the warm-up; some GPU kernels add up in any order.
 CHECK_TOLERANCE = 1e-4
 TIMED_ROUNDS, TIMED_STEPS, UNTIMED_STEPS = 6, 5, 3
-# These train an r x r matrix between frozen factors of their own start.
-LATENT_METHODS = ("lora-sb", "lora-xs")
 ALL_METHODS = (*METHODS, *LATENT_METHODS)
 _GRADIENT_BATCHES = 8  # from which LoRA-SB takes its first step: those that training begins with
 

@@ -6,6 +6,7 @@ python launchers/compare.py outputs/lora outputs/reflora --plot outputs/comparis
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -19,13 +20,13 @@ from rich.table import Table
 
 from launchers.plots import plot_comparison
 from launchers.recorder import METRICS_FILE
+from reflora_dist.lora_sb import METHODS as LATENT_METHODS
 
 # What may differ between runs that are compared; anything else would make the comparison unfair.
 METHOD_SETTINGS = frozenset(
     ("method", "reflora_warmup_steps", "reflora_interval", "reflora_overlap", "scaled_gd_damping", "optim_args")
 )
 # What only these read, or read otherwise: they train an r x r matrix between frozen factors.
-LATENT_METHODS = frozenset(("lora-sb", "lora-xs"))
 LATENT_SETTINGS = frozenset(("lora_r", "lora_alpha", "lora_sb_batches", "lora_sb_learning_rate"))
 START_TOLERANCE = 1e-3  # relative; the untrained adapter is zero, so only the order of sums differs
 
@@ -49,10 +50,9 @@ def check_comparable(runs: Sequence[dict[str, Any]]) -> None:
     Raises:
         ValueError: a setting, the number of steps, or the held-out loss before training differs.
     """
-    first = runs[0]
-    for run in runs[1:]:
+    for first, run in itertools.combinations(runs, 2):
         methods = {first["method"], run["method"]}
-        free = METHOD_SETTINGS | (LATENT_SETTINGS if methods & LATENT_METHODS else frozenset())
+        free = METHOD_SETTINGS | (LATENT_SETTINGS if methods & set(LATENT_METHODS) else frozenset())
         names = sorted(set(first["settings"]) | set(run["settings"]))
         for name in names:
             values = (first["settings"].get(name), run["settings"].get(name))

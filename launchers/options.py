@@ -21,8 +21,8 @@ from launchers.tokenization import TokenizationSettings
 from reflora_dist import LoRARite, RefLoRAConfig
 from reflora_dist.config import METHODS
 from reflora_dist.initial_factors import check_init
+from reflora_dist.lora_sb import METHODS as LATENT_METHODS
 
-LATENT_METHODS = ("lora-sb", "lora-xs")
 MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")
 # PEFT's own starts that leave the base alone; the others are reflora_dist.initialization's.
 PEFT_STARTS: dict[str, bool | str] = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
@@ -110,7 +110,14 @@ class LoraOptions:
         return self.method in LATENT_METHODS
 
     def _check_latent(self) -> None:
-        for name, default in (("rslora", False), ("dora", False), ("init_lora_weights", "default")):
+        for name, default in (
+            ("rslora", False),
+            ("dora", False),
+            ("init_lora_weights", "default"),
+            ("reflora_warmup_steps", None),
+            ("reflora_interval", 1),
+            ("reflora_overlap", False),
+        ):
             if getattr(self, name) != default:
                 raise ValueError(f"{name}={getattr(self, name)!r} means nothing to --method {self.method}: drop it")
 

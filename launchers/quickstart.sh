@@ -48,16 +48,16 @@ for method in $methods; do
     case "$method" in reflora | reflora-s | lora-pro) plain=$warmup ;; *) plain=0 ;; esac
     case "$method" in
         # r x r numbers per layer; the first step that LoRA-SB starts from is a tenth of the peak, as after a warm-up
-        lora-sb | lora-xs) adapter_options=(--lora_r 32 --lora_sb_learning_rate 1e-4) ;;
-        *) adapter_options=(--lora_r 8 --lora_alpha 16) ;;
+        lora-sb | lora-xs) options=(--lora_r 32 --lora_sb_learning_rate 1e-4) ;;
+        *) options=(--lora_r 8 --lora_alpha 16 --reflora_warmup_steps "$plain") ;;
     esac
     [ "$gpus" -gt 0 ] || [ -d "${TORCH_EXTENSIONS_DIR:-$HOME/.cache/torch_extensions}" ] \
         || echo "(DeepSpeed's first run on a CPU compiles an extension; it takes about 40 s)"
     "$PYTHON" -m deepspeed.launcher.runner --log_level warning --num_gpus "$PROCESSES" --master_port "$(free_port)" \
         "$repository/launchers/finetune.py" --deepspeed "$repository/ds_configs/zero3.json" \
-        --method "$method" --reflora_warmup_steps "$plain" \
+        --method "$method" \
         --cache_dir "$cache_dir" --pretrain_steps "$pretrain_steps" --output_dir "$output_dir/$method" \
-        --max_length 128 "${adapter_options[@]}" --learning_rate 1e-3 --lr_scheduler_type cosine \
+        --max_length 128 "${options[@]}" --learning_rate 1e-3 --lr_scheduler_type cosine \
         --per_device_train_batch_size 8 --max_steps "$steps" --logging_steps $((steps >= 50 ? 10 : 1)) \
         --eval_on_start True --eval_steps $((steps >= 10 ? steps / 5 : steps / 2)) --max_eval_records 200 \
         --per_device_eval_batch_size 25 --save_strategy no --seed 0 \

@@ -131,5 +131,5 @@ def resumed_checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
             return folder
     raise FileNotFoundError(
         f"{checkpoint_folder(args, state)} is not the checkpoint of step {state.global_step} that training resumes "
-        "from: under FSDP1 name it in TrainingArguments(resume_from_checkpoint=...) as well"
+        "from: name it in TrainingArguments(resume_from_checkpoint=...) as well"
     )

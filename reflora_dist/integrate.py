@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -89,7 +88,6 @@ class Handle:
         self._applied_steps = 0
         self._skipped_pairs = torch.zeros((), dtype=torch.int64, device=self._comm.device)
         self._checked = False
-        self._paused = False
         self._gradient_step: GradientStep | None = None
         self._rescaling_step: RescalingStep | None = None
         self._rite_step: RiteStep | None = None
@@ -100,7 +98,7 @@ class Handle:
             wire_dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
             retiler = Retiler(shapes, shards, self._comm, wire_dtype)
             if config.method in GRADIENT_METHODS:
-                method = GRADIENT_METHODS[config.method](config, _scaling(engine))
+                method = GRADIENT_METHODS[config.method](config, _scaling(engine, self._comm.device))
                 ahead = self._comm.twin() if config.overlap else None
                 self._gradient_step = GradientStep(method, engine, retiler, self._comm, ahead)
             else:
@@ -177,24 +175,8 @@ class Handle:
                 self._gradient_step.check()
         self._hooks = []
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Let ``optimizer.step`` run without the method, and without counting it.
-
-        torch's ``get_optimizer_state_dict`` fills an empty optimizer state by a step of size zero, under FSDP1 on some
-        ranks only: no training step, and no place for a collective.
-        """
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
-            self.weights_changed()  # a step of size zero counts as a change
-
     @torch.no_grad()
     def _before_update(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self._paused:
-            return
         # torch passes the optimizer itself as the first argument
         if any(argument is not None for argument in args[1:]) or kwargs.get("closure") is not None:
             raise RuntimeError(
@@ -218,8 +200,6 @@ class Handle:
 
     @torch.no_grad()
     def _after_update(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self._paused:
-            return
         last = self._engine.firing().last
         self._engine.end_firing()
         if not last:
@@ -270,11 +250,11 @@ def _find(model: nn.Module, optimizer: Any, config: RefLoRAConfig) -> Engine:
     return engine
 
 
-def _scaling(engine: Engine) -> dict[int, torch.Tensor]:
+def _scaling(engine: Engine, device: torch.device) -> dict[int, torch.Tensor]:
     scaling: dict[int, list[float]] = {}
     for pair in engine.pairs:
         scaling.setdefault(pair.lora_rank, []).append(pair.scaling)
-    return {r: torch.tensor(values, dtype=torch.float64) for r, values in scaling.items()}
+    return {r: torch.tensor(values, dtype=torch.float64, device=device) for r, values in scaling.items()}
 
 
 def _check_state(state_dict: Mapping[str, Any], config: RefLoRAConfig) -> None:

@@ -23,6 +23,9 @@ class FactorUpdate(Protocol):
     def others(self, parameter: Tensor) -> list[tuple[int, int]]:
         """The stretches ``(start, stop)`` of a parameter of the optimizer that belong to no factor."""
 
+    def holds_no_factor(self, parameter: Tensor) -> bool:
+        """Whether no rank has a part of a factor in it."""
+
 
 class LoRARite(torch.optim.Optimizer):
     """Transformation-invariant adaptive steps on LoRA factors; AdamW on every other parameter.
@@ -43,7 +46,8 @@ class LoRARite(torch.optim.Optimizer):
     not finite makes its pair not finite, as with AdamW.
 
     Args:
-        params: as for any torch optimizer; per-group ``lr`` and ``weight_decay``.
+        params: as for any torch optimizer; per-group ``lr``, ``betas`` and ``weight_decay``. A factor without a
+            gradient counts as one with a zero gradient: momentum and weight decay go on.
         lr: learning rate.
         betas: decays of the first and second moment, bias-corrected.
         eps: added to the root of the second moment.
@@ -79,7 +83,6 @@ class LoRARite(torch.optim.Optimizer):
         _require(all(0 <= beta < 1 for beta in betas), "betas", betas, "in [0, 1)")
         _require(eps > 0, "eps", eps, "above 0")
         self.settings = RiteSettings(
-            betas=(betas[0], betas[1]),
             eps=eps,
             clip_unmagnified_grad=clip_unmagnified_grad,
             update_capping=update_capping,
@@ -89,6 +92,10 @@ class LoRARite(torch.optim.Optimizer):
         )
         self._update: FactorUpdate | None = None
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which are not attached."""
+        return {**super().__getstate__(), "settings": self.settings, "_update": None}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -127,7 +134,7 @@ class LoRARite(torch.optim.Optimizer):
                     dtype = _state_dtype(parameter)
                     state["step"] = torch.zeros((), dtype=torch.float32)
                     for key in ("exp_avg", "exp_avg_sq"):
-                        state[key] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
+                        state[key] = torch.zeros_like(parameter, dtype=dtype)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but moments stay in their own precision where parameters have 16 bits."""
@@ -136,6 +143,8 @@ class LoRARite(torch.optim.Optimizer):
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, parameter in zip(indices, parameters, strict=True):
+            if "step" in self.state[parameter]:  # on the host, where reading it makes no GPU wait
+                self.state[parameter]["step"] = self.state[parameter]["step"].cpu()
             for key in ("exp_avg", "exp_avg_sq"):
                 if key in saved.get(index, {}):
                     self.state[parameter][key] = saved[index][key].to(parameter.device, _state_dtype(parameter)).clone()
@@ -152,17 +161,24 @@ class LoRARite(torch.optim.Optimizer):
         assert self._update is not None
         state = self.state[parameter]
         stretches = self._update.others(parameter)
+        if parameter.grad is None and self._update.holds_no_factor(parameter):
+            return  # as in AdamW, whose count of steps is of those with a gradient
         if stretches and parameter.grad is not None:
             tensors = [parameter.detach(), parameter.grad, state["exp_avg"], state["exp_avg_sq"]]
-            weights, gradients, first, second = (
-                [_local(tensor).view(-1)[start:stop] for start, stop in stretches] for tensor in tensors
-            )
+            held, gradients, first, second = (_parts(_local(tensor), stretches) for tensor in tensors)
+            # moments are float32 where parameters have 16 bits, and AdamW wants one precision
+            wide = first[0].dtype
+            weights = [part.to(wide) for part in held]
+            gradients = [part.to(wide) for part in gradients]
             steps = [state["step"].clone() for _ in stretches]
             beta1, beta2 = group["betas"]
             adamw(
                 weights, gradients, first, second, [], steps, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
                 weight_decay=group["weight_decay"], eps=_ADAMW_EPS, maximize=False,
             )  # fmt: skip
+            for part, weight in zip(held, weights, strict=True):
+                if part is not weight:
+                    part.copy_(weight)
         state["step"] += 1
 
 
@@ -173,6 +189,13 @@ def _require(fulfilled: bool, name: str, value: object, condition: str) -> None:
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _parts(tensor: Tensor, stretches: list[tuple[int, int]]) -> list[Tensor]:
+    """Views of the stretches; the tensor itself where that is all of it, which need not be contiguous then."""
+    if stretches == [(0, tensor.numel())]:
+        return [tensor]
+    return [tensor.view(-1)[start:stop] for start, stop in stretches]
 
 
 def _state_dtype(parameter: Tensor) -> torch.dtype:

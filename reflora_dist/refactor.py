@@ -57,12 +57,12 @@ def solve_with_torch(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tensor, Te
 
     product = torch.where(full_rank[:, None, None], chol_b.mT @ chol_a, eye)
     orthogonal, product_inv = polar(product)
-    root = _symmetric(orthogonal.mT @ product)
-    root_inv = _symmetric(product_inv @ orthogonal)
+    root = symmetric(orthogonal.mT @ product)
+    root_inv = symmetric(product_inv @ orthogonal)
 
     left = torch.linalg.solve_triangular(chol_a.mT, root, upper=True)
-    s = _symmetric(torch.linalg.solve_triangular(chol_a.mT, left.mT, upper=True))
-    s_inv = _symmetric(chol_a @ root_inv @ chol_a.mT)
+    s = symmetric(torch.linalg.solve_triangular(chol_a.mT, left.mT, upper=True))
+    s_inv = symmetric(chol_a @ root_inv @ chol_a.mT)
 
     solved = full_rank & (_equation_residual(s, s_inv, gram_a, gram_b, eye) < LARGEST_RESIDUAL)  # NaN compares False
     return torch.where(solved[:, None, None], s, eye), torch.where(solved[:, None, None], s_inv, eye), solved
@@ -103,10 +103,10 @@ def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
     x = matrix
     inverse = first_inverse = torch.linalg.inv_ex(x)[0]
     for _ in range(NEWTON_STEPS):
-        mu = (_norm(inverse) / _norm(x)).sqrt()
+        mu = (frobenius(inverse) / frobenius(x)).sqrt()
         updated = (0.5 * mu) * x + (0.5 / mu) * inverse.mT
         # reading the result is free on a CPU, and would make a GPU wait
-        converged = x.device.type == "cpu" and bool((_norm(updated - x) <= CONVERGED * _norm(updated)).all())
+        converged = x.device.type == "cpu" and bool((frobenius(updated - x) <= CONVERGED * frobenius(updated)).all())
         x = updated
         inverse = torch.linalg.inv_ex(x)[0]
         if converged:
@@ -114,7 +114,8 @@ def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return 0.5 * (x + inverse.mT), first_inverse
 
 
-def _norm(matrix: Tensor) -> Tensor:
+def frobenius(matrix: Tensor) -> Tensor:
+    """Frobenius norms ``[..., 1, 1]``."""
     return torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True)
 
 
@@ -125,5 +126,6 @@ def _equation_residual(s: Tensor, s_inv: Tensor, gram_a: Tensor, gram_b: Tensor,
     return torch.maximum(equation, inverse)
 
 
-def _symmetric(matrix: Tensor) -> Tensor:
+def symmetric(matrix: Tensor) -> Tensor:
+    """The symmetric part, which takes away what rounding adds."""
     return 0.5 * (matrix + matrix.mT)

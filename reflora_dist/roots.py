@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .refactor import polar
+from .refactor import polar, symmetric
 
 # Singular values of a factor below this times its Frobenius norm count as zero. A Gram squares it, and float64
 # resolves 2e-16 of a Gram.
@@ -45,7 +45,7 @@ def damped_inverse_root(matrix: Tensor, eps: float) -> Tensor:
     matrix = torch.where(finite[..., None, None], matrix, eye)
     damped = _damped_by_eigenvectors if matrix.device.type == "cpu" else _damped_by_iteration
     inverse = damped(matrix, eps, eye)
-    return torch.where(finite[..., None, None], _symmetric(inverse), 0.0)
+    return torch.where(finite[..., None, None], symmetric(inverse), 0.0)
 
 
 def _by_eigenvectors(gram: Tensor) -> Tensor:
@@ -58,9 +58,9 @@ def _by_eigenvectors(gram: Tensor) -> Tensor:
 def _by_iteration(gram: Tensor, eye: Tensor) -> Tensor:
     """The sign of ``G - RCOND^2 I`` is 1 on the directions to keep, and is its orthogonal polar factor."""
     sign, _ = polar(gram - RCOND**2 * eye)
-    projector = 0.5 * (eye + _symmetric(sign))
-    _, inverse_root = _roots(_symmetric(projector @ gram @ projector) + (eye - projector))
-    return _symmetric(projector @ inverse_root @ projector)
+    projector = 0.5 * (eye + symmetric(sign))
+    _, inverse_root = _roots(symmetric(projector @ gram @ projector) + (eye - projector))
+    return symmetric(projector @ inverse_root @ projector)
 
 
 def _damped_by_eigenvectors(matrix: Tensor, eps: float, eye: Tensor) -> Tensor:
@@ -79,8 +79,4 @@ def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Square root and inverse square root of a positive definite matrix ``L L^T``: ``L^T = U M^(1/2)``."""
     upper = torch.linalg.cholesky_ex(matrix)[0].mT
     orthogonal, upper_inverse = polar(upper)
-    return _symmetric(orthogonal.mT @ upper), _symmetric(upper_inverse @ orthogonal)
-
-
-def _symmetric(matrix: Tensor) -> Tensor:
-    return 0.5 * (matrix + matrix.mT)
+    return symmetric(orthogonal.mT @ upper), symmetric(upper_inverse @ orthogonal)

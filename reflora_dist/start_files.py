@@ -16,14 +16,16 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -33,6 +35,7 @@ _CONFIG_NAME = "adapter_config.json"
 _VERSION = 1
 _PEFT_STARTS = ("pissa", "olora", "lora_ga", "corda", "loftq")
 _MARK = "base changed at the start by "
+_Value = TypeVar("_Value", int, float)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,24 +229,44 @@ def convert_adapter(adapter_dir: str | Path, output_dir: str | Path) -> None:
 
 def _ordinary_config(start: Start) -> dict[str, Any]:
     """The fields of ``LoraConfig`` that differ: twice the r of every pair, and the alpha that keeps its scaling."""
-    settings = {}
+    ranks, alphas = {}, {}
     for name, factor in start.factors.items():
         if _is_lora_a(name):
             layer = name.partition(".lora_")[0]
-            rank = 2 * factor.shape[0]
-            alpha = start.scaling[layer] * rank
             path = layer.removeprefix("base_model.model.")
-            settings[path] = (rank, int(alpha) if alpha == int(alpha) else alpha)
-    (rank, alpha), _ = collections.Counter(settings.values()).most_common(1)[0]
+            ranks[path] = 2 * factor.shape[0]
+            alpha = start.scaling[layer] * ranks[path]
+            alphas[path] = int(alpha) if alpha == int(alpha) else alpha
+    settings = [(ranks[path], alphas[path]) for path in ranks]
+    (rank, alpha), _ = collections.Counter(settings).most_common(1)[0]
     return {
         "init_lora_weights": True,
         "lora_ga_config": None,
         "use_rslora": False,
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {path: own[0] for path, own in settings.items() if own[0] != rank},
-        "alpha_pattern": {path: own[1] for path, own in settings.items() if own[1] != alpha},
+        "rank_pattern": exact_pattern(ranks, rank),
+        "alpha_pattern": exact_pattern(alphas, alpha),
     }
+
+
+def exact_pattern(values: Mapping[str, _Value], default: _Value) -> dict[str, _Value]:
+    """A ``rank_pattern`` or ``alpha_pattern`` with a key for every module that has not the default, and only for it.
+
+    Args:
+        values: by every adapted module's path in the base model.
+        default: ``r`` or ``lora_alpha``.
+
+    Raises:
+        ValueError: PEFT would read another value for some module.
+    """
+    # PEFT matches (.*\.)?(key)$, where a mere path "l" takes "enc.l" too; after "^" nothing can stand before it
+    pattern = {f"^{re.escape(path)}": value for path, value in values.items() if value != default}
+    for path, value in values.items():
+        # sorted, as they are in the file: the first key that matches counts
+        if pattern.get(get_pattern_key(sorted(pattern), path), default) != value:
+            raise ValueError(f"PEFT's patterns of names cannot give the module {path!r} its {value}: rename it")
+    return pattern
 
 
 def _is_lora_a(name: str) -> bool:

@@ -12,7 +12,7 @@ from .communication import Communicator
 from .engines import Engine
 from .grams import reduce_grams_and
 from .lora_rite import LoRARite
-from .methods.lora_rite import Groups, Moments, rite_update
+from .methods.lora_rite import Groups, Moments, bias_corrected, rite_update
 from .retile import Retiler
 from .tiling import LocalShard, head
 
@@ -57,7 +57,7 @@ class RiteStep:
         )
         self._stretches: dict[int, list[tuple[int, int]]] = {}
         self._held: dict[int, Tensor | None] = {}  # gradients of earlier firings of this step
-        self._groups: dict[int, tuple[float, float]] = {}  # learning rate and weight decay of factors seen so far
+        self._groups: dict[int, tuple[float, ...]] = {}  # settings of the factors of this step's firings so far
         self._skipped = torch.zeros((), dtype=torch.int64, device=communicator.device)
 
     def others(self, parameter: Tensor) -> list[tuple[int, int]]:
@@ -66,6 +66,11 @@ class RiteStep:
             self._stretches = _stretches(self._engine)
         numel = _local_numel(parameter)
         return self._stretches.get(id(parameter), [(0, numel)] if numel else [])
+
+    def holds_no_factor(self, parameter: Tensor) -> bool:
+        """See :class:`reflora_dist.lora_rite.FactorUpdate`."""
+        self.others(parameter)  # which looks the factors' parameters up at first
+        return id(parameter) not in self._stretches
 
     def __call__(self) -> None:
         """Take this firing's gradients; update every factor once all of them are there."""
@@ -100,11 +105,9 @@ class RiteStep:
         seconds = [state["exp_avg_sq"] for state in states]
         local_grams = self._blocks.stacked_grams(streams)
         grams, (packed,) = reduce_grams_and(local_grams, [self._packed.read(seconds)], self._comm)
-        learning_rates, decays = zip(*(self._groups[factor] for factor in range(len(weights))), strict=True)
-        groups = Groups(self._per_factor(learning_rates), self._per_factor(decays), self._rows)
-        # counted by the optimizer before
-        step = int(next(iter(self._optimizer.state.values()))["step"]) - 1
-        update = rite_update(grams, self._packed.unpack(packed), groups, step, self._optimizer.settings)
+        settings = zip(*(self._groups[factor] for factor in range(len(weights))), strict=True)
+        groups = Groups(self._rows, *map(self._per_factor, settings))
+        update = rite_update(grams, self._packed.unpack(packed), groups, self._optimizer.settings)
         left = {r: matrices[0].mT for r, matrices in update.matrices.items()}
         right = {r: matrices[1] for r, matrices in update.matrices.items()}
         self._blocks.combine_(streams, [_FACTORS, _MOMENTS], left, right)
@@ -118,7 +121,9 @@ class RiteStep:
         for factor, (parameter, _) in enumerate(self._engine.holders()):
             if present[factor]:
                 group = group_of[id(parameter)]
-                self._groups[factor] = float(group["lr"]), float(group["weight_decay"])
+                step = int(self._optimizer.state[parameter]["step"]) - 1  # counted by the optimizer before
+                decays = [bias_corrected(beta, step) for beta in group["betas"]]
+                self._groups[factor] = float(group["lr"]), float(group["weight_decay"]), *decays
 
     def _per_factor(self, values: Sequence[float]) -> Matrices:
         """``{r: [2, P_r]}`` from one value per factor."""
@@ -169,6 +174,8 @@ class _Packed:
         vector = torch.zeros(self._size, dtype=torch.float64, device=self._device)
         if self._runs:
             parts = [seconds[factor].view(-1)[start : start + numel] for factor, start, _, numel in self._runs]
+            if len({part.device for part in parts}) > 1:  # a model spread over devices
+                parts = [part.to(self._device) for part in parts]
             vector[self._held] = torch.cat(parts).to(self._device, torch.float64, non_blocking=True)
         return vector
 

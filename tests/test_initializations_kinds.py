@@ -19,6 +19,7 @@ from reflora_dist import (
 )
 from reflora_dist.base_change import Block, blocks_of_flat_piece, checksum, subtract_product
 from reflora_dist.checkpoint import save_adapter
+from reflora_dist.start_files import exact_pattern
 from tests.test_initializations import WORKLOAD, _leave_gradients, base_model
 
 # --- the change of a weight ---
@@ -135,6 +136,19 @@ class _Convolutions(nn.Module):
         return self.head(self.conv2(hidden[:, None]).mean((2, 3)))
 
 
+class _SameLastNames(nn.Module):
+    """The first module's path is the end of the others'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(32, 6)
+        self.l = nn.Linear(6, 8)
+        self.enc, self.dec = nn.ModuleDict({"l": nn.Linear(8, 8)}), nn.ModuleDict({"l": nn.Linear(8, 8)})
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.dec["l"](self.enc["l"](self.l(self.embed(input_ids))))
+
+
 def _logits(model: Any, ids: Tensor) -> Tensor:
     with torch.no_grad():
         output = model.eval()(input_ids=ids)
@@ -161,6 +175,8 @@ _KINDS: dict[str, tuple[Any, dict[str, Any], str]] = {
         },
         "kaiming_both",
     ),
+    "alpha-of-a-last-name": (_SameLastNames, {"target_modules": ["l"], "alpha_pattern": {"^l": 64}}, "kaiming_both"),
+    "r-of-a-last-name": (_SameLastNames, {"target_modules": ["l"], "rank_pattern": {"^l": 2}}, "kaiming_both"),
     "dora": (base_model, {"target_modules": ["q_proj", "up_proj"], "use_dora": True}, "kaiming_both"),
     "modules-to-save": (base_model, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "olora"),
 }
@@ -200,6 +216,13 @@ def test_kinds_of_layers_and_adapters(kind: str, tmp_path: Path) -> None:
     replay_initialization(replayed, tmp_path / "trained")
     replayed.load_adapter(tmp_path / "trained", "default")
     assert torch.equal(_logits(replayed, ids), moved)
+
+
+def test_a_pattern_matches_its_module_only() -> None:
+    """Or, where a name that looks like a key stands in the way, it is refused."""
+    assert exact_pattern({"l": 2, "enc.l": 4, "dec.l": 4}, 4) == {"^l": 2}
+    with pytest.raises(ValueError, match=r"cannot give the module '\^l' its 4"):
+        exact_pattern({"l": 2, "^l": 4}, 4)
 
 
 # --- refusals ---

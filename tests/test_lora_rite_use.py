@@ -164,3 +164,55 @@ def test_state_dict_continues_bit_by_bit(dtype: torch.dtype) -> None:
     assert all(s[key].dtype == moments for s in resumed.state.values() for key in ("exp_avg", "exp_avg_sq"))
     factors = train_small(other, resumed, batches[3:])
     assert all(torch.equal(factors[name], expected[name]) for name in expected)
+
+
+class _WithHead(nn.Module):
+    """The small network, with a head that is used when asked for."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.body = small_model()
+        width = small_batches(1)[0].shape[-1]
+        self.head = nn.Linear(width, 3).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_of_16_bits_and_one_that_is_used_late_follow_adamw(dtype: torch.dtype) -> None:
+    """PEFT leaves modules_to_save in the base's precision; AdamW counts steps from a parameter's first gradient."""
+    model = _WithHead(dtype)
+    twin = copy.deepcopy(model.head).to(torch.float32)
+    optimizer = LoRARite(trainable(model), lr=0.02, weight_decay=0.1)
+    attach(model, optimizer, CONFIG)
+    adamw = torch.optim.AdamW(twin.parameters(), lr=0.02, weight_decay=0.1)
+    generator = torch.Generator().manual_seed(0)
+    for step, batch in enumerate(small_batches(5)):
+        backward(model.body, batch)
+        if step >= 2:
+            for own, other in zip(model.head.parameters(), twin.parameters(), strict=True):
+                other.grad = torch.randn(other.shape, generator=generator).to(dtype).float()
+                own.grad = other.grad.to(dtype)
+            adamw.step()
+        optimizer.step()
+        for own, other in zip(model.head.parameters(), twin.parameters(), strict=True):
+            with torch.no_grad():
+                other.copy_(other.to(dtype))  # rounded after every step, as the parameter is
+            assert torch.equal(own.detach().float(), other.detach())
+        optimizer.zero_grad()
+
+
+def test_betas_of_a_group_act_on_its_factors() -> None:
+    trained = {}
+    for name, betas in (("group", (0.5, 0.9)), ("constructor", (0.5, 0.9)), ("default", (0.9, 0.999))):
+        model = small_model()
+        in_group = name == "group"
+        groups = [{"params": trainable(model), "betas": betas}] if in_group else trainable(model)
+        optimizer = LoRARite(groups, lr=0.02, **({} if in_group else {"betas": betas}))
+        attach(model, optimizer, CONFIG)
+        trained[name] = train_small(model, optimizer, small_batches(4))
+    assert worst_factor_error(trained["group"], trained["constructor"]) == 0
+    assert worst_factor_error(trained["group"], trained["default"]) > 1e-3
+
+
+def test_a_copied_optimizer_keeps_its_settings() -> None:
+    optimizer = LoRARite(trainable(small_model()), lr=0.02, update_capping=0.3)
+    assert copy.deepcopy(optimizer).settings == optimizer.settings

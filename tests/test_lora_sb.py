@@ -310,6 +310,30 @@ def test_a_converted_adapter_is_plain_lora(trained: PeftModel, tmp_path: Path) -
         save_as_lora(tmp_path / "lora", tmp_path / "other")
 
 
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"self_attn.q_proj": 20.0}},
+        {"rank_pattern": {"self_attn.q_proj": 2}, "alpha_pattern": {"q_proj": 20.0}},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.0.*.q_proj": 20.0}, "lora_alpha": 6},
+    ],
+    ids=["s=1, longer alpha key", "s=1, longer r key", "alpha"],
+)
+def test_a_converted_adapter_keeps_each_modules_r_and_scale(patterns: dict[str, Any], tmp_path: Path) -> None:
+    """Also of a module that gets its r by one pattern and its alpha by another."""
+    workload = synthetic_workload(steps=6)
+    model = _initialized(workload, CONFIG, **patterns).eval()
+    model.save_pretrained(tmp_path / "xs")
+    save_as_lora(tmp_path / "xs", tmp_path / "lora")
+    loaded = PeftModel.from_pretrained(base_model(workload), tmp_path / "lora")
+    converted: dict[str, Any] = dict(loaded.base_model.model.named_modules())
+    for name, layer in _layers(model).items():
+        expected = (layer.r["default"], layer.scaling["default"])
+        assert (converted[name].r["default"], converted[name].scaling["default"]) == expected
+        own, plain = layer.get_delta_weight("default"), converted[name].get_delta_weight("default")
+        assert (plain - own).norm() <= 1e-5 * own.norm()
+
+
 # --- what is refused ---
 
 

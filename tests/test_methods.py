@@ -15,6 +15,7 @@ from torch import Tensor
 
 from reflora_dist import RefLoRAConfig, attach, roots
 from reflora_dist.methods import lora_pro
+from reflora_dist.methods.scaled_gd import ScaledGD
 from tests import oracles
 from tests.cluster import run_ranks
 from tests.engines_under_test import ENGINES, accelerated
@@ -96,6 +97,20 @@ def test_pefts_optimizer_does_nothing_under_fsdp2_and_ours_does() -> None:
         assert worst_factor_error(trained["peft"], trained["plain"]) == 0.0
         assert worst_factor_error(trained["ours"], expected) < FACTOR_TOLERANCE
         assert worst_factor_error(trained["plain"], expected) > 1e-2
+
+
+def test_scaled_gd_without_damping_leaves_a_deficient_pair_plain() -> None:
+    """Two columns of B are parallel, so that its Gram's last pivot is nothing but rounding."""
+    torch.manual_seed(0)
+    config = RefLoRAConfig(method="scaled-gd", damping=0.0)
+    deficient, regular = torch.randn(2, 12, 3, dtype=torch.float64)
+    deficient[:, 2] = 1.7 * deficient[:, 1]
+    gram_b = torch.stack([deficient.mT @ deficient, regular.mT @ regular])
+    gram_a = torch.stack([regular.mT @ regular] * 2)
+    transform = ScaledGD(config, {}).solve({3: torch.stack([gram_a, gram_b])})
+    assert transform.solved[3].tolist() == [False, True]
+    assert torch.equal(transform.left[3][0], torch.eye(3, dtype=torch.float64))
+    torch.testing.assert_close(transform.left[3][1] @ gram_b[1], torch.eye(3, dtype=torch.float64))
 
 
 def test_scaled_gd_without_damping_leaves_a_singular_pair_plain() -> None:

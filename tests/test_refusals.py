@@ -124,18 +124,6 @@ def test_another_adapter_activated_after_attach() -> None:
         optimizer.step()
 
 
-def test_paused_steps_are_not_counted() -> None:
-    model = adapted()
-    optimizer = adamw(model)
-    handle = attach(model, optimizer, CONFIG)
-    model(torch.ones(3, 6)).sum().backward()
-    with handle.paused():
-        optimizer.step()
-    assert handle.report().steps == 0
-    optimizer.step()
-    assert handle.report().steps == 1
-
-
 def test_reflora_s_needs_adam() -> None:
     model = adapted()
     with pytest.raises(ValueError, match=r"method='reflora-s' rescales Adam's moments; SGD is not one of Adam"):

@@ -30,7 +30,7 @@ def markdown(record: dict[str, Any]) -> str:
         [
             f"{model} on {text}: {arguments['steps']} steps of {arguments['batch_size']} records, r = "
             f"{arguments['lora_rank']}, {start[arguments['start']]}, {arguments['warmup_steps']} steps of plain LoRA "
-            f"first; AdamW without weight decay, cosine after {arguments['lr_warmup_steps']} rising steps. "
+            f"first{_exceptions(arguments)}; AdamW without weight decay, cosine after {arguments['lr_warmup_steps']} rising steps. "
             f"{material['train_records']:,} records to train on, {material['held_out_records']:,} held out. "
             f"{seeds} seeds and {rates} learning rates for every method.",
             "",
@@ -47,6 +47,14 @@ def markdown(record: dict[str, Any]) -> str:
             source_line(record),
         ]
     )
+
+
+def _exceptions(arguments: dict[str, Any]) -> str:
+    methods = set(arguments["methods"])
+    exceptions = " (lora-rite acts from the first step)" if "lora-rite" in methods else ""
+    if methods & {"lora-sb", "lora-xs"}:
+        exceptions += f"; lora-sb and lora-xs train R of r = {arguments['latent_rank']} from their own start"
+    return exceptions
 
 
 def _tuned_table(results: dict[str, Any]) -> str:

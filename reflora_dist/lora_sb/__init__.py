@@ -5,7 +5,7 @@ imported PEFT stops with ``KeyError: 'REFLORA_DIST_LORA_XS'``.
 """
 
 from .callback import LoRASBCallback
-from .config import LoRASBConfig, LoraXSConfig
+from .config import METHODS, LoRASBConfig, LoraXSConfig
 from .convert import save_as_lora
 from .initialize import initialize_lora_sb, initialize_lora_xs
 from .layer import LoraXSLinear
@@ -13,6 +13,7 @@ from .svd import truncated_svd
 from .tuner import LoraXSModel
 
 __all__ = [
+    "METHODS",
     "LoRASBCallback",
     "LoRASBConfig",
     "LoraXSConfig",

@@ -1,4 +1,4 @@
-"""LoRA-SB and LoRA-XS in HF Trainer, and in the trainers of TRL, as one callback."""
+"""LoRA-SB and LoRA-XS in HF Trainer as one callback."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ..checkpoint import load_checkpoint, save_checkpoint
 from ..report import Report
 from ..trained import find_training_engine
 from .config import LoRASBConfig
+from .gradients import Loss
 from .initialize import initialize_lora_sb, initialize_lora_xs
 from .layer import LoraXSLinear
 
@@ -31,9 +32,11 @@ class LoRASBCallback(TrainerCallback):
 
     Args:
         config: what to do, or its settings as a dictionary.
+        loss: of "lora-sb", ``loss(model, batch)``; needed where the Trainer computes another than the model's own.
     """
 
-    def __init__(self, config: LoRASBConfig | Mapping[str, Any]) -> None:
+    def __init__(self, config: LoRASBConfig | Mapping[str, Any], *, loss: Loss | None = None) -> None:
+        self._loss = loss
         self.config = config if isinstance(config, LoRASBConfig) else LoRASBConfig(**config)
         self._report: Report | None = None
 
@@ -53,7 +56,7 @@ class LoRASBCallback(TrainerCallback):
         else:
             config = dataclasses.replace(self.config, learning_rate=self.first_learning_rate(args, state))
             batches = _first_batches(kwargs["train_dataloader"], config.num_batches)
-            initialize_lora_sb(model, optimizer, batches, config)
+            initialize_lora_sb(model, optimizer, batches, config, loss=self._loss)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self._report is not None

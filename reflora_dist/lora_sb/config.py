@@ -7,6 +7,8 @@ import enum
 
 from peft import PeftConfig
 
+METHODS = ("lora-sb", "lora-xs")
+
 
 class LoraXSType(str, enum.Enum):  # noqa: UP042  (a key of PEFT's tables, which look strings up)
     """PEFT's name of the method. It is in ``adapter_config.json``, and PEFT's error names it where it is not known."""
@@ -83,8 +85,8 @@ class LoRASBConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.method not in ("lora-sb", "lora-xs"):
-            raise ValueError(f"method={self.method!r} is unknown; choose 'lora-sb' or 'lora-xs'")
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} is unknown; choose one of {', '.join(METHODS)}")
         for name in ("num_batches", "modules_per_pass"):
             value = getattr(self, name)
             if value is not None and value < 1:

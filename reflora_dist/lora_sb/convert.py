@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..start_files import exact_pattern
 from .config import LoraXSConfig
 
 
@@ -24,7 +26,7 @@ def save_as_lora(adapter_dir: str | Path, output_dir: str | Path) -> None:
         output_dir: another folder, for the same files of the LoRA adapter.
 
     Raises:
-        ValueError: the adapter is of another kind, or the folders are the same.
+        ValueError: the adapter is of another kind, the folders are the same, or a module's name cannot be matched.
         OSError: a file cannot be read or written.
     """
     source, target = Path(adapter_dir), Path(output_dir)
@@ -36,9 +38,10 @@ def save_as_lora(adapter_dir: str | Path, output_dir: str | Path) -> None:
     if source.resolve() == target.resolve():
         raise ValueError(f"output_dir={str(target)!r} is the adapter's own folder, whose files would be lost")
     tensors = load_file(source / SAFETENSORS_WEIGHTS_NAME)
+    lora_config = _lora_config(config, tensors)
     target.mkdir(parents=True, exist_ok=True)
     save_file(_as_lora(tensors), target / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    _lora_config(config).save_pretrained(str(target))
+    lora_config.save_pretrained(str(target))
 
 
 def _as_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -53,9 +56,18 @@ def _as_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-def _lora_config(config: LoraXSConfig) -> LoraConfig:
-    # lora_alpha=None is s = 1 for every r, also for those of rank_pattern
-    own_alphas = dict(config.rank_pattern) if config.lora_alpha is None else {}
+def _lora_config(config: LoraXSConfig, tensors: dict[str, Tensor]) -> LoraConfig:
+    # per module: lora_alpha=None is s = 1 for every r, and one module's r and alpha may come from different patterns
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for key, tensor in tensors.items():
+        name, is_a, _ = key.partition(".lora_xs_A.")
+        if is_a:
+            path = name.removeprefix("base_model.model.")
+            ranks[path] = tensor.shape[0]
+            alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), path), config.lora_alpha)
+            alphas[path] = ranks[path] if alpha is None else alpha
+    default_alpha = config.r if config.lora_alpha is None else config.lora_alpha
     return LoraConfig(
         task_type=config.task_type,
         auto_mapping=config.auto_mapping,
@@ -63,14 +75,14 @@ def _lora_config(config: LoraXSConfig) -> LoraConfig:
         revision=config.revision,
         inference_mode=True,
         r=config.r,
-        lora_alpha=config.r if config.lora_alpha is None else config.lora_alpha,  # type: ignore[arg-type]
+        lora_alpha=default_alpha,  # type: ignore[arg-type]
         lora_dropout=config.lora_dropout,
         target_modules=_listed(config.target_modules),
         exclude_modules=_listed(config.exclude_modules),
         layers_to_transform=config.layers_to_transform,
         layers_pattern=config.layers_pattern,
-        rank_pattern=dict(config.rank_pattern),
-        alpha_pattern={**own_alphas, **config.alpha_pattern},
+        rank_pattern=exact_pattern(ranks, config.r),
+        alpha_pattern=exact_pattern(alphas, default_alpha),
         modules_to_save=config.modules_to_save,
     )
 

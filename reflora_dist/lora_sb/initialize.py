@@ -60,8 +60,9 @@ def initialize_lora_sb(
             are too few batches, or a gradient has less than r singular values that are not zero.
 
     Communication: every rank must call. Per group and batch ``out * in`` float32 values of every module in it, the
-    SVD's all-reduces (``power_iterations + 1`` of ``in * (r + oversampling)`` float64 values per module), and what
-    the engine sends in a forward and backward.
+    SVD's all-reduces (``power_iterations + 1`` of ``in * (r + oversampling)`` float64 values per module, two small
+    ones, and one of B, ``out * r``), what brings A, B and R to the engine's shards, and what the engine sends in a
+    forward and backward.
     """
     with agreed("preparing LoRA-SB"):
         targets, owners = _prepare(model, optimizer)

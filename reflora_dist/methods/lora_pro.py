@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import Matrices
-from ..refactor import CONVERGED, NEWTON_STEPS, cholesky
+from ..refactor import CONVERGED, NEWTON_STEPS, cholesky, frobenius
 from .base import GradientMethod, Transform
 
 _LARGEST_RESIDUAL = 1e-6  # of the Sylvester equation, relative to its right-hand side
@@ -31,7 +31,7 @@ class LoRAPro(GradientMethod):
     def solve(self, grams: Matrices) -> Transform:
         transform = Transform({}, {}, {})
         for lora_rank, both in grams.items():
-            left, right, solved = _solve(both, self.scaling[lora_rank].to(both.device))
+            left, right, solved = _solve(both, self.scaling[lora_rank])
             transform.left[lora_rank], transform.right[lora_rank], transform.solved[lora_rank] = left, right, solved
         return transform
 
@@ -74,10 +74,10 @@ def solve_sylvester(p: Tensor, q: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     p_k, q_k, c_k = p, q, c
     for _ in range(NEWTON_STEPS + 2):  # the spectra of both: a wider range than one matrix's
         p_inv, q_inv = torch.linalg.inv_ex(p_k)[0], torch.linalg.inv_ex(q_k)[0]
-        mu = ((_norm(p_inv) + _norm(q_inv)) / (_norm(p_k) + _norm(q_k))).sqrt()
+        mu = ((frobenius(p_inv) + frobenius(q_inv)) / (frobenius(p_k) + frobenius(q_k))).sqrt()
         c_k = 0.5 * mu * c_k + (0.5 / mu) * (p_inv @ c_k @ q_inv)
         p_next, q_next = 0.5 * mu * p_k + (0.5 / mu) * p_inv, 0.5 * mu * q_k + (0.5 / mu) * q_inv
-        change = (_norm(p_next - p_k) + _norm(q_next - q_k)) / (_norm(p_next) + _norm(q_next))
+        change = (frobenius(p_next - p_k) + frobenius(q_next - q_k)) / (frobenius(p_next) + frobenius(q_next))
         p_k, q_k = p_next, q_next
         # reading the result is free on a CPU, and would make a GPU wait
         if c.device.type == "cpu" and bool((change <= CONVERGED).all()):
@@ -86,7 +86,3 @@ def solve_sylvester(p: Tensor, q: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     size = torch.linalg.matrix_norm(c)
     residual = torch.linalg.matrix_norm(p @ x + x @ q - c)
     return x, torch.where(size > 0, residual / size, residual)
-
-
-def _norm(matrix: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True)

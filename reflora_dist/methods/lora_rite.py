@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import Matrices
+from ..refactor import symmetric
 from ..roots import damped_inverse_root, pseudo_inverse_root
 
 
@@ -22,7 +23,6 @@ from ..roots import damped_inverse_root, pseudo_inverse_root
 class RiteSettings:
     """Hyperparameters, as in the published code; see :class:`reflora_dist.LoRARite`."""
 
-    betas: tuple[float, float]
     eps: float
     clip_unmagnified_grad: float
     update_capping: float
@@ -44,11 +44,19 @@ class Moments(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """What differs between factors, each ``{r: [2, P_r]}`` float64: learning rate, weight decay, and rows (in, out)."""
+    """What differs between factors, each ``{r: [2, P_r]}`` float64.
 
+    Attributes:
+        rows: in, out.
+        lr, weight_decay: of the optimizer's group.
+        beta1, beta2: decays of the moments, bias-corrected.
+    """
+
+    rows: Matrices
     lr: Matrices
     weight_decay: Matrices
-    rows: Matrices
+    beta1: Matrices
+    beta2: Matrices
 
 
 class Update(NamedTuple):
@@ -71,14 +79,13 @@ class _Gradient(NamedTuple):
     kept: Tensor  # [2, P]: 1, or 0 where the gradient is skipped
 
 
-def rite_update(grams: Matrices, moments: Moments, groups: Groups, step: int, settings: RiteSettings) -> Update:
+def rite_update(grams: Matrices, moments: Moments, groups: Groups, settings: RiteSettings) -> Update:
     """The step of algorithm 1 there.
 
     Args:
         grams: ``{r: [2, P_r, 3 r, 3 r]}`` float64, of ``[X, grad, moment]`` of lora_A and of lora_B, both tall.
         moments: of the step before, zero at first.
         groups: settings of every factor.
-        step: steps done before.
         settings: those that all factors share.
     """
     gradients = {r: _unmagnified(both, groups.rows[r], settings) for r, both in grams.items()}
@@ -89,7 +96,7 @@ def rite_update(grams: Matrices, moments: Moments, groups: Groups, step: int, se
     update = Update({}, Moments({}, {}), {})
     for r, both in grams.items():
         old = Moments({r: moments.second[r]}, {r: moments.escape[r]})
-        _update_one(r, both, gradients[r], clip, old, groups, step, settings, update)
+        _update_one(r, both, gradients[r], clip, old, groups, settings, update)
         update.skipped[r] = (gradients[r].kept == 0).any(dim=0)
     return update
 
@@ -98,7 +105,7 @@ def _unmagnified(grams: Tensor, rows: Tensor, settings: RiteSettings) -> _Gradie
     r = grams.shape[-1] // 3
     basis = pseudo_inverse_root(grams[..., :r, :r])
     other = basis.flip(0)
-    second = _symmetric(other @ grams[..., r : 2 * r, r : 2 * r] @ other)
+    second = symmetric(other @ grams[..., r : 2 * r, r : 2 * r] @ other)
     kept = torch.ones_like(rows)
     if settings.update_skipping > 0:
         kept = torch.where(_trace(second) > settings.update_skipping**2 * rows * r, 0.0, 1.0)
@@ -113,18 +120,16 @@ def _update_one(
     clip: Tensor,
     moments: Moments,
     groups: Groups,
-    step: int,
     settings: RiteSettings,
     update: Update,
 ) -> None:
     """Fill in the pairs of one lora_rank."""
-    beta1, beta2 = (_bias_corrected(beta, step) for beta in settings.betas)
     eye = torch.eye(r, dtype=grams.dtype, device=grams.device)
     other = gradient.basis.flip(0)
-    rows, lr, weight_decay = (_matrix(values[r]) for values in (groups.rows, groups.lr, groups.weight_decay))
+    rows, lr, weight_decay, beta1, beta2 = (_matrix(values[r]) for values in groups)
 
-    second = _symmetric((1 - beta2) * clip**2 * gradient.second / rows + beta2 * moments.second[r])
-    escape = beta2 * moments.escape[r]
+    second = symmetric((1 - beta2) * clip**2 * gradient.second / rows + beta2 * moments.second[r])
+    escape = groups.beta2[r] * moments.escape[r]
     preconditioner = damped_inverse_root(second + _matrix(escape) * eye, settings.eps)
     # new moment = [X, grad, moment] times this
     from_gradient = (1 - beta1) * clip * _matrix(gradient.kept) * (other @ preconditioner)
@@ -141,9 +146,9 @@ def _update_one(
         factor = factor * ((norms * norms.flip(0)).sqrt() / norms)
 
     # into the basis of the new factors, so that nothing of the old ones need be kept
-    new_basis = pseudo_inverse_root(_symmetric(factor.mT @ grams @ factor))
+    new_basis = pseudo_inverse_root(symmetric(factor.mT @ grams @ factor))
     turn = (new_basis @ (factor.mT @ grams[..., :r]) @ gradient.basis).flip(0)
-    turned = _symmetric(turn @ second @ turn.mT)
+    turned = symmetric(turn @ second @ turn.mT)
     if settings.apply_escape:
         escape = escape + _lost(second, turned)
     update.matrices[r] = torch.cat([factor, first @ turn.mT], dim=-1)
@@ -156,8 +161,8 @@ def _lost(before: Tensor, after: Tensor) -> Tensor:
     return torch.minimum(eigenvalue.clamp_min(0.0), (_trace(before) - _trace(after)).clamp_min(0.0))
 
 
-def _bias_corrected(decay: float, step: int) -> float:
-    """A decay that makes averages unbiased (Shazeer and Stern, 2018, arXiv 1804.04235, section 7.1)."""
+def bias_corrected(decay: float, step: int) -> float:
+    """A decay that makes averages unbiased, ``step`` steps done (Shazeer and Stern, 2018, arXiv 1804.04235, 7.1)."""
     return decay * (1 - decay**step) / (1 - decay ** (step + 1))
 
 
@@ -167,7 +172,3 @@ def _trace(matrix: Tensor) -> Tensor:
 
 def _matrix(values: Tensor) -> Tensor:
     return values[..., None, None]
-
-
-def _symmetric(matrix: Tensor) -> Tensor:
-    return 0.5 * (matrix + matrix.mT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..blocks import Matrices
+from ..refactor import cholesky
 from .base import GradientMethod, Transform
 
 
@@ -18,9 +19,9 @@ class ScaledGD(GradientMethod):
         transform = Transform({}, {}, {})
         for lora_rank, both in grams.items():
             eye = torch.eye(lora_rank, dtype=both.dtype, device=both.device)
-            inverses = torch.linalg.inv_ex(both + self.config.damping * eye)[0]
-            solved = inverses.isfinite().flatten(-2).all(dim=-1).all(dim=0)
-            inverse_a, inverse_b = torch.where(solved[:, None, None], inverses, eye)
+            factors, full_rank = cholesky(both + self.config.damping * eye, eye)
+            solved = full_rank.all(dim=0)
+            inverse_a, inverse_b = torch.where(solved[:, None, None], torch.cholesky_inverse(factors), eye)
             transform.left[lora_rank], transform.right[lora_rank] = inverse_b, inverse_a
             transform.solved[lora_rank] = solved
         return transform

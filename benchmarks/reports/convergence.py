@@ -30,7 +30,8 @@ def markdown(record: dict[str, Any]) -> str:
         [
             f"{model} on {text}: {arguments['steps']} steps of {arguments['batch_size']} records, r = "
             f"{arguments['lora_rank']}, {start[arguments['start']]}, {arguments['warmup_steps']} steps of plain LoRA "
-            f"first{_exceptions(arguments)}; AdamW without weight decay, cosine after {arguments['lr_warmup_steps']} rising steps. "
+            f"first{_exceptions(arguments)}; AdamW without weight decay, cosine after "
+            f"{arguments['lr_warmup_steps']} rising steps. "
             f"{material['train_records']:,} records to train on, {material['held_out_records']:,} held out. "
             f"{seeds} seeds and {rates} learning rates for every method.",
             "",

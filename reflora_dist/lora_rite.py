@@ -143,11 +143,12 @@ class LoRARite(torch.optim.Optimizer):
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, parameter in zip(indices, parameters, strict=True):
-            if "step" in self.state[parameter]:  # on the host, where reading it makes no GPU wait
-                self.state[parameter]["step"] = self.state[parameter]["step"].cpu()
+            state = self.state.get(parameter, {})  # no entry is made for a parameter that an engine may still replace
+            if "step" in state:  # on the host, where reading it makes no GPU wait
+                state["step"] = state["step"].cpu()
             for key in ("exp_avg", "exp_avg_sq"):
                 if key in saved.get(index, {}):
-                    self.state[parameter][key] = saved[index][key].to(parameter.device, _state_dtype(parameter)).clone()
+                    state[key] = saved[index][key].to(parameter.device, _state_dtype(parameter)).clone()
 
     def _refuse_gradients(self) -> None:
         gradients = [parameter.grad for group in self.param_groups for parameter in group["params"]]

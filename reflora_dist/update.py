@@ -55,6 +55,8 @@ class RiteStep:
         self._rows = self._per_factor(
             [float(size) for pair in engine.pairs for size in (pair.in_features, pair.out_features)]
         )
+        device = communicator.device  # where a list as an index would make the step wait
+        self._pairs = {r: torch.tensor(pairs, device=device) for r, pairs in self._blocks.pairs_by_rank.items()}
         self._stretches: dict[int, list[tuple[int, int]]] = {}
         self._held: dict[int, Tensor | None] = {}  # gradients of earlier firings of this step
         self._groups: dict[int, tuple[float, ...]] = {}  # settings of the factors of this step's firings so far
@@ -104,9 +106,9 @@ class RiteStep:
         streams = self._retiler.to_blocks(channels, [self._everything] * 3)
         seconds = [state["exp_avg_sq"] for state in states]
         local_grams = self._blocks.stacked_grams(streams)
-        grams, (packed,) = reduce_grams_and(local_grams, [self._packed.read(seconds)], self._comm)
-        settings = zip(*(self._groups[factor] for factor in range(len(weights))), strict=True)
-        groups = Groups(self._rows, *map(self._per_factor, settings))
+        shared = [self._packed.read(seconds), self._own_steps()]
+        grams, (packed, steps) = reduce_grams_and(local_grams, shared, self._comm)
+        groups = self._read_settings(steps)
         update = rite_update(grams, self._packed.unpack(packed), groups, self._optimizer.settings)
         left = {r: matrices[0].mT for r, matrices in update.matrices.items()}
         right = {r: matrices[1] for r, matrices in update.matrices.items()}
@@ -121,9 +123,26 @@ class RiteStep:
         for factor, (parameter, _) in enumerate(self._engine.holders()):
             if present[factor]:
                 group = group_of[id(parameter)]
-                step = int(self._optimizer.state[parameter]["step"]) - 1  # counted by the optimizer before
-                decays = [bias_corrected(beta, step) for beta in group["betas"]]
-                self._groups[factor] = float(group["lr"]), float(group["weight_decay"]), *decays
+                step = float(self._optimizer.state[parameter]["step"]) - 1  # counted by the optimizer before
+                self._groups[factor] = step, float(group["lr"]), float(group["weight_decay"]), *group["betas"]
+
+    def _own_steps(self) -> Tensor:
+        """Steps done, ``[2 P]`` float64, of the factors of which this rank has the first element; else zero.
+
+        Where a rank holds nothing of a factor, an engine may not load the factor's count of steps either.
+        """
+        first = self._packed.first
+        steps = [self._groups[factor][0] if factor in first else 0.0 for factor in range(len(self._groups))]
+        return torch.tensor(steps, dtype=torch.float64).to(self._comm.device, non_blocking=True)
+
+    def _read_settings(self, steps: Tensor) -> Groups:
+        values = zip(*(self._groups[factor][1:] for factor in range(len(self._groups))), strict=True)
+        lr, weight_decay, beta1, beta2 = map(self._per_factor, values)
+        both = steps.view(-1, 2).T
+        for r, pairs in self._pairs.items():
+            done = both.index_select(1, pairs)
+            beta1[r], beta2[r] = bias_corrected(beta1[r], done), bias_corrected(beta2[r], done)
+        return Groups(self._rows, lr, weight_decay, beta1, beta2)
 
     def _per_factor(self, values: Sequence[float]) -> Matrices:
         """``{r: [2, P_r]}`` from one value per factor."""
@@ -160,6 +179,7 @@ class _Packed:
                 self._runs.append((factor, start, size + position, numel))
             size += packed_size(pair.lora_rank)
         self._size = size
+        self.first = {factor for factor, _, position, _ in self._runs if position == self._starts[factor]}
         held = [torch.arange(position, position + numel) for _, _, position, numel in self._runs]
         self._held = torch.cat([torch.empty(0, dtype=torch.int64), *held]).to(device)
         self._places = {r: self._index(r, pairs).to(device) for r, pairs in pairs_by_rank.items()}

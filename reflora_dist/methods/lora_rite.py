@@ -161,7 +161,7 @@ def _lost(before: Tensor, after: Tensor) -> Tensor:
     return torch.minimum(eigenvalue.clamp_min(0.0), (_trace(before) - _trace(after)).clamp_min(0.0))
 
 
-def bias_corrected(decay: float, step: int) -> float:
+def bias_corrected(decay: Tensor, step: Tensor) -> Tensor:
     """A decay that makes averages unbiased, ``step`` steps done (Shazeer and Stern, 2018, arXiv 1804.04235, 7.1)."""
     return decay * (1 - decay**step) / (1 - decay ** (step + 1))
 

@@ -250,7 +250,8 @@ class Options:
         if self.lora.method != "lora-rite":
             return None
         training = self.training
-        deepspeed_config = training.hf_deepspeed_config.config if training.hf_deepspeed_config else {}
+        plugin = getattr(training, "hf_deepspeed_config", None)  # which is there under DeepSpeed only
+        deepspeed_config = plugin.config if plugin is not None else {}
         if "optimizer" in deepspeed_config:
             raise ValueError(
                 f"deepspeed={training.deepspeed!r} has an optimizer of its own, which would replace LoRARite: take "

@@ -167,7 +167,6 @@ class _Packed:
         device: torch.device,
     ) -> None:
         self._device = device
-        self._pairs_by_rank = pairs_by_rank
         self._runs: list[tuple[int, int, int, int]] = []  # factor, in the shard, in the vector, how many
         self._starts: list[int] = []
         size = 0

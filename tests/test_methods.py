@@ -1,4 +1,4 @@
-"""ScaledGD and LoRA-Pro against what defines them and against PEFT, and the matrix roots that LoRA-RITE stands on."""
+"""ScaledGD and LoRA-Pro against what defines them and against PEFT."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_riemannian_optimizer
 from torch import Tensor
 
-from reflora_dist import RefLoRAConfig, attach, roots
+from reflora_dist import RefLoRAConfig, attach
 from reflora_dist.methods import lora_pro
 from reflora_dist.methods.scaled_gd import ScaledGD
 from tests import oracles
@@ -322,78 +322,6 @@ def test_sylvester_with_no_right_side() -> None:
     p = _positive(4, 10.0, 0, 1.0)[None]
     x, residual = lora_pro.solve_sylvester(p, p, torch.zeros_like(p))
     assert not x.any() and float(residual) == 0.0
-
-
-# --- roots ---
-
-
-def _both_paths(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """What pseudo_inverse_root makes of a Gram on a CPU and on a GPU."""
-    size = gram.trace()
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype)
-    scaled = (gram / size)[None]
-    by_eigenvectors, by_iteration = roots._by_eigenvectors(scaled), roots._by_iteration(scaled, eye)
-    return by_eigenvectors[0] * size.rsqrt(), by_iteration[0] * size.rsqrt()
-
-
-@EXAMPLES
-@given(st.integers(1, 16), st.integers(0, 40), st.integers(0, 2**31), st.floats(0, 4), st.floats(-6, 6))
-def test_inverse_roots_agree(r: int, more: int, seed: int, log_condition: float, log_scale: float) -> None:
-    """Eigenvectors and iteration, over conditions up to 1e4: X N is orthonormal by both."""
-    tall = 10**log_scale * factor(r + more, r, 10**log_condition, seed)
-    gram = tall.mT @ tall
-    eye = torch.eye(r, dtype=torch.float64)
-    rounding = 1e-14 * 10 ** (2 * log_condition) * r
-    for root in (*_both_paths(gram), roots.pseudo_inverse_root(gram)):
-        assert relative(root @ gram @ root, eye) < max(1e-11, rounding)
-    assert relative(*_both_paths(gram)) < max(1e-10, rounding)
-
-
-@pytest.mark.parametrize("condition", [1e5, 10**5.5])
-def test_inverse_roots_near_the_threshold(condition: float) -> None:
-    """Directions that still count are found by both ways, to what the Gram's rounding leaves of them."""
-    tall = factor(40, 6, condition, 0)
-    gram = tall.mT @ tall
-    for root in _both_paths(gram):
-        assert relative(root @ gram @ root, torch.eye(6, dtype=torch.float64)) < 1e-15 * condition**2 * 100
-
-
-@pytest.mark.parametrize("rank", [1, 3, 5])
-def test_inverse_roots_of_a_deficient_factor(rank: int) -> None:
-    """X N projects on the directions there are, by both ways."""
-    tall = factor(40, 6, 3.0, 0) @ torch.diag(torch.tensor([1.0] * rank + [0.0] * (6 - rank)).double())
-    tall = tall @ torch.linalg.qr(factor(6, 6, 2.0, 1)).Q
-    gram = tall.mT @ tall
-    onto = tall @ torch.linalg.pinv(tall)
-    for root in _both_paths(gram):
-        assert relative(tall @ root @ root @ tall.mT, onto) < 1e-8
-        assert torch.linalg.matrix_rank(root, rtol=1e-8) == rank
-
-
-@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
-def test_inverse_roots_where_there_are_none(value: float) -> None:
-    """Zero comes out, and the neighbour in the batch is not disturbed."""
-    tall = factor(20, 4, 3.0, 0)
-    fine = tall.mT @ tall
-    gram = torch.stack([fine, value * torch.ones_like(fine)])
-    root = roots.pseudo_inverse_root(gram)
-    assert not root[1].any() and torch.equal(root[0], roots.pseudo_inverse_root(fine[None])[0])
-    damped = roots.damped_inverse_root(gram, 1e-6)
-    assert damped[0].isfinite().all()
-    assert torch.equal(damped[1], torch.eye(4).double() * 1e6) if value == 0.0 else not damped[1].any()
-
-
-@EXAMPLES
-@given(st.integers(1, 16), st.integers(0, 2**31), st.floats(0, 10), st.floats(-8, 2))
-def test_damped_inverse_roots_agree(r: int, seed: int, log_condition: float, log_scale: float) -> None:
-    """``(M^(1/2) + eps)^-1`` by both ways, also where M is nearly singular."""
-    matrix, eps = _positive(r, 10**log_condition, seed, 10**log_scale), 1e-6
-    eye = torch.eye(r, dtype=torch.float64)
-    by_iteration = roots._damped_by_iteration(matrix[None], eps, eye)[0]
-    exact = roots.damped_inverse_root(matrix[None], eps)[0]
-    values, vectors = torch.linalg.eigh(matrix)
-    assert relative(exact, (vectors / (values.clamp_min(0).sqrt() + eps)) @ vectors.mT) < 1e-8
-    assert relative(by_iteration, exact) < 1e-4
 
 
 def test_small_networks_factors_are_named_as_peft_does() -> None:

@@ -28,8 +28,8 @@ class RefLoRACallback(TrainerCallback, ExportableState):
     The schedule's state goes into every checkpoint's ``trainer_state.json`` and comes back on resume. Under FSDP, where
     Trainer may leave it out, the adapter goes into every checkpoint too, and under FSDP1 the optimizer's state.
 
-    Every log of the training loss also has what :meth:`Handle.figures` returns, as ``reflora/step_ms`` and so on; nothing
-    waits for the device in between.
+    Every log of the training loss also has what :meth:`Handle.figures` returns, as ``reflora/step_ms`` and so on;
+    nothing waits for the device in between.
 
     Args:
         config: the method and its schedule, or its settings as a dictionary.

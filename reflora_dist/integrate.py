@@ -241,7 +241,7 @@ class Handle:
         if self._rite_step is not None:
             self._skipped_pairs += self._rite_step.take_skipped()
             self._applied_steps += 1
-        if self._gradient_step is not None and self.config.is_due(self._steps):
+        if self._gradient_step is not None and self.config.overlap and self.config.is_due(self._steps):
             self._stopwatch.start(new_step=False)
             self._gradient_step.form_ahead()
             self._stopwatch.stop()

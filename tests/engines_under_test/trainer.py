@@ -98,9 +98,14 @@ class TrainerEngine(Engine):
         return losses, gathered(trainer.accelerator, trainer.model_wrapped)
 
     def trainer(
-        self, model: nn.Module, batches: Tensor, settings: Settings, callbacks: list[TrainerCallback]
+        self,
+        model: nn.Module,
+        batches: Tensor,
+        settings: Settings,
+        callbacks: list[TrainerCallback],
+        **arguments: Any,
     ) -> Recording:
-        """The trainer that `train` runs, for tests that save and resume."""
+        """The trainer that `train` runs, for tests that save, resume and log; further arguments are its own."""
         forget_accelerate()
         steps, global_batch, _ = batches.shape
         micro_batch_size = global_batch // (world_size() * settings.grad_accum)
@@ -108,7 +113,7 @@ class TrainerEngine(Engine):
         with fsdp_on_cpu():
             trainer = (RecordingSFTTrainer if self.sft else Recording)(
                 model=model,
-                args=self._arguments(settings, steps, micro_batch_size),
+                args=self._arguments(settings, steps, micro_batch_size, **arguments),
                 train_dataset=Dataset.from_list(rows) if self.sft else rows,
                 data_collator=None if self.sft else default_data_collator,
                 callbacks=callbacks,
@@ -118,29 +123,31 @@ class TrainerEngine(Engine):
         trainer.assert_sharded = self.assert_sharded
         return trainer
 
-    def _arguments(self, settings: Settings, steps: int, micro_batch_size: int) -> TrainingArguments:
+    def _arguments(self, settings: Settings, steps: int, micro_batch_size: int, **others: Any) -> TrainingArguments:
         # what SFTConfig sets otherwise than TrainingArguments
         plain = {"bf16": False, "gradient_checkpointing": False, "logging_steps": 500} if self.sft else {}
-        return (SFTConfig if self.sft else TrainingArguments)(
-            output_dir=tempfile.gettempdir(),
-            per_device_train_batch_size=micro_batch_size,
-            gradient_accumulation_steps=settings.grad_accum,
-            max_steps=steps,
-            train_sampling_strategy="sequential",
-            optim="adamw_torch",
-            learning_rate=settings.lr,
-            lr_scheduler_type="constant",
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.betas[0],
-            adam_beta2=settings.betas[1],
-            adam_epsilon=settings.eps,
-            max_grad_norm=settings.clip,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
+        arguments = {
+            "output_dir": tempfile.gettempdir(),
+            "per_device_train_batch_size": micro_batch_size,
+            "gradient_accumulation_steps": settings.grad_accum,
+            "max_steps": steps,
+            "train_sampling_strategy": "sequential",
+            "optim": "adamw_torch",
+            "learning_rate": settings.lr,
+            "lr_scheduler_type": "constant",
+            "weight_decay": settings.weight_decay,
+            "adam_beta1": settings.betas[0],
+            "adam_beta2": settings.betas[1],
+            "adam_epsilon": settings.eps,
+            "max_grad_norm": settings.clip,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
             **plain,
             **self.arguments(settings, micro_batch_size),
-        )
+            **others,
+        }
+        return (SFTConfig if self.sft else TrainingArguments)(**arguments)
 
 
 def _not_used(model: nn.Module, settings: Settings, micro_batch_size: int) -> Any:

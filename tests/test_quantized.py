@@ -14,6 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from launchers.finetune import load_model
+from launchers.options import parse_options
 from launchers.quantized import keep_weight_layout, quantization_config
 from reflora_dist import RefLoRACallback, RefLoRAConfig, attach, initialize_adapters
 from reflora_dist.adapter_files import save_adapter
@@ -176,6 +178,26 @@ def test_training_on_a_quantized_base_follows_the_plain_methods(engine_name: str
             assert outcome.base_fraction == pytest.approx(0.5 if sharded else 1.0, rel=0.05)
     loaded = PeftModel.from_pretrained(quantized_base(folder), folder / "adapter", is_trainable=True)
     assert worst_factor_error(named_factors(loaded), outcomes["reflora"].factors) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype"),
+    [
+        ([], torch.float32),
+        (["--bf16=True"], torch.bfloat16),
+        (["--model_dtype=bfloat16"], torch.bfloat16),
+        (["--model_dtype=float32", "--bf16=True"], torch.bfloat16),
+    ],
+)
+def test_finetune_loads_a_4_bit_base(changes: list[str], dtype: torch.dtype, folder: Path, tmp_path: Path) -> None:
+    """As QLoRA: every linear layer but the head; stored in the dtype to which an engine may cast parameters."""
+    options = parse_options(["--load_in_4bit=True", f"--output_dir={tmp_path}", *changes])
+    layers = {n: m for n, m in load_model(str(folder), options).named_modules() if isinstance(m, torch.nn.Linear)}
+    assert not hasattr(layers.pop("lm_head").weight, "quant_state") and len(layers) == 14
+    for layer in layers.values():
+        weight: Any = layer.weight
+        assert (weight.quant_state.quant_type, weight.quant_state.nested) == ("nf4", True)
+        assert weight.dtype == layer.compute_dtype == dtype
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "kaiming_both"])

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 
 from launchers import embedded, plots, recorder
 from launchers.options import PEFT_STARTS, Options, check_output_dir, checkpoint_to_resume, parse_options
+from launchers.quantized import keep_weight_layout, quantization_config
 from launchers.records import Record, load_records, split_records
 from launchers.starts import start_adapter
 from launchers.tokenization import Collator, cached_examples
@@ -162,12 +163,18 @@ def load_model(name: str, options: Options) -> Any:
     arguments, dtype = options.training, options.model.model_dtype
     if dtype == "auto":
         dtype = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32"
+    settings: dict[str, Any] = {}
+    if options.model.load_in_4bit:
+        computed = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else getattr(torch, dtype)
+        settings["quantization_config"] = quantization_config(computed)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), attn_implementation=options.model.attn_implementation
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, dtype), attn_implementation=options.model.attn_implementation, **settings
         )
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
+    keep_weight_layout(model)
+    return model
 
 
 def add_adapter(model: Any, options: Options) -> Any:

@@ -45,6 +45,7 @@ class ModelOptions:
         "dtype of the frozen base; auto: that of --bf16 or --fp16, else float32.",
         choices=MODEL_DTYPES,
     )
+    load_in_4bit: bool = _option(False, "Keep the frozen base in 4 bits (NF4, double quantization), as QLoRA does.")
     attn_implementation: str | None = _option(None, "transformers' attention: eager, sdpa, flash_attention_2, ...")
 
 
@@ -239,7 +240,17 @@ class Options:
     training: FinetuneArguments
 
     def __post_init__(self) -> None:
+        self._check_quantization()
         self.optimizer()
+
+    def _check_quantization(self) -> None:
+        lora = self.lora
+        if self.model.load_in_4bit and (lora.latent or lora.init_lora_weights not in PEFT_STARTS):
+            asked = f"--method {lora.method}" if lora.latent else f"--init_lora_weights {lora.init_lora_weights}"
+            raise ValueError(
+                f"{asked} needs the weights of the base, or changes them, which 4 bits would round away: drop "
+                "--load_in_4bit, or take another method or start"
+            )
 
     def optimizer(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
         """The optimizer's class and arguments where the method is one; None for that of --optim.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from .adapter_files import load_adapter, save_adapter
 from .checkpoint import load_checkpoint, save_checkpoint
@@ -27,6 +28,9 @@ class RefLoRACallback(TrainerCallback, ExportableState):
     The schedule's state goes into every checkpoint's ``trainer_state.json`` and comes back on resume. Under FSDP, where
     Trainer may leave it out, the adapter goes into every checkpoint too, and under FSDP1 the optimizer's state.
 
+    Every log of the training loss also has what :meth:`Handle.figures` returns, as ``reflora/step_ms`` and so on;
+    nothing waits for the device in between.
+
     Args:
         config: the method and its schedule, or its settings as a dictionary.
 
@@ -42,6 +46,7 @@ class RefLoRACallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        _come_before_reporters(self)
         if self.handle is not None:
             self.handle.detach()
         saved = self._saved_state(state) if state.global_step else None
@@ -64,6 +69,20 @@ class RefLoRACallback(TrainerCallback, ExportableState):
         if self.handle is None:
             raise RuntimeError("report() before training: the method is attached in on_train_begin")
         return self.handle.report()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.handle is None or logs is None or "loss" not in logs:  # an evaluation, or the summary at the end
+            return
+        figures = {f"reflora/{name}": value for name, value in self.handle.figures().items()}
+        logs.update(figures)
+        state.log_history[-1].update(figures)  # where Trainer has put a copy of the log just before
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         engine = self.handle.report().engine if self.handle is not None else ""
@@ -111,6 +130,21 @@ class RefLoRACallback(TrainerCallback, ExportableState):
             "the checkpoint was written without RefLoRA; its %d steps count as plain LoRA steps", state.global_step
         )
         return schedule_state(self.config, state.global_step)
+
+
+def _come_before_reporters(callback: TrainerCallback) -> None:
+    """Put a callback first in the list of the handler that is calling it.
+
+    Trainer lists what ``report_to`` names before a user's callbacks, so that these cannot add to a log in time; and it
+    hands them neither itself nor the list.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler):
+            handler.callbacks.sort(key=lambda other: other is not callback)  # which keeps the order of the others
+            return
+        frame = frame.f_back
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:

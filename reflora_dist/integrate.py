@@ -17,6 +17,7 @@ from .agreement import agree
 from .communication import Communicator
 from .config import RefLoRAConfig
 from .engines import Engine, find_engine
+from .figures import Stopwatch, balance_figures, gram_figures
 from .lora_rite import LoRARite
 from .methods import GRADIENT_METHODS, RESCALING_METHODS
 from .optimizers import check_optimizer
@@ -88,6 +89,8 @@ class Handle:
         self._applied_steps = 0
         self._skipped_pairs = torch.zeros((), dtype=torch.int64, device=self._comm.device)
         self._checked = False
+        self._stopwatch = Stopwatch(self._comm.device)
+        self._sent_bytes = 0
         self._gradient_step: GradientStep | None = None
         self._rescaling_step: RescalingStep | None = None
         self._rite_step: RiteStep | None = None
@@ -135,6 +138,30 @@ class Handle:
             applied_steps=self._applied_steps,
             skipped_pairs=int(self._skipped_pairs),
         )
+
+    def figures(self) -> dict[str, float]:
+        """Of the last step in which the method acted, for logs. Waits for the device; local, no communication.
+
+        Returns:
+            Empty until the method has acted, and for method="lora". Then ``step_ms``, that it took on this rank (for
+            "lora-rite" the whole update, and work on a side stream not counted); ``bytes_per_step`` that this rank
+            sent; ``skipped_pairs`` as in the report; ``balance_min``, ``balance_median`` and ``balance_max`` of
+            ``|A| / |B|`` before the step; and where it forms Grams, ``gram_condition_median`` and
+            ``gram_condition_max`` of these. All are finite.
+        """
+        figures: dict[str, float] = {}
+        grams = next((step.grams for step in (self._gradient_step, self._rite_step) if step is not None), {})
+        if grams:
+            figures = gram_figures(grams)
+        elif self._rescaling_step is not None and self._rescaling_step.squared_norms is not None:
+            figures = balance_figures(self._rescaling_step.squared_norms)
+        else:
+            return {}
+        return figures | {
+            "skipped_pairs": int(self._skipped_pairs),
+            "bytes_per_step": self._sent_bytes,
+            "step_ms": self._stopwatch.milliseconds(),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint has to keep, JSON-ready and the same on all ranks."""
@@ -192,14 +219,20 @@ class Handle:
         if firing.first:
             for communicator in self._communicators:
                 communicator.start_step()
-        if self._gradient_step is not None and self.config.is_due(self._steps):
+        acts_now = self._gradient_step is not None and self.config.is_due(self._steps)
+        if acts_now or self._rite_step is not None:
+            self._stopwatch.start(new_step=firing.first)
+        if self._gradient_step is not None and acts_now:
             skipped = self._gradient_step(firing)
+            self._stopwatch.stop()
             if skipped is not None:
                 self._skipped_pairs += skipped
                 self._applied_steps += 1
 
     @torch.no_grad()
     def _after_update(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._rite_step is not None:
+            self._stopwatch.stop()
         last = self._engine.firing().last
         self._engine.end_firing()
         if not last:
@@ -208,13 +241,14 @@ class Handle:
         if self._rite_step is not None:
             self._skipped_pairs += self._rite_step.take_skipped()
             self._applied_steps += 1
-        if not self.config.is_due(self._steps):
-            return
-        if self._gradient_step is not None:
+        if self._gradient_step is not None and self.config.overlap and self.config.is_due(self._steps):
+            self._stopwatch.start(new_step=False)
             self._gradient_step.form_ahead()
-        if self._rescaling_step is not None:
-            self._skipped_pairs += self._rescaling_step(in_step=True)
+            self._stopwatch.stop()
+        if self._rescaling_step is not None and self.config.is_due(self._steps):
+            self._rescale(in_step=True)
             self._applied_steps += 1
+        self._sent_bytes = sum(comm.bytes for comm in self._communicators) or self._sent_bytes
 
     def _after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
         self.weights_changed()
@@ -226,7 +260,13 @@ class Handle:
     @torch.no_grad()
     def _rescale_before_first_step(self) -> None:
         if self._rescaling_step is not None and self.config.is_due(0):
-            self._skipped_pairs += self._rescaling_step(in_step=False)
+            self._rescale(in_step=False)
+
+    def _rescale(self, in_step: bool) -> None:
+        assert self._rescaling_step is not None
+        self._stopwatch.start(new_step=True)
+        self._skipped_pairs += self._rescaling_step(in_step)
+        self._stopwatch.stop()
 
 
 def schedule_state(config: RefLoRAConfig, steps: int, applied_steps: int = 0, skipped_pairs: int = 0) -> dict[str, Any]:

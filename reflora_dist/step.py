@@ -28,6 +28,9 @@ class GradientStep:
 
     Args:
         ahead: forms S ahead; None to form it in the step.
+
+    Attributes:
+        grams: ``{r: [2, P_r, r, r]}``, of the factors before the last step; empty before the first.
     """
 
     def __init__(
@@ -46,7 +49,8 @@ class GradientStep:
         self._blocks = BlockSet(retiler.specs, lora_ranks, communicator.device)
         self._everything = (True,) * (2 * len(engine.pairs))
         self._transform: Transform | None = None
-        self._factor_grams: Matrices = {}
+        self._formed: Matrices = {}
+        self.grams: Matrices = {}
         self._ahead = Ahead(ahead) if ahead is not None else None
 
     def __call__(self, firing: Firing) -> Tensor | None:
@@ -70,6 +74,7 @@ class GradientStep:
                 self._transform = self._solve(weight_blocks, self._comm)
             else:
                 (blocks,) = self._retiler.to_blocks([gradients], [firing.present])
+            self.grams = self._formed
             skipped = _count_unsolved(self._transform.solved)
         else:
             assert self._transform is not None
@@ -87,9 +92,9 @@ class GradientStep:
         streams = self._retiler.to_blocks([weights, gradients], [present, firing.present])
         grams = reduce_grams(self._blocks.stacked_grams(streams), self._comm)
         if firing.first:
-            self._factor_grams = {r: both[..., :r, :r].clone() for r, both in grams.items()}
+            self.grams = {r: both[..., :r, :r].clone() for r, both in grams.items()}
         for r, both in grams.items():
-            both[..., :r, :r] = self._factor_grams[r]
+            both[..., :r, :r] = self.grams[r]
         transform = self._method.solve(grams)
         self._blocks.combine_(streams, [1], transform.left, transform.right)
         self._retiler.from_blocks(streams[1:], [gradients], [firing.present])
@@ -128,19 +133,24 @@ class GradientStep:
 
     def _solve(self, weight_blocks: list[Tensor | None], communicator: Communicator) -> Transform:
         grams: Matrices = self._blocks.grams(weight_blocks)
-        return self._method.solve(reduce_grams(grams, communicator))
+        self._formed = reduce_grams(grams, communicator)
+        return self._method.solve(self._formed)
 
 
 class RescalingStep:
     """Applies a RescalingMethod to the factors and to Adam's moments.
 
     Communication per call: one all-reduce of two float64 values per pair; none if ranks hold the factors whole.
+
+    Attributes:
+        squared_norms: ``[2, P]``, of lora_A and lora_B before the last rescaling; None before the first.
     """
 
     def __init__(self, method: RescalingMethod, engine: Engine, communicator: Communicator) -> None:
         self._method = method
         self._engine = engine
         self._comm = communicator
+        self.squared_norms: Tensor | None = None
 
     def __call__(self, in_step: bool) -> Tensor:
         """Rescale; ``in_step`` as in ``Engine.publish_weights``. Returns the number of pairs left as they are."""
@@ -149,7 +159,8 @@ class RescalingStep:
         norms = [norm.to(self._comm.device) for norm in torch._foreach_norm(weights, 2, dtype=torch.float64)]
         squared_norms = torch.stack(norms).square()
         (squared_norms,) = self._comm.all_reduce([squared_norms])
-        rescaling = self._method.solve(squared_norms.view(-1, 2).T)
+        self.squared_norms = squared_norms.view(-1, 2).T
+        rescaling = self._method.solve(self.squared_norms)
         factors = torch.stack([rescaling.factor_a, 1 / rescaling.factor_a], dim=1).flatten()
         self._scale(weights, factors)
         self._engine.publish_weights(in_step)

@@ -35,6 +35,9 @@ class RiteStep:
         engine: of the optimizer.
         retiler, communicator: over the engine's group.
         shards: what this rank holds of every factor, their starts filled in.
+
+    Attributes:
+        grams: ``{r: [2, P_r, r, r]}``, of the factors before the last step; empty before the first.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class RiteStep:
         self._held: dict[int, Tensor | None] = {}  # gradients of earlier firings of this step
         self._groups: dict[int, tuple[float, ...]] = {}  # settings of the factors of this step's firings so far
         self._skipped = torch.zeros((), dtype=torch.int64, device=communicator.device)
+        self.grams: Matrices = {}
 
     def others(self, parameter: Tensor) -> list[tuple[int, int]]:
         """See :class:`reflora_dist.lora_rite.FactorUpdate`."""
@@ -108,6 +112,7 @@ class RiteStep:
         local_grams = self._blocks.stacked_grams(streams)
         shared = [self._packed.read(seconds), self._own_steps()]
         grams, (packed, steps) = reduce_grams_and(local_grams, shared, self._comm)
+        self.grams = {r: both[..., :r, :r].clone() for r, both in grams.items()}  # a view would keep nine times as much
         groups = self._read_settings(steps)
         update = rite_update(grams, self._packed.unpack(packed), groups, self._optimizer.settings)
         left = {r: matrices[0].mT for r, matrices in update.matrices.items()}

@@ -41,6 +41,7 @@ _PRELOAD = (
     "peft",
     "accelerate",
     "deepspeed",
+    "trl.trainer.sft_trainer",
     "tests.preload",
 )
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

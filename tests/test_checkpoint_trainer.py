@@ -26,14 +26,23 @@ from tests.engines_under_test import ENGINES
 from tests.engines_under_test import trainer as trainer_engines
 from tests.engines_under_test.accelerated import gathered
 from tests.engines_under_test.common import mean_over_ranks
+from tests.oracles import trained_in_float64
 from tests.test_checkpoint import assert_no_frozen_base
-from tests.workloads import Factors, build_model, synthetic_workload, worst_factor_error, worst_loss_error
+from tests.workloads import (
+    FACTOR_TOLERANCE,
+    LOSS_TOLERANCE,
+    Factors,
+    build_model,
+    synthetic_workload,
+    worst_factor_error,
+    worst_loss_error,
+)
 
 STEPS, SAVE_STEPS, WORLD_SIZE = 6, 2, 2
 # warm-up until after the first checkpoint, so that a schedule that restarts on resume shows
 SCHEDULE: dict[str, Any] = {"warmup_steps": 3, "interval": 2}
 # one ulp of a reduction; a schedule, a moment or a factor that is not restored makes 1e-3 and more
-TOLERANCE = {"zero2-trainer": 1e-6}  # measured 8e-9; every other engine is bit-equal
+TOLERANCE = {"zero2-trainer": 1e-6, "zero2-sft": 1e-6}  # measured 8e-9; every other engine is bit-equal
 
 
 class Outcome(NamedTuple):
@@ -43,6 +52,7 @@ class Outcome(NamedTuple):
     factors: Factors
     saved: dict[int, Factors]
     handle: dict[str, Any]
+    eval_losses: list[float]
 
 
 class _FactorsAtSave(TrainerCallback):
@@ -93,6 +103,7 @@ def _train(
         gathered(trainer.accelerator, trainer.model_wrapped),
         recorder.saved,
         callback.handle.state_dict(),
+        [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry],
     )
 
 
@@ -108,10 +119,12 @@ def _cases() -> Iterator[Any]:
         ("fsdp2-trainer", "lora-rite"),
         ("zero3-trainer", "lora-rite"),
     }
-    for engine in ("ddp-trainer", "fsdp1-trainer", "fsdp2-trainer", "zero2-trainer", "zero3-trainer"):
+    for engine in ("ddp", "fsdp1", "fsdp2", "zero2", "zero3"):
         for method in ("reflora", "reflora-s", "lora-pro", "lora-rite"):
-            marks = [] if (engine, method) in default else [pytest.mark.all_ranks]
-            yield pytest.param(engine, method, marks=marks, id=f"{engine}-{method}")
+            name = f"{engine}-trainer"
+            marks = [] if (name, method) in default else [pytest.mark.all_ranks]
+            yield pytest.param(name, method, marks=marks, id=f"{name}-{method}")
+        yield pytest.param(f"{engine}-sft", "reflora", marks=pytest.mark.all_ranks, id=f"{engine}-sft-reflora")
 
 
 @pytest.mark.parametrize(("engine_name", "method"), _cases())
@@ -173,34 +186,50 @@ def test_a_killed_trainer_resumes(engine_name: str, tmp_path: Path) -> None:
 
 
 def _keep_best(trainer: Any) -> None:
-    """Evaluate at every save, such that the second checkpoint is the best, and reload it at the end."""
+    """Evaluate at every save, as if the second checkpoint were the best, and reload it at the end."""
     trainer.eval_dataset = trainer.train_dataset
     trainer.args.eval_strategy, trainer.args.eval_steps = IntervalStrategy.STEPS, SAVE_STEPS
     trainer.args.load_best_model_at_end = True
     trainer.args.metric_for_best_model, trainer.args.greater_is_better = "loss", False
-    trainer.evaluate = lambda *args, **kwargs: trainer_evaluation(trainer)
+    evaluate = trainer.evaluate
 
+    def with_best_at_step_4(*args: Any, **kwargs: Any) -> dict[str, float]:
+        return {**evaluate(*args, **kwargs), "eval_loss": float(abs(trainer.state.global_step - 4))}
 
-def trainer_evaluation(trainer: Any) -> dict[str, float]:
-    """Stands for an evaluation: the loss is least at step 4."""
-    metrics = {"eval_loss": float(abs(trainer.state.global_step - 4))}
-    trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
-    return metrics
+    trainer.evaluate = with_best_at_step_4
 
 
 @pytest.mark.parametrize(
     "engine_name",
     [
-        "zero3-trainer",
         "fsdp2-trainer",
+        "zero3-sft",
         *(
-            pytest.param(name, marks=pytest.mark.all_ranks)
-            for name in ("ddp-trainer", "fsdp1-trainer", "zero2-trainer")
+            pytest.param(f"{engine}-{kind}", marks=pytest.mark.all_ranks)
+            for engine in ("ddp", "fsdp1", "fsdp2", "zero2", "zero3")
+            for kind in ("trainer", "sft")
+            if f"{engine}-{kind}" not in ("fsdp2-trainer", "zero3-sft")
         ),
     ],
 )
 def test_the_best_model_is_loaded_at_the_end(engine_name: str, tmp_path: Path) -> None:
-    """With ``load_best_model_at_end`` the model ends with the factors of the best checkpoint, on every rank."""
-    for outcome in run_ranks(_train, WORLD_SIZE, engine_name, "reflora", str(tmp_path), None, None, True):
+    """With ``load_best_model_at_end`` the model ends with the factors of the best checkpoint, on every rank. The
+    evaluations in between are right, and training goes on from them as the plain method does.
+    """
+    workload = synthetic_workload(steps=STEPS)
+    settings = dataclasses.replace(workload.settings, clip=0.5, grad_accum=2)
+    _, expected = trained_in_float64(workload, settings, RefLoRAConfig(method="reflora", **SCHEDULE))
+    outcomes = run_ranks(_train, WORLD_SIZE, engine_name, "reflora", str(tmp_path), None, None, True)
+    losses = [_held_out_loss(factors) for factors in outcomes[0].saved.values()]
+    for outcome in outcomes:
+        assert worst_factor_error(outcome.saved[STEPS], expected) < FACTOR_TOLERANCE
+        assert worst_loss_error(outcome.eval_losses, losses) < LOSS_TOLERANCE
         assert worst_factor_error(outcome.saved[STEPS], outcome.saved[4]) > 1e-3
         assert worst_factor_error(outcome.factors, outcome.saved[4]) == 0.0
+
+
+def _held_out_loss(factors: Factors) -> float:
+    workload = synthetic_workload(steps=STEPS)
+    rows = workload.batches.flatten(0, 1)
+    with torch.no_grad():
+        return build_model(workload, initial_factors=factors)(input_ids=rows, labels=rows).loss.item()

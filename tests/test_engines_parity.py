@@ -47,6 +47,7 @@ _DEFAULT = {
     "zero3-subgroups": 2,
     "fsdp2-trainer": 2,
     "zero3-trainer": 2,
+    "zero3-sft": 2,
 }
 
 

@@ -144,6 +144,7 @@ def test_training_follows_the_reference_and_never_waits(method: str, overlap: bo
         if ours:
             assert handle.report().applied_steps == len(workload.batches) - 1 + (method == "reflora-s")
             assert not handle.report().skipped_pairs
+            assert 0 < handle.figures()["step_ms"] < 1e4  # timed and kept while nothing waited
         return {name: value.detach().cpu() for name, value in factors.items()}
 
     assert worst_factor_error(train(ours=True), train(ours=False)) < 1e-5  # fp32 atomics of the backward
@@ -170,6 +171,7 @@ def test_the_relatives_train_as_on_the_cpu_and_never_wait(method: str) -> None:
             with no_waiting() if device == CUDA and step > 1 else contextlib.nullcontext():
                 optimizer.step()
         assert handle.report().applied_steps == len(workload.batches)
+        assert 0 < handle.figures()["step_ms"] < 1e4
         return {name: value.detach().cpu() for name, value in factors.items()}
 
     assert worst_factor_error(train(CUDA), train(torch.device("cpu"))) < 1e-4  # fp32 sums of the model in another order

@@ -39,6 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"lora_dropout": "1"}, "lora_dropout=1.0 must be in"),
         ({"reflora_interval": "0"}, "interval=0"),
         ({"reflora_warmup_steps": "-1"}, "warmup_steps=-1"),
+        ({"load_in_4bit": "True", "method": "lora-sb"}, "method lora-sb needs the weights.*drop --load_in_4bit"),
+        ({"load_in_4bit": "True", "init_lora_weights": "pissa"}, "init_lora_weights pissa needs.*drop --load_in_4bit"),
         ({"target_modules": "no_such_layer"}, "no_such_layer"),
         ({"resume_from_checkpoint": "{folder}/model"}, "is no checkpoint"),
         ({"max_eval_records": "0"}, "max_eval_records=0"),

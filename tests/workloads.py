@@ -186,12 +186,13 @@ def build_model(
     model = get_peft_model(base, LoraConfig(**{**workload.lora, **lora}))
     factors = workload.initial_factors if initial_factors is None else initial_factors
     if factors:
-        _load_factors(model, factors)
+        load_factors(model, factors)
     model.train()
     return model.to(dtype)
 
 
-def _load_factors(model: PeftModel, factors: Factors) -> None:
+def load_factors(model: PeftModel, factors: Factors) -> None:
+    """Put values into every lora_A and lora_B."""
     parameters = named_factors(model)
     assert parameters.keys() == factors.keys(), parameters.keys() ^ factors.keys()
     with torch.no_grad():

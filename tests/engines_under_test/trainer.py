@@ -1,4 +1,4 @@
-"""The engines as Hugging Face's ``Trainer`` drives them; the method comes as a callback."""
+"""The engines as Hugging Face's ``Trainer`` and TRL's ``SFTTrainer`` drive them; the method comes as a callback."""
 
 from __future__ import annotations
 
@@ -8,9 +8,18 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+from datasets import Dataset
+from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import (
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
+from trl import SFTConfig, SFTTrainer
 
 from reflora_dist import LoRARite
 from tests.engines_under_test.accelerated import (
@@ -30,7 +39,7 @@ _FSDP_CONFIG = {
 }
 
 
-class RecordingTrainer(Trainer):
+class Recording(Trainer):
     """Keeps every micro-batch's loss (``Trainer``'s log rounds them) and checks how the model was sharded."""
 
     assert_sharded: Callable[[Any], None]
@@ -47,6 +56,17 @@ class RecordingTrainer(Trainer):
         return loss
 
 
+class RecordingSFTTrainer(Recording, SFTTrainer):
+    """TRL's, which computes the loss itself; on rows that are tokens already, and never padded."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        words = {f"token_{index}": index for index in range(8)}
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(models.WordLevel(words, "token_0")), pad_token="token_0", eos_token="token_1"
+        )
+        super().__init__(*args, processing_class=tokenizer, **kwargs)
+
+
 def _cpu_arguments(settings: Settings, micro_batch_size: int) -> dict[str, Any]:
     return {"use_cpu": True}
 
@@ -57,6 +77,7 @@ class TrainerEngine(Engine):
 
     arguments: Callable[[Settings, int], dict[str, Any]] = _cpu_arguments
     assert_sharded: Callable[[Any], None] = lambda model: None
+    sft: bool = False
     takes_callback = True
 
     def train(
@@ -77,18 +98,24 @@ class TrainerEngine(Engine):
         return losses, gathered(trainer.accelerator, trainer.model_wrapped)
 
     def trainer(
-        self, model: nn.Module, batches: Tensor, settings: Settings, callbacks: list[TrainerCallback]
-    ) -> RecordingTrainer:
-        """The trainer that `train` runs, for tests that save and resume."""
+        self,
+        model: nn.Module,
+        batches: Tensor,
+        settings: Settings,
+        callbacks: list[TrainerCallback],
+        **arguments: Any,
+    ) -> Recording:
+        """The trainer that `train` runs, for tests that save, resume and log; further arguments are its own."""
         forget_accelerate()
         steps, global_batch, _ = batches.shape
         micro_batch_size = global_batch // (world_size() * settings.grad_accum)
+        rows = [{"input_ids": row, "labels": row} for row in batches.flatten(0, 1).tolist()]
         with fsdp_on_cpu():
-            trainer = RecordingTrainer(
+            trainer = (RecordingSFTTrainer if self.sft else Recording)(
                 model=model,
-                args=self._arguments(settings, steps, micro_batch_size),
-                train_dataset=[{"input_ids": row, "labels": row} for row in batches.flatten(0, 1)],
-                data_collator=default_data_collator,
+                args=self._arguments(settings, steps, micro_batch_size, **arguments),
+                train_dataset=Dataset.from_list(rows) if self.sft else rows,
+                data_collator=None if self.sft else default_data_collator,
                 callbacks=callbacks,
                 optimizer_cls_and_kwargs=None if settings.rite is None else (LoRARite, settings.lora_rite()),
             )
@@ -96,26 +123,31 @@ class TrainerEngine(Engine):
         trainer.assert_sharded = self.assert_sharded
         return trainer
 
-    def _arguments(self, settings: Settings, steps: int, micro_batch_size: int) -> TrainingArguments:
-        return TrainingArguments(
-            output_dir=tempfile.gettempdir(),
-            per_device_train_batch_size=micro_batch_size,
-            gradient_accumulation_steps=settings.grad_accum,
-            max_steps=steps,
-            train_sampling_strategy="sequential",
-            optim="adamw_torch",
-            learning_rate=settings.lr,
-            lr_scheduler_type="constant",
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.betas[0],
-            adam_beta2=settings.betas[1],
-            adam_epsilon=settings.eps,
-            max_grad_norm=settings.clip,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
+    def _arguments(self, settings: Settings, steps: int, micro_batch_size: int, **others: Any) -> TrainingArguments:
+        # what SFTConfig sets otherwise than TrainingArguments
+        plain = {"bf16": False, "gradient_checkpointing": False, "logging_steps": 500} if self.sft else {}
+        arguments = {
+            "output_dir": tempfile.gettempdir(),
+            "per_device_train_batch_size": micro_batch_size,
+            "gradient_accumulation_steps": settings.grad_accum,
+            "max_steps": steps,
+            "train_sampling_strategy": "sequential",
+            "optim": "adamw_torch",
+            "learning_rate": settings.lr,
+            "lr_scheduler_type": "constant",
+            "weight_decay": settings.weight_decay,
+            "adam_beta1": settings.betas[0],
+            "adam_beta2": settings.betas[1],
+            "adam_epsilon": settings.eps,
+            "max_grad_norm": settings.clip,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            **plain,
             **self.arguments(settings, micro_batch_size),
-        )
+            **others,
+        }
+        return (SFTConfig if self.sft else TrainingArguments)(**arguments)
 
 
 def _not_used(model: nn.Module, settings: Settings, micro_batch_size: int) -> Any:
@@ -136,26 +168,27 @@ def _assert_ddp(model: Any) -> None:
     assert isinstance(model, DistributedDataParallel)
 
 
-def _engine(name: str, **fields: Any) -> TrainerEngine:
-    return TrainerEngine(name, _not_used, **fields)
+def _engines(kind: str, sft: bool) -> list[TrainerEngine]:
+    engine = functools.partial(TrainerEngine, wrap=_not_used, sft=sft)
+    return [
+        engine(f"ddp-{kind}", assert_sharded=_assert_ddp),
+        *(
+            engine(
+                f"fsdp{version}-{kind}",
+                arguments=functools.partial(_fsdp_arguments, version=version),
+                assert_sharded=check,
+            )
+            for version, check in ((1, assert_fsdp1_shards), (2, assert_fsdp2_shards))
+        ),
+        *(
+            engine(
+                f"zero{stage}-{kind}",
+                arguments=functools.partial(_zero_arguments, stage=stage),
+                assert_sharded=functools.partial(assert_zero_shards, stage=stage),
+            )
+            for stage in (1, 2, 3)
+        ),
+    ]
 
 
-ENGINES = [
-    _engine("ddp-trainer", assert_sharded=_assert_ddp),
-    *(
-        _engine(
-            f"fsdp{version}-trainer",
-            arguments=functools.partial(_fsdp_arguments, version=version),
-            assert_sharded=check,
-        )
-        for version, check in ((1, assert_fsdp1_shards), (2, assert_fsdp2_shards))
-    ),
-    *(
-        _engine(
-            f"zero{stage}-trainer",
-            arguments=functools.partial(_zero_arguments, stage=stage),
-            assert_sharded=functools.partial(assert_zero_shards, stage=stage),
-        )
-        for stage in (1, 2, 3)
-    ),
-]
+ENGINES = [*_engines("trainer", sft=False), *_engines("sft", sft=True)]

@@ -213,14 +213,16 @@ def test_a_4_bit_base_trains_alike_under_every_engine(folder: Path, engine: str,
     _check_adapter(folder, folder / f"4bit-{engine}-{bf16}")
 
 
+@pytest.mark.parametrize("load_in_4bit", [False, pytest.param(True, marks=pytest.mark.all_ranks)])
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
-def test_a_resumed_run_equals_the_uninterrupted_one(folder: Path, engine: str) -> None:
-    whole = _run(folder, f"whole-{engine}", engine, save_strategy="steps", save_steps=3)
-    checkpoint = folder / f"whole-{engine}" / "checkpoint-3"
-    resumed = _run(folder, f"resumed-{engine}", engine, resume_from_checkpoint=checkpoint)
+def test_a_resumed_run_equals_the_uninterrupted_one(folder: Path, engine: str, load_in_4bit: bool) -> None:
+    names = [f"{name}-{engine}{'-4bit' if load_in_4bit else ''}" for name in ("whole", "resumed")]
+    base = {"load_in_4bit": load_in_4bit}
+    whole = _run(folder, names[0], engine, save_strategy="steps", save_steps=3, **base)
+    resumed = _run(folder, names[1], engine, resume_from_checkpoint=folder / names[0] / "checkpoint-3", **base)
     assert resumed["report"]["applied_steps"] == whole["report"]["applied_steps"]
     assert [p["loss"] for p in resumed["train_loss"]] == [p["loss"] for p in whole["train_loss"]]
-    tensors = [load_file(folder / f"{n}-{engine}" / "adapter_model.safetensors") for n in ("whole", "resumed")]
+    tensors = [load_file(folder / name / "adapter_model.safetensors") for name in names]
     for name, tensor in tensors[0].items():
         torch.testing.assert_close(tensors[1][name], tensor, rtol=0, atol=0)
 

@@ -52,9 +52,7 @@ class ExportOptions:
     )
     adapter_config: str | None = field(
         default=None,
-        metadata={
-            "help": "adapter_config.json (or its folder) of a sharded checkpoint. Default: in it, or in the folder above."
-        },
+        metadata={"help": "adapter_config.json of a sharded checkpoint, or its folder. Default: in it, or above it."},
     )
 
     def __post_init__(self) -> None:

@@ -331,7 +331,8 @@ def _complete(tensors: dict[str, Tensor], config: Mapping[str, Any], folder: Pat
     beside: set[str] = set()
     if path.is_file():
         with safe_open(path, "pt") as file:
-            beside = {key for key in file.keys() if ".lora_" in key}  # noqa: SIM118  (it is no mapping)
+            trained = (".lora_", *(f".{name}." for name in config.get("modules_to_save") or ()))
+            beside = {key for key in file.keys() if any(part in key for part in trained)}  # noqa: SIM118
             frozen = [key for key in beside if re.search(r"\.lora_xs_[AB]\.", key)]
             tensors |= {key: file.get_tensor(key) for key in frozen if key not in tensors}
     partners: tuple[tuple[str, str], ...] = (

@@ -64,16 +64,13 @@ def _model_class(config: PeftConfig, settings: Any) -> Any:
 def with_adapter(base: Any, config: PeftConfig, tensors: dict[str, Tensor], source: Path) -> PeftModel:
     """The PEFT model with the adapter's parameters, in the dtypes that PEFT gives them, on an empty base."""
     try:
-        model = PeftModel(base, config, ADAPTER, low_cpu_mem_usage=True)
+        with torch.device("meta"):
+            model = PeftModel(base, config, ADAPTER)
     except ValueError as error:  # no module has one of the target names
         raise ValueError(f"the adapter in {source} does not fit the base: {error}") from error
     _refuse_unsupported(model)
     own = {name for name, _ in model.named_parameters(remove_duplicate=False) if _is_adapters(model, name)}
-    for name in own | (tensors.keys() & dict(model.named_parameters(remove_duplicate=False)).keys()):
-        path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
-        empty = torch.empty_like(module._parameters[leaf], device="cpu")  # type: ignore[arg-type]
-        module._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+    _make_room(model, own | tensors.keys())
     try:
         result: Any = set_peft_model_state_dict(model, tensors, adapter_name=ADAPTER)
     except (RuntimeError, KeyError) as error:
@@ -83,6 +80,17 @@ def with_adapter(base: Any, config: PeftConfig, tensors: dict[str, Tensor], sour
         problem = f"lacks {lacking[0]}" if lacking else f"holds {result.unexpected_keys[0]}, which has no place"
         raise ValueError(f"the adapter in {source} {problem}: it belongs to another base or configuration")
     return model
+
+
+def _make_room(model: PeftModel, names: set[str]) -> None:
+    """Take the parameters of these names, and those that are one with them, off the meta device."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    wanted = {id(parameters[name]): parameters[name] for name in names & parameters.keys()}
+    made = {key: nn.Parameter(torch.empty_like(p, device="cpu"), requires_grad=False) for key, p in wanted.items()}
+    for name, parameter in parameters.items():
+        if id(parameter) in made:
+            path, _, leaf = name.rpartition(".")
+            model.get_submodule(path)._parameters[leaf] = made[id(parameter)]
 
 
 def _is_adapters(model: PeftModel, name: str) -> bool:

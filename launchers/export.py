@@ -37,6 +37,9 @@ class ExportOptions:
 
     adapter: str = field(metadata={"help": "Folder of an adapter in PEFT's format, or a sharded checkpoint."})
     output_dir: str = field(metadata={"help": "Where to write; must not exist, or be empty."})
+    adapter_name: str = field(
+        default="default", metadata={"help": "The adapter's name in a sharded checkpoint, where there are several."}
+    )
     merge: bool = field(
         default=False, metadata={"help": "Merge the adapter into its base: a model that needs no PEFT."}
     )
@@ -81,7 +84,7 @@ def export_adapter(options: ExportOptions, output: Path) -> None:
     """An ordinary adapter, which plain PEFT loads onto the original base."""
     source = Path(options.adapter)
     if find_state(source) is not None:
-        consolidate_adapter(source, output, adapter_config=options.adapter_config)
+        consolidate_adapter(source, output, adapter_config=options.adapter_config, adapter=options.adapter_name)
     elif saved_mark(source) is not None:
         with new_folder(output) as part:
             convert_adapter(source, part)
@@ -100,7 +103,7 @@ def adapter_folder(options: ExportOptions) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "adapter"
-        consolidate_adapter(source, folder, adapter_config=options.adapter_config)
+        consolidate_adapter(source, folder, adapter_config=options.adapter_config, adapter=options.adapter_name)
         yield folder
 
 

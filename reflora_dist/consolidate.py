@@ -142,7 +142,8 @@ def _read_dcp(folder: Path, choose: _Choose) -> dict[str, Tensor]:
         if isinstance(spec, TensorStorageMetadata) and _OF_MODEL.match(key)
     }
     chosen = choose(specs)
-    if complete_state(folder.parent) == folder:  # ours holds nothing but what is trained
+    if any(key.startswith("optimizer.") for key in metadata.state_dict_metadata):
+        # save_checkpoint's, which holds nothing but what is trained
         _warn_of_others(specs.keys() - chosen.keys(), folder)
     read: dict[str, Any] = {key: torch.empty(specs[key].size, dtype=specs[key].properties.dtype) for key in chosen}
     with warnings.catch_warnings():

@@ -65,7 +65,7 @@ def merge_adapter(
     """
     target = Path(output_dir)
     require_empty(target)
-    with ordinary_adapter(Path(adapter_dir)) as source:
+    with _ordinary_adapter(Path(adapter_dir)) as source:
         config = _read_config(source)
         name = base or config.base_model_name_or_path
         if not name:
@@ -297,7 +297,7 @@ def _read_config(source: Path) -> PeftConfig:
 
 
 @contextmanager
-def ordinary_adapter(adapter_dir: Path) -> Iterator[Path]:
+def _ordinary_adapter(adapter_dir: Path) -> Iterator[Path]:
     """The folder of an adapter on the original base: itself, or for the moment a converted one."""
     path = adapter_dir / "adapter_config.json"
     try:

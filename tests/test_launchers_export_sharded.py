@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from launchers import export
@@ -76,9 +76,10 @@ def _cases() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("engine_name", "world_size"), _cases())
 def test_the_adapter_of_a_checkpoint_is_that_of_the_masters(engine_name: str, world_size: int, tmp_path: Path) -> None:
-    """From the shards, though another adapter lies beside them: nothing is taken from there."""
+    """From the shards: with another adapter's values in the file beside them, and without that file."""
     masters = run_ranks(_train, world_size, engine_name, str(tmp_path / "checkpoint"))[0]
     saved = tmp_path / "checkpoint" / "adapter_model.safetensors"
+    save_file({key: torch.zeros_like(tensor) for key, tensor in load_file(saved).items()}, saved)
     state = find_state(tmp_path / "checkpoint")
     assert state is not None
     for number, source in enumerate((tmp_path / "checkpoint", state)):
@@ -141,8 +142,6 @@ def test_checkpoints_of_hf_trainer(engine_name: str, tmp_path: Path) -> None:
 
 
 def _train_variant(rank: int, world_size: int, engine_name: str, variant: str, folder: str) -> None:
-    from safetensors.torch import save_file
-
     workload = synthetic_workload(steps=1)
     wrapped = _wrap_variant(engine_name, _variant_model(variant), world_size)
     handle = attach(wrapped.model, wrapped.optimizer, _config("lora"))

@@ -134,6 +134,19 @@ def load_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any) ->
     return record["handle"]
 
 
+def complete_state(folder: str | Path) -> Path | None:
+    """The training state in a checkpoint of :func:`save_checkpoint`; None if the folder is none. No ranks.
+
+    Raises:
+        FileNotFoundError, ValueError: the checkpoint is incomplete or damaged; the message names the file.
+    """
+    checkpoint = Path(folder)
+    if not (checkpoint / _STATE).is_dir():
+        return None
+    _require_all_files(_read_record(checkpoint), checkpoint)
+    return checkpoint / _STATE
+
+
 # --- the training state ---
 
 

@@ -73,6 +73,11 @@ def is_mark(init_lora_weights: Any) -> bool:
     return isinstance(init_lora_weights, str) and init_lora_weights.startswith(_MARK)
 
 
+def changes_base(init_lora_weights: Any) -> bool:
+    """Whether PEFT changes the base by itself for this ``init_lora_weights``."""
+    return isinstance(init_lora_weights, str) and init_lora_weights.startswith(_PEFT_STARTS)
+
+
 def init_of_mark(mark: str) -> str:
     """The kind of start in a mark."""
     return mark.removeprefix(_MARK).partition(" ")[0]
@@ -141,7 +146,7 @@ def write_start(model: nn.Module, folder: str | Path) -> None:
 def _warn_of_peft_starts(peft_model: Any) -> None:
     for config in peft_model.peft_config.values() if peft_model is not None else ():
         init = getattr(config, "init_lora_weights", None)
-        if isinstance(init, str) and init.startswith(_PEFT_STARTS):
+        if changes_base(init):
             warnings.warn(
                 f"init_lora_weights={init!r} changed the base, which is not saved, and not in a way that can always be "
                 "repeated: use init_lora_weights=True and reflora_dist.initialize_adapters(model, init) instead",

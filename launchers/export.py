@@ -1,0 +1,122 @@
+"""Export what was trained: an adapter that plain PEFT loads, or the base with the adapter merged into it.
+
+    python launchers/export.py --adapter outputs/run/checkpoint-500 --output_dir adapter    # of a sharded checkpoint
+    python launchers/export.py --adapter outputs/run --output_dir merged --merge            # into the adapter's base
+
+One process on a CPU, without a launcher. ``--adapter`` is a folder with an adapter in PEFT's format, or a checkpoint
+whose state is sharded: FSDP2's, FSDP1's and DDP's (DCP), DeepSpeed's of ZeRO-1 to 3, and universal ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from transformers import HfArgumentParser
+
+from launchers.options import MODEL_DTYPES
+from reflora_dist import convert_adapter
+from reflora_dist.consolidate import consolidate_adapter, find_state
+from reflora_dist.merge import merge_adapter
+from reflora_dist.output_folder import new_folder, require_empty
+from reflora_dist.start_files import saved_mark
+
+
+@dataclasses.dataclass
+class ExportOptions:
+    """What to export, and as what."""
+
+    adapter: str = field(metadata={"help": "Folder of an adapter in PEFT's format, or a sharded checkpoint."})
+    output_dir: str = field(metadata={"help": "Where to write; must not exist, or be empty."})
+    adapter_name: str = field(
+        default="default", metadata={"help": "The adapter's name in a sharded checkpoint, where there are several."}
+    )
+    merge: bool = field(
+        default=False, metadata={"help": "Merge the adapter into its base: a model that needs no PEFT."}
+    )
+    model: str | None = field(
+        default=None, metadata={"help": "Base to merge into, path or hub name. Default: the adapter's own."}
+    )
+    model_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "dtype of the merged model; auto: that in which the base is stored.",
+            "choices": MODEL_DTYPES,
+        },
+    )
+    adapter_config: str | None = field(
+        default=None,
+        metadata={"help": "adapter_config.json of a sharded checkpoint, or its folder. Default: in it, or above it."},
+    )
+
+    def __post_init__(self) -> None:
+        for name, default in (("model", None), ("model_dtype", "auto")):
+            if not self.merge and getattr(self, name) != default:
+                raise ValueError(f"{name}={getattr(self, name)!r} means nothing without --merge: add it or drop this")
+
+
+def export(options: ExportOptions) -> None:
+    """Do as asked.
+
+    Raises:
+        OSError, ValueError: a file is missing or damaged, or cannot be written; see the functions called.
+    """
+    output = Path(options.output_dir)
+    require_empty(output)
+    if not options.merge:
+        export_adapter(options, output)
+        return
+    dtype = None if options.model_dtype == "auto" else getattr(torch, options.model_dtype)
+    with adapter_folder(options) as folder:
+        merge_adapter(folder, output, base=options.model, dtype=dtype, progress=True)
+
+
+def export_adapter(options: ExportOptions, output: Path) -> None:
+    """An ordinary adapter, which plain PEFT loads onto the original base."""
+    source = Path(options.adapter)
+    if find_state(source) is not None:
+        consolidate_adapter(source, output, adapter_config=options.adapter_config, adapter=options.adapter_name)
+    elif saved_mark(source) is not None:
+        with new_folder(output) as part:
+            convert_adapter(source, part)
+    elif (source / "adapter_config.json").is_file():
+        raise ValueError(f"adapter={options.adapter!r} is in PEFT's format already: add --merge, or copy the folder")
+    else:
+        raise ValueError(f"adapter={options.adapter!r} holds neither an adapter_config.json nor a sharded state")
+
+
+@contextmanager
+def adapter_folder(options: ExportOptions) -> Iterator[Path]:
+    """Where the adapter is in PEFT's format; for the moment only, if the checkpoint is sharded."""
+    source = Path(options.adapter)
+    if find_state(source) is None:
+        yield source
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "adapter"
+        consolidate_adapter(source, folder, adapter_config=options.adapter_config, adapter=options.adapter_name)
+        yield folder
+
+
+def main(argv: list[str] | None = None) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        (options,) = HfArgumentParser(ExportOptions).parse_args_into_dataclasses(args=argv)  # type: ignore[arg-type]
+        export(options)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"export.py: error: {error}") from error
+    size = sum(path.stat().st_size for path in Path(options.output_dir).iterdir())
+    print(f"{'merged model' if options.merge else 'adapter'}: {options.output_dir} ({size / 1e6:,.1f} MB)")
+
+
+if __name__ == "__main__":
+    main()

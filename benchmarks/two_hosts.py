@@ -25,7 +25,7 @@ import psutil
 ADDRESSES = ("10.77.0.1", "10.77.0.2")  # exist inside the namespaces only
 LINK = "link0"
 _NAMESPACES = ("--net", "--pid", "--mount", "--uts", "--ipc")
-_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"  # where ip and tc are, and users' PATH does not look
+SYSTEM_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"  # where ip, tc and sshd are, too
 # A bucket of a few packets: the Grams of a small model (100 KB) would fit into a larger one and cross unhindered.
 _BURST_BYTES = 16_384
 _KEPT_OUTPUT = 6000
@@ -57,7 +57,7 @@ class Host:
 
 def refusal() -> str:
     """Why there can be no hosts here, or ''."""
-    missing = [tool for tool in ("unshare", "nsenter", "ip", "tc") if shutil.which(tool, path=_PATH) is None]
+    missing = [tool for tool in ("unshare", "nsenter", "ip", "tc") if shutil.which(tool, path=SYSTEM_PATH) is None]
     if missing:
         return f"{', '.join(missing)} not found: install util-linux and iproute2"
     command = ["unshare", *_NAMESPACES, "--fork", "--mount-proc", "ip", "link", "set", "lo", "up"]
@@ -108,7 +108,7 @@ def _host(index: int, folder: Path) -> Iterator[Host]:
         read -r _
     """
     command = ["unshare", *_NAMESPACES, "--fork", "--kill-child", "--mount-proc", "bash", "-e", "-c", setup]
-    # whatever becomes of this process, its end of the pipe closes: `read` returns, and with its first process a host ends
+    # whatever becomes of this process, its end of the pipe closes: `read` returns, and a host ends with its first process
     keeper = subprocess.Popen(
         command, env=_environment({}), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -173,6 +173,6 @@ def _environment(changes: Mapping[str, str]) -> dict[str, str]:
     return {
         **inherited,
         "VIRTUAL_ENV": sys.prefix,
-        "PATH": f"{Path(sys.executable).parent}:{_PATH}",
+        "PATH": f"{Path(sys.executable).parent}:{SYSTEM_PATH}",
         **changes,
     }

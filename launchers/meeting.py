@@ -61,21 +61,28 @@ def meet(nodes: int, node_rank: int, head: str, port: int, wait: float, facts: S
     own = {"nodes": str(nodes), **dict(fact.split("=", 1) for fact in facts), **_versions()}
     store = _open(head, port, wait) if node_rank == 0 else _join(head, port + 1, wait)
     try:
-        if store.add(f"arrived {node_rank}", 1) > 1:
-            raise ValueError(f"another machine has --node-rank {node_rank} already; each needs a number of its own")
-        store.set(f"facts {node_rank}", json.dumps({**own, "address": address}))
-        addresses = _compare(store, own, nodes, node_rank, wait)
-    finally:
-        _leave(store, nodes, node_rank)
-    launcher = own.get("launcher")
-    if node_rank == 0 and launcher == "torchrun" and min(addresses) != addresses[0]:
+        addresses = _compare_on(store, {**own, "address": address}, nodes, node_rank, wait)
+    except DistNetworkError:
+        raise ValueError(f"the head at {head} has gone; what it printed says why") from None
+    if node_rank == 0 and own.get("launcher") == "torchrun" and min(addresses) != addresses[0]:
         first = addresses.index(min(addresses))
         print(
-            f"note: torchrun numbers machines by their addresses as text, so rank 0, which writes results, runs on "
+            "note: torchrun numbers machines by their addresses as text, so rank 0, which writes results, runs on "
             f"{addresses[first]} (--node-rank {first})",
             file=sys.stderr,
         )
     return interface, address
+
+
+def _compare_on(store: TCPStore, own: Facts, nodes: int, node_rank: int, wait: float) -> list[str]:
+    """Tell the others, hear from them, and leave in good order. Returns the machines' addresses."""
+    try:
+        if store.add(f"arrived {node_rank}", 1) > 1:
+            raise ValueError(f"another machine has --node-rank {node_rank} already; each needs a number of its own")
+        store.set(f"facts {node_rank}", json.dumps(own))
+        return _compare(store, own, nodes, node_rank, wait)
+    finally:
+        _leave(store, nodes, node_rank)
 
 
 def route_to(head: str, port: int, is_head: bool) -> tuple[str, str]:
@@ -100,7 +107,9 @@ def route_to(head: str, port: int, is_head: bool) -> tuple[str, str]:
         reachable = ", ".join(address for address in interfaces if not ipaddress.ip_address(address).is_loopback)
         raise ValueError(f"--head {head} is {resolved} here, where no other machine gets to; give one of {reachable}")
     if is_head and not resolved.is_loopback and str(resolved) not in interfaces:
-        raise ValueError(f"--node-rank 0 belongs to the machine with the address {head}; this has {', '.join(interfaces)}")
+        raise ValueError(
+            f"--node-rank 0 belongs to the machine with the address {head}; this has {', '.join(interfaces)}"
+        )
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(target)  # sends nothing, but looks up the route
@@ -166,7 +175,7 @@ def _compare(store: TCPStore, own: Facts, nodes: int, node_rank: int, wait: floa
         for other in set(range(nodes)) - addresses.keys():
             if store.check([f"facts {other}"]):
                 facts = json.loads(store.get(f"facts {other}"))
-                addresses[other] = facts.pop("address")
+                addresses[other] = facts["address"]
                 _require_equal(own, facts, node_rank, other)
         if time.monotonic() > deadline:
             missing = sorted(set(range(nodes)) - addresses.keys())
@@ -177,11 +186,11 @@ def _compare(store: TCPStore, own: Facts, nodes: int, node_rank: int, wait: floa
 
 
 def _require_equal(own: Facts, facts: Facts, node_rank: int, other: int) -> None:
-    for name in own.keys() | facts.keys():
+    for name in (own.keys() | facts.keys()) - {"address"}:
         if own.get(name) != facts.get(name):
             raise ValueError(
-                f"the machines differ in {name}: {own.get(name)} here (--node-rank {node_rank}), {facts.get(name)} with "
-                f"--node-rank {other}; it has to be the same on all"
+                f"the machines differ in {name}: {own.get(name)} here (--node-rank {node_rank}), {facts.get(name)} "
+                f"with --node-rank {other}; it has to be the same on all"
             )
 
 

@@ -98,9 +98,8 @@ if [ -n "$hostfile" ]; then
         [ "$code" -eq 0 ] || die "$host has no $PYTHON or no $script: paths have to be the same on all machines"
     done
     head=${head:-${hosts[0]}}
-    # any other machine shows the way out
-    interface=$(PYTHONPATH=$repository "$PYTHON" -c 'import sys; from launchers.meeting import route_to; print(route_to(*sys.argv[1:], 1)[0])' \
-        "${hosts[1]}") || exit 1
+    interface=$(PYTHONPATH=$repository "$PYTHON" -c "from launchers.meeting import route_to
+print(route_to('${hosts[1]}', $port, is_head=False)[0])") || exit 1
     export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
     # ssh passes no variables on; DeepSpeed sets those of a file, which takes the place of the user's own
     without_name < <(

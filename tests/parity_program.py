@@ -1,6 +1,8 @@
 """What the multi-node tests start through the launchers: the reference's cases on an engine, one outcome per rank.
 
     torchrun ... tests/parity_program.py ENGINE FOLDER CASE...
+
+ENGINE is a name of ``ENGINES``, or "as-launched": ZeRO-3 by the configuration of ``accelerate launch``.
 """
 
 from __future__ import annotations
@@ -18,7 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.distributed as dist
 
+from tests.engines_under_test import ENGINES, Engine
+from tests.engines_under_test.accelerated import zero3_as_launched
 from tests.parity import Run, train_all
+
+ENGINES["as-launched"] = Engine("as-launched", zero3_as_launched)
 
 
 def main() -> None:

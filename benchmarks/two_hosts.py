@@ -108,7 +108,7 @@ def _host(index: int, folder: Path) -> Iterator[Host]:
         read -r _
     """
     command = ["unshare", *_NAMESPACES, "--fork", "--kill-child", "--mount-proc", "bash", "-e", "-c", setup]
-    # whatever becomes of this process, its end of the pipe closes: `read` returns, and a host ends with its first process
+    # whatever becomes of this process, its end of the pipe closes: `read` returns, and with it the host ends
     keeper = subprocess.Popen(
         command, env=_environment({}), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -37,7 +37,7 @@ def pytest_runtest_makereport(item: pytest.Item):
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out (not skip: nothing is missing) what is for ``--all-ranks``, and what needs a GPU or pdsh without there being one."""
+    """Leave out (not skip: nothing is missing) what is for ``--all-ranks`` or for tools not there."""
     left_out = set() if config.getoption("--all-ranks") else {"all_ranks"}
     left_out |= set() if torch.cuda.is_available() else {"gpu"}
     left_out |= set() if shutil.which("pdsh") and shutil.which("sshd", path=SYSTEM_PATH) else {"pdsh"}

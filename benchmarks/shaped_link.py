@@ -2,9 +2,9 @@
 
     python benchmarks/shaped_link.py --output result.json
 
-Makes two hosts on this machine (``two_hosts``; needs root and iproute2), shapes the link between them with `tc`, and has
-``launchers/multinode.sh`` run ``overhead.py`` on one rank of each: the optimizer step of a model's adapters, which is
-where the method communicates. Whole factors are gathered in one collective, with their gradients; re-tiling is what
+Makes two hosts on this machine (``two_hosts``; needs root and iproute2), shapes the link between them with `tc`, and
+has ``launchers/multinode.sh`` run ``overhead.py`` on one rank of each: the optimizer step of a model's adapters, where
+the method communicates. Whole factors are gathered in one collective, with their gradients; re-tiling is what
 RefLoRA does under FSDP2 as it comes; with lora_A sharded by columns the Grams are all that it sends.
 """
 

@@ -29,7 +29,8 @@ def markdown(record: dict[str, Any]) -> str:
         [
             f"**{arguments['model']}**, r = {results['lora_rank']}: {results['num_pairs']} adapters, "
             f"{results['adapter_parameters'] / 1e6:.1f} M parameters; FSDP2, one rank on each of two hosts. Medians "
-            "(quartiles) of interleaved blocks; the phases are medians of steps of their own, packing included.",
+            "(quartiles) of interleaved blocks. Phases are the first rank's, medians of steps of their own; packing "
+            "counts as the exchange that it is for, waiting for the other rank at the end as *all else*.",
             "",
             table(header, [_row(cell) for cell in results["cells"]]),
             "",

@@ -67,7 +67,8 @@ class Gather:
     """Whole factors and gradients first, then every rank refactors all of them and keeps its own part.
 
     Args:
-        engine: one that cuts factors into pieces that follow each other in the order of ranks.
+        engine: one that cuts factors into pieces that follow each other in the order of ranks, or lora_A into equal
+            blocks of columns.
         each: one all-gather per adapter, with its four pieces (two factors, two gradients), solved pair by pair as
             published. That is the least that ``GatheredParameters`` or ``full_tensor()`` on adapter after adapter
             can cost. Otherwise one all-gather of everything, and batched products.
@@ -91,7 +92,8 @@ class Gather:
         self._chunks = []
         for start in range(0, len(engine.pairs), size):
             numels = [rank[2 * start : 2 * (start + size)] for rank in by_rank]
-            chunk = _GatheredPairs(engine.pairs[start : start + size], numels, engine.group, solve, device)
+            pairs = engine.pairs[start : start + size]
+            chunk = _GatheredPairs(pairs, numels, engine.group, solve, device, by_columns=engine.layout == "tall")
             self._chunks.append(chunk)
 
     def __call__(self) -> None:
@@ -115,6 +117,7 @@ class _GatheredPairs:
         group: the ranks that together hold the factors once.
         solve: from Grams to S.
         device: of the pieces.
+        by_columns: each rank's piece of lora_A is a block of its columns.
     """
 
     def __init__(
@@ -124,6 +127,7 @@ class _GatheredPairs:
         group: dist.ProcessGroup,
         solve: Solver,
         device: torch.device,
+        by_columns: bool,
     ) -> None:
         self._group = group
         self._solve = solve
@@ -136,10 +140,12 @@ class _GatheredPairs:
         for factor, shape in enumerate(shapes):
             alike.setdefault((factor % 2, shape), []).append(factor)
         self._order = [factor for members in alike.values() for factor in members]
-        self._batches = [
-            (side, shape, torch.tensor([factor // 2 for factor in members], device=device))
-            for (side, shape), members in alike.items()
-        ]
+        self._batches = []
+        for (side, (rows, columns)), members in alike.items():
+            # blocks of columns lie one behind the other; their Grams add up, and S^-1 is multiplied by each
+            blocks = len(numels) if by_columns and side == _SIDE_A else 1
+            slots = torch.tensor([factor // 2 for factor in members], device=device).repeat_interleave(blocks)
+            self._batches.append((side, (rows, columns // blocks), slots))
         self._sizes = [[rank[factor] for factor in self._order] * 2 for rank in numels]  # weights, then gradients
         self._slot = max(sum(sizes) for sizes in self._sizes)
         self._rank, self._numel = dist.get_rank(group), sum(a * b for a, b in shapes)
@@ -171,7 +177,7 @@ class _GatheredPairs:
         return whole
 
     def _blocks(self, flat: Tensor) -> list[tuple[int, Tensor, Tensor]]:
-        """Per side and shape: the pairs, and their factors as ``[pairs, *shape]``, a view of ``flat``."""
+        """Per side and shape: the pairs, and their factors (or blocks) as ``[pairs, *shape]``, a view of ``flat``."""
         blocks, offset = [], 0
         for side, shape, slots in self._batches:
             numel = slots.numel() * shape[0] * shape[1]
@@ -181,10 +187,10 @@ class _GatheredPairs:
 
     def _grams(self, whole_weights: Tensor) -> tuple[Tensor, Tensor]:
         size = (2, self.num_factors // 2, self._lora_rank, self._lora_rank)
-        grams = whole_weights.new_empty(size, dtype=torch.float64)
+        grams = whole_weights.new_zeros(size, dtype=torch.float64)
         for side, slots, blocks in self._blocks(whole_weights):
             exact = blocks.double()
-            grams[side].index_copy_(0, slots, exact @ exact.mT if side == _SIDE_A else exact.mT @ exact)
+            grams[side].index_add_(0, slots, exact @ exact.mT if side == _SIDE_A else exact.mT @ exact)
         return grams[0], grams[1]
 
     def _keep_own(self, whole_gradients: Tensor, own_gradients: list[Tensor]) -> None:

@@ -1,7 +1,8 @@
 """Where the time of a RefLoRA step goes, phase by phase, by timers around the functions that do the work.
 
 The timers wait for the device, so a phase is longer than in an undisturbed step; the parts are for comparison with each
-other. ``PHASES`` names the functions and is all there is to adapt when these change.
+other. ``PHASES`` names the functions, ``BASELINE_PHASES`` those of what RefLoRA is measured against; there is nothing
+else to adapt when they change.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import functools
 import importlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,15 +24,19 @@ PHASES = {
     "apply": ("reflora_dist.blocks:BlockSet.multiply_",),
 }
 
+# with the packing before and the unpacking after, as in "retile"
+BASELINE_PHASES = {"gather": ("benchmarks.baselines:_GatheredPairs._gather",)}
+
 
 @contextlib.contextmanager
-def timed_phases(device: torch.device) -> Iterator[dict[str, float]]:
+def timed_phases(device: torch.device, phases: Mapping[str, Sequence[str]] | None = None) -> Iterator[dict[str, float]]:
     """Add up milliseconds by phase meanwhile. A phase inside another is counted once, as the inner one.
 
     Raises:
-        RuntimeError: a function of PHASES does not exist.
+        RuntimeError: a function of ``phases`` (PHASES) does not exist.
     """
-    elapsed_ms = dict.fromkeys(PHASES, 0.0)
+    phases = PHASES if phases is None else phases
+    elapsed_ms = dict.fromkeys(phases, 0.0)
     inner_ms: list[float] = []  # by open phase, the time of the phases inside it
 
     def timed(phase: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -46,7 +51,7 @@ def timed_phases(device: torch.device) -> Iterator[dict[str, float]]:
                 inner_ms[-1] += total
 
     with contextlib.ExitStack() as stack:
-        for phase, paths in PHASES.items():
+        for phase, paths in phases.items():
             for path in paths:
                 stack.enter_context(_replaced(path, functools.partial(timed, phase)))
         yield elapsed_ms

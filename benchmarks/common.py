@@ -22,12 +22,13 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ENGINES = ("single", "ddp", "fsdp2", "zero2", "zero3")
+ENGINES = ("single", "ddp", "fsdp2", "fsdp2-shard1", "zero2", "zero3")  # shard1: lora_A by columns
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -199,11 +200,12 @@ def wrap(engine: str, model: torch.nn.Module, *, micro_batch_size: int = 1, lear
         raise ValueError(f"engine={engine!r} is unknown; choose one of {', '.join(ENGINES)}")
     if engine.startswith("zero"):
         return _deepspeed(engine, model, micro_batch_size, learning_rate)
-    if engine == "fsdp2":
+    if engine.startswith("fsdp2"):
+        placement = placement_fn(engine, model)
         for module in model.modules():
             if isinstance(module, LlamaDecoderLayer):
-                fully_shard(module)
-        fully_shard(model)
+                fully_shard(module, shard_placement_fn=placement)
+        fully_shard(model, shard_placement_fn=placement)
     elif engine == "ddp":
         model = DistributedDataParallel(model)
     optimizer = fused_adamw(model, learning_rate)
@@ -213,6 +215,14 @@ def wrap(engine: str, model: torch.nn.Module, *, micro_batch_size: int = 1, lear
         optimizer.zero_grad()
 
     return Trainee(model, optimizer, lambda loss: loss.backward(), step)
+
+
+def placement_fn(engine: str, model: torch.nn.Module) -> Callable[[torch.nn.Parameter], Shard | None] | None:
+    """What ``fully_shard`` is given as ``shard_placement_fn``: None, or columns for lora_A under "fsdp2-shard1"."""
+    if engine != "fsdp2-shard1":
+        return None
+    by_columns = {parameter for name, parameter in model.named_parameters() if ".lora_A." in name}
+    return lambda parameter: Shard(1) if parameter in by_columns else None
 
 
 def _deepspeed(engine: str, model: torch.nn.Module, micro_batch_size: int, learning_rate: float) -> Trainee:
@@ -335,13 +345,18 @@ def publish(
     device: torch.device,
     results: dict[str, Any],
     markdown: Callable[[dict[str, Any]], str],
+    **changes: Any,
 ) -> None:
-    """Show a benchmark's report, and write its record to ``arguments.output`` if that is given; on the first rank."""
+    """Show a benchmark's report, and write its record to ``arguments.output`` if that is given; on the first rank.
+
+    ``changes`` are to its provenance: a script that starts ranks of its own knows more.
+    """
     if dist.is_initialized() and dist.get_rank() != 0:
         return
     record = {
         "benchmark": benchmark,
         **provenance(device),
+        **changes,
         "arguments": dataclasses.asdict(arguments),
         "results": results,
     }

@@ -33,7 +33,7 @@ import torch
 from transformers import HfArgumentParser
 
 from benchmarks import common, variants
-from benchmarks.breakdown import timed_phases
+from benchmarks.breakdown import BASELINE_PHASES, PHASES, timed_phases
 from benchmarks.collectives import Collective
 from benchmarks.interleaved import (
     Schedule,
@@ -62,7 +62,7 @@ class Arguments:
         metadata={"help": "step: the optimizer step of adapters alone; training: forward and backward too"},
     )
     engine: str = dataclasses.field(
-        default="single", metadata={"help": f"one of {', '.join(common.ENGINES)}; with --scope step the first three"}
+        default="single", metadata={"help": f"one of {', '.join(common.ENGINES)}; with --scope step the first four"}
     )
     variants: list[str] = dataclasses.field(
         default_factory=list, metadata={"help": "those to compare with lora (all that the engine allows)"}
@@ -75,7 +75,7 @@ class Arguments:
     block_seconds: float = dataclasses.field(
         default=20.0, metadata={"help": "a block of a slow variant has fewer steps, at least one"}
     )
-    breakdown: bool = dataclasses.field(default=False, metadata={"help": "also time the phases of a RefLoRA step"})
+    breakdown: bool = dataclasses.field(default=False, metadata={"help": "also time the phases of a step"})
     output: str | None = dataclasses.field(default=None, metadata={"help": "JSON file to write"})
 
     def __post_init__(self) -> None:
@@ -154,7 +154,12 @@ def measure_lora_rank(
         "largest_relative_error": errors,
         "variants": figures,
         "bare_collectives": bare_collectives(calls, bare, figures),
-        "breakdown_ms": measure_breakdown(arguments, workload, device) if arguments.breakdown else None,
+        "breakdown_ms": measure_breakdown(arguments, workload, device, "reflora") if arguments.breakdown else None,
+        "baselines_breakdown_ms": {
+            name: measure_breakdown(arguments, workload, device, name)
+            for name in names
+            if arguments.breakdown and name.startswith("gather")
+        },
     }
 
 
@@ -218,15 +223,18 @@ def bare_collectives(calls: list[Collective], bare: Times, figures: dict[str, An
     }
 
 
-def measure_breakdown(arguments: Arguments, workload: Workload, device: torch.device) -> dict[str, dict[str, float]]:
-    """Milliseconds by phase of RefLoRA's optimizer steps, in steps of their own; "rest" has the update in it."""
+def measure_breakdown(
+    arguments: Arguments, workload: Workload, device: torch.device, name: str
+) -> dict[str, dict[str, float]]:
+    """Milliseconds by phase of a variant's optimizer steps, in steps of their own; "rest" has the update in it."""
     by_phase: dict[str, list[float]] = {}
-    with variants.installed("reflora", workload.trainee):
+    phases = PHASES if name == "reflora" else BASELINE_PHASES
+    with variants.installed(name, workload.trainee):
         run_step(workload)
         for _ in range(arguments.steps):
             workload.prepare()
             start = common.now(device)
-            with timed_phases(device) as elapsed_ms:
+            with timed_phases(device, phases) as elapsed_ms:
                 workload.step()
                 total_ms = 1e3 * (common.now(device) - start)
             for phase, milliseconds in {**elapsed_ms, "rest": total_ms - sum(elapsed_ms.values())}.items():

@@ -53,7 +53,7 @@ class Arguments(cost_model.Scenario):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unknown = [engine for engine in self.engines if engine not in common.ENGINES or engine == "single"]
+        unknown = [engine for engine in self.engines if engine not in ("ddp", "fsdp2", "zero2", "zero3")]
         if unknown or not self.engines:
             raise ValueError(f"--engines {' '.join(unknown)} unknown; choose from ddp, fsdp2, zero2, zero3")
         if self.shape not in common.SHAPES:

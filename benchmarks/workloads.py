@@ -14,10 +14,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 
-from benchmarks.common import LINEARS, ModelShape, Trainee, build_model, fused_adamw, wrap
+from benchmarks.common import LINEARS, ModelShape, Trainee, build_model, fused_adamw, placement_fn, wrap
 from reflora_dist.adapters import find_pairs
 
-STEP_ENGINES = ("single", "ddp", "fsdp2")
+STEP_ENGINES = ("single", "ddp", "fsdp2", "fsdp2-shard1")
 _BATCHES = 4  # different ones, made in advance
 
 
@@ -44,7 +44,8 @@ class OptimizerStep:
         shape: of the model.
         lora_rank: r.
         device: of the factors.
-        engine: one of STEP_ENGINES; under "fsdp2" the factors are sharded by rows as in a sharded model.
+        engine: one of STEP_ENGINES; under "fsdp2" the factors are sharded by rows as in a sharded model, under
+            "fsdp2-shard1" lora_A by columns.
         learning_rate: small, since the gradients do not depend on the weights: nothing shall drift.
     """
 
@@ -53,11 +54,12 @@ class OptimizerStep:
     ) -> None:
         assert engine in STEP_ENGINES
         model = _adapters_alone(shape, lora_rank, device)
-        if engine == "fsdp2":
+        if engine.startswith("fsdp2"):
             assert dist.group.WORLD is not None
             mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
             frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
-            fully_shard(model, mesh=mesh, ignored_params=frozen)
+            placement = placement_fn(engine, model)
+            fully_shard(model, mesh=mesh, ignored_params=frozen, shard_placement_fn=placement)
         optimizer = fused_adamw(model, learning_rate)
         # looked up at every call: a variant may put another step in its place
         self.trainee = Trainee(model, optimizer, lambda loss: None, lambda: optimizer.step())

@@ -68,6 +68,13 @@ require_compiler() {
         || die "DeepSpeed compiles a small extension for the CPU and finds no C++ compiler; install g++"
 }
 
+# Argument: accelerate's configuration.
+refuse_fsdp_on_a_cpu() {
+    if [ "$gpus" -eq 0 ] && grep -q '^distributed_type: FSDP' "$1"; then
+        die "$1: accelerate has no FSDP on a CPU (it would silently run DDP); use deepspeed_zero3.yaml"
+    fi
+}
+
 free_port() {
     "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }

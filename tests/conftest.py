@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import pytest
 import torch
+
+from benchmarks.two_hosts import SYSTEM_PATH
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,6 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes minutes")
     config.addinivalue_line("markers", "all_ranks: an engine on a further number of ranks; runs with --all-ranks")
     config.addinivalue_line("markers", "gpu: needs a GPU, and is left out where there is none")
+    config.addinivalue_line("markers", "pdsh: needs pdsh and sshd, and is left out where they are not installed")
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -33,9 +37,10 @@ def pytest_runtest_makereport(item: pytest.Item):
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out (not skip: nothing is missing) what is for ``--all-ranks``, and for GPUs where there are none."""
+    """Leave out (not skip: nothing is missing) what is for ``--all-ranks`` or for tools not there."""
     left_out = set() if config.getoption("--all-ranks") else {"all_ranks"}
     left_out |= set() if torch.cuda.is_available() else {"gpu"}
+    left_out |= set() if shutil.which("pdsh") and shutil.which("sshd", path=SYSTEM_PATH) else {"pdsh"}
     further = [item for item in items if any(item.get_closest_marker(mark) for mark in left_out)]
     if further:
         config.hook.pytest_deselected(items=further)

@@ -151,9 +151,12 @@ def _check(rank: int, world_size: int, engine: str, lora_rank: int, names: list[
 
 
 # r = 5 does not divide evenly, and with r = 2 the third rank holds nothing of lora_A
-@pytest.mark.parametrize(("world_size", "lora_rank"), [(2, 4), (2, 5), (3, 2)])
-def test_gathering_agrees_with_the_package(world_size: int, lora_rank: int) -> None:
-    for errors in run_ranks(_check, world_size, "fsdp2", lora_rank, ["reflora", "reflora-overlap", "gather-each"], ""):
+@pytest.mark.parametrize(
+    ("engine", "world_size", "lora_rank"),
+    [("fsdp2", 2, 4), ("fsdp2", 2, 5), ("fsdp2", 3, 2), ("fsdp2-shard1", 2, 4)],
+)
+def test_gathering_agrees_with_the_package(engine: str, world_size: int, lora_rank: int) -> None:
+    for errors in run_ranks(_check, world_size, engine, lora_rank, ["reflora", "reflora-overlap", "gather-each"], ""):
         assert len(errors) == 3 and max(errors.values()) < 1e-5
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.test_launchers_support import REPOSITORY, launch, micro_model, write_records
+from tests.test_launchers_support import REPOSITORY, launch, micro_model, short_training, write_records
 
 LAUNCHERS = REPOSITORY / "launchers"
 
@@ -19,22 +19,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     micro_model(folder / "model")
     write_records(folder / "records.jsonl")
     return folder
-
-
-def _options(folder: Path, output: str) -> list[str]:
-    options = {
-        "model": folder / "model",
-        "dataset": folder / "records.jsonl",
-        "eval_fraction": 0.2,
-        "output_dir": folder / output,
-        "cache_dir": folder / "cache",
-        "reflora_warmup_steps": 1,
-        "max_length": 96,
-        "max_steps": 3,
-        "per_device_train_batch_size": 2,
-        "save_strategy": "no",
-    }
-    return [f"--{name}={value}" for name, value in options.items()]
 
 
 @pytest.mark.slow
@@ -50,7 +34,7 @@ def _options(folder: Path, output: str) -> list[str]:
 )
 def test_a_script_trains_with_two_ranks(folder: Path, script: list[str | Path], engine: str) -> None:
     output = f"{script[0]}-{engine}"
-    command = ["bash", LAUNCHERS / script[0], *script[1:], *_options(folder, output)]
+    command = ["bash", LAUNCHERS / script[0], *script[1:], *short_training(folder, output)]
     printed = launch(command, timeout_s=280, PROCESSES="2")
     metrics = json.loads((folder / output / "metrics.json").read_text())
     assert metrics["report"]["engine"] == engine
@@ -62,14 +46,14 @@ def test_a_script_trains_with_two_ranks(folder: Path, script: list[str | Path], 
 
 @pytest.mark.slow
 def test_a_mistake_ends_every_rank_of_a_launch(folder: Path) -> None:
-    command = ["bash", LAUNCHERS / "run_torchrun.sh", *_options(folder, "mistake"), "--max_length=2"]
+    command = ["bash", LAUNCHERS / "run_torchrun.sh", *short_training(folder, "mistake"), "--max_length=2"]
     printed = launch(command, timeout_s=180, expect_failure=True, PROCESSES="2")
     assert "max_length=2 is too short" in printed
 
 
 def test_accelerate_with_fsdp_is_refused_without_a_gpu(folder: Path) -> None:
     command = ["bash", LAUNCHERS / "run_accelerate.sh", LAUNCHERS / "accelerate" / "fsdp2.yaml"]
-    printed = launch([*command, *_options(folder, "fsdp")], timeout_s=120, expect_failure=True)
+    printed = launch([*command, *short_training(folder, "fsdp")], timeout_s=120, expect_failure=True)
     assert "no FSDP on a CPU" in printed
 
 

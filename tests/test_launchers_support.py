@@ -85,6 +85,23 @@ def write_records(path: Path, count: int = 40) -> Path:
     return path
 
 
+def short_training(folder: Path, output: str) -> list[str]:
+    """Three steps of finetune.py on the model and the records of a folder."""
+    options = {
+        "model": folder / "model",
+        "dataset": folder / "records.jsonl",
+        "eval_fraction": 0.2,
+        "output_dir": folder / output,
+        "cache_dir": folder / "cache",
+        "reflora_warmup_steps": 1,
+        "max_length": 96,
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "save_strategy": "no",
+    }
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -144,9 +144,22 @@ def _fsdp(model: nn.Module, settings: Settings, micro_batch_size: int, *, versio
 
 
 def _zero(model: nn.Module, settings: Settings, micro_batch_size: int, *, stage: int) -> Wrapped:
-    forget_accelerate()
     config = zero_config(settings, micro_batch_size, stage)
+    forget_accelerate()
     plugin = DeepSpeedPlugin(hf_ds_config=config, gradient_clipping=settings.clip)
+    return _prepared_zero(plugin, model, settings, stage)
+
+
+def zero3_as_launched(model: nn.Module, settings: Settings, micro_batch_size: int) -> Wrapped:
+    """By the configuration that ``accelerate launch`` put into variables, with what it leaves open filled in."""
+    forget_accelerate()
+    plugin = DeepSpeedPlugin()
+    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = micro_batch_size
+    plugin.deepspeed_config["gradient_clipping"] = settings.clip
+    return _prepared_zero(plugin, model, settings, stage=3)
+
+
+def _prepared_zero(plugin: DeepSpeedPlugin, model: nn.Module, settings: Settings, stage: int) -> Wrapped:
     prepare_deepspeed_on_cpu()
     accelerator = Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=settings.grad_accum)
     prepared, optimizer = accelerator.prepare(model, optimizer_of(model, settings))

@@ -1,0 +1,92 @@
+"""The figures of ``shaped_link.py`` as Markdown and as a plot."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.reports.shared import source_line, table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_EXCHANGE = ("gather", "retile")
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """A table by link and way: the step, its communication and the rest, and how long the bytes take at that rate."""
+    arguments, results = record["arguments"], record["results"]
+    errors = [cell["largest_relative_error"] for cell in results["cells"] if cell["largest_relative_error"] is not None]
+    header = [
+        "link",
+        "sent",
+        "optimizer step, ms",
+        "plain LoRA's, ms",
+        "gather or re-tile, ms",
+        "all-reduce of Grams, ms",
+    ]
+    header += ["all else, ms", "bytes per step and rank", "bytes / rate, ms"]
+    return "\n".join(
+        [
+            f"**{arguments['model']}**, r = {results['lora_rank']}: {results['num_pairs']} adapters, "
+            f"{results['adapter_parameters'] / 1e6:.1f} M parameters; FSDP2, one rank on each of two hosts. Medians "
+            "(quartiles) of interleaved blocks. Phases are the first rank's, medians of steps of their own; packing "
+            "counts as the exchange that it is for, waiting for the other rank at the end as *all else*.",
+            "",
+            table(header, [_row(cell) for cell in results["cells"]]),
+            "",
+            "Refactored gradients agree with those of gathered factors on every link, largest relative error "
+            f"{max(errors):.0e}.",
+            "",
+            source_line(record),
+        ]
+    )
+
+
+def _row(cell: dict[str, Any]) -> list[str]:
+    step, phases = cell["step_ms"], split(cell)
+    return [
+        link(cell["mbit"]),
+        cell["way"],
+        f"{step['median']:.1f} ({step['q1']:.1f} to {step['q3']:.1f})",
+        f"{cell['plain_step_ms']['median']:.1f}",
+        *(f"{milliseconds:.1f}" for milliseconds in phases),
+        f"{cell['bytes_per_step']:,}",
+        "" if cell["link_ms"] is None else f"{cell['link_ms']:.1f}",
+    ]
+
+
+def split(cell: dict[str, Any]) -> tuple[float, float, float]:
+    """Milliseconds of gathering or re-tiling, of the Grams' all-reduce, and of all else."""
+    medians = {phase: spread["median"] for phase, spread in cell["phases_ms"].items()}
+    exchange = sum(medians.get(phase, 0.0) for phase in _EXCHANGE)
+    reduction = medians.get("all_reduce", 0.0)
+    return exchange, reduction, sum(medians.values()) - exchange - reduction
+
+
+def link(mbit: int) -> str:
+    """The name of a link by its rate."""
+    if not mbit:
+        return "unshaped"
+    return f"{mbit / 1000:g} Gbit/s" if mbit >= 1000 else f"{mbit} Mbit/s"
+
+
+def plot(record: dict[str, Any]) -> Figure:
+    """The parts of a step on top of each other, a panel per link."""
+    from matplotlib.figure import Figure
+
+    cells = record["results"]["cells"]
+    rates = list(dict.fromkeys(cell["mbit"] for cell in cells))
+    figure = Figure(figsize=(3.6 * len(rates), 4), layout="constrained")
+    for axes, mbit in zip(figure.subplots(1, len(rates), squeeze=False)[0], rates, strict=True):
+        of_link = [cell for cell in cells if cell["mbit"] == mbit]
+        bottom = [0.0] * len(of_link)
+        parts = zip(*(split(cell) for cell in of_link), strict=True)
+        for label, heights in zip(("gather or re-tile", "all-reduce of Grams", "all else"), parts, strict=True):
+            axes.bar([cell["way"].replace(", ", ",\n") for cell in of_link], heights, 0.6, bottom=bottom, label=label)
+            bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
+        axes.set_title(link(mbit))
+        axes.set_ylabel("optimizer step (ms)")
+        axes.tick_params(axis="x", labelsize="small")
+        axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize="small")
+    return figure

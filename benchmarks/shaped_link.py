@@ -1,0 +1,139 @@
+"""What a step costs on a slow link, by what is sent: whole factors, re-tiled ones and Grams, or Grams alone.
+
+    python benchmarks/shaped_link.py --output result.json
+
+Makes two hosts on this machine (``two_hosts``; needs root and iproute2), shapes the link between them with `tc`, and
+has ``launchers/multinode.sh`` run ``overhead.py`` on one rank of each: the optimizer step of a model's adapters, where
+the method communicates. Whole factors are gathered in one collective, with their gradients; re-tiling is what
+RefLoRA does under FSDP2 as it comes; with lora_A sharded by columns the Grams are all that it sends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from transformers import HfArgumentParser
+
+from benchmarks import common
+from benchmarks.reports.shaped_link import markdown
+from benchmarks.two_hosts import Host, run_on, two_hosts
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RANKS = 2
+# engine of overhead.py, its variant, and what that sends
+WAYS = (
+    ("fsdp2", "gather-coalesced", "whole factors"),
+    ("fsdp2", "reflora", "re-tiled factors, Grams"),
+    ("fsdp2-shard1", "reflora", "Grams alone"),
+)
+
+
+@dataclasses.dataclass
+class Arguments:
+    """The model, the links, and how much is measured."""
+
+    model: str = dataclasses.field(default="small", metadata={"help": f"one of {', '.join(common.SHAPES)}"})
+    num_layers: int | None = dataclasses.field(default=None, metadata={"help": "instead of the model's own number"})
+    lora_rank: int = 16
+    mbits: list[int] = dataclasses.field(
+        default_factory=lambda: [0, 1000, 100],
+        metadata={"help": "rates of the link, Mbit/s in each direction; 0: as fast as the machine copies"},
+    )
+    blocks: int = dataclasses.field(default=4, metadata={"help": "blocks of steps per variant, taking turns"})
+    steps: int = dataclasses.field(default=8, metadata={"help": "measured steps per block"})
+    timeout: float = dataclasses.field(default=900.0, metadata={"help": "seconds for one launch"})
+    output: str | None = dataclasses.field(default=None, metadata={"help": "JSON file to write"})
+
+    def __post_init__(self) -> None:
+        if self.model not in common.SHAPES:
+            raise ValueError(f"--model {self.model} is unknown; choose one of {', '.join(common.SHAPES)}")
+        if not self.mbits or min(self.mbits) < 0:
+            raise ValueError(f"--mbits {self.mbits} must be one or more rates, 0 for an unshaped link")
+        for name in ("num_layers", "lora_rank", "blocks", "steps", "timeout"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"--{name} {value} must be positive")
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    device = common.single_process_device("it makes its hosts and their ranks itself")
+    results = measure(arguments)
+    common.publish("shaped_link", arguments, device, results, markdown, world_size=RANKS)
+
+
+def measure(arguments: Arguments) -> dict[str, Any]:
+    """Every way on every link. Returns what the record has under ``results``."""
+    measured = []
+    with common.progress(2 * len(arguments.mbits), "launches") as advance:
+        for mbit in arguments.mbits:
+            with two_hosts(f"{mbit}mbit" if mbit else "") as hosts:
+                for engine in dict.fromkeys(engine for engine, *_ in WAYS):
+                    run = launch(arguments, hosts, engine)
+                    measured += [cell(mbit, run, *way) for way in WAYS if way[0] == engine]
+                    advance()
+    sizes = {name: run[name] for name in ("lora_rank", "num_pairs", "adapter_parameters")}
+    return {**sizes, "cells": measured}
+
+
+def launch(arguments: Arguments, hosts: tuple[Host, Host], engine: str) -> dict[str, Any]:
+    """Run ``overhead.py`` on both hosts. Returns the run of its record.
+
+    Raises:
+        RuntimeError: a host failed; the message holds the end of what both printed.
+    """
+    variants = [variant for of_engine, variant, _ in WAYS if of_engine == engine]
+    options = {
+        "model": arguments.model,
+        "num_layers": arguments.num_layers,
+        "lora_ranks": arguments.lora_rank,
+        "blocks": arguments.blocks,
+        "steps": arguments.steps,
+        "engine": engine,
+    }
+    with tempfile.TemporaryDirectory(prefix="shaped-link-") as folder:
+        record = Path(folder) / "record.json"
+        command = ["bash", REPOSITORY / "launchers" / "multinode.sh", "torchrun", "--nodes", str(RANKS)]
+        command += ["--head", hosts[0].address, "--script", REPOSITORY / "benchmarks" / "overhead.py"]
+        given = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
+        given += ["--breakdown", "--output", str(record), "--variants", *variants]
+        commands = [[*command[:3], "--node-rank", str(rank), *command[3:], *given] for rank in range(RANKS)]
+        results = run_on(hosts, commands, arguments.timeout, PROCESSES="1", OMP_NUM_THREADS="1")
+        if any(code for code, _ in results) or not record.exists():
+            ends = zip(hosts, results, strict=True)
+            raise RuntimeError("\n".join(f"{host.name} ended with {code}:\n{text}" for host, (code, text) in ends))
+        (run,) = json.loads(record.read_text())["results"]["runs"]
+        return run
+
+
+def cell(mbit: int, run: dict[str, Any], engine: str, variant: str, way: str) -> dict[str, Any]:
+    """One way on one link: its step, the phases of that, and what it sends."""
+    figures = run["variants"][variant]
+    if variant == "reflora":
+        phases, sent = run["breakdown_ms"], figures["report"]["bytes_per_step"]
+    else:  # weights and gradients in float32, this rank's part to every other
+        phases = run["baselines_breakdown_ms"][variant]
+        sent = 2 * 4 * run["adapter_parameters"] // RANKS * (RANKS - 1)
+    return {
+        "mbit": mbit,
+        "way": way,
+        "engine": engine,
+        "variant": variant,
+        "step_ms": figures["step_ms"],
+        "plain_step_ms": run["variants"]["lora"]["step_ms"],
+        "phases_ms": phases,
+        "bytes_per_step": sent,
+        "link_ms": 1e3 * 8 * sent / (mbit * 1e6) if mbit else None,
+        "largest_relative_error": run["largest_relative_error"].get("reflora"),
+    }
+
+
+if __name__ == "__main__":
+    main()

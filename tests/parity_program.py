@@ -1,0 +1,50 @@
+"""What the multi-node tests start through the launchers: the reference's cases on an engine, one outcome per rank.
+
+    torchrun ... tests/parity_program.py ENGINE FOLDER CASE...
+
+ENGINE is a name of ``ENGINES``, or "as-launched": ZeRO-3 by the configuration of ``accelerate launch``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.distributed as dist
+
+from tests.engines_under_test import ENGINES, Engine
+from tests.engines_under_test.accelerated import zero3_as_launched
+from tests.parity import Run, train_all
+
+ENGINES["as-launched"] = Engine("as-launched", zero3_as_launched)
+
+
+def main() -> None:
+    engine, folder, *cases = sys.argv[1:]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=5))
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    outcomes = train_all(rank, world_size, engine, [Run(case) for case in cases])
+    written = {
+        "host": socket.gethostname(),
+        "local_rank": int(os.environ["LOCAL_RANK"]),
+        "interface": os.environ["GLOO_SOCKET_IFNAME"],
+        "world_size": world_size,
+        "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
+    }
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(written))
+    # gloo's workers may abort if ranks leave at different times
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -87,7 +87,9 @@ def accelerate_setup(
     precision = options.mixed_precision or str(arguments.mixed_precision)
     if options.mixed_precision is None and precision == "no":
         precision = "bf16"
-        findings.note(path, "mixed_precision is 'no', which leaves it to the trainer: taken to be bf16", "--mixed_precision")
+        findings.note(
+            path, "mixed_precision is 'no', which leaves it to the trainer: taken to be bf16", "--mixed_precision"
+        )
     if precision == "fp8":
         findings.error(path, "mixed_precision: fp8 is not supported", "use bf16")
         return None

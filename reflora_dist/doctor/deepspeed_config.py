@@ -252,7 +252,9 @@ def _check_zero(where: str, filled: dict[str, Any], loaded: Any, size: tuple[int
     for name in ("offload_optimizer", "offload_param"):
         section = getattr(zero, name)
         if section is not None and section.device == "nvme":
-            findings.error(where, f"{name}.device='nvme': attach refuses it, the masters are not in memory", "use 'cpu'")
+            findings.error(
+                where, f"{name}.device='nvme': attach refuses it, the masters are not in memory", "use 'cpu'"
+            )
     if zero.offload_optimizer is not None and zero.offload_optimizer.ratio < 1:
         ratio = zero.offload_optimizer.ratio
         findings.error(where, f"offload_optimizer.ratio={ratio}: attach refuses two optimizers in a step", "set 1.0")
@@ -261,14 +263,18 @@ def _check_zero(where: str, filled: dict[str, Any], loaded: Any, size: tuple[int
     parallel = _section(filled, "tensor_parallel")
     if parallel.get("autotp_size", 0) > 1:
         findings.error(
-            where, f"tensor_parallel.autotp_size={parallel['autotp_size']}: attach refuses tensor parallelism", "remove it"
+            where,
+            f"tensor_parallel.autotp_size={parallel['autotp_size']}: attach refuses tensor parallelism",
+            "remove it",
         )
     if zero.offload_param is not None and zero.offload_param.device != "none" and stage != 3:
         findings.warning(where, f"offload_param means nothing to stage {stage}", "remove it, or set stage 3")
     _check_hierarchy(where, zero, stage, size, findings)
     if zero.zero_quantized_weights or zero.zero_quantized_gradients or zero.zero_quantized_nontrainable_weights:
         findings.warning(where, "zero_quantized_*: needs CUDA kernels that DeepSpeed compiles, and rounds", "")
-    masters = loaded.bfloat16_config.bf16_master_weights_and_grads or loaded.float16_config.fp16_master_weights_and_grads
+    masters = (
+        loaded.bfloat16_config.bf16_master_weights_and_grads or loaded.float16_config.fp16_master_weights_and_grads
+    )
     if masters:
         findings.warning(where, "16-bit masters: the sizes below assume fp32 ones", "remove *_master_weights_and_grads")
 

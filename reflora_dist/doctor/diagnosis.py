@@ -121,7 +121,12 @@ def _read(configs: Sequence[str], findings: Findings) -> dict[str, Any]:
 
 
 def _setup(
-    yamls: list[str], jsons: list[str], files: dict[str, Any], model_config: Any, options: DoctorOptions, findings: Findings
+    yamls: list[str],
+    jsons: list[str],
+    files: dict[str, Any],
+    model_config: Any,
+    options: DoctorOptions,
+    findings: Findings,
 ) -> Setup | None:
     arguments = None
     size = _size(None, options)
@@ -138,7 +143,9 @@ def _setup(
             return deepspeed_setup(path, contents, model_config, options, size, findings)
         if jsons and not arguments.use_deepspeed:
             kind = files[path].get("distributed_type")
-            findings.error(path, f"distributed_type: {kind}, beside DeepSpeed's {jsons[0]}", "distributed_type: DEEPSPEED")
+            findings.error(
+                path, f"distributed_type: {kind}, beside DeepSpeed's {jsons[0]}", "distributed_type: DEEPSPEED"
+            )
             return None
     if jsons:
         return deepspeed_setup(jsons[0], files[jsons[0]], model_config, options, size, findings)

@@ -47,7 +47,9 @@ def flattened(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def environment() -> dict[str, str]:
     """What of this process's environment decides how it trains."""
-    variables = {name: value for name, value in os.environ.items() if name.startswith(_ENVIRONMENT) and name not in _OWN}
+    variables = {
+        name: value for name, value in os.environ.items() if name.startswith(_ENVIRONMENT) and name not in _OWN
+    }
     return {"python": platform.python_version(), **variables}
 
 

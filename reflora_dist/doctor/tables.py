@@ -104,7 +104,12 @@ def _measured(measured: list[dict[str, Any]]) -> Iterator[str]:
     rows = [["", "MiB sent", "ms", "Gbit/s"]]
     for row in measured:
         rows.append(
-            [row["collective"], f"{row['sent_bytes'] / _MIB:,.2f}", f"{row['milliseconds']:,.2f}", f"{row['gbit_per_second']:,.2f}"]
+            [
+                row["collective"],
+                f"{row['sent_bytes'] / _MIB:,.2f}",
+                f"{row['milliseconds']:,.2f}",
+                f"{row['gbit_per_second']:,.2f}",
+            ]
         )
     yield from columns(rows, right=(1, 2, 3))
 

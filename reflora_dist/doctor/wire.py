@@ -172,6 +172,8 @@ def engine_traffic(setup: Setup, model: MetaModel) -> list[Sent]:
     sent.append(Sent("gradients of factors", "reduce_scatter", reduced))
     if setup.replicas > 1:
         sent.append(
-            Sent("gradients of factors, between copies", "all_reduce", _ring(factors * gradient // ranks, setup.replicas))
+            Sent(
+                "gradients of factors, between copies", "all_reduce", _ring(factors * gradient // ranks, setup.replicas)
+            )
         )
     return sent

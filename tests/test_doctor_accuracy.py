@@ -156,10 +156,14 @@ def predicted(folder: Path, engine_name: str, method: str, world_size: int) -> D
     return diagnose([str(path)], options)
 
 
-@pytest.mark.parametrize(
-    ("engine_name", "method", "world_size"),
-    [pytest.param(*case, marks=[] if case in DEFAULT else [pytest.mark.all_ranks], id="-".join(map(str, case))) for case in CASES],
-)
+def _cases() -> list[Any]:
+    further = [pytest.mark.all_ranks]
+    return [
+        pytest.param(*case, marks=[] if case in DEFAULT else further, id="-".join(map(str, case))) for case in CASES
+    ]
+
+
+@pytest.mark.parametrize(("engine_name", "method", "world_size"), _cases())
 def test_prediction_is_what_happens(engine_name: str, method: str, world_size: int, tmp_path: Path) -> None:
     """Engine, layout, pairs, collectives and every rank's bytes are those of the run's report; sizes those held."""
     diagnosis = predicted(tmp_path, engine_name, method, world_size)

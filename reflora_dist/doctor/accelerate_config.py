@@ -59,7 +59,7 @@ def launch_arguments(path: str, config: dict[str, Any], findings: Findings) -> A
         return None
 
 
-def deepspeed_contents(path: str, arguments: Any, findings: Findings) -> dict[str, Any] | None:
+def deepspeed_contents(path: str, arguments: Any, options: DoctorOptions, findings: Findings) -> dict[str, Any] | None:
     """The DeepSpeed configuration that accelerate makes of the file; None if it refuses."""
     from accelerate import DeepSpeedPlugin
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -71,7 +71,10 @@ def deepspeed_contents(path: str, arguments: Any, findings: Findings) -> dict[st
     given["gradient_accumulation_steps"] = getattr(arguments, "gradient_accumulation_steps", None) or "auto"
     file = getattr(arguments, "deepspeed_config_file", None)
     try:
-        return DeepSpeedPlugin(hf_ds_config=file, **given).deepspeed_config
+        plugin = DeepSpeedPlugin(hf_ds_config=file, **given)
+        if file is None:
+            plugin.set_mixed_precision(_precision(path, arguments, options, findings))
+        return plugin.deepspeed_config
     except Exception as error:
         findings.error(path, f"accelerate's DeepSpeedPlugin refuses it: {error}".replace("\n", " "), "")
         return None
@@ -84,12 +87,7 @@ def accelerate_setup(
 ) -> Setup | None:
     """What FSDP or DDP would do by this file; None if it cannot work."""
     world_size, num_nodes = size
-    precision = options.mixed_precision or str(arguments.mixed_precision)
-    if options.mixed_precision is None and precision == "no":
-        precision = "bf16"
-        findings.note(
-            path, "mixed_precision is 'no', which leaves it to the trainer: taken to be bf16", "--mixed_precision"
-        )
+    precision = _precision(path, arguments, options, findings)
     if precision == "fp8":
         findings.error(path, "mixed_precision: fp8 is not supported", "use bf16")
         return None
@@ -102,17 +100,36 @@ def accelerate_setup(
         accumulation=options.gradient_accumulation_steps or arguments.gradient_accumulation_steps or 1,
         activation_checkpointing=options.activation_checkpointing,
     )
-    if not arguments.use_fsdp:
+    version = int(arguments.fsdp_version) if arguments.use_fsdp else 0
+    if arguments.use_parallelism_config and version != 2:
+        findings.error(path, "parallelism_config is for FSDP2 only", "fsdp_version: 2, or remove parallelism_config")
+    if not version:
         return setup
     setup.offload_params = bool(_truth(arguments.fsdp_offload_params))
     setup.activation_checkpointing |= bool(_truth(arguments.fsdp_activation_checkpointing))
-    version = int(arguments.fsdp_version)
     setup.engine = f"fsdp{version}"
     if version == 1:
         _fsdp1(path, arguments, setup, findings)
     else:
         _fsdp2(path, arguments, setup, findings)
     return setup
+
+
+def _precision(path: str, arguments: Any, options: DoctorOptions, findings: Findings) -> str:
+    """The option, else the file's; "no" there leaves it to the trainer's --bf16."""
+    said = str(arguments.mixed_precision)
+    if options.mixed_precision is not None:
+        if said not in ("no", options.mixed_precision):
+            findings.error(
+                path, f"--mixed_precision {options.mixed_precision}, but this file says {said!r}", "say it in one place"
+            )
+        return options.mixed_precision
+    if said != "no":
+        return said
+    findings.note(
+        path, "mixed_precision is 'no', which leaves it to the trainer: taken to be bf16", "--mixed_precision"
+    )
+    return "bf16"
 
 
 def _truth(value: object) -> bool:

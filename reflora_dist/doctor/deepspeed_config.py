@@ -105,6 +105,9 @@ def deepspeed_setup(
             f'{len(autos)} values are "auto": transformers\' Trainer and accelerate fill them in',
             "deepspeed.initialize in a loop of your own needs numbers",
         )
+    if all(_section(config, name).get("enabled") is True for name in ("fp16", "bf16")):
+        findings.error(where, "fp16 and bf16 are both enabled", 'enable one, or set both to "auto"')
+        return None
     filled = _fill(where, config, model_config, options, size, findings)
     if filled is None:
         return None

@@ -137,7 +137,7 @@ def _setup(
             return None
         size = _size(files[path], options)
         if arguments.use_deepspeed and not jsons:
-            contents = accelerate_config.deepspeed_contents(path, arguments, findings)
+            contents = accelerate_config.deepspeed_contents(path, arguments, options, findings)
             if contents is None:
                 return None
             return deepspeed_setup(path, contents, model_config, options, size, findings)
@@ -248,6 +248,7 @@ def _check_adapter(model: MetaModel, options: DoctorOptions, findings: Findings)
 
 def _check_memory(result: Diagnosis, setup: Setup) -> None:
     options, findings = result.options, result.findings
+    remedy = "more ranks, ZeRO-3 or FSDP, --activation_checkpointing True, a smaller micro batch, or offload"
     needed, available = result.bytes_in("device") / _GIB, options.gpu_memory_gib
     if available is None:
         findings.note("memory", "there is no GPU here, so it is not known what would fit", "--gpu_memory_gib")
@@ -255,11 +256,11 @@ def _check_memory(result: Diagnosis, setup: Setup) -> None:
         findings.error(
             "memory",
             f"a rank needs about {needed:.1f} GiB, and a device has {available:g} GiB",
-            "more ranks, ZeRO-3 or FSDP, --activation_checkpointing True, a smaller micro batch, or offload",
+            remedy,
         )
     elif needed > _TIGHT * available:
         findings.warning(
-            "memory", f"a rank needs about {needed:.1f} of {available:g} GiB: CUDA and NCCL take some more", "as above"
+            "memory", f"a rank needs about {needed:.1f} of {available:g} GiB: CUDA and NCCL take some more", remedy
         )
     host = result.bytes_in("host") * setup.ranks_per_node / _GIB
     if options.host_memory_gib is not None and host > options.host_memory_gib:

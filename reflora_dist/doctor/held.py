@@ -92,7 +92,8 @@ def zero_partition(numels: Sequence[int], setup: Setup) -> int:
 
 def persisted(setup: Setup, parameters: Sequence[Parameter]) -> set[str]:
     """ZeRO-3: names of the parameters that stay whole on every rank beside their pieces, by DeepSpeed's rule."""
-    kept, total = set(), 0
+    kept: set[str] = set()
+    total = 0
     if setup.engine != "zero3":
         return kept
     for parameter in parameters:

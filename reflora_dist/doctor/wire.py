@@ -167,13 +167,12 @@ def engine_traffic(setup: Setup, model: MetaModel) -> list[Sent]:
     if kept:
         whole = sum(factor.numel for factor in model.factors if factor.name in kept) * working
         sent.append(Sent("updated factors that stay whole", "all_gather", (ranks - 1) * whole // ranks))
-    gradient = working if setup.is_zero else _FACTOR
-    reduced = (ranks - 1) * factors * gradient // ranks * setup.accumulation
+    reduced = (ranks - 1) * factors * working // ranks * setup.accumulation  # accelerate's FSDP reduces in 16 bits, too
     sent.append(Sent("gradients of factors", "reduce_scatter", reduced))
     if setup.replicas > 1:
         sent.append(
             Sent(
-                "gradients of factors, between copies", "all_reduce", _ring(factors * gradient // ranks, setup.replicas)
+                "gradients of factors, between copies", "all_reduce", _ring(factors * working // ranks, setup.replicas)
             )
         )
     return sent

@@ -334,9 +334,11 @@ def test_under_a_launcher(same: bool, tmp_path: Path, small_model: str) -> None:
     assert same != any(key in message and "rank 1" in message for message in messages), messages
 
 
+ACCELERATE_ZERO3 = str(REPOSITORY / "launchers" / "accelerate" / "deepspeed_zero3.yaml")
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"],
-    "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "-m"],
+    # which on a CPU starts several ranks for DeepSpeed only
+    "accelerate": ["accelerate.commands.launch", "--config_file", ACCELERATE_ZERO3, "--num_processes", "2", "-m"],
     "deepspeed": ["deepspeed.launcher.runner", "--num_gpus", "2", "--module"],
 }
 

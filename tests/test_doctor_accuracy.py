@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
 from reflora_dist import RefLoRAConfig, attach
@@ -104,15 +108,48 @@ def _chain(optimizer: Any) -> Any:
         optimizer = getattr(optimizer, "optimizer", None)
 
 
+class _EngineTraffic(TorchDispatchMode):
+    """Bytes that this rank sends, by kind, from the first update to the second, by the rule of a ring."""
+
+    KINDS: ClassVar = {
+        "_allgather_base_": "all_gather",
+        "allgather_": "all_gather",
+        "_reduce_scatter_base_": "reduce_scatter",
+        "allreduce_": "all_reduce",
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: Counter[str] = Counter()
+        self.updates = 0
+
+    def after_update(self, *_: Any) -> None:
+        self.updates += 1
+        if self.updates == 1:
+            self.__enter__()
+        else:
+            self.__exit__(None, None, None)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d" and (name := func._schema.name.split("::")[1]) in self.KINDS:
+            kind, ranks = self.KINDS[name], dist.get_world_size()
+            whole = max(nbytes([leaf]) for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
+            whole *= ranks if name == "allgather_" else 1  # which lists the pieces
+            self.sent[kind] += (2 if kind == "all_reduce" else 1) * (ranks - 1) * whole // ranks
+        return func(*args, **(kwargs or {}))
+
+
 def _train(rank: int, world_size: int, engine_name: str, method: str) -> dict[str, Any]:
     """Two steps; then what the handle reports and what is held."""
     engine = ENGINES[engine_name]
     workload = synthetic_workload(steps=2)
     got: dict[str, Any] = {}
+    traffic = _EngineTraffic()
 
     def attached(model: Any, optimizer: Any) -> Any:
         config = RefLoRAConfig(method=method, warmup_steps=0)
         got.update(model=model, optimizer=optimizer, handle=attach(model, optimizer, config))
+        got["handle"]._engine.optimizer.register_step_post_hook(traffic.after_update)
         return got["handle"]
 
     from reflora_dist import RefLoRACallback
@@ -125,7 +162,11 @@ def _train(rank: int, world_size: int, engine_name: str, method: str) -> dict[st
     hook = Callback(RefLoRAConfig(method=method, warmup_steps=0)) if engine.takes_callback else attached
     settings = RITE if method == "lora-rite" else workload.settings
     engine.train(build_model(workload, dtype=engine.model_dtype), workload.batches, settings, hook)
-    return {"report": got["handle"].report().as_dict(), "held": held(got["model"], got["optimizer"])}
+    return {
+        "report": got["handle"].report().as_dict(),
+        "held": held(got["model"], got["optimizer"]),
+        "sent": traffic.sent,
+    }
 
 
 def predicted(folder: Path, engine_name: str, method: str, world_size: int) -> Diagnosis:
@@ -179,3 +220,17 @@ def test_prediction_is_what_happens(engine_name: str, method: str, world_size: i
     counted = {item.name: item.bytes for item in diagnosis.memory if item.counted and "gradients" not in item.name}
     most = {name: max(outcome["held"][name] for outcome in ranks) for name in ranks[0]["held"]}
     assert counted == most
+    if (engine_name, method, world_size) in DEFAULT:
+        _check_engine_traffic(diagnosis, ranks[0]["sent"])
+
+
+def _check_engine_traffic(diagnosis: Diagnosis, sent: Counter[str]) -> None:
+    """What went over the wire between two updates is the engine's and the method's; a norm and flags come on top."""
+    assert diagnosis.traffic and diagnosis.setup
+    ranks = diagnosis.setup.shard_size
+    expected = Counter(all_reduce=2 * (ranks - 1) * diagnosis.traffic.reduced // ranks)
+    for entry in diagnosis.engine_sends or ():
+        expected[entry.collective] += entry.bytes
+    assert expected.keys() >= sent.keys()
+    for kind, expected_bytes in expected.items():
+        assert 0 <= sent[kind] - expected_bytes <= 16, (kind, sent, expected)

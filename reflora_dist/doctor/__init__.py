@@ -2,8 +2,8 @@
 
 ``options`` is the command line; ``deepspeed_config`` and ``accelerate_config`` read configurations with the libraries
 that they are for, into a ``Setup``; ``base_model`` builds the model on the meta device; ``held`` says what a rank
-holds, ``activations`` what a backward pass needs, ``wire`` what is sent; ``versions`` and ``ranks`` look at this machine
-and the other ranks; ``diagnosis`` puts it together and ``tables`` prints it.
+holds, ``activations`` what a backward pass needs, ``wire`` what is sent; ``versions`` and ``ranks`` look at this
+machine and the other ranks; ``diagnosis`` puts it together and ``tables`` prints it.
 """
 
 from __future__ import annotations

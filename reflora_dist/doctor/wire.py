@@ -104,6 +104,11 @@ def _ring(payload: int, ranks: int) -> int:
     return 2 * (ranks - 1) * payload // ranks
 
 
+def _gather(whole: int, ranks: int) -> int:
+    """A ring's all-gather, or reduce-scatter, of so many bytes."""
+    return (ranks - 1) * whole // ranks
+
+
 @functools.lru_cache(maxsize=4096)
 def _moved(
     side: int, shape: tuple[int, int], held: tuple[tuple[int, LocalShard], ...], ranks: tuple[int, ...]
@@ -153,21 +158,20 @@ def engine_traffic(setup: Setup, model: MetaModel) -> list[Sent]:
     if setup.engine.startswith(("zero1", "zero2")):
         times = 1 if setup.engine.startswith("zero1") else setup.accumulation
         sent.append(Sent("gradients of factors", "all_reduce", times * _ring(factors * working, ranks)))
-        sent.append(Sent("updated factors", "all_gather", (ranks - 1) * factors * working // ranks))
+        sent.append(Sent("updated factors", "all_gather", _gather(factors * working, ranks)))
         return sent
     kept = persisted(setup, model.parameters)
     gathered = sum(parameter.numel for parameter in model.parameters if parameter.name not in kept) * working
-    once = (ranks - 1) * gathered // ranks * setup.accumulation
-    sent.append(Sent("parameters for the forward", "all_gather", once))
+    sent.append(Sent("parameters for the forward", "all_gather", _gather(gathered, ranks) * setup.accumulation))
     if setup.reshard_after_forward:
-        again = once
-        if setup.secondary_size > 1:  # ZeRO++: from the copy within a node
-            again = (setup.secondary_size - 1) * gathered // setup.secondary_size * setup.accumulation
-        sent.append(Sent("parameters for the backward", "all_gather", again))
-    if kept:
-        whole = sum(factor.numel for factor in model.factors if factor.name in kept) * working
-        sent.append(Sent("updated factors that stay whole", "all_gather", (ranks - 1) * whole // ranks))
-    reduced = (ranks - 1) * factors * working // ranks * setup.accumulation  # accelerate's FSDP reduces in 16 bits, too
+        group = setup.secondary_size if setup.secondary_size > 1 else ranks  # ZeRO++: from the copy within a node
+        if not setup.is_zero:  # what lies outside the layers stays gathered, or takes no part in backward
+            gathered = sum(parameter.numel for parameter in model.parameters if parameter.layer) * working
+        sent.append(Sent("parameters for the backward", "all_gather", _gather(gathered, group) * setup.accumulation))
+    if kept:  # DeepSpeed gathers all of them anew, frozen or not
+        whole = sum(parameter.numel for parameter in model.parameters if parameter.name in kept) * working
+        sent.append(Sent("parameters that stay whole", "all_gather", _gather(whole, ranks)))
+    reduced = _gather(factors * working, ranks) * setup.accumulation  # accelerate's FSDP reduces in 16 bits, too
     sent.append(Sent("gradients of factors", "reduce_scatter", reduced))
     if setup.replicas > 1:
         sent.append(

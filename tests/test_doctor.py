@@ -18,10 +18,12 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from reflora_dist.doctor import DoctorOptions, diagnose
+from reflora_dist import RefLoRAConfig
+from reflora_dist.doctor import DoctorOptions, diagnose, wire
 from reflora_dist.doctor.__main__ import main
 from reflora_dist.doctor.activations import PeakMemory, activation_bytes
 from reflora_dist.doctor.base_model import build
+from reflora_dist.doctor.held import factor_shards
 from reflora_dist.doctor.setup import Setup
 from reflora_dist.doctor.tables import text
 from reflora_dist.doctor.versions import TESTED
@@ -294,6 +296,28 @@ def _real(config: LlamaConfig, options: DoctorOptions) -> Any:
 
     model = LlamaForCausalLM._from_config(config, attn_implementation=options.attn_implementation)
     return get_peft_model(model, LoraConfig(r=options.lora_r, target_modules="all-linear")).train()
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
+def test_a_sample_of_many_ranks_has_the_largest(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On more ranks than are looked at: nearly the bytes of the rank that sends most when all are."""
+    shapes = [(16, 768), (256, 16), (16, 1000), (4096, 16)]
+    ranks = 4 * wire._MOST_RANKS
+    shards = factor_shards(Setup(engine=engine, world_size=ranks, shard_size=ranks), shapes)
+    config = RefLoRAConfig(method="reflora")
+    sampled = wire.method_traffic(config, shapes, shards, ranks)
+    monkeypatch.setattr(wire, "_MOST_RANKS", ranks)
+    wire._moved.cache_clear()
+    everyone = wire.method_traffic(config, shapes, shards, ranks)
+    wire._moved.cache_clear()
+    assert sampled.collectives == everyone.collectives
+    assert max(sampled.sent.values()) == pytest.approx(max(everyone.sent.values()), rel=0.05)
+
+
+def test_several_sub_groups(small_model: str, tmp_path: Path) -> None:
+    config = written(tmp_path, zero3(sub_group_size=1000))
+    diagnosis = diagnose([config], DoctorOptions(model=small_model, world_size=4))
+    assert found(diagnosis, "warning", "several times per step")
 
 
 def test_the_meta_model_holds_no_weights() -> None:

@@ -372,6 +372,7 @@ def _setup(loaded: Any, world_size: int, num_nodes: int) -> Setup:
         secondary_size=zero.zero_hpz_partition_size if stage == 3 else 1,
         bucket_elements=buffers if stage else 0,
         max_live_elements=int(zero.max_live_parameters),
+        sub_group_elements=int(zero.sub_group_size) if stage == 3 else 0,
         round_robin=stage in (1, 2) and bool(zero.round_robin_gradients),
         alignment=16 // (4 if precision == "no" else 2) if zero.parameter_alignment and stage in (1, 2) else 1,
     )

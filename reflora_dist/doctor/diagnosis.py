@@ -202,7 +202,7 @@ def _estimate(result: Diagnosis, setup: Setup, model_config: Any) -> None:
     sizes = [(pair.lora_rank, pair.in_features, pair.out_features) for pair in model.pairs]
     moments = 2 if options.method == "lora-rite" else OPTIMIZERS[options.optim]
     result.memory = memory(setup, model, moments, activations, buffers(config, sizes, setup))
-    _check_adapter(model, options, findings)
+    _check_adapter(model, setup, options, findings)
     _check_memory(result, setup)
 
 
@@ -234,7 +234,16 @@ def _layout(shape: tuple[int, int], shards: Shards | None, setup: Setup, whole: 
     return f"{text}, and kept whole" if whole else text
 
 
-def _check_adapter(model: MetaModel, options: DoctorOptions, findings: Findings) -> None:
+def _check_adapter(model: MetaModel, setup: Setup, options: DoctorOptions, findings: Findings) -> None:
+    part = sum(-(-factor.numel // setup.shard_size) for factor in model.factors)
+    if 0 < setup.sub_group_elements < part:
+        findings.warning(
+            "sub_group_size",
+            f"{setup.sub_group_elements:,} is below the {part:,} elements of factors that a rank updates: the "
+            "optimizer steps, and gradients are exchanged, several times per step; the number of collectives told here "
+            "is that of one",
+            f"sub_group_size of at least {part}",
+        )
     deficient = [pair for pair in model.pairs if pair.lora_rank > min(pair.in_features, pair.out_features)]
     if deficient and options.method not in ("lora", "reflora-s"):
         pair = deficient[0]

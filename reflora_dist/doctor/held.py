@@ -132,10 +132,7 @@ def _held(setup: Setup, parameters: Sequence[Parameter]) -> list[int]:
     """Elements of parameters on the first rank, padding included: one entry per parameter, or per FSDP1 unit."""
     ranks = setup.shard_size
     if setup.engine == "zero3":
-        secondary = setup.secondary_size if setup.secondary_size > 1 else 0
-        pieces = [-(-parameter.numel // ranks) for parameter in parameters]
-        # ZeRO++ keeps a second copy over fewer ranks
-        return pieces + ([-(-parameter.numel // secondary) for parameter in parameters] if secondary else [])
+        return [-(-parameter.numel // ranks) for parameter in parameters]
     if setup.engine == "fsdp2":
         return [-(-p.shape[0] // ranks) * (p.numel // p.shape[0]) for p in parameters]
     if setup.engine == "fsdp1" and not setup.whole:
@@ -157,7 +154,7 @@ def _plain_factors(setup: Setup, model: MetaModel, moments: int) -> list[Item]:
         held = sum(_held(setup, model.factors))
     return [
         Item("factors", held * _MASTER, place, True),
-        Item("gradients of factors", held * _MASTER, place, True),
+        Item("gradients of factors", held * _MASTER, place, False),
         Item("optimizer's moments", moments * held * _MASTER, place, True),
     ]
 
@@ -196,6 +193,9 @@ def _engine_buffers(setup: Setup, model: MetaModel) -> list[Item]:
         if setup.engine == "zero3":
             live = min(setup.max_live_elements, everything)
             items.append(Item("gathered parameters, at most", live * working, "device", False))
+        if setup.secondary_size > 1:
+            second = everything // setup.secondary_size
+            items.append(Item("second copy within a machine", second * working, "device", False))
         return items
     if setup.engine == "ddp":
         numel = sum(factor.numel for factor in model.factors)

@@ -24,6 +24,7 @@ class Setup:
         secondary_size: ZeRO++: ranks over which a second copy is sharded, from which backward gathers; 1 if none.
         bucket_elements: DeepSpeed: elements of its buffers for reduction, all together.
         max_live_elements: ZeRO-3: elements that may be gathered at a time.
+        sub_group_elements: ZeRO-3: elements of this rank's that the optimizer updates at a time; 0 for all.
         round_robin: ZeRO-1/2: parameters are dealt out in turn.
         alignment: ZeRO-1/2: elements to a multiple of which parameters are padded.
     """
@@ -44,6 +45,7 @@ class Setup:
     secondary_size: int = 1
     bucket_elements: int = 0
     max_live_elements: int = 0
+    sub_group_elements: int = 0
     round_robin: bool = False
     alignment: int = 1
 

@@ -16,7 +16,7 @@ from .held import BYTES, Shards, persisted
 from .setup import Setup
 
 _GRAM, _FACTOR = 8, 4  # bytes: float64, float32
-_MOST_RANKS = 64  # of which tilings are looked at; beyond, neighbours differ by a few elements
+_MOST_RANKS = 64  # that are looked at where more hold a factor; neighbours differ by a few elements
 
 
 class Streams(NamedTuple):
@@ -39,7 +39,8 @@ class MethodTraffic(NamedTuple):
 
     Attributes:
         collectives: by kind, per step.
-        sent: bytes by rank of one copy, as ``Report.bytes_per_step`` counts them; on large jobs of a sample of ranks.
+        sent: bytes by rank of one copy, as ``Report.bytes_per_step`` counts them. Where more than 64 ranks hold a
+            factor, only a sample of them is complete.
         reduced: bytes of the all-reduce's payload.
         exchanged: by rank, bytes of the all-to-alls.
     """
@@ -75,13 +76,12 @@ def method_traffic(
         shards: as ``factor_shards`` returned them.
         ranks: that hold one copy together.
     """
-    looked_at = sorted({ranks * step // _MOST_RANKS for step in range(_MOST_RANKS)} | {ranks - 1})
-    nothing = dict.fromkeys(looked_at, 0)
+    nothing = dict.fromkeys(range(ranks), 0)
     if config.method == "lora" or not shards or ranks == 1:
         return MethodTraffic({}, nothing, 0, nothing)
     if config.method in RESCALING_METHODS:
         payload = _GRAM * len(shapes)
-        return MethodTraffic({"all_reduce": 1}, dict.fromkeys(looked_at, _ring(payload, ranks)), payload, nothing)
+        return MethodTraffic({"all_reduce": 1}, dict.fromkeys(nothing, _ring(payload, ranks)), payload, nothing)
     payload, there, back = 0, dict(nothing), dict(nothing)
     exchanged = False
     for index, (shape, of_factor) in enumerate(zip(shapes, shards, strict=True)):
@@ -89,15 +89,15 @@ def method_traffic(
         plan = streams(config.method, lora_rank)
         width = plan.gram * lora_rank
         payload += _GRAM * (width * (width + 1) // 2 + plan.per_factor)
-        for rank, (sent, returned) in _moved(index % 2, shape, tuple(of_factor.items()), tuple(looked_at)).items():
+        for rank, (sent, returned) in _moved(index % 2, shape, tuple(of_factor.items())).items():
             exchanged = True
             there[rank] += _FACTOR * plan.there * sent
             back[rank] += _FACTOR * plan.back * returned
     collectives = {"all_reduce": 1}
     if exchanged:
         collectives["all_to_all"] = 3 if config.overlap else 2
-    moved = {rank: there[rank] + back[rank] for rank in looked_at}
-    return MethodTraffic(collectives, {r: _ring(payload, ranks) + moved[r] for r in looked_at}, payload, moved)
+    moved = {rank: there[rank] + back[rank] for rank in nothing}
+    return MethodTraffic(collectives, {r: _ring(payload, ranks) + moved[r] for r in nothing}, payload, moved)
 
 
 def _ring(payload: int, ranks: int) -> int:
@@ -110,18 +110,17 @@ def _gather(whole: int, ranks: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _moved(
-    side: int, shape: tuple[int, int], held: tuple[tuple[int, LocalShard], ...], ranks: tuple[int, ...]
-) -> dict[int, tuple[int, int]]:
+def _moved(side: int, shape: tuple[int, int], held: tuple[tuple[int, LocalShard], ...]) -> dict[int, tuple[int, int]]:
     """Per rank the elements of one factor that it sends to others, and sends back; empty if nobody sends any."""
     shards = [shard for _, shard in held]
+    count = len(held)
+    places = {count * step // _MOST_RANKS for step in range(_MOST_RANKS)} | {count - 1}
     moved = {}
-    for place, (rank, _) in enumerate(held):
-        if rank in ranks:
-            tiling = tile(side, shape, shards, place)
-            if tiling.exchanged:
-                sent = sum(run.numel for run in tiling.sent if run.peer != place)
-                moved[rank] = (sent, sum(run.numel for run in tiling.arriving if run.peer != place))
+    for place in places:
+        tiling = tile(side, shape, shards, place)
+        if tiling.exchanged:
+            sent = sum(run.numel for run in tiling.sent if run.peer != place)
+            moved[held[place][0]] = (sent, sum(run.numel for run in tiling.arriving if run.peer != place))
     return moved
 
 
@@ -137,13 +136,10 @@ def buffers(config: RefLoRAConfig, pairs: Sequence[tuple[int, int, int]], setup:
     matrices = 4 * _GRAM * sum((plan.gram * r) ** 2 for r, _, _ in pairs)
     if setup.whole or setup.shard_size == 1:
         return matrices
-    share = max(1 / setup.shard_size, _smallest_share(pairs, setup))
+    share = 1 / setup.shard_size
+    if setup.engine == "fsdp2":  # which gives out whole rows of lora_A, of which there are r
+        share = max(share, *(1 / r for r, _, _ in pairs))
     return matrices + math.ceil(2 * plan.there * _FACTOR * share * sum(r * n_in for r, n_in, _ in pairs))
-
-
-def _smallest_share(pairs: Sequence[tuple[int, int, int]], setup: Setup) -> float:
-    """FSDP2 gives out whole rows of lora_A, of which there are r."""
-    return max(1 / r for r, _, _ in pairs) if setup.engine == "fsdp2" else 0.0
 
 
 def engine_traffic(setup: Setup, model: MetaModel) -> list[Sent]:

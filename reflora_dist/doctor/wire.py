@@ -114,7 +114,9 @@ def _moved(side: int, shape: tuple[int, int], held: tuple[tuple[int, LocalShard]
     """Per rank the elements of one factor that it sends to others, and sends back; empty if nobody sends any."""
     shards = [shard for _, shard in held]
     count = len(held)
-    places = {count * step // _MOST_RANKS for step in range(_MOST_RANKS)} | {count - 1}
+    # not evenly spaced: where a row begins repeats with the rank
+    stride = count // _MOST_RANKS + 1
+    places = range(count) if count <= _MOST_RANKS else {stride * k % count for k in range(_MOST_RANKS)}
     moved = {}
     for place in places:
         tiling = tile(side, shape, shards, place)

@@ -1,0 +1,89 @@
+"""``python -m reflora_dist.doctor CONFIG...``, alone or under torchrun, accelerate launch or deepspeed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import socket
+import sys
+import warnings
+
+import torch
+import torch.distributed as dist
+
+from .diagnosis import Diagnosis, diagnose, to_json
+from .options import DoctorOptions, launched, parse_options
+from .ranks import compare, environment, gather, join, names, smallest_memory_gib, time_collectives
+from .tables import text
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print a diagnosis; on rank 0 only. Returns 1 if the run could not work, 2 for a wrong command line."""
+    try:
+        configs, options = parse_options(argv)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    _be_quiet()
+    device = join() if launched() else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print, too: --json must stay readable
+        diagnosis = _together(configs, options, device) if launched() else _alone(configs, options, device)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(to_json(diagnosis) if options.json else text(diagnosis), flush=True)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    return int(diagnosis.findings.failed)
+
+
+def _be_quiet() -> None:
+    """The libraries' own remarks would bury the findings."""
+    warnings.filterwarnings("ignore")
+    for library in ("transformers", "accelerate", "peft", "torch", "DeepSpeed"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
+def _alone(configs: list[str], options: DoctorOptions, device: torch.device) -> Diagnosis:
+    options.gpu_memory_gib = options.gpu_memory_gib or smallest_memory_gib(device)
+    return diagnose(configs, options)
+
+
+def _together(configs: list[str], options: DoctorOptions, device: torch.device) -> Diagnosis:
+    """The same on every rank, then what differs between them, then the collectives' times."""
+    options.gpu_memory_gib = options.gpu_memory_gib or smallest_memory_gib(device)
+    memories = [memory for memory in gather(options.gpu_memory_gib) if memory is not None]
+    asked = dataclasses.asdict(options)
+    options.gpu_memory_gib = min(memories) if memories else None
+    diagnosis = diagnose(configs, options)
+    own = {
+        "files": diagnosis.files,
+        "options": asked,
+        "versions": {row.package: row.installed for row in diagnosis.versions},
+        "environment": environment(),
+        "host": socket.gethostname(),
+        "errors": [finding for finding in diagnosis.findings if finding.level == "error"],
+        "traffic": diagnosis.traffic,
+    }
+    everyone = gather(own)
+    ranks = names(len(everyone), [other["host"] for other in everyone])
+    for what in ("files", "options", "versions"):
+        compare(what, dict(zip(ranks, (other[what] for other in everyone), strict=True)), diagnosis.findings)
+    environments = dict(zip(ranks, (other["environment"] for other in everyone), strict=True))
+    compare("environment", environments, diagnosis.findings, is_error=False)
+    seen = set(diagnosis.findings)
+    for rank, other in zip(ranks, everyone, strict=True):
+        for finding in other["errors"]:
+            if finding not in seen:
+                seen.add(finding)
+                diagnosis.findings.append(finding._replace(where=f"{rank}: {finding.where}"))
+    agreed = all(other["traffic"] == own["traffic"] for other in everyone)
+    if gather(agreed and own["traffic"] is not None) == [True] * len(everyone):
+        assert diagnosis.traffic is not None
+        diagnosis.measured = time_collectives(diagnosis.traffic, device)
+    return diagnosis
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""The model with its adapters on the meta device: shapes without weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ..adapters import AdapterPair, find_pairs
+from .options import DoctorOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A parameter of the model; ``layer`` is the path of the decoder layer that it belongs to, or empty."""
+
+    name: str
+    shape: tuple[int, ...]
+    trainable: bool
+    layer: str
+
+    @property
+    def numel(self) -> int:
+        product = 1
+        for size in self.shape:
+            product *= size
+        return product
+
+
+@dataclasses.dataclass(frozen=True)
+class MetaModel:
+    """What the estimates are made from."""
+
+    config: Any
+    parameters: list[Parameter]
+    pairs: list[AdapterPair]
+
+    @property
+    def base(self) -> list[Parameter]:
+        return [parameter for parameter in self.parameters if not parameter.trainable]
+
+    @property
+    def factors(self) -> list[Parameter]:
+        return [parameter for parameter in self.parameters if parameter.trainable]
+
+
+def load_config(name: str) -> Any:
+    """The model's configuration: hub name, folder, or file.
+
+    Raises:
+        ValueError: it cannot be found or read.
+    """
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ValueError(f"--model {name!r}: its configuration cannot be read: {error}") from error
+
+
+def build(config: Any, options: DoctorOptions, dtype: torch.dtype) -> PeftModel:
+    """The model with its adapters, on the meta device, as launchers and trainers build it.
+
+    Raises:
+        ValueError: transformers knows no such causal language model, or no layer has one of the target names.
+    """
+    targets: str | list[str] = options.target_modules
+    targets = targets[0] if targets == ["all-linear"] else targets
+    arguments = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **arguments)
+        lora = LoraConfig(task_type=TaskType.CAUSAL_LM, r=options.lora_r, target_modules=targets)
+        return get_peft_model(model, lora)
+
+
+def layer_classes(model: nn.Module) -> set[str]:
+    """Class names of the blocks that FSDP wraps and that are checkpointed."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    return set(getattr(inner, "_no_split_modules", None) or ())
+
+
+def describe(model: PeftModel) -> MetaModel:
+    """List parameters and pairs.
+
+    Raises:
+        ValueError: there is no adapter, or one that cannot be handled.
+    """
+    classes = layer_classes(model)
+    layers = [name for name, module in model.named_modules() if type(module).__name__ in classes]
+    owner = {f"{layer}.": layer for layer in layers}
+    parameters = []
+    for name, parameter in model.named_parameters():
+        layer = next((found for prefix, found in owner.items() if name.startswith(prefix)), "")
+        parameters.append(Parameter(name, tuple(parameter.shape), parameter.requires_grad, layer))
+    return MetaModel(model.config, parameters, find_pairs(model))

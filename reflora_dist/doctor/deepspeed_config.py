@@ -1,0 +1,378 @@
+"""DeepSpeed's JSON, read by DeepSpeed's own classes after transformers has filled in "auto"."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from ..optimizers import _ADAM_FAMILY, _ELEMENTWISE
+from .findings import Findings
+from .options import DoctorOptions
+from .setup import Setup
+
+_TRAINER_CLIPS_AT = 1.0  # TrainingArguments.max_grad_norm
+_STAGE_NAMES = {1: "zero1", 2: "zero2", 3: "zero3"}
+# DeepSpeed's names, in lower case, of optimizers that are not torch's.
+_OWN_OPTIMIZERS = {"adam": "FusedAdam", "adamw": "FusedAdam", "adagrad": "DeepSpeedCPUAdagrad", "lion": "FusedLion"}
+
+
+class _Asked(dict):
+    """A dictionary that remembers which keys it was asked for: what a library never asks for has no effect."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.asked: set[str] = set()
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> Any:
+        return self
+
+    def __copy__(self) -> _Asked:
+        return self
+
+
+def read(path: str) -> dict[str, Any]:
+    """The file's contents.
+
+    Raises:
+        ValueError: it cannot be read, is no JSON object, or has a key twice.
+    """
+    try:
+        config = json.loads(Path(path).read_text(), object_pairs_hook=_once)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: a DeepSpeed configuration is a JSON object, this is a {type(config).__name__}")
+    return config
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for key, _ in pairs:
+        if sum(other == key for other, _ in pairs) > 1:
+            raise ValueError(f"the key {key!r} is there twice")
+    return dict(pairs)
+
+
+def deepspeed_setup(
+    where: str,
+    config: dict[str, Any],
+    model_config: Any,
+    options: DoctorOptions,
+    size: tuple[int, int],
+    findings: Findings,
+) -> Setup | None:
+    """Check a configuration, and say what DeepSpeed would do with it.
+
+    Args:
+        where: the file, for findings.
+        config: its contents.
+        model_config: of the model, by whose hidden size some keys are filled in; None if unknown.
+        options: of the doctor.
+        size: ranks and machines.
+
+    Returns:
+        None if it cannot be told; then there is an error among the findings.
+    """
+    try:
+        import deepspeed.runtime.config  # noqa: F401
+    except ImportError as error:
+        findings.error(where, f"DeepSpeed is not installed ({error})", "pip install 'reflora_dist[deepspeed]'")
+        return None
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    autos = sorted(path for path, value in _leaves(config) if value == "auto")
+    if autos:
+        findings.note(
+            where,
+            f'{len(autos)} values are "auto": transformers\' Trainer and accelerate fill them in',
+            "deepspeed.initialize in a loop of your own needs numbers",
+        )
+    if all(_section(config, name).get("enabled") is True for name in ("fp16", "bf16")):
+        findings.error(where, "fp16 and bf16 are both enabled", 'enable one, or set both to "auto"')
+        return None
+    filled = _fill(where, config, model_config, options, size, findings)
+    if filled is None:
+        return None
+    loaded = _load(where, filled, findings)
+    if loaded is None:
+        return None
+    world_size, num_nodes = size
+    _check_zero(where, filled, loaded, size, findings)
+    _check_optimizer(where, filled, loaded, options, findings)
+    if "gradient_clipping" not in config:
+        findings.warning(
+            where,
+            f"gradient_clipping is absent, which is not off: DeepSpeed clips at {loaded.gradient_clipping}",
+            'set it to a number, 0 for none, or "auto"',
+        )
+    setup = _setup(loaded, world_size, num_nodes)
+    setup.activation_checkpointing = options.activation_checkpointing
+    if options.mixed_precision not in (None, setup.precision):
+        findings.error(
+            where,
+            f"--mixed_precision {options.mixed_precision}, but by this file DeepSpeed's is {setup.precision!r}",
+            f'"{options.mixed_precision}": {{"enabled": "auto"}}',
+        )
+    if loaded.zero_optimization_stage == 0 and setup.precision != "no":
+        findings.error(
+            where,
+            f"zero_optimization.stage=0 with {setup.precision}: attach refuses it, DeepSpeed's wrapper keeps masters "
+            "that are not sharded",
+            "set zero_optimization.stage to 1, 2 or 3",
+        )
+    return setup
+
+
+def _leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(config, dict):
+        yield path, config
+        return
+    for key, value in config.items():
+        yield from _leaves(value, f"{path}.{key}" if path else str(key))
+
+
+def _fill(
+    where: str,
+    config: dict[str, Any],
+    model_config: Any,
+    options: DoctorOptions,
+    size: tuple[int, int],
+    findings: Findings,
+) -> dict[str, Any] | None:
+    """Replace "auto" as Trainer does, which also compares what is not "auto" with its own arguments."""
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_hf_deepspeed_config
+
+    number = {key: value for key, value in config.items() if _is_number(value)}
+    precision = _precision(config, options)
+    arguments = SimpleNamespace(
+        world_size=size[0],
+        per_device_train_batch_size=options.micro_batch_size or number.get("train_micro_batch_size_per_gpu", 1),
+        gradient_accumulation_steps=options.gradient_accumulation_steps or number.get("gradient_accumulation_steps", 1),
+        max_grad_norm=number.get("gradient_clipping", _TRAINER_CLIPS_AT),
+        fp16=precision == "fp16",
+        bf16=precision == "bf16",
+        fp16_full_eval=False,
+        bf16_full_eval=False,
+        save_on_each_node=False,
+        get_warmup_steps=lambda steps: 1,
+        **_optimizer_values(config),
+    )
+    filled = HfTrainerDeepSpeedConfig(copy.deepcopy(config))
+    try:
+        filled.trainer_config_process(arguments)
+        if model_config is not None:
+            filled.trainer_config_finalize(arguments, SimpleNamespace(config=model_config), 1)
+        elif filled.mismatches:
+            raise ValueError("; ".join(filled.mismatches))
+    except ValueError as error:
+        findings.error(where, f"does not fit the options: {error}".replace("\n", " "), 'set these values to "auto"')
+        return None
+    finally:
+        unset_hf_deepspeed_config()  # or transformers would partition the models that it builds from here on
+    return filled.config
+
+
+def _precision(config: dict[str, Any], options: DoctorOptions) -> str:
+    """What the file says, else the option; by default bf16 where the file leaves that open."""
+    enabled = {name: _section(config, name).get("enabled") for name in ("bf16", "fp16")}
+    if options.mixed_precision is not None:
+        return options.mixed_precision
+    chosen = [name for name in enabled if enabled[name] is True] or [n for n in enabled if enabled[n] == "auto"]
+    return chosen[0] if chosen else "no"
+
+
+def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
+    section = config.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _optimizer_values(config: dict[str, Any]) -> dict[str, Any]:
+    """The optimizer's hyperparameters mean nothing here: those of the file, so that they contradict nothing."""
+    params = _section(_section(config, "optimizer"), "params") | _section(_section(config, "scheduler"), "params")
+
+    def given(name: str, otherwise: Any) -> Any:
+        return params.get(name) if params.get(name, "auto") != "auto" else otherwise
+
+    betas = given("betas", [0.9, 0.999])
+    return {
+        "learning_rate": given("lr", given("warmup_max_lr", 1e-4)),
+        "adam_beta1": betas[0],
+        "adam_beta2": betas[1],
+        "adam_epsilon": given("eps", 1e-8),
+        "weight_decay": given("weight_decay", 0.0),
+    }
+
+
+def _load(where: str, filled: dict[str, Any], findings: Findings) -> Any:
+    """What DeepSpeed makes of it; None if it refuses."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    # the ranks that DeepSpeed would multiply with are not there; transformers has compared the product
+    config = _Asked({key: value for key, value in filled.items() if key != "train_batch_size"})
+    dict.setdefault(config, "train_micro_batch_size_per_gpu", 1)
+    try:
+        loaded = DeepSpeedConfig(config)
+    except Exception as error:  # pydantic's, AssertionError, ValueError, TypeError
+        findings.error(where, f"DeepSpeed refuses it: {error}".replace("\n", " "), "correct or remove that key")
+        return None
+    for key in sorted(set(dict.keys(config)) - config.asked):
+        close = difflib.get_close_matches(key, config.asked, n=1)
+        findings.warning(
+            where, f"{key!r} is unknown to DeepSpeed and has no effect", f"did you mean {close[0]!r}?" if close else ""
+        )
+    zero = _section(filled, "zero_optimization")
+    for name, field in type(loaded.zero_config).model_fields.items():
+        extra = field.json_schema_extra
+        if name in zero and isinstance(extra, dict) and extra.get("deprecated"):
+            findings.warning(where, f"zero_optimization.{name} is deprecated", f"use {extra.get('new_param')}")
+    return loaded
+
+
+def _check_zero(where: str, filled: dict[str, Any], loaded: Any, size: tuple[int, int], findings: Findings) -> None:
+    zero, stage = loaded.zero_config, loaded.zero_optimization_stage
+    for name in ("offload_optimizer", "offload_param"):
+        section = getattr(zero, name)
+        if section is not None and section.device == "nvme":
+            findings.error(
+                where, f"{name}.device='nvme': attach refuses it, the masters are not in memory", "use 'cpu'"
+            )
+    if zero.offload_optimizer is not None and zero.offload_optimizer.ratio < 1:
+        ratio = zero.offload_optimizer.ratio
+        findings.error(where, f"offload_optimizer.ratio={ratio}: attach refuses two optimizers in a step", "set 1.0")
+    if zero.zenflow is not None:
+        findings.error(where, "zenflow: attach refuses it, it updates outside the optimizer's step", "remove it")
+    parallel = _section(filled, "tensor_parallel")
+    if parallel.get("autotp_size", 0) > 1:
+        findings.error(
+            where,
+            f"tensor_parallel.autotp_size={parallel['autotp_size']}: attach refuses tensor parallelism",
+            "remove it",
+        )
+    if zero.offload_param is not None and zero.offload_param.device != "none" and stage != 3:
+        findings.warning(where, f"offload_param means nothing to stage {stage}", "remove it, or set stage 3")
+    _check_hierarchy(where, zero, stage, size, findings)
+    if zero.zero_quantized_weights or zero.zero_quantized_gradients or zero.zero_quantized_nontrainable_weights:
+        findings.warning(where, "zero_quantized_*: needs CUDA kernels that DeepSpeed compiles, and rounds", "")
+    masters = (
+        loaded.bfloat16_config.bf16_master_weights_and_grads or loaded.float16_config.fp16_master_weights_and_grads
+    )
+    if masters:
+        findings.warning(where, "16-bit masters: the sizes below assume fp32 ones", "remove *_master_weights_and_grads")
+
+
+def _check_hierarchy(where: str, zero: Any, stage: int, size: tuple[int, int], findings: Findings) -> None:
+    secondary = zero.zero_hpz_partition_size
+    if secondary <= 1:
+        return
+    world_size, num_nodes = size
+    if stage != 3:
+        findings.warning(where, f"zero_hpz_partition_size={secondary} means nothing to stage {stage}", "set stage 3")
+    elif world_size % secondary or secondary > world_size:
+        findings.error(
+            where,
+            f"zero_hpz_partition_size={secondary} does not divide the {world_size} ranks",
+            f"set the ranks of a machine, {max(1, world_size // num_nodes)}",
+        )
+    elif secondary != world_size // num_nodes:
+        findings.warning(
+            where,
+            f"zero_hpz_partition_size={secondary}, but a machine has {world_size // num_nodes} ranks: the second copy "
+            "pays where it lies within one",
+            f"set {world_size // num_nodes}",
+        )
+
+
+def _check_optimizer(
+    where: str, filled: dict[str, Any], loaded: Any, options: DoctorOptions, findings: Findings
+) -> None:
+    offload = loaded.zero_config.offload_optimizer
+    offloaded = offload is not None and offload.device != "none"
+    name = loaded.optimizer_name
+    if name is None:
+        if options.method == "lora-rite" and not loaded.zero_allow_untested_optimizer:
+            findings.warning(
+                where,
+                "DeepSpeed takes LoRARite only with zero_allow_untested_optimizer, which Trainer sets by itself",
+                'set "zero_allow_untested_optimizer": true',
+            )
+        if offloaded and loaded.zero_force_ds_cpu_optimizer:
+            report = findings.error if options.method == "lora-rite" else findings.warning
+            report(
+                where,
+                "offload_optimizer without an optimizer section: deepspeed.initialize refuses optimizers but "
+                "DeepSpeedCPUAdam, for which accelerate and Trainer exchange AdamW",
+                'name the optimizer, or set "zero_force_ds_cpu_optimizer": false',
+            )
+        return
+    if options.method == "lora-rite":
+        findings.error(
+            where,
+            f"the optimizer section ({name}) would replace LoRARite, which is the method",
+            'take "optimizer" out, and with offload_optimizer set "zero_force_ds_cpu_optimizer": false',
+        )
+        return
+    kind = _OWN_OPTIMIZERS.get(name, name)
+    known = set().union(*(_ADAM_FAMILY if options.method == "reflora-s" else _ELEMENTWISE).values())
+    if kind not in known and options.method != "lora":
+        findings.error(
+            where,
+            f"optimizer.type={name!r} is not known to "
+            + ("keep Adam's moments" if options.method == "reflora-s" else "update elementwise")
+            + f", so attach refuses it with method={options.method!r}",
+            "use AdamW",
+        )
+    elif kind == name and not hasattr(torch.optim, name):
+        findings.error(where, f"optimizer.type={name!r} is neither DeepSpeed's nor torch's", "use AdamW")
+
+
+def _setup(loaded: Any, world_size: int, num_nodes: int) -> Setup:
+    zero, stage = loaded.zero_config, int(loaded.zero_optimization_stage)
+    engine = _STAGE_NAMES.get(stage, "ddp" if world_size > 1 else "single")
+    precision = "bf16" if loaded.bfloat16_config.enabled else "fp16" if loaded.float16_config.enabled else "no"
+    offloads = zero.offload_optimizer is not None and zero.offload_optimizer.device != "none"
+    if stage == 1 and precision == "bf16" and loaded.grad_accum_dtype == "fp32" and not offloads:
+        engine = "zero1 (BF16_Optimizer)"
+    buffers = int(zero.reduce_bucket_size) if zero.contiguous_gradients or offloads else 0
+    if stage < 3 and zero.overlap_comm:
+        buffers *= 2
+    return Setup(
+        engine=engine,
+        world_size=world_size,
+        num_nodes=num_nodes,
+        shard_size=world_size if stage else 1,
+        precision=precision,
+        micro_batch_size=loaded.train_micro_batch_size_per_gpu,
+        accumulation=loaded.gradient_accumulation_steps,
+        offload_optimizer=offloads,
+        offload_params=stage == 3 and zero.offload_param is not None and zero.offload_param.device != "none",
+        persistence_threshold=int(zero.param_persistence_threshold),
+        model_persistence_threshold=int(zero.model_persistence_threshold),
+        secondary_size=zero.zero_hpz_partition_size if stage == 3 else 1,
+        bucket_elements=buffers if stage else 0,
+        max_live_elements=int(zero.max_live_parameters),
+        sub_group_elements=int(zero.sub_group_size) if stage == 3 else 0,
+        round_robin=stage in (1, 2) and bool(zero.round_robin_gradients),
+        alignment=16 // (4 if precision == "no" else 2) if zero.parameter_alignment and stage in (1, 2) else 1,
+    )

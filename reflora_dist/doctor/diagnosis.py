@@ -1,0 +1,286 @@
+"""Everything together: from files and options to sizes, traffic and findings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import accelerate_config, deepspeed_config
+from .accelerate_config import accelerate_setup
+from .activations import activation_bytes
+from .base_model import MetaModel, build, describe, load_config
+from .deepspeed_config import deepspeed_setup
+from .findings import Findings
+from .held import Item, Shards, factor_shards, memory, persisted
+from .options import OPTIMIZERS, PRECISIONS, DoctorOptions
+from .ranks import compare
+from .setup import Setup
+from .versions import PackageVersion, check_versions
+from .wire import MethodTraffic, Sent, buffers, engine_traffic, method_traffic
+
+_GIB = 2**30
+_TIGHT = 0.9  # of a device's memory: CUDA's context, NCCL's buffers and fragmentation come on top
+
+
+@dataclasses.dataclass
+class Diagnosis:
+    """What the doctor found; parts that could not be told are None.
+
+    Attributes:
+        files: by path what is in them.
+        measured: timed collectives, under a launcher.
+    """
+
+    files: dict[str, Any]
+    findings: Findings
+    options: DoctorOptions
+    versions: list[PackageVersion] = dataclasses.field(default_factory=list)
+    setup: Setup | None = None
+    parameters: dict[str, int] | None = None
+    pairs: list[dict[str, Any]] | None = None
+    memory: list[Item] | None = None
+    traffic: MethodTraffic | None = None
+    engine_sends: list[Sent] | None = None
+    measured: list[dict[str, Any]] | None = None
+
+    def bytes_in(self, place: str) -> int:
+        """Bytes per rank on the "device" or the "host"."""
+        return sum(item.bytes for item in self.memory or () if item.place == place)
+
+    @property
+    def sent_bytes(self) -> int:
+        """By the method, in a step in which it acts, on the rank that sends most."""
+        return max(self.traffic.sent.values(), default=0) if self.traffic else 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        setup, traffic = self.setup, self.traffic
+        return {
+            "ok": not self.findings.failed,
+            "findings": [finding._asdict() for finding in self.findings],
+            "files": sorted(self.files),
+            "options": dataclasses.asdict(self.options),
+            "versions": [version._asdict() for version in self.versions],
+            "setup": setup and {**dataclasses.asdict(setup), "layout": setup.layout},
+            "parameters": self.parameters,
+            "pairs": self.pairs,
+            "memory_per_rank": self.memory and [item._asdict() for item in self.memory],
+            "device_bytes_per_rank": self.memory and self.bytes_in("device"),
+            "host_bytes_per_rank": self.memory and self.bytes_in("host"),
+            "method_sends": traffic
+            and {"collectives_per_step": traffic.collectives, "bytes_per_step": self.sent_bytes},
+            "engine_sends": self.engine_sends and [sent._asdict() for sent in self.engine_sends],
+            "measured": self.measured,
+        }
+
+
+def diagnose(configs: Sequence[str], options: DoctorOptions) -> Diagnosis:
+    """What a run with these configuration files would do. Starts nothing and sends nothing.
+
+    Args:
+        configs: paths; several of a kind must agree, one of each are used together, none means DDP.
+        options: what they leave open.
+    """
+    findings = Findings()
+    files = _read(configs, findings)
+    result = Diagnosis(files, findings, options)
+    yamls = [path for path in files if not path.endswith(".json")]
+    jsons = [path for path in files if path.endswith(".json")]
+    for paths in (yamls, jsons):
+        if len(paths) > 1:
+            compare("configuration files", {path: files[path] for path in paths}, findings)
+    result.versions = check_versions(findings, {"deepspeed"} if jsons else set())
+    model_config = None
+    if options.model is not None:
+        try:
+            model_config = load_config(options.model)
+        except ValueError as error:
+            findings.error("--model", str(error), "give a hub name, a folder or a config.json")
+    if len(files) == len(configs):
+        result.setup = _setup(yamls[:1], jsons[:1], files, model_config, options, findings)
+    if result.setup is not None and model_config is not None:
+        _estimate(result, result.setup, model_config)
+    return result
+
+
+def _read(configs: Sequence[str], findings: Findings) -> dict[str, Any]:
+    files = {}
+    for path in configs:
+        reader = deepspeed_config.read if path.endswith(".json") else accelerate_config.read
+        try:
+            files[path] = reader(path)
+        except ValueError as error:
+            findings.error(path, str(error), "give DeepSpeed's .json or accelerate's .yaml")
+    return files
+
+
+def _setup(
+    yamls: list[str],
+    jsons: list[str],
+    files: dict[str, Any],
+    model_config: Any,
+    options: DoctorOptions,
+    findings: Findings,
+) -> Setup | None:
+    arguments = None
+    size = _size(None, options)
+    if yamls:
+        path = yamls[0]
+        arguments = accelerate_config.launch_arguments(path, files[path], findings)
+        if arguments is None or not accelerate_config.check_distributed_type(path, files[path], arguments, findings):
+            return None
+        size = _size(files[path], options)
+        if arguments.use_deepspeed and not jsons:
+            contents = accelerate_config.deepspeed_contents(path, arguments, options, findings)
+            if contents is None:
+                return None
+            return deepspeed_setup(path, contents, model_config, options, size, findings)
+        if jsons and not arguments.use_deepspeed:
+            kind = files[path].get("distributed_type")
+            findings.error(
+                path, f"distributed_type: {kind}, beside DeepSpeed's {jsons[0]}", "distributed_type: DEEPSPEED"
+            )
+            return None
+    if jsons:
+        return deepspeed_setup(jsons[0], files[jsons[0]], model_config, options, size, findings)
+    if yamls:
+        return accelerate_setup(yamls[0], arguments, options, size, findings)
+    world_size, num_nodes = size
+    return Setup(
+        engine="ddp" if world_size > 1 else "single",
+        world_size=world_size,
+        num_nodes=num_nodes,
+        precision=options.mixed_precision or "bf16",
+        micro_batch_size=options.micro_batch_size or 1,
+        accumulation=options.gradient_accumulation_steps or 1,
+        activation_checkpointing=options.activation_checkpointing,
+    )
+
+
+def _size(config: dict[str, Any] | None, options: DoctorOptions) -> tuple[int, int]:
+    """Ranks and machines: of the options, else of the launcher, else of the file, else of this machine."""
+    config = config or {}
+    launched = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else None
+    nodes = options.num_nodes
+    if nodes is None and launched:
+        nodes = max(1, launched // int(os.environ.get("LOCAL_WORLD_SIZE", launched)))
+    nodes = nodes or int(config.get("num_machines") or 1)
+    here = torch.accelerator.device_count() if torch.accelerator.is_available() else 1
+    ranks = options.world_size or launched or config.get("num_processes") or max(1, here) * nodes
+    return int(ranks), nodes
+
+
+def _estimate(result: Diagnosis, setup: Setup, model_config: Any) -> None:
+    options, findings = result.options, result.findings
+    dtype = getattr(torch, PRECISIONS[setup.precision])
+    try:
+        model = describe(build(model_config, options, dtype))
+    except (ValueError, TypeError, KeyError) as error:
+        findings.error("--model", f"no adapter can be put into it: {error}", "--target_modules")
+        return
+    config = options.reflora_config()
+    shapes = [shape for pair in model.pairs for shape in (pair.shape_a, pair.shape_b)]
+    shards = factor_shards(setup, shapes)
+    result.parameters = {
+        "base": sum(parameter.numel for parameter in model.base),
+        "factors": sum(parameter.numel for parameter in model.factors),
+    }
+    result.pairs = _pair_rows(setup, model, shards)
+    result.traffic = method_traffic(config, shapes, shards, setup.shard_size)
+    result.engine_sends = engine_traffic(setup, model)
+    try:
+        activations = activation_bytes(model_config, options, setup)
+    except ValueError as error:
+        activations = 0
+        findings.warning("activations", f"not estimated: {error}", "leave room for them")
+    sizes = [(pair.lora_rank, pair.in_features, pair.out_features) for pair in model.pairs]
+    moments = 2 if options.method == "lora-rite" else OPTIMIZERS[options.optim]
+    result.memory = memory(setup, model, moments, activations, buffers(config, sizes, setup))
+    _check_adapter(model, setup, options, findings)
+    _check_memory(result, setup)
+
+
+def _pair_rows(setup: Setup, model: MetaModel, shards: list[Shards]) -> list[dict[str, Any]]:
+    """One row for pairs of one size and layout."""
+    kept = persisted(setup, model.parameters)
+    whole = [factor.name in kept for factor in model.factors]
+    rows: Counter[tuple[Any, ...]] = Counter()
+    for index, pair in enumerate(model.pairs):
+        sides = [
+            _layout(shape, shards[2 * index + side] if shards else None, setup, whole[2 * index + side])
+            for side, shape in enumerate((pair.shape_a, pair.shape_b))
+        ]
+        rows[pair.lora_rank, pair.in_features, pair.out_features, *sides] += 1
+    names = ("lora_rank", "in_features", "out_features", "lora_A", "lora_B")
+    return [{"pairs": count, **dict(zip(names, row, strict=True))} for row, count in rows.items()]
+
+
+def _layout(shape: tuple[int, int], shards: Shards | None, setup: Setup, whole: bool) -> str:
+    if shards is None:
+        return "whole"
+    largest = max(shard.numel for shard in shards.values())
+    if setup.engine == "fsdp2":
+        text = f"{largest // shape[1]:,} of {shape[0]:,} rows on {len(shards)} of {setup.shard_size} ranks"
+    elif setup.engine in ("zero3", "fsdp1"):
+        text = f"flat pieces of {largest:,} on {len(shards)} of {setup.shard_size} ranks"
+    else:
+        text = "slice of one flat buffer"  # elsewhere for every factor
+    return f"{text}, and kept whole" if whole else text
+
+
+def _check_adapter(model: MetaModel, setup: Setup, options: DoctorOptions, findings: Findings) -> None:
+    part = sum(-(-factor.numel // setup.shard_size) for factor in model.factors)
+    if 0 < setup.sub_group_elements < part:
+        findings.warning(
+            "sub_group_size",
+            f"{setup.sub_group_elements:,} is below the {part:,} elements of factors that a rank updates: the "
+            "optimizer steps, and gradients are exchanged, several times per step; the number of collectives told here "
+            "is that of one",
+            f"sub_group_size of at least {part}",
+        )
+    deficient = [pair for pair in model.pairs if pair.lora_rank > min(pair.in_features, pair.out_features)]
+    if deficient and options.method not in ("lora", "reflora-s"):
+        pair = deficient[0]
+        findings.warning(
+            "--lora_r",
+            f"{options.lora_r} is above in or out of {len(deficient)} pairs ({pair.name}: in={pair.in_features}, "
+            f"out={pair.out_features}): S does not exist there, and they are plain LoRA",
+            "lower r, there or everywhere",
+        )
+
+
+def _check_memory(result: Diagnosis, setup: Setup) -> None:
+    options, findings = result.options, result.findings
+    remedy = "more ranks, ZeRO-3 or FSDP, --activation_checkpointing True, a smaller micro batch, or offload"
+    needed, available = result.bytes_in("device") / _GIB, options.gpu_memory_gib
+    if available is None:
+        findings.note("memory", "there is no GPU here, so it is not known what would fit", "--gpu_memory_gib")
+    elif needed > available:
+        findings.error(
+            "memory",
+            f"a rank needs about {needed:.1f} GiB, and a device has {available:g} GiB",
+            remedy,
+        )
+    elif needed > _TIGHT * available:
+        findings.warning(
+            "memory", f"a rank needs about {needed:.1f} of {available:g} GiB: CUDA and NCCL take some more", remedy
+        )
+    host = result.bytes_in("host") * setup.ranks_per_node / _GIB
+    if options.host_memory_gib is not None and host > options.host_memory_gib:
+        findings.error(
+            "memory",
+            f"a machine's {setup.ranks_per_node} ranks need {host:.1f} GiB of host memory, it has "
+            f"{options.host_memory_gib:g} GiB",
+            "offload less, or use more machines",
+        )
+
+
+def to_json(diagnosis: Diagnosis) -> str:
+    """As text."""
+    return json.dumps(diagnosis.as_dict(), indent=2)

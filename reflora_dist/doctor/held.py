@@ -1,0 +1,207 @@
+"""What each rank holds of every factor, and the bytes that a rank holds in all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ..blocks import SIDE_A
+from ..tiling import LocalShard
+from .base_model import MetaModel, Parameter
+from .setup import Setup
+
+BYTES = {"no": 4, "bf16": 2, "fp16": 2}
+_MASTER = 4  # fp32
+_FSDP_ALIGNMENT = 16  # bytes to which FSDP1 pads parameters where it keeps the original ones
+_ZERO_ALIGNMENT = 2  # elements per rank to which ZeRO-1/2 pad a flat buffer
+
+Shards = dict[int, LocalShard]
+"""By rank; ranks that hold nothing are left out."""
+
+
+class Item(NamedTuple):
+    """Something that takes memory on the rank that holds most.
+
+    Attributes:
+        name: what it is.
+        bytes: on that rank.
+        place: "device" or "host".
+        counted: whether this is the size of tensors that the engine holds; else an estimate.
+    """
+
+    name: str
+    bytes: int
+    place: str
+    counted: bool
+
+
+def factor_shards(setup: Setup, shapes: Sequence[tuple[int, int]]) -> list[Shards]:
+    """What the ranks of one copy hold of every factor; empty where every rank holds all.
+
+    Args:
+        shapes: of whole factors, ``(r, in)`` and ``(out, r)`` alternating.
+    """
+    if setup.whole:
+        return []
+    if setup.engine == "fsdp2":
+        return [_rows(shape, setup.shard_size, tall=index % 2 != SIDE_A) for index, shape in enumerate(shapes)]
+    if setup.engine in ("zero3", "fsdp1"):  # FSDP1: PEFT's policy, by which Trainer wraps, makes every factor a unit
+        return [_pieces(rows * columns, setup.shard_size) for rows, columns in shapes]
+    return _slices_of_one_buffer([rows * columns for rows, columns in shapes], setup)
+
+
+def _rows(shape: tuple[int, int], ranks: int, tall: bool) -> Shards:
+    """FSDP2's Shard(0), which cuts as torch.chunk does."""
+    rows, columns = shape
+    each = -(-rows // ranks)
+    return {
+        rank: LocalShard((min(rows, start + each) - start) * columns, start * columns, tall)
+        for rank, start in enumerate(range(0, rows, each))
+    }
+
+
+def _pieces(numel: int, ranks: int) -> Shards:
+    """Equal flat pieces, the last ones padded."""
+    each = -(-numel // ranks)
+    return {rank: LocalShard(min(each, numel - start), start) for rank, start in enumerate(range(0, numel, each))}
+
+
+def _slices_of_one_buffer(numels: Sequence[int], setup: Setup) -> list[Shards]:
+    """ZeRO-1/2: factors behind each other, of which each rank has an equal part."""
+    order = list(range(len(numels)))
+    if setup.round_robin:
+        order = [index for first in range(setup.shard_size) for index in order[first :: setup.shard_size]]
+    partition = zero_partition(numels, setup)
+    shards: list[Shards] = [{} for _ in numels]
+    position = 0
+    for index in order:
+        stop = position + numels[index]
+        for rank in range(position // partition, (stop - 1) // partition + 1):
+            first, last = max(position, rank * partition), min(stop, (rank + 1) * partition)
+            shards[index][rank] = LocalShard(last - first, first - position)
+        position = stop + (-stop) % setup.alignment
+    return shards
+
+
+def zero_partition(numels: Sequence[int], setup: Setup) -> int:
+    """ZeRO-1/2: elements of the flat buffer that each rank updates."""
+    padded = [numel + (-numel) % setup.alignment for numel in numels[:-1]] + list(numels[-1:])
+    unit = _ZERO_ALIGNMENT * setup.shard_size
+    return -(-sum(padded) // unit) * _ZERO_ALIGNMENT
+
+
+def persisted(setup: Setup, parameters: Sequence[Parameter]) -> set[str]:
+    """ZeRO-3: names of the parameters that stay whole on every rank beside their pieces, by DeepSpeed's rule."""
+    kept: set[str] = set()
+    total = 0
+    if setup.engine != "zero3":
+        return kept
+    for parameter in parameters:
+        if total + parameter.numel > setup.model_persistence_threshold:
+            continue
+        if parameter.numel <= setup.persistence_threshold:
+            kept.add(parameter.name)
+            total += parameter.numel
+    return kept
+
+
+def memory(setup: Setup, model: MetaModel, moments: int, activation_bytes: int, method_bytes: int) -> list[Item]:
+    """What the rank that holds most needs.
+
+    Args:
+        moments: tensors of a factor's size that the optimizer keeps.
+        activation_bytes: of the peak in forward and backward.
+        method_bytes: of the method's matrices and exchange buffers.
+    """
+    working = BYTES[setup.precision]
+    base = sum(_held(setup, model.base)) * working
+    parameters = "host" if setup.offload_params else "device"
+    items = [Item("base weights", base, parameters, True)]
+    kept = persisted(setup, model.parameters)
+    if kept:
+        whole = sum(parameter.numel for parameter in model.parameters if parameter.name in kept)
+        items.append(Item("parameters kept whole", whole * working, "device", True))
+    items += _zero_factors(setup, model, moments) if setup.is_zero else _plain_factors(setup, model, moments)
+    items += _engine_buffers(setup, model)
+    items.append(Item("the method's matrices and buffers", method_bytes, "device", False))
+    items.append(Item("activations and temporaries", activation_bytes, "device", False))
+    return [item for item in items if item.bytes]
+
+
+def _held(setup: Setup, parameters: Sequence[Parameter]) -> list[int]:
+    """Elements of parameters on the first rank, padding included: one entry per parameter, or per FSDP1 unit."""
+    ranks = setup.shard_size
+    if setup.engine == "zero3":
+        return [-(-parameter.numel // ranks) for parameter in parameters]
+    if setup.engine == "fsdp2":
+        return [-(-p.shape[0] // ranks) * (p.numel // p.shape[0]) for p in parameters]
+    if setup.engine == "fsdp1" and not setup.whole:
+        units: dict[str, int] = {}
+        align = _FSDP_ALIGNMENT // BYTES[setup.precision]
+        for parameter in parameters:
+            position = units.get(parameter.layer, 0)
+            units[parameter.layer] = position + (-position) % align + parameter.numel
+        return [-(-numel // ranks) for numel in units.values()]
+    return [parameter.numel for parameter in parameters]
+
+
+def _plain_factors(setup: Setup, model: MetaModel, moments: int) -> list[Item]:
+    """DDP and FSDP: factors in fp32, since PEFT, and accelerate's FSDP, cast them from 16 bits."""
+    place = "host" if setup.offload_params or setup.offload_optimizer else "device"
+    if setup.engine == "fsdp1" and not setup.whole:
+        held = sum(-(-factor.numel // setup.shard_size) for factor in model.factors)
+    else:
+        held = sum(_held(setup, model.factors))
+    return [
+        Item("factors", held * _MASTER, place, True),
+        Item("gradients of factors", held * _MASTER, place, False),
+        Item("optimizer's moments", moments * held * _MASTER, place, True),
+    ]
+
+
+def _zero_factors(setup: Setup, model: MetaModel, moments: int) -> list[Item]:
+    """DeepSpeed: the model's weights in its dtype, fp32 masters and moments of this rank's part."""
+    working = BYTES[setup.precision]
+    numels = [factor.numel for factor in model.factors]
+    if setup.engine == "zero3":
+        part = sum(-(-numel // setup.shard_size) for numel in numels)
+        weights, gradients = sum(_held(setup, model.factors)), part
+    else:
+        part = zero_partition(numels, setup)
+        weights = part * setup.shard_size
+        gradients = sum(numels) if setup.engine.startswith("zero1") else part
+    place = "host" if setup.offload_optimizer else "device"
+    return [
+        Item("factors, working copy", weights * working, "host" if setup.offload_params else "device", True),
+        Item("factors, fp32 masters", part * _MASTER, place, True),
+        Item("gradients, as reduced", gradients * working, "device", False),
+        Item("gradients, fp32 in the step", part * _MASTER, place, False),
+        Item("optimizer's moments", moments * part * _MASTER, place, True),
+    ]
+
+
+def _engine_buffers(setup: Setup, model: MetaModel) -> list[Item]:
+    """Gathered parameters and communication buckets."""
+    working = BYTES[setup.precision]
+    layers: dict[str, int] = {}
+    for parameter in model.parameters:
+        layers[parameter.layer] = layers.get(parameter.layer, 0) + parameter.numel
+    outside = layers.pop("", 0)
+    everything = outside + sum(layers.values())
+    if setup.is_zero:
+        items = [Item("DeepSpeed's reduction buffers", setup.bucket_elements * working, "device", False)]
+        if setup.engine == "zero3":
+            live = min(setup.max_live_elements, everything)
+            items.append(Item("gathered parameters, at most", live * working, "device", False))
+        if setup.secondary_size > 1:
+            second = everything // setup.secondary_size
+            items.append(Item("second copy within a machine", second * working, "device", False))
+        return items
+    if setup.engine == "ddp":
+        numel = sum(factor.numel for factor in model.factors)
+        return [Item("DDP's buckets", numel * _MASTER, "device", False)]
+    if setup.whole:
+        return []
+    # the layer that computes and the one that is fetched meanwhile, and what stays gathered around them
+    live = min(everything, outside + 2 * max(layers.values(), default=0)) if setup.reshard_after_forward else everything
+    return [Item("gathered parameters", live * working, "device", False)]

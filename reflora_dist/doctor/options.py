@@ -1,0 +1,88 @@
+"""The command line of the doctor."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from dataclasses import field
+
+from transformers import HfArgumentParser
+
+from ..config import METHODS, RefLoRAConfig
+
+PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+OPTIMIZERS = {"adamw": 2, "sgd": 0, "sgd-momentum": 1}
+"""State tensors of a factor's size by optimizer (LoRA-RITE is the method of that name)."""
+
+
+def _option(default: object, help_text: str, **metadata: object):  # type: ignore[no-untyped-def]
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help_text, **metadata})
+    return field(default=default, metadata={"help": help_text, **metadata})
+
+
+@dataclasses.dataclass(kw_only=True)
+class DoctorOptions:
+    """What the configuration files leave open: the model, the adapter, the cluster."""
+
+    model: str | None = _option(
+        None, "Hub name, local path or config.json. Only its configuration is read; without it, keys are checked only."
+    )
+    method: str = _option("reflora", "Method.", choices=METHODS)
+    reflora_overlap: bool = _option(False, "Form the next step's S beside the next forward.")
+    lora_r: int = _option(16, "LoRA rank r.")
+    target_modules: list[str] = _option(["all-linear"], "Layers that get an adapter.")  # noqa: RUF009
+    optim: str = _option("adamw", "Optimizer.", choices=tuple(OPTIMIZERS))
+    mixed_precision: str | None = _option(
+        None, "Where the configuration leaves it to the trainer. Default: bf16.", choices=tuple(PRECISIONS)
+    )
+    micro_batch_size: int | None = _option(None, "Sequences per rank and backward pass. Default: the file's, or 1.")
+    gradient_accumulation_steps: int | None = _option(None, "Default: the file's, or 1.")
+    sequence_length: int = _option(512, "Tokens per sequence.")
+    activation_checkpointing: bool = _option(False, "Keep each layer's input only and compute it again in backward.")
+    attn_implementation: str | None = _option(None, "transformers' attention: eager, sdpa.")
+    world_size: int | None = _option(None, "Ranks. Default: the launcher's, the file's, or this machine's GPUs.")
+    num_nodes: int | None = _option(None, "Machines. Default: the launcher's, the file's, or 1.")
+    gpu_memory_gib: float | None = _option(None, "Memory of each device. Default: that of this machine's GPU.")
+    host_memory_gib: float | None = _option(None, "Memory of each machine, for what is offloaded.")
+    bandwidth_gbit: float | None = _option(None, "Gbit/s at which a rank sends, for the times.")
+    json: bool = _option(False, "Print JSON.")
+
+    def __post_init__(self) -> None:
+        for name in ("lora_r", "sequence_length", "micro_batch_size", "gradient_accumulation_steps", "world_size",
+                     "num_nodes", "gpu_memory_gib", "host_memory_gib", "bandwidth_gbit"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"--{name} {value} must be above 0")
+        if self.world_size and self.num_nodes and self.world_size % self.num_nodes:
+            raise ValueError(f"--world_size {self.world_size} is not a multiple of --num_nodes {self.num_nodes}")
+        self.reflora_config()
+
+    def reflora_config(self) -> RefLoRAConfig:
+        """The settings that the package reads."""
+        return RefLoRAConfig(method=self.method, overlap=self.reflora_overlap)
+
+
+def parse_options(argv: list[str] | None = None) -> tuple[list[str], DoctorOptions]:
+    """The configuration files, and the options.
+
+    Raises:
+        ValueError: an option's value cannot be used.
+    """
+    parser = HfArgumentParser(DoctorOptions, prog="python -m reflora_dist.doctor")  # type: ignore[arg-type]
+    parser.add_argument(
+        "configs",
+        nargs="*",
+        metavar="CONFIG",
+        help="DeepSpeed JSON or accelerate YAML; several of a kind are one per machine, and must agree; one of "
+        "each are used together. None: DDP.",
+    )
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
+    options, rest = parser.parse_args_into_dataclasses(args=argv)
+    return rest.configs, options
+
+
+def launched() -> bool:
+    """Whether a launcher started this process: torchrun, accelerate and DeepSpeed all set these."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ

@@ -1,0 +1,74 @@
+"""What the configuration files and options come down to."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(kw_only=True)
+class Setup:
+    """An engine with the settings that decide about memory and traffic.
+
+    Attributes:
+        engine: as in ``Report.engine``.
+        world_size, num_nodes: ranks and machines of the job.
+        shard_size: ranks that together hold one copy of every parameter.
+        precision: "no", "bf16" or "fp16".
+        micro_batch_size: sequences per rank and backward pass.
+        accumulation: backward passes per optimizer step.
+        activation_checkpointing: whether layers are computed again in backward.
+        reshard_after_forward: FSDP: free gathered parameters after the forward.
+        offload_optimizer, offload_params: to host memory.
+        persistence_threshold, model_persistence_threshold: ZeRO-3: parameters of at most so many elements, and at most
+            so many elements together, stay whole on every rank.
+        secondary_size: ZeRO++: ranks over which a second copy is sharded, from which backward gathers; 1 if none.
+        bucket_elements: DeepSpeed: elements of its buffers for reduction, all together.
+        max_live_elements: ZeRO-3: elements that may be gathered at a time.
+        sub_group_elements: ZeRO-3: elements of this rank's that the optimizer updates at a time; 0 for all.
+        round_robin: ZeRO-1/2: parameters are dealt out in turn.
+        alignment: ZeRO-1/2: elements to a multiple of which parameters are padded.
+    """
+
+    engine: str
+    world_size: int
+    num_nodes: int = 1
+    shard_size: int = 1
+    precision: str = "bf16"
+    micro_batch_size: int = 1
+    accumulation: int = 1
+    activation_checkpointing: bool = False
+    reshard_after_forward: bool = True
+    offload_optimizer: bool = False
+    offload_params: bool = False
+    persistence_threshold: int = 0
+    model_persistence_threshold: int = 0
+    secondary_size: int = 1
+    bucket_elements: int = 0
+    max_live_elements: int = 0
+    sub_group_elements: int = 0
+    round_robin: bool = False
+    alignment: int = 1
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether DeepSpeed holds fp32 masters beside the model's weights."""
+        return self.engine.startswith("zero")
+
+    @property
+    def whole(self) -> bool:
+        """Whether every rank holds whole factors."""
+        return self.engine in ("single", "ddp") or (self.engine == "fsdp1" and self.shard_size == 1)
+
+    @property
+    def layout(self) -> str:
+        """As in ``Report.layout``."""
+        return "whole" if self.whole else "flat"
+
+    @property
+    def replicas(self) -> int:
+        """Copies of every shard."""
+        return self.world_size // self.shard_size
+
+    @property
+    def ranks_per_node(self) -> int:
+        return max(1, self.world_size // self.num_nodes)

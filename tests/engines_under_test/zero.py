@@ -127,6 +127,7 @@ def _optimizer(model: nn.Module, settings: Settings, two_groups: bool, cpu_adam:
 
 _OFFLOAD = {"device": "cpu", "pin_memory": False}
 _stage = {stage: functools.partial(_zero, stage=stage) for stage in (1, 2, 3)}
+_hpz = functools.partial(_stage[3], zero_hpz_partition_size=2)
 ENGINES = [
     Engine("zero1", _stage[1]),
     Engine("zero2", _stage[2]),
@@ -139,6 +140,9 @@ ENGINES = [
     Engine("zero3-persist-all", functools.partial(_stage[3], stage3_param_persistence_threshold=1_000_000)),
     Engine("zero3-persist-none", functools.partial(_stage[3], stage3_param_persistence_threshold=0)),
     Engine("zero3-sharded-base", functools.partial(_stage[3], sharded_base=True)),
+    # ZeRO++: each pair of ranks holds a second, whole copy of what forward and backward gather
+    Engine("zero3-hpz", functools.partial(_hpz, stage3_param_persistence_threshold=0), world_sizes=(2, 4)),
+    Engine("zero3-hpz-persist-all", _hpz, world_sizes=(2, 4)),
     Engine("zero2-offload", functools.partial(_stage[2], offload_optimizer=_OFFLOAD)),
     Engine("zero3-offload", functools.partial(_stage[3], offload_optimizer=_OFFLOAD)),
     Engine("zero2-offload-cpu-adam", functools.partial(_stage[2], offload_optimizer=_OFFLOAD, cpu_adam=True)),

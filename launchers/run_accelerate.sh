@@ -9,8 +9,7 @@ detect_devices
 config=$repository/launchers/accelerate/fsdp2.yaml
 [ "$gpus" -gt 0 ] || config=$repository/launchers/accelerate/deepspeed_zero3.yaml
 case "${1:-}" in *.yaml) config=$1; shift ;; esac
-if [ "$gpus" -eq 0 ] && grep -q '^distributed_type: FSDP' "$config"; then
-    die "$config: accelerate has no FSDP on a CPU (it would silently run DDP); use deepspeed_zero3.yaml"
-fi
+refuse_fsdp_on_a_cpu "$config"
+set_mesh_options "$config" 1
 exec "$PYTHON" -m accelerate.commands.launch --config_file "$config" --num_processes "$PROCESSES" \
-    --main_process_port "$(free_port)" "$repository/launchers/finetune.py" "$@"
+    --main_process_port "$(free_port)" "${mesh_options[@]}" "$repository/launchers/finetune.py" "$@"

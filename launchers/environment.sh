@@ -37,7 +37,7 @@ for requirement in map(Requirement, wanted):
 PY
     then
         say "Installing reflora_dist with [$extras]"
-        "$PYTHON" -m pip install "${constraints[@]}" -e "$repository[$extras]"
+        "$PYTHON" -m pip install "${constraints[@]}" -e "${repository}[$extras]"
     fi
 }
 

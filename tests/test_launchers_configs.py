@@ -21,7 +21,7 @@ from tests.test_launchers_support import REPOSITORY
 
 DEEPSPEED = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 ACCELERATE = sorted((REPOSITORY / "launchers" / "accelerate").glob("*.yaml"))
-SCRIPTS = sorted((REPOSITORY / "launchers").glob("*.sh"))
+SCRIPTS = sorted([*(REPOSITORY / "launchers").glob("*.sh"), *(REPOSITORY / "launchers" / "slurm").iterdir()])
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_fp16": 3, "zero3_hpz": 3, "zero3_offload": 3}
 # What transformers puts in for "auto"; any legal values will do here.
 AUTO = {

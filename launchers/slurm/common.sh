@@ -64,19 +64,14 @@ run() {
 # Send USR1 to the ranks on this node; finetune.py's ranks agree on the step to stop after, wherever it arrives.
 # Not through srun: it signals launchers and data loaders as well, which would end at once.
 stop_ranks() {
-    local process pid parent found=''
-    for process in /proc/[0-9]*; do
-        pid=${process#/proc/}
-        is_rank "$pid" || continue
-        parent=$(awk '/^PPid:/ {print $2}' "$process/status" 2>/dev/null) || continue
-        is_rank "$parent" && continue  # a data loader's worker
-        kill -USR1 "$pid" 2>/dev/null && found=yes
+    local ranks pid parent found=''
+    # what a launcher of this job has told which rank it is; the variables of a process are separated by NUL
+    ranks=$(grep -lszx "SLURM_JOB_ID=$SLURM_JOB_ID" /proc/[0-9]*/environ | xargs -r grep -lsz '^RANK=' | cut -d / -f 3) \
+        || true  # processes of others cannot be read
+    for pid in $ranks; do
+        parent=$(awk '/^PPid:/ {print $2}' "/proc/$pid/status" 2> /dev/null) || continue
+        grep -qx "$parent" <<< "$ranks" && continue  # a data loader's worker
+        kill -USR1 "$pid" 2> /dev/null && found=yes
     done
-    [ -n "$found" ] || kill "$step"  # too early: nothing that could be saved
-}
-
-# Whether a process of this job has been told by a launcher which rank it is.
-is_rank() {
-    { tr '\0' '\n' < "/proc/$1/environ" | awk -v job="SLURM_JOB_ID=$SLURM_JOB_ID" \
-        '$0 == job {job_seen = 1} /^RANK=/ {rank_seen = 1} END {exit !(job_seen && rank_seen)}'; } 2>/dev/null
+    [ -n "$found" ] || kill "$step" 2> /dev/null || true  # too early: nothing that could be saved
 }

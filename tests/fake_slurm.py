@@ -6,6 +6,7 @@ Called by one of those names. An option that it does not know is an error, as it
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -14,6 +15,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import psutil
 
 # the machines' names; all are this one
 _HOST = "127.0.0.1"
@@ -61,8 +64,7 @@ def srun(argv: list[str]) -> int:
     assert options.ntasks == options.nodes and options.ntasks_per_node == options.kill_on_bad_exit == 1
     assert os.environ["SRUN_CPUS_PER_TASK"] == "1"
     tasks = [
-        subprocess.Popen(options.command, env={**os.environ, "SLURM_NODEID": str(i)}, start_new_session=True)
-        for i in range(options.nodes)
+        psutil.Popen(options.command, env={**os.environ, "SLURM_NODEID": str(node)}) for node in range(options.nodes)
     ]
     signal.signal(signal.SIGTERM, lambda *_: _end(tasks))
     while any(task.poll() is None for task in tasks):
@@ -72,12 +74,15 @@ def srun(argv: list[str]) -> int:
     return max(abs(task.returncode) for task in tasks)
 
 
-def _end(tasks: list[subprocess.Popen[bytes]]) -> None:
-    for signal_number in (signal.SIGTERM, signal.SIGKILL):
-        for task in tasks:
-            if task.poll() is None:
-                os.killpg(task.pid, signal_number)
-        time.sleep(2)
+def _end(tasks: list[psutil.Popen]) -> None:
+    """SIGTERM and then SIGKILL to every process of the tasks that run."""
+    running = [task for task in tasks if task.poll() is None]
+    processes = running + [child for task in running for child in task.children(recursive=True)]
+    for end in ("terminate", "kill"):
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                getattr(process, end)()
+        psutil.wait_procs(processes, timeout=2)
 
 
 def scontrol(argv: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -75,6 +76,7 @@ def test_a_batch_script_trains_on_two_nodes(folder: Path, launcher: str, config:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_warned_job_is_queued_again_and_goes_on(folder: Path) -> None:
     """The warning ends the ranks, not the launchers; the second start resumes from a checkpoint and finishes."""
     options = _options(folder, "warned", max_steps=40, save_strategy="steps", save_steps=2, lr_scheduler_type="linear")
@@ -88,6 +90,7 @@ def test_a_warned_job_is_queued_again_and_goes_on(folder: Path) -> None:
             | _environment(folder),
             stdout=output,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         _wait_for(checkpoint, job, log)
@@ -97,7 +100,8 @@ def test_a_warned_job_is_queued_again_and_goes_on(folder: Path) -> None:
         os.kill(int(batch_script), signal.SIGUSR1)
         assert job.wait(timeout=300) == 0, log.read_text()
     finally:
-        job.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
     printed = log.read_text()
     assert "queueing job 4242 again" in printed and "start 2" in printed
     metrics = json.loads((folder / "warned" / "metrics.json").read_text())
@@ -106,7 +110,7 @@ def test_a_warned_job_is_queued_again_and_goes_on(folder: Path) -> None:
 
 
 def _wait_for(path: Path, job: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 280
     while not path.exists():
         assert job.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)

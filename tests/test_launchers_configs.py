@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -251,3 +252,30 @@ def _launched(config: str, *options: str) -> tuple[argparse.Namespace, dict[str,
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_the_shell_reads_it(path: Path) -> None:
     subprocess.run(["bash", "-n", str(path)], check=True, timeout=20)
+
+
+@pytest.mark.parametrize(
+    ("config", "machines", "processes", "expected"),
+    [
+        ("fsdp2_hsdp", 1, 8, "2 4"),
+        ("fsdp2_hsdp", 4, 8, "4 8"),
+        ("fsdp2_hsdp", 1, 2, "do not make 2 copies"),
+        ("fsdp2_hsdp", 2, 1, "do not make 2 copies"),
+        ("fsdp2", 1, 3, ""),
+    ],
+)
+def test_the_mesh_follows_the_number_of_machines(config: str, machines: int, processes: int, expected: str) -> None:
+    """One copy per machine, on one machine two; what cannot be is refused before anything starts."""
+    launchers = REPOSITORY / "launchers"
+    command = f'. "$0"; set_mesh_options "$1" {machines}; echo "${{mesh_options[@]}}"'
+    done = subprocess.run(
+        ["bash", "-euc", command, launchers / "environment.sh", launchers / "accelerate" / f"{config}.yaml"],
+        env={**os.environ, "PROCESSES": str(processes)},
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    if "copies" in expected:
+        assert done.returncode and expected in done.stderr
+    else:
+        assert " ".join(re.findall(r"_size (\d+)", done.stdout)) == expected

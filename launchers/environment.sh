@@ -37,7 +37,7 @@ for requirement in map(Requirement, wanted):
 PY
     then
         say "Installing reflora_dist with [$extras]"
-        "$PYTHON" -m pip install "${constraints[@]}" -e "$repository[$extras]"
+        "$PYTHON" -m pip install "${constraints[@]}" -e "${repository}[$extras]"
     fi
 }
 
@@ -77,4 +77,16 @@ refuse_fsdp_on_a_cpu() {
 
 free_port() {
     "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
+
+# Sets mesh_options: what accelerate needs for a configuration with a mesh, one copy per machine or, on one, two.
+# Arguments: accelerate's configuration, number of machines.
+set_mesh_options() {
+    local copies=$(($2 > 1 ? $2 : 2)) ranks=$(($2 * PROCESSES))
+    mesh_options=()
+    grep -q '^parallelism_config:' "$1" || return 0
+    [ $((ranks % copies)) -eq 0 ] && [ $((ranks / copies)) -gt 1 ] \
+        || die "$1: $ranks process(es) do not make $copies copies of at least two shards each; use fsdp2.yaml"
+    mesh_options=(--parallelism_config_dp_replicate_size "$copies")
+    mesh_options+=(--parallelism_config_dp_shard_size "$((ranks / copies))")
 }

@@ -130,10 +130,12 @@ PY
             --node_rank "$node_rank" --master_addr "$head" --master_port "$port" --no_local_rank \
             "$script" "${arguments[@]}" ;;
     accelerate)
+        set_mesh_options "$config" "$nodes"
         # its default for DeepSpeed on several machines is pdsh
         exec "$PYTHON" -m accelerate.commands.launch --config_file "$config" --num_machines "$nodes" \
             --machine_rank "$node_rank" --num_processes $((nodes * PROCESSES)) --main_process_ip "$head" \
-            --main_process_port "$port" --deepspeed_multinode_launcher standard "$script" "${arguments[@]}" ;;
+            --main_process_port "$port" --deepspeed_multinode_launcher standard "${mesh_options[@]}" \
+            "$script" "${arguments[@]}" ;;
     torchrun)
         # without --local_addr it would hand out the machine's name, which others may not know
         exec "$PYTHON" -m torch.distributed.run --nnodes "$nodes" --nproc_per_node "$PROCESSES" --rdzv_backend c10d \

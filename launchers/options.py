@@ -205,7 +205,7 @@ class FinetuneArguments(TrainingArguments):
         if not isinstance(self.deepspeed, str) or self.deepspeed.lstrip().startswith("{"):
             return
         if not Path(self.deepspeed).is_file():
-            raise ValueError(f"deepspeed={self.deepspeed!r}: no such file; ds_configs/ has four to start from")
+            raise ValueError(f"deepspeed={self.deepspeed!r}: no such file; ds_configs/ has some to start from")
         if "LOCAL_RANK" not in os.environ:
             raise ValueError(
                 f"deepspeed={self.deepspeed!r} needs a launcher: deepspeed --num_gpus N launchers/finetune.py ..."

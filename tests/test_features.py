@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from reflora_dist import RefLoRAConfig, attach
 from tests.cluster import run_ranks
-from tests.engines_under_test import ENGINES, fsdp
+from tests.engines_under_test import ENGINES, fsdp, zero
 from tests.engines_under_test.common import Wrapped, _train_on, trainable
 from tests.oracles import trained_in_float64
 from tests.recorder import CollectiveRecorder, check_collectives
@@ -249,6 +250,38 @@ def test_loss_scaling() -> None:
     for factors, steps in run_ranks(_with_scaler, 2):
         assert worst_factor_error(factors, expected) < FACTOR_TOLERANCE
         assert steps == len(synthetic_workload().batches)
+
+
+def _with_deepspeeds_scaler(rank: int, world_size: int, stage: int) -> tuple[int, int, int, float]:
+    """fp16 under ZeRO from a loss scale of 2^28, far too large: DeepSpeed halves it and leaves those steps out."""
+    workload = synthetic_workload()
+    model = build_model(workload, dtype=torch.float16)
+    scale = zero.fp16_config(initial_scale_power=28, hysteresis=1, loss_scale_window=1000)
+    engine = ENGINES[f"zero{stage}"]
+    wrapped: Any = functools.partial(engine.wrap, more=scale)(model, Settings(), 12 // world_size)
+    handle = attach(wrapped.model, wrapped.optimizer, RefLoRAConfig(method="reflora", warmup_steps=1))
+    before, left_out = wrapped.factors(), 0
+    for index, batch in enumerate(workload.batches):
+        _train_on(wrapped, batch)
+        while wrapped.model.skipped_steps > left_out:
+            left_out += 1
+            assert all(torch.equal(factor, before[name]) for name, factor in wrapped.factors().items())
+            assert handle.report().steps == index
+            _train_on(wrapped, batch)
+        before = wrapped.factors()
+    report = handle.report()
+    expected = train_single(workload, RefLoRAConfig(method="reflora", warmup_steps=1))
+    return left_out, report.steps, report.applied_steps, worst_factor_error(before, expected)
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.all_ranks)])
+def test_steps_that_deepspeed_leaves_out_are_not_counted(stage: int) -> None:
+    """An overflow moves neither factors nor the warm-up; the steps after it are those of a run without one."""
+    steps = len(synthetic_workload().batches)
+    for left_out, counted, applied, error in run_ranks(_with_deepspeeds_scaler, 2, stage):
+        assert left_out > 1
+        assert (counted, applied) == (steps, steps - 1)
+        assert error < (ENGINES[f"zero{stage}-fp16"].bf16_factor_tolerance or 0.0)
 
 
 def _unused_adapter(rank: int, world_size: int, engine: str, method: str) -> tuple[dict[str, torch.Tensor], int]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,14 +16,14 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import FullyShardedDataParallelPlugin
 from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
 from tests.test_launchers_support import REPOSITORY
 
 DEEPSPEED = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 ACCELERATE = sorted((REPOSITORY / "launchers" / "accelerate").glob("*.yaml"))
-SCRIPTS = sorted((REPOSITORY / "launchers").glob("*.sh"))
-STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
+SCRIPTS = sorted([*(REPOSITORY / "launchers").glob("*.sh"), *(REPOSITORY / "launchers" / "slurm").iterdir()])
+STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_fp16": 3, "zero3_hpz": 3, "zero3_offload": 3}
 # What transformers puts in for "auto"; any legal values will do here.
 AUTO = {
     "train_batch_size": 8,
@@ -46,48 +49,104 @@ def _filled(value: Any, name: str = "") -> Any:
 
 def test_all_configurations_are_there() -> None:
     assert [path.stem for path in DEEPSPEED] == sorted(STAGES)
-    assert [path.stem for path in ACCELERATE] == ["deepspeed_zero3", "fsdp1", "fsdp2"]
+    assert [path.stem for path in ACCELERATE] == ["deepspeed_zero3", "fsdp1", "fsdp2", "fsdp2_hsdp"]
+
+
+class _Recording(dict[str, Any]):
+    """A configuration that notes which of its keys are looked up: one that DeepSpeed never reads is unknown to it."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
+
+
+def _load(config: dict[str, Any]) -> DeepSpeedConfig:
+    """What DeepSpeed makes of it.
+
+    Raises:
+        ValueError: a key is unknown at the top (sections refuse unknown keys themselves), or deprecated anywhere.
+    """
+    deprecated = []
+    recording = _Recording(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            DeepSpeedConfigModel,
+            "_process_deprecated_field",
+            lambda section, key: deprecated.append(key) if key in section.model_fields_set else None,
+        )
+        loaded = DeepSpeedConfig(recording)
+    unknown = set(config) - recording.read
+    if unknown or deprecated:
+        raise ValueError(f"unknown: {sorted(unknown)}, deprecated: {deprecated}")
+    return loaded
 
 
 @pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.stem)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_deepspeed_reads_it(path: Path, precision: str) -> None:
+    """With the precision that finetune.py's options choose; a file for one precision is read with it alone."""
     config = _filled(json.loads(path.read_text()))
+    if path.stem == "zero3_fp16":
+        precision = "fp16"
     if precision != "fp32":
         config[precision]["enabled"] = True
-    loaded = DeepSpeedConfig(config)
+    loaded = _load(config)
     assert loaded.zero_optimization_stage == STAGES[path.stem]
     assert loaded.gradient_clipping == 0.5
     assert loaded.bfloat16_config.enabled == (precision == "bf16")
     assert loaded.float16_config.enabled == (precision == "fp16")
+    assert loaded.zero_config.zero_hpz_partition_size == (8 if path.stem == "zero3_hpz" else 1)
 
 
-@pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.stem)
-def test_deepspeed_knows_every_key(path: Path) -> None:
-    config = json.loads(path.read_text())
-    zero = config["zero_optimization"]
-    known = {name for n, f in DeepSpeedZeroConfig.model_fields.items() for name in (n, f.alias) if name}
-    assert set(zero) <= known, set(zero) - known
-    deprecated = {
-        name
-        for name, field in DeepSpeedZeroConfig.model_fields.items()
-        if (field.json_schema_extra or {}).get("deprecated")  # type: ignore[union-attr]
-    }
-    assert not set(zero) & deprecated
-    assert set(config) - {"zero_optimization", "optimizer"} == {
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-        "bf16",
-        "fp16",
-    }
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("gradient_cliping",),
+        ("zero_optimization", "stage3_prefetch_buckets"),
+        ("zero_optimization", "offload_optimizer", "pinned"),
+        ("fp16", "scale_window"),
+        ("bf16", "scale_window"),
+        ("zero_optimization", "cpu_offload"),
+        ("zero_optimization", "stage3_gather_fp16_weights_on_model_save"),
+    ],
+    ids=lambda keys: ".".join(keys),
+)
+def test_a_key_that_is_unknown_or_deprecated_is_noticed(keys: tuple[str, ...]) -> None:
+    config = _filled(json.loads((REPOSITORY / "ds_configs" / "zero3_offload.json").read_text()))
+    section = config
+    for name in keys[:-1]:
+        section = section[name]
+    section[keys[-1]] = True
+    with pytest.raises(ValueError, match=keys[-1]):
+        _load(config)
 
 
-def test_every_key_that_json_cannot_comment_is_explained() -> None:
+def test_deepspeed_reads_quantized_nontrainable_weights() -> None:
+    """The one part of ZeRO++ that is read and no more: its kernels are CUDA's."""
+    config = _filled(json.loads((REPOSITORY / "ds_configs" / "zero3_hpz.json").read_text()))
+    config["zero_optimization"]["zero_quantized_nontrainable_weights"] = True
+    assert _load(config).zero_config.zero_quantized_nontrainable_weights
+
+
+def test_every_file_and_key_is_explained() -> None:
+    """JSON holds no comments, so the README beside the files has a row for each key that is not plain."""
     readme = (REPOSITORY / "ds_configs" / "README.md").read_text()
+    explained = set(re.findall(r"`([a-z0-9_]+)`", readme))
     for path in DEEPSPEED:
-        assert path.name in readme
+        assert f"`{path.name}`" in readme
+        assert _keys(json.loads(path.read_text())) <= explained, path.name
+
+
+def _keys(config: dict[str, Any]) -> set[str]:
+    return set(config) | {key for value in config.values() if isinstance(value, dict) for key in _keys(value)}
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
@@ -103,9 +162,49 @@ def test_every_nested_key_is_an_option_of_accelerate_launch(path: Path) -> None:
 
     options = {action.dest for action in launch_command_parser()._actions}
     config = yaml.safe_load(path.read_text())
-    nested = {**config.get("fsdp_config", {}), **config.get("deepspeed_config", {})}
+    nested = {key for section in config.values() if isinstance(section, dict) for key in section}
     assert nested
-    assert set(nested) <= options, set(nested) - options
+    assert nested <= options, nested - options
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
+def test_no_key_is_without_effect(path: Path) -> None:
+    """accelerate takes a key of the file only where the option of that name has no default of its own."""
+    from accelerate.commands.launch import launch_command_parser
+
+    defaults = {action.dest: action.default for action in launch_command_parser()._actions}
+    ignored = [key for key in yaml.safe_load(path.read_text()) if defaults.get(key) is not None]
+    assert not ignored
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
+def test_a_nested_key_that_is_not_plain_has_a_comment(path: Path) -> None:
+    plain = {"fsdp_version", "zero_stage", "fsdp_sharding_strategy", "fsdp_forward_prefetch", "fsdp_offload_params"}
+    plain |= {"offload_optimizer_device", "offload_param_device"}
+    for line in path.read_text().splitlines():
+        if line.startswith("  ") and line.split(":")[0].strip() not in plain:
+            assert "#" in line, line
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
+def test_the_command_line_makes_it_one_of_several_machines(path: Path) -> None:
+    """What accelerate then hands torch's launcher on the second of two machines."""
+    several = ["--num_machines=2", "--machine_rank=1", "--num_processes=16"]
+    several += ["--main_process_ip=10.0.0.1", "--main_process_port=29500"]
+    if path.stem == "fsdp2_hsdp":
+        several += ["--parallelism_config_dp_replicate_size=2", "--parallelism_config_dp_shard_size=8"]
+    arguments, environment = _launched(path.stem, *several)
+    assert (arguments.nnodes, arguments.nproc_per_node, arguments.node_rank) == ("2", "8", 1)
+    assert (arguments.rdzv_backend, arguments.rdzv_endpoint) == ("static", "10.0.0.1:29500")
+    if path.stem == "fsdp2_hsdp":
+        assert environment["PARALLELISM_CONFIG_DP_REPLICATE_SIZE"] == "2"
+        assert environment["PARALLELISM_CONFIG_DP_SHARD_SIZE"] == "8"
+
+
+def test_hsdp_has_as_many_ranks_as_its_mesh() -> None:
+    config = yaml.safe_load((REPOSITORY / "launchers" / "accelerate" / "fsdp2_hsdp.yaml").read_text())
+    sizes = config["parallelism_config"].values()
+    assert math.prod(sizes) == config["num_processes"]
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -128,18 +227,55 @@ def test_the_fsdp_plugin_becomes_what_the_file_says(version: int, monkeypatch: p
         assert plugin.reshard_after_forward is True
 
 
-def launch_environment(config: str) -> dict[str, str]:
+def launch_environment(config: str, *options: str) -> dict[str, str]:
     """The variables that ``accelerate launch --config_file`` gives the training script."""
+    wanted = ("ACCELERATE_", "FSDP_", "PARALLELISM_")
+    return {k: str(v) for k, v in _launched(config, *options)[1].items() if k.startswith(wanted)}
+
+
+def _launched(config: str, *options: str) -> tuple[argparse.Namespace, dict[str, str]]:
+    """What ``accelerate launch`` tells torch's launcher, and the variables it sets for the script."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_multi_gpu_env
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
     path = REPOSITORY / "launchers" / "accelerate" / f"{config}.yaml"
-    arguments: argparse.Namespace = launch_command_parser().parse_args(["--config_file", str(path), "script.py"])
-    arguments = _validate_launch_command(arguments)[0]
-    wanted = ("ACCELERATE_", "FSDP_")
-    return {k: str(v) for k, v in prepare_multi_gpu_env(arguments).items() if k.startswith(wanted)}
+    command = ["--config_file", str(path), *options, "script.py"]
+    arguments: argparse.Namespace = _validate_launch_command(launch_command_parser().parse_args(command))[0]
+    if not arguments.use_deepspeed:
+        return arguments, prepare_multi_gpu_env(arguments)
+    arguments.deepspeed_fields_from_accelerate_config = ""  # what launch_command would put there is for its messages
+    own_launcher, environment = prepare_deepspeed_cmd_env(arguments)
+    assert own_launcher is None  # torch's is taken
+    return arguments, environment
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_the_shell_reads_it(path: Path) -> None:
     subprocess.run(["bash", "-n", str(path)], check=True, timeout=20)
+
+
+@pytest.mark.parametrize(
+    ("config", "machines", "processes", "expected"),
+    [
+        ("fsdp2_hsdp", 1, 8, "2 4"),
+        ("fsdp2_hsdp", 4, 8, "4 8"),
+        ("fsdp2_hsdp", 1, 2, "do not make 2 copies"),
+        ("fsdp2_hsdp", 2, 1, "do not make 2 copies"),
+        ("fsdp2", 1, 3, ""),
+    ],
+)
+def test_the_mesh_follows_the_number_of_machines(config: str, machines: int, processes: int, expected: str) -> None:
+    """One copy per machine, on one machine two; what cannot be is refused before anything starts."""
+    launchers = REPOSITORY / "launchers"
+    command = f'. "$0"; set_mesh_options "$1" {machines}; echo "${{mesh_options[@]}}"'
+    done = subprocess.run(
+        ["bash", "-euc", command, launchers / "environment.sh", launchers / "accelerate" / f"{config}.yaml"],
+        env={**os.environ, "PROCESSES": str(processes)},
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    if "copies" in expected:
+        assert done.returncode and expected in done.stderr
+    else:
+        assert " ".join(re.findall(r"_size (\d+)", done.stdout)) == expected

@@ -14,8 +14,10 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from torch import Tensor, nn
+from torch.distributed.tensor import Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.engines_under_test.common import Engine, Wrapped, copied, optimizer_of, trainable, world_size
@@ -126,14 +128,26 @@ def _ddp(model: nn.Module, settings: Settings, micro_batch_size: int) -> Wrapped
     return Accelerated(accelerator, prepared, optimizer, settings)
 
 
-def _fsdp(model: nn.Module, settings: Settings, micro_batch_size: int, *, version: int) -> Wrapped:
+def _fsdp(
+    model: nn.Module, settings: Settings, micro_batch_size: int, *, version: int, hybrid: bool = False
+) -> Wrapped:
+    """``hybrid``: two ranks share a copy, as in fsdp2_hsdp.yaml."""
     forget_accelerate()
+    sizes = ParallelismConfig(dp_replicate_size=world_size() // 2, dp_shard_size=2) if hybrid else None
     with fsdp_on_cpu():
         plugin = FullyShardedDataParallelPlugin(**FSDP_PLUGIN[version])
-        accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, gradient_accumulation_steps=settings.grad_accum)
+        accelerator = Accelerator(
+            cpu=True,
+            fsdp_plugin=plugin,
+            parallelism_config=sizes,
+            gradient_accumulation_steps=settings.grad_accum,
+        )
     if version == 2:
         prepared, optimizer = accelerator.prepare(model, optimizer_of(model, settings))
         assert_fsdp2_shards(prepared)
+        for factor in named_factors(prepared).values():
+            assert factor.placements == ((Replicate(), Shard(0)) if hybrid else (Shard(0),))
+            assert factor.device_mesh.shape == ((world_size() // 2, 2) if hybrid else (world_size(),))
     else:
         # FSDP1 replaces the parameters, so the optimizer is made of the prepared model's
         prepared = accelerator.prepare(model)
@@ -170,6 +184,7 @@ def _prepared_zero(plugin: DeepSpeedPlugin, model: nn.Module, settings: Settings
 ENGINES = [
     Engine("ddp-accelerate", _ddp),
     Engine("fsdp2-accelerate", functools.partial(_fsdp, version=2)),
+    Engine("fsdp2-hsdp-accelerate", functools.partial(_fsdp, version=2, hybrid=True), world_sizes=(4,)),
     Engine("fsdp1-accelerate", functools.partial(_fsdp, version=1)),
     *(Engine(f"zero{stage}-accelerate", functools.partial(_zero, stage=stage)) for stage in (1, 2, 3)),
 ]

@@ -58,7 +58,7 @@ class Wrapped:
 class Engine:
     """One way to train: ``wrap(model, settings, micro_batch_size)``, and the world sizes it is valid on.
 
-    The tolerances are None where the reference's own hold; bf16 weights cannot follow it to those.
+    The tolerances are None where the reference's own hold; bf16 and fp16 weights cannot follow it to those.
     """
 
     name: str

@@ -7,6 +7,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.engines_under_test.common import Engine, Wrapped, copied, optimizer_of, world_size
@@ -67,6 +68,12 @@ def assert_zero_shards(engine: Any, stage: int) -> None:
             assert factor.ds_tensor.numel() == -(-factor.ds_numel // ranks), f"{name} is not partitioned"
 
 
+def _secondary_ranks(parameter: Any) -> int | None:
+    """The number of ranks that share ZeRO++'s second copy of a parameter; None without one."""
+    group = parameter.ds_zero_param_process_group
+    return None if group is None else dist.get_world_size(group)
+
+
 def master_flats(optimizer: Any) -> list[Tensor]:
     """This rank's flat fp32 master weights, one per param group (ZeRO-1/2) or sub-group (ZeRO-3)."""
     for attribute in (
@@ -99,6 +106,8 @@ def _zero(
         sharded_base: partition the model before ``deepspeed.initialize``, as building it under ``zero.Init``.
     """
     config = {**zero_config(settings, micro_batch_size, stage, **zero), **(more or {})}
+    if "fp16" in config:
+        allow_fp16_on_cpu()
     if sharded_base:
         deepspeed.zero.Init(module=model, config_dict_or_path=config)
         assert all(parameter.numel() == 0 for parameter in model.parameters())
@@ -109,7 +118,14 @@ def _zero(
     assert_zero_shards(engine, stage)
     if stage == 3:
         assert all(factor.ds_persist == persistent for factor in named_factors(model).values())
+        hpz = zero.get("zero_hpz_partition_size")
+        assert all(_secondary_ranks(parameter) == hpz for parameter in model.parameters())
     return Zero(engine, returned_optimizer, settings, bare=model)
+
+
+def allow_fp16_on_cpu() -> None:
+    """Have DeepSpeed train in fp16 also on a CPU without fp16 instructions, where torch computes it all the same."""
+    deepspeed.get_accelerator().is_fp16_supported = lambda: True
 
 
 def _optimizer(model: nn.Module, settings: Settings, two_groups: bool, cpu_adam: bool) -> torch.optim.Optimizer:
@@ -125,8 +141,14 @@ def _optimizer(model: nn.Module, settings: Settings, two_groups: bool, cpu_adam:
     return optimizer_of(model, settings)
 
 
+def fp16_config(**options: Any) -> dict[str, Any]:
+    """DeepSpeed's settings for fp16 weights; ``options`` are those of its loss scale."""
+    return {"fp16": {"enabled": True, **options}}
+
+
 _OFFLOAD = {"device": "cpu", "pin_memory": False}
 _stage = {stage: functools.partial(_zero, stage=stage) for stage in (1, 2, 3)}
+_hpz = functools.partial(_stage[3], zero_hpz_partition_size=2)
 ENGINES = [
     Engine("zero1", _stage[1]),
     Engine("zero2", _stage[2]),
@@ -139,6 +161,9 @@ ENGINES = [
     Engine("zero3-persist-all", functools.partial(_stage[3], stage3_param_persistence_threshold=1_000_000)),
     Engine("zero3-persist-none", functools.partial(_stage[3], stage3_param_persistence_threshold=0)),
     Engine("zero3-sharded-base", functools.partial(_stage[3], sharded_base=True)),
+    # ZeRO++: each pair of ranks holds a second, whole copy of what forward and backward gather
+    Engine("zero3-hpz", functools.partial(_hpz, stage3_param_persistence_threshold=0), world_sizes=(2, 4)),
+    Engine("zero3-hpz-persist-all", _hpz, world_sizes=(2, 4)),
     Engine("zero2-offload", functools.partial(_stage[2], offload_optimizer=_OFFLOAD)),
     Engine("zero3-offload", functools.partial(_stage[3], offload_optimizer=_OFFLOAD)),
     Engine("zero2-offload-cpu-adam", functools.partial(_stage[2], offload_optimizer=_OFFLOAD, cpu_adam=True)),
@@ -151,6 +176,18 @@ ENGINES = [
             model_dtype=torch.bfloat16,
             bf16_factor_tolerance=8e-2,
             bf16_loss_tolerance=2e-3,
+        )
+        for stage in (2, 3)
+    ),
+    # fp16 weights with fp32 masters, and a loss scale that does not overflow
+    *(
+        Engine(
+            f"zero{stage}-fp16",
+            functools.partial(_stage[stage], more=fp16_config(initial_scale_power=8)),
+            model_dtype=torch.float16,
+            # measured 2.9e-2 and 1.6e-4, for plain LoRA too
+            bf16_factor_tolerance=6e-2,
+            bf16_loss_tolerance=5e-4,
         )
         for stage in (2, 3)
     ),

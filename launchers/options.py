@@ -17,7 +17,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from launchers.cache import default_cache_dir
 from launchers.embedded import EmbeddedSettings
-from launchers.tokenization import TokenizationSettings
+from launchers.tokenization import PROMPT_TEMPLATES, TokenizationSettings
 from reflora_dist import LoRARite, RefLoRAConfig
 from reflora_dist.config import METHODS
 from reflora_dist.initial_factors import check_init
@@ -157,6 +157,11 @@ class DataOptions:
     max_length: int = _option(512, "Tokens of prompt and answer together; longer answers are cut.")
     packing: bool = _option(False, "Pack several short examples into each row; they do not see each other.")
     train_on_prompt: bool = _option(False, "Learn the prompt's tokens too, not the answer's alone.")
+    prompt_template: str = _option(
+        "plain",
+        "Text around instruction and answer. alpaca: as LLM-Adapters, DoRA and RefLoRA train.",
+        choices=tuple(PROMPT_TEMPLATES),
+    )
     cache_dir: str = _option(str(default_cache_dir()), "Where tokenized data and the embedded model are kept.")
     pretrain_steps: int = _option(EmbeddedSettings.pretrain_steps, "Pre-training steps of the embedded model.")
 
@@ -173,7 +178,12 @@ class DataOptions:
 
     def tokenization(self, *, packing: bool) -> TokenizationSettings:
         """How records are encoded; evaluation never packs, so that its loss is comparable between runs."""
-        return TokenizationSettings(max_length=self.max_length, train_on_prompt=self.train_on_prompt, packing=packing)
+        return TokenizationSettings(
+            max_length=self.max_length,
+            train_on_prompt=self.train_on_prompt,
+            packing=packing,
+            prompt_template=self.prompt_template,
+        )
 
 
 @dataclasses.dataclass

@@ -19,13 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, set_seed
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, set_seed
 
 from launchers import embedded, plots, recorder
 from launchers.options import PEFT_STARTS, Options, check_output_dir, checkpoint_to_resume, parse_options
 from launchers.records import Record, load_records, split_records
 from launchers.starts import start_adapter
-from launchers.tokenization import Collator, cached_examples
+from launchers.tokenization import Collator, cached_examples, load_tokenizer
 from reflora_dist import RefLoRACallback, export_adapter
 from reflora_dist.lora_sb import LoRASBCallback, LoRASBConfig, LoraXSConfig
 
@@ -139,18 +139,6 @@ def choose_records(options: Options) -> tuple[list[Record], list[Record]]:
 def tokenized(options: Options, tokenizer: Any, records: list[Record], *, build: bool, packing: bool = False) -> Any:
     settings = options.data.tokenization(packing=packing)
     return cached_examples(tokenizer, records, settings, Path(options.data.cache_dir), build=build)
-
-
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer, whichever kind it is.
-
-    Raises:
-        ValueError: it cannot be found or read.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"the tokenizer of {name!r} cannot be loaded: {error}") from error
 
 
 def load_model(name: str, options: Options) -> Any:

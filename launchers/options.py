@@ -17,6 +17,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from launchers.cache import default_cache_dir
 from launchers.embedded import EmbeddedSettings
+from launchers.fields import option as _option
 from launchers.tokenization import PROMPT_TEMPLATES, TokenizationSettings
 from reflora_dist import LoRARite, RefLoRAConfig
 from reflora_dist.config import METHODS
@@ -26,12 +27,6 @@ from reflora_dist.lora_sb import METHODS as LATENT_METHODS
 MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")
 # PEFT's own starts that leave the base alone; the others are reflora_dist.initialization's.
 PEFT_STARTS: dict[str, bool | str] = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
-
-
-def _option(default: object, help_text: str, **metadata: object):  # type: ignore[no-untyped-def]
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help_text, **metadata})
-    return field(default=default, metadata={"help": help_text, **metadata})
 
 
 @dataclasses.dataclass

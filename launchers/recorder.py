@@ -128,3 +128,11 @@ def write_metrics(metrics: dict[str, Any], output_dir: str) -> Path:
 def jsonable(options: Any) -> dict[str, Any]:
     """A dataclass of options as a JSON-ready dictionary."""
     return json.loads(json.dumps(dataclasses.asdict(options), default=str))
+
+
+def recorded_setting(adapter: str, name: str) -> Any:
+    """A setting of the run that wrote this adapter or checkpoint, from its metrics; None if it left none."""
+    for folder in (Path(adapter), Path(adapter).parent):
+        if (folder / METRICS_FILE).is_file():
+            return json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))["settings"].get(name)
+    return None

@@ -7,9 +7,7 @@ import json
 import pytest
 
 from launchers.answers import ANSWER_WORDS, extract_answer, is_correct
-from tests.test_launchers_support import REPOSITORY
-
-DATA = REPOSITORY.parent / "shared" / "data"
+from tests.test_launchers_support import DATA, needs_data
 
 RECORDED = [
     # as trained
@@ -97,7 +95,7 @@ def test_answers_are_compared_as_words_or_as_numbers(
     assert is_correct(task, answer, reference) == correct
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="needs ../shared/data")
+@needs_data
 @pytest.mark.parametrize("task", sorted({*ANSWER_WORDS} - {"hellaswag"}))
 def test_every_reference_output_is_its_own_answer(task: str) -> None:
     """The text that the models learn to write, of all records: the rule finds exactly the reference."""
@@ -106,7 +104,7 @@ def test_every_reference_output_is_its_own_answer(task: str) -> None:
         assert answer == record["answer"] and is_correct(task, answer, record["answer"])
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="needs ../shared/data")
+@needs_data
 def test_every_solution_of_gsm8k_is_its_own_answer() -> None:
     lines = (DATA / "gsm8k" / "test.jsonl").read_text().splitlines()
     for solution in (json.loads(line)["answer"] for line in lines):

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from transformers import HfArgumentParser, TrainingArguments
 
 from launchers.cache import default_cache_dir
+from launchers.classification import ClassificationOptions
 from launchers.embedded import EmbeddedSettings
 from launchers.fields import option as _option
 from launchers.tokenization import PROMPT_TEMPLATES, TokenizationSettings
@@ -242,6 +243,7 @@ class Options:
     lora: LoraOptions
     data: DataOptions
     training: FinetuneArguments
+    classification: ClassificationOptions
 
     def __post_init__(self) -> None:
         self.optimizer()
@@ -287,8 +289,8 @@ def parse_options(argv: list[str] | None = None) -> Options:
     Raises:
         ValueError: an option's value cannot be used.
     """
-    parser = HfArgumentParser((ModelOptions, LoraOptions, DataOptions, FinetuneArguments))  # type: ignore[arg-type]
-    return Options(*parser.parse_args_into_dataclasses(args=argv))
+    groups = (ModelOptions, LoraOptions, DataOptions, FinetuneArguments, ClassificationOptions)
+    return Options(*HfArgumentParser(groups).parse_args_into_dataclasses(args=argv))  # type: ignore[arg-type]
 
 
 def check_output_dir(output_dir: str) -> None:

@@ -29,6 +29,7 @@ class RunRecorder(TrainerCallback):
         self.method_callback = method_callback
         self.first_refactored_step = first_refactored_step
         self.step_seconds: list[float] = []
+        self.further_data: dict[str, Any] = {}  # by name: evaluated once, after training
         self._step_start = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

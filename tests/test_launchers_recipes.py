@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.test_launchers_classification import micro_deberta, write_glue
 from tests.test_launchers_support import DATA, REPOSITORY, launch, micro_model, needs_data
 
 LAUNCHERS = REPOSITORY / "launchers"
@@ -77,4 +78,47 @@ def test_commonsense_trains_and_evaluates(tmp_path: Path) -> None:
 )
 def test_commonsense_names_a_mistake(options: list[str], message: str) -> None:
     printed = launch(["bash", LAUNCHERS / "commonsense.sh", *options], timeout_s=120, expect_failure=True)
+    assert message in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "engine"), [("cola", "ddp"), pytest.param("mnli", "zero3", marks=pytest.mark.all_ranks)]
+)
+def test_glue_trains_and_scores(tmp_path: Path, task: str, engine: str) -> None:
+    micro_deberta(tmp_path / "model")
+    train, validation = write_glue(tmp_path / "train.jsonl", task), write_glue(tmp_path / "validation.jsonl", task)
+    command = ["bash", LAUNCHERS / "glue.sh", task, "--engine", engine, "--weights", tmp_path / "model"]
+    command += ["--train-data", train, "--eval-data", validation, "--output-dir", tmp_path / "out", "--processes", "2"]
+    command += ["--", "--num_train_epochs", "3", "--reflora_warmup_steps", "2", "--warmup_steps", "1"]
+    command += ["--cache_dir", tmp_path / "cache"]
+    printed = launch(command, timeout_s=300)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    # 48 records are 2 batches of 32 (16 on a rank)
+    assert (metrics["report"]["engine"], metrics["steps"], metrics["report"]["applied_steps"]) == (engine, 6, 4)
+    name = "matthews_correlation" if task == "cola" else "accuracy"
+    assert [(point["step"], point["set"]) for point in metrics["held_out_metrics"]] == [
+        (step, "validation") for step in (2, 4, 6)
+    ]
+    last = metrics["held_out_metrics"][-1]
+    assert f"validation, step 6: {name} {last[name]:.4f}" in printed
+    published = {"cola": (1e-3, 0.15, 64), "mnli": (5e-4, 0.15, 256)}[task]
+    settings = metrics["settings"]
+    assert (settings["learning_rate"], settings["cls_dropout"], settings["max_length"]) == published
+    assert (settings["lora_r"], settings["lora_alpha"], settings["per_device_train_batch_size"]) == (8, 8, 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give cola, sst2"),
+        (["wnli"], "'wnli': give cola"),
+        (["rte", "--epochs", "3"], "put options of finetune.py behind --"),
+        (["rte", "--engine", "fsdp2"], "give ddp or zero3"),
+        (["rte", "--seed"], "needs a value"),
+        (["rte", "--processes", "5"], "do not divide the batch of 32"),
+    ],
+)
+def test_glue_names_a_mistake(options: list[str], message: str) -> None:
+    printed = launch(["bash", LAUNCHERS / "glue.sh", *options], timeout_s=120, expect_failure=True)
     assert message in printed

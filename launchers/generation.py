@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +49,6 @@ def load_model(base: str, adapter: str | None, dtype: torch.dtype | str, device:
     Raises:
         ValueError: one of them cannot be loaded.
     """
-    # set by `accelerate launch` for training: transformers would leave the weights to rank 0, which shards them later
-    os.environ.pop("ACCELERATE_USE_FSDP", None)
     try:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map={"": device})
     except (OSError, ValueError, ImportError) as error:

@@ -93,7 +93,7 @@ def alone(folder: Path) -> dict[tuple[str, int], str]:
 
 
 def _evaluate_rank(rank: int, world_size: int, argv: list[str]) -> None:
-    # what `accelerate launch` sets with an FSDP configuration: transformers would give rank 1 an empty model
+    # what `accelerate launch` sets with an FSDP configuration, for which transformers builds rank 1's model otherwise
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     evaluate.main(argv)
 

@@ -12,41 +12,26 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
+from launchers.generation import base_of, generate, generation_config, load_model, own_device
+from launchers.recorder import recorded_setting
 from launchers.records import load_records
-from launchers.tokenization import encode_prompts, format_prompt
-from reflora_dist import lora_sb  # noqa: F401  (adapters that PEFT does not know by itself)
+from launchers.tokenization import encode_prompts, format_prompt, load_tokenizer
 
 
 def load(adapter: str) -> tuple[Any, Any]:
     """The base named in the adapter's configuration with the adapter on it, and its tokenizer.
 
     Raises:
-        ValueError: the folder holds no adapter.
+        ValueError: the folder holds no adapter, or one of them cannot be loaded.
     """
-    try:
-        base_name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    except (OSError, ValueError) as error:
-        raise ValueError(f"adapter={adapter!r} holds no adapter_config.json ({error})") from error
-    base = AutoModelForCausalLM.from_pretrained(base_name)
-    return PeftModel.from_pretrained(base, adapter).eval(), AutoTokenizer.from_pretrained(base_name)
+    base_name = base_of(adapter)
+    tokenizer = load_tokenizer(base_name)
+    return load_model(base_name, adapter, "auto", own_device(), generation_config(tokenizer)), tokenizer
 
 
-@torch.inference_mode()
-def answer(model: Any, tokenizer: Any, question: str, further_input: str = "", max_new_tokens: int = 64) -> str:
+def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64) -> str:
     """The model's most likely answer, token by token."""
-    prompt = torch.tensor(encode_prompts(tokenizer, [format_prompt(question, further_input)]))
-    generated = model.generate(
-        input_ids=prompt.to(model.device),
-        attention_mask=torch.ones_like(prompt, device=model.device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    return tokenizer.decode(generated[0, prompt.shape[1] :], skip_special_tokens=True).strip()
+    return generate(model, tokenizer, encode_prompts(tokenizer, [prompt]), max_new_tokens)[0]
 
 
 def main() -> None:
@@ -64,11 +49,13 @@ def main() -> None:
         records = load_records([options.records])[: options.count] if options.records else []
     except ValueError as error:
         raise SystemExit(f"ask.py: error: {error}") from error
+    template = recorded_setting(options.adapter, "prompt_template") or "plain"
     if options.question:
-        print(f"Q: {options.question}\nA: {answer(model, tokenizer, options.question, options.input)}")
+        prompt = format_prompt(options.question, options.input, template)
+        print(f"Q: {options.question}\nA: {answer(model, tokenizer, prompt)}")
     for record in records:
         print(f"Q: {record['instruction']} {record['input']}")
-        print(f"A: {answer(model, tokenizer, record['instruction'], record['input'])}")
+        print(f"A: {answer(model, tokenizer, format_prompt(record['instruction'], record['input'], template))}")
         print(f"   reference: {record['output']}")
 
 

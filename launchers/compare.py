@@ -77,6 +77,11 @@ def comparison_table(runs: Sequence[dict[str, Any]]) -> Table:
     for number, point in enumerate(runs[0]["held_out_loss"]):
         losses = [f"{run['held_out_loss'][number]['loss']:.4f}" for run in runs]
         table.add_row(f"held-out loss, step {point['step']}", *losses)
+    for number, point in enumerate(runs[0].get("held_out_metrics", [])):
+        for name in [name for name in point if name not in ("step", "set")]:
+            scores = [run["held_out_metrics"][number][name] for run in runs]
+            shown = ["none" if score is None else f"{score:.4f}" for score in scores]
+            table.add_row(f"{name}, {point['set']}, step {point['step']}", *shown)
     table.add_section()
     table.add_row("time per step, median (ms)", *(f"{1e3 * run['step_seconds_median']:.0f}" for run in runs))
     table.add_row("bytes per step and rank", *(f"{run['bytes_per_step']:,}" for run in runs))

@@ -1,4 +1,4 @@
-"""Fine-tune a causal language model with LoRA, under whatever launcher and engine started it.
+"""Fine-tune a language model or a classifier with LoRA, under whatever launcher and engine started it.
 
     python launchers/finetune.py                        # one process, embedded model and data
     torchrun --nproc_per_node 2 launchers/finetune.py --model NAME --dataset records.jsonl
@@ -19,14 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, set_seed
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, set_seed
 
-from launchers import embedded, plots, recorder
+from launchers import classification, embedded, plots, recorder
 from launchers.options import PEFT_STARTS, Options, check_output_dir, checkpoint_to_resume, parse_options
 from launchers.quantized import keep_weight_layout, quantization_config
 from launchers.records import Record, load_records, split_records
 from launchers.starts import start_adapter
-from launchers.tokenization import Collator, cached_examples
+from launchers.tokenization import Collator, cached_examples, load_tokenizer
 from reflora_dist import RefLoRACallback, export_adapter
 from reflora_dist.lora_sb import LoRASBCallback, LoRASBConfig, LoraXSConfig
 
@@ -63,26 +63,32 @@ def prepare(options: Options, checkpoint: str | None = None) -> tuple[Trainer, r
         ValueError, RuntimeError: an option, a file or a record cannot be used; the message says which.
     """
     arguments = options.training
-    train_records, eval_records = choose_records(options)
+    classifies = options.classification.active
+    train_records, eval_records = (classification.choose_records if classifies else choose_records)(options)
+    encode = classification.encoded if classifies else tokenized
     model_path = options.model.model or shared_once(arguments, embedded_model, options)
     tokenizer = load_tokenizer(options.model.tokenizer or model_path)
-    train_data = shared_once(arguments, tokenized, options, tokenizer, train_records, packing=options.data.packing)
-    eval_data = shared_once(arguments, tokenized, options, tokenizer, eval_records) if eval_records else None
+    train_data = shared_once(arguments, encode, options, tokenizer, train_records, packing=options.data.packing)
+    eval_data = shared_once(arguments, encode, options, tokenizer, eval_records) if eval_records else None
     if eval_data is None:
         arguments.eval_strategy, arguments.eval_on_start = "no", False
     set_seed(arguments.seed)
     model = add_adapter(load_model(model_path, options), options)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    collator = Collator(pad_token_id=padding)
+    collator = classification.collator(tokenizer) if classifies else Collator(pad_token_id=padding)
     start_adapter(model, lambda: load_model(model_path, options), train_data, collator, options, checkpoint)
     callback, first_step = method_callback(options)
     run_recorder = recorder.RunRecorder(callback, first_step)
+    if classifies:
+        for name, records in classification.further_records(options).items():
+            run_recorder.further_data[name] = shared_once(arguments, encode, options, tokenizer, records)
     trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=train_data,
         eval_dataset=eval_data,
         data_collator=collator,
+        compute_metrics=classification.metrics_of(options) if classifies else None,
         callbacks=[callback, run_recorder],
         optimizer_cls_and_kwargs=options.optimizer(),
     )
@@ -142,18 +148,6 @@ def tokenized(options: Options, tokenizer: Any, records: list[Record], *, build:
     return cached_examples(tokenizer, records, settings, Path(options.data.cache_dir), build=build)
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer, whichever kind it is.
-
-    Raises:
-        ValueError: it cannot be found or read.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"the tokenizer of {name!r} cannot be loaded: {error}") from error
-
-
 def load_model(name: str, options: Options) -> Any:
     """The base model in the dtype asked for; under ZeRO-3 each rank keeps its partition only.
 
@@ -163,6 +157,8 @@ def load_model(name: str, options: Options) -> Any:
     arguments, dtype = options.training, options.model.model_dtype
     if dtype == "auto":
         dtype = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32"
+    if options.classification.active:
+        return classification.load_model(name, options, getattr(torch, dtype))
     settings: dict[str, Any] = {}
     if options.model.load_in_4bit:
         computed = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else getattr(torch, dtype)
@@ -198,8 +194,10 @@ def add_adapter(model: Any, options: Options) -> Any:
             target_modules=targets,
         )
         return get_peft_model(model, latent)
+    classifies = options.classification.active
     config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
+        task_type=TaskType.SEQ_CLS if classifies else TaskType.CAUSAL_LM,
+        modules_to_save=model.new_heads if classifies else None,  # PEFT adds the classifier
         r=lora.lora_r,
         lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # PEFT accepts fractions
         lora_dropout=lora.lora_dropout,
@@ -219,12 +217,17 @@ def finish(trainer: Trainer, run_recorder: recorder.RunRecorder, options: Option
     evaluated = any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in history)
     if trainer.eval_dataset is not None and not evaluated:
         trainer.evaluate()
+    for name, data in run_recorder.further_data.items():
+        trainer.evaluate(data, metric_key_prefix=name)
     export_adapter(trainer.model_wrapped, output_dir)
     settings = {"method": options.lora.method}
     for part in (options.model, options.lora, options.data):
         settings |= recorder.jsonable(part)
     settings |= {name: getattr(options.training, name) for name in RECORDED_ARGUMENTS}
     metrics = recorder.collect_metrics(trainer, run_recorder, settings)
+    if options.classification.active:
+        metrics["settings"] |= recorder.jsonable(options.classification)
+        metrics["held_out_metrics"] = classification.held_out_metrics(history, options)
     if trainer.is_world_process_zero():
         recorder.write_metrics(metrics, output_dir)
         plot_path = plots.plot_run(metrics, Path(output_dir))
@@ -237,10 +240,11 @@ def summary(metrics: dict[str, Any], output_dir: str, plot_path: Path) -> str:
     loss = f"held-out loss {held_out[0]['loss']:.4f} -> {held_out[-1]['loss']:.4f}, " if held_out else ""
     step_ms = 1e3 * (metrics["step_seconds_median"] or 0.0)
     peak_gib = metrics["peak_memory_bytes"] / 2**30
+    scores = "".join(map(classification.describe, metrics.get("held_out_metrics", [])))
     return (
         f"{metrics['method']}: {metrics['steps']} steps, {loss}{step_ms:.0f} ms per step (median), "
         f"{metrics['bytes_per_step']:,} bytes per step, peak {peak_gib:.2f} GiB per process "
-        f"({metrics['peak_memory_kind']})\nadapter   {output_dir}\nplot      {plot_path}"
+        f"({metrics['peak_memory_kind']})\n{scores}adapter   {output_dir}\nplot      {plot_path}"
     )
 
 

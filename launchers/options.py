@@ -16,8 +16,10 @@ from accelerate import PartialState
 from transformers import HfArgumentParser, TrainingArguments
 
 from launchers.cache import default_cache_dir
+from launchers.classification import ClassificationOptions
 from launchers.embedded import EmbeddedSettings
-from launchers.tokenization import TokenizationSettings
+from launchers.fields import option as _option
+from launchers.tokenization import PROMPT_TEMPLATES, TokenizationSettings
 from reflora_dist import LoRARite, RefLoRAConfig
 from reflora_dist.config import METHODS
 from reflora_dist.initial_factors import check_init
@@ -26,12 +28,6 @@ from reflora_dist.lora_sb import METHODS as LATENT_METHODS
 MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")
 # PEFT's own starts that leave the base alone; the others are reflora_dist.initialization's.
 PEFT_STARTS: dict[str, bool | str] = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
-
-
-def _option(default: object, help_text: str, **metadata: object):  # type: ignore[no-untyped-def]
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help_text, **metadata})
-    return field(default=default, metadata={"help": help_text, **metadata})
 
 
 @dataclasses.dataclass
@@ -158,6 +154,11 @@ class DataOptions:
     max_length: int = _option(512, "Tokens of prompt and answer together; longer answers are cut.")
     packing: bool = _option(False, "Pack several short examples into each row; they do not see each other.")
     train_on_prompt: bool = _option(False, "Learn the prompt's tokens too, not the answer's alone.")
+    prompt_template: str = _option(
+        "plain",
+        "Text around instruction and answer. alpaca: as LLM-Adapters, DoRA and RefLoRA train.",
+        choices=tuple(PROMPT_TEMPLATES),
+    )
     cache_dir: str = _option(str(default_cache_dir()), "Where tokenized data and the embedded model are kept.")
     pretrain_steps: int = _option(EmbeddedSettings.pretrain_steps, "Pre-training steps of the embedded model.")
 
@@ -174,7 +175,12 @@ class DataOptions:
 
     def tokenization(self, *, packing: bool) -> TokenizationSettings:
         """How records are encoded; evaluation never packs, so that its loss is comparable between runs."""
-        return TokenizationSettings(max_length=self.max_length, train_on_prompt=self.train_on_prompt, packing=packing)
+        return TokenizationSettings(
+            max_length=self.max_length,
+            train_on_prompt=self.train_on_prompt,
+            packing=packing,
+            prompt_template=self.prompt_template,
+        )
 
 
 @dataclasses.dataclass
@@ -238,6 +244,7 @@ class Options:
     lora: LoraOptions
     data: DataOptions
     training: FinetuneArguments
+    classification: ClassificationOptions
 
     def __post_init__(self) -> None:
         self._check_quantization()
@@ -293,8 +300,8 @@ def parse_options(argv: list[str] | None = None) -> Options:
     Raises:
         ValueError: an option's value cannot be used.
     """
-    parser = HfArgumentParser((ModelOptions, LoraOptions, DataOptions, FinetuneArguments))  # type: ignore[arg-type]
-    return Options(*parser.parse_args_into_dataclasses(args=argv))
+    groups = (ModelOptions, LoraOptions, DataOptions, FinetuneArguments, ClassificationOptions)
+    return Options(*HfArgumentParser(groups).parse_args_into_dataclasses(args=argv))  # type: ignore[arg-type]
 
 
 def check_output_dir(output_dir: str) -> None:

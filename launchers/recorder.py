@@ -29,6 +29,7 @@ class RunRecorder(TrainerCallback):
         self.method_callback = method_callback
         self.first_refactored_step = first_refactored_step
         self.step_seconds: list[float] = []
+        self.further_data: dict[str, Any] = {}  # by name: evaluated once, after training
         self._step_start = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -128,3 +129,11 @@ def write_metrics(metrics: dict[str, Any], output_dir: str) -> Path:
 def jsonable(options: Any) -> dict[str, Any]:
     """A dataclass of options as a JSON-ready dictionary."""
     return json.loads(json.dumps(dataclasses.asdict(options), default=str))
+
+
+def recorded_setting(adapter: str, name: str) -> Any:
+    """A setting of the run that wrote this adapter or checkpoint, from its metrics; None if it left none."""
+    for folder in (Path(adapter), Path(adapter).parent):
+        if (folder / METRICS_FILE).is_file():
+            return json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))["settings"].get(name)
+    return None

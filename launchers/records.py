@@ -33,7 +33,12 @@ def load_records(sources: Sequence[str], split: str = "train") -> list[Record]:
     """
     records: list[Record] = []
     for source in sources:
-        loaded = _load_file(Path(source)) if _is_local_file(source) else _load_dataset(source, split)
+        if is_local_file(source):
+            places = ((f"{source}, line {line}", value) for line, value in parse_file(Path(source)))
+        else:
+            rows = enumerate(load_hub(source, split), start=1)
+            places = ((f"dataset {source!r}, record {number}", value) for number, value in rows)
+        loaded = [_checked(value, place) for place, value in places]
         if not loaded:
             raise ValueError(f"dataset {source!r} is empty; {EXPECTED}")
         records.extend(loaded)
@@ -55,7 +60,12 @@ def split_records(records: list[Record], fraction: float, seed: int) -> tuple[li
     return shuffled[held_out:], shuffled[:held_out]
 
 
-def _is_local_file(source: str) -> bool:
+def is_local_file(source: str) -> bool:
+    """Whether it is a file; what is neither that, nor a folder, nor a possible name on the hub is refused.
+
+    Raises:
+        ValueError: it looks like a file and does not exist.
+    """
     if os.path.isfile(source):
         return True
     looks_local = source.endswith((".json", ".jsonl")) or source.startswith((".", "/", "~")) or source.count("/") > 1
@@ -64,26 +74,37 @@ def _is_local_file(source: str) -> bool:
     return False
 
 
-def _load_dataset(source: str, split: str) -> list[Record]:
+def parse_file(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number, value) of everything in a JSON array or JSONL file.
+
+    Raises:
+        ValueError: the file cannot be read; the message names the line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error}); convert the file to UTF-8") from error
+    return _parse_array(text, path) if text.lstrip().startswith("[") else _parse_lines(text, path)
+
+
+def load_hub(name: str, split: str, config: str | None = None, revision: str | None = None) -> Any:
+    """One split of a data set of the hub, or of a local folder.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
     import datasets
 
     try:
-        loaded = datasets.load_dataset(source, split=split)
+        return datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as error:  # the hub client raises a dozen kinds; all mean that there is no data
+        part = f"{split!r} of {config!r}" if config else repr(split)
         raise ValueError(
-            f"dataset {source!r}, split {split!r} cannot be loaded ({type(error).__name__}: {error}); check "
+            f"dataset {name!r}, split {part} cannot be loaded ({type(error).__name__}: {error}); check "
             "the name, the split and the network, or give a local JSON or JSONL file"
         ) from error
-    return [_checked(record, f"dataset {source!r}, record {i}") for i, record in enumerate(loaded, start=1)]
-
-
-def _load_file(path: Path) -> list[Record]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error}); convert the file to UTF-8") from error
-    parsed = _parse_array(text, path) if text.lstrip().startswith("[") else _parse_lines(text, path)
-    return [_checked(value, f"{path}, line {line}") for line, value in parsed]
 
 
 def _parse_lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -101,3 +102,16 @@ def test_the_methods_own_settings_may_differ(tmp_path: Path) -> None:
 def test_a_folder_without_metrics_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match=r"metrics\.json cannot be read.*finished run"):
         _main(monkeypatch, str(tmp_path))
+
+
+def test_metrics_of_classification_are_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    point = {"step": 4, "set": "validation"}
+    runs = [
+        {**run, "held_out_metrics": [{**point, "matthews_correlation": score}]}
+        for run, score in ((RUN, None), (_other(), 0.75))
+    ]
+    _main(monkeypatch, *_write(tmp_path, *runs), "--plot", str(tmp_path / "c.png"))
+    printed = capsys.readouterr().out
+    assert re.search(r"matthews_correlation, validation, step 4 +│ +none │ +0.7500 │", printed)

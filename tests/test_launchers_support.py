@@ -10,13 +10,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from launchers.embedded import build_tokenizer
+from tests.workloads import reference_dir
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+DATA = reference_dir().parent / "data"  # real questions, beside the reference trajectories
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data in {DATA}")
 TEXTS = [
     "Return the number of items in a container, or raise an error if it has none.",
     "def add(a, b):\n    return a + b",

@@ -1,0 +1,98 @@
+"""The answers of an evaluation as they are written: a JSONL file per rank, so that a run can be stopped and go on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+SETTINGS_FILE = "settings.json"
+Key = tuple[str, int]  # the task, and the question's place in it
+
+
+def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Make sure that what the folder holds was made with the same settings.
+
+    Args:
+        folder: of the answers.
+        settings: what decides an answer. Those that are dictionaries may have further keys in the folder.
+
+    Raises:
+        ValueError: a setting differs; the message names it.
+    """
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in settings.items():
+        old = before.get(name)
+        if isinstance(value, dict) and isinstance(old, dict):
+            value = {key: entry for key, entry in value.items() if key in old}
+            old = {key: entry for key, entry in old.items() if key in value}
+        if old != value:
+            raise ValueError(
+                f"output_dir={str(folder)!r} holds answers made with {name}={old!r}, not {value!r}; give another "
+                "--output_dir, or delete this one"
+            )
+
+
+def write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Keep the settings for runs to come; entries of dictionaries are added to those that are there."""
+    path = folder / SETTINGS_FILE
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    merged = {n: {**before.get(n, {}), **v} if isinstance(v, dict) else v for n, v in settings.items()}
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8")
+    unfinished.rename(path)
+
+
+def read_answers(folder: Path) -> dict[Key, dict[str, Any]]:
+    """Every finished answer in the folder, of all ranks of all runs.
+
+    Raises:
+        ValueError: a line is no answer, and not the last one, which a killed run leaves unfinished.
+    """
+    answers: dict[Key, dict[str, Any]] = {}
+    for path in sorted(folder.glob("answers.rank*.jsonl")):
+        lines = path.read_text(encoding="utf-8").split("\n")
+        for number, line in enumerate(lines[:-1], start=1):  # what follows the last line break is unfinished
+            try:
+                answer = json.loads(line)
+                answers[answer["task"], answer["index"]] = answer
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}, line {number}: not an answer ({error!r}); delete the file") from error
+    return answers
+
+
+class AnswerFile:
+    """Appends one rank's answers to its file; each call of :meth:`add` leaves only whole lines behind."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.path = folder / f"answers.rank{rank}.jsonl"
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> AnswerFile:
+        if self.path.is_file():
+            content = self.path.read_bytes()
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):
+                self.path.write_bytes(content[:whole])
+        self._file = self.path.open("a", encoding="utf-8")
+        return self
+
+    def add(self, answers: Iterable[dict[str, Any]]) -> None:
+        assert self._file is not None
+        self._file.write("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+        self._file.flush()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        assert self._file is not None
+        self._file.close()
+
+
+def batches(items: list[Any], size: int) -> Iterator[list[Any]]:
+    """Consecutive pieces of at most ``size``."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -71,3 +71,8 @@ require_compiler() {
 free_port() {
     "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
+
+# Schedulers send SIGUSR1 to every process of a job. finetune.py stops with a checkpoint; launchers would just end.
+leave_sigusr1_to_ranks() {
+    trap '' USR1
+}

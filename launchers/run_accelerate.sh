@@ -12,5 +12,6 @@ case "${1:-}" in *.yaml) config=$1; shift ;; esac
 if [ "$gpus" -eq 0 ] && grep -q '^distributed_type: FSDP' "$config"; then
     die "$config: accelerate has no FSDP on a CPU (it would silently run DDP); use deepspeed_zero3.yaml"
 fi
+leave_sigusr1_to_ranks
 exec "$PYTHON" -m accelerate.commands.launch --config_file "$config" --num_processes "$PROCESSES" \
     --main_process_port "$(free_port)" "$repository/launchers/finetune.py" "$@"

@@ -58,7 +58,9 @@ def _options(folder: Path, output: Path, **changes: Any) -> list[str]:
     return [f"--{name}={value}" for name, value in options.items()]
 
 
-def _launch(folder: Path, launcher: str, output: Path, fault: str, **environment: str) -> contextlib.AbstractContextManager[Job]:
+def _launch(
+    folder: Path, launcher: str, output: Path, fault: str, **environment: str
+) -> contextlib.AbstractContextManager[Job]:
     command = ["bash", REPOSITORY / "launchers" / f"run_{launcher}.sh", *_options(folder, output)]
     return launched(command, output.with_name(f"{output.name}-job"), fault, **environment)
 
@@ -81,7 +83,9 @@ def _assert_resumed_as_uninterrupted(folder: Path, launcher: str, output: Path) 
 
 
 def _complete(output: Path) -> list[int]:
-    return sorted(int(file.parent.name.removeprefix("checkpoint-")) for file in output.glob("checkpoint-*/complete.json"))
+    return sorted(
+        int(file.parent.name.removeprefix("checkpoint-")) for file in output.glob("checkpoint-*/complete.json")
+    )
 
 
 class Fault(NamedTuple):
@@ -133,7 +137,9 @@ def test_a_rank_that_fails_ends_the_run_in_time(folder: Path, tmp_path: Path, la
 def _small_disk(folder: Path) -> Iterator[dict[str, str]]:
     """A file system of a few MiB; where none may be mounted, the fault limits the size of files instead."""
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, check=False
+    )
     if mounted.returncode != 0:
         yield {}
         return

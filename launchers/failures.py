@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.distributed_c10d import _get_default_store
 
 _FIRST_KEY = "launchers/first_failure"
@@ -41,7 +42,7 @@ def named_failures(output_dir: str, *, mistakes: tuple[type[Exception], ...] = (
         yield
     except mistakes as error:
         raise SystemExit(f"finetune.py: error: {on_rank()}{_explain(str(error), peers)}") from error
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # DCP's is no Exception
         text = " ".join(f"{type(error).__name__}: {error}".split())
         if _FAILED_WRITE.search(text):
             text += f" ({shutil.disk_usage(output_dir).free / 2**20:,.1f} MiB free in {output_dir})"

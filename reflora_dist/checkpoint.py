@@ -23,6 +23,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_local_load_plan
 from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.state_dict import (
@@ -101,10 +102,11 @@ def save_into(folder: Path, model: nn.Module, optimizer: Any, handle: Handle | N
                 shutil.rmtree(folder / stale, ignore_errors=True)
     save_adapter(model, folder)
     # not agreed upon: a rank that leaves an engine's collectives early cannot tell the others by another collective
-    if _is_deepspeed(engine):
-        model.save_checkpoint(str(folder), tag=_STATE, exclude_frozen_parameters=True)  # type: ignore[operator]
-    else:
-        dcp.save(_training_state(model, engine), checkpoint_id=folder / _STATE)
+    with _named_write_errors(folder):
+        if _is_deepspeed(engine):
+            model.save_checkpoint(str(folder), tag=_STATE, exclude_frozen_parameters=True)  # type: ignore[operator]
+        else:
+            dcp.save(_training_state(model, engine), checkpoint_id=folder / _STATE)
     with agreed("completing the checkpoint"):
         if is_first_rank():
             _write_record(folder, engine, handle, mark_of(model))
@@ -317,6 +319,25 @@ def _version(package: str) -> str | None:
 
 
 # --- ranks ---
+
+
+@contextlib.contextmanager
+def _named_write_errors(folder: Path) -> Iterator[None]:
+    """Say which rank could not write and how much space there is: torch tells neither of a full disk."""
+    try:
+        yield
+    except CheckpointException as error:  # of DCP, on every rank alike
+        failures = {rank: failure[0] for rank, failure in error.failures.items()}
+        raise RuntimeError(_write_error(folder, failures)) from error
+    except (OSError, RuntimeError) as error:
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        raise RuntimeError(_write_error(folder, {rank: error})) from error
+
+
+def _write_error(folder: Path, failures: Mapping[int, BaseException]) -> str:
+    causes = ", ".join(f"on rank {rank}: {type(error).__name__}: {error}" for rank, error in failures.items())
+    free = shutil.disk_usage(folder).free / 2**20
+    return f"saving the checkpoint to {folder}, with {free:,.1f} MiB free there, failed {causes}"
 
 
 @contextlib.contextmanager

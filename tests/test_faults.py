@@ -59,10 +59,10 @@ def _options(folder: Path, output: Path, **changes: Any) -> list[str]:
 
 
 def _launch(
-    folder: Path, launcher: str, output: Path, fault: str, **environment: str
+    folder: Path, launcher: str, output: Path, fault: str, *, environment: dict[str, str] | None = None, **changes: Any
 ) -> contextlib.AbstractContextManager[Job]:
-    command = ["bash", REPOSITORY / "launchers" / f"run_{launcher}.sh", *_options(folder, output)]
-    return launched(command, output.with_name(f"{output.name}-job"), fault, **environment)
+    command = ["bash", REPOSITORY / "launchers" / f"run_{launcher}.sh", *_options(folder, output, **changes)]
+    return launched(command, folder / "jobs" / output.parent.name / output.name, fault, **(environment or {}))
 
 
 def _train(folder: Path, launcher: str, output: Path, **changes: Any) -> dict[str, torch.Tensor]:
@@ -98,7 +98,6 @@ class Fault(NamedTuple):
 
 KILLED = r"rank {other}: rank {rank} \(process \d+\) was killed by SIGKILL"
 RAISED = r"rank {rank}: RuntimeError: out of memory \(a test's\)"
-# the store, which tells the others, ends with the launcher's rank 0 but not with torchrun
 FAILED_WRITE = r"rank {rank}: \w+: .*[\d.]+ MiB free in "
 FAULTS = [
     Fault("kill", 1, KILLED),
@@ -155,13 +154,8 @@ def _small_disk(folder: Path) -> Iterator[dict[str, str]]:
 def test_a_full_disk_leaves_the_last_checkpoint(folder: Path, tmp_path: Path, launcher: str) -> None:
     """No rank can write the second checkpoint; once there is space again, the run goes on from the first."""
     with _small_disk(tmp_path / "disk") as environment:
-        output = tmp_path / "disk" / "run"
-        with launched(
-            ["bash", REPOSITORY / "launchers" / f"run_{launcher}.sh", *_options(folder, output)],
-            tmp_path / "job",
-            f"full 0 {FAULT_AT}",
-            **environment,
-        ) as job:
+        output = tmp_path / "disk" / launcher
+        with _launch(folder, launcher, output, f"full 0 {FAULT_AT}", environment=environment) as job:
             job.seconds_to_the_end(LIMIT)
         printed = job.output()
         assert job.launcher.returncode != 0
@@ -185,7 +179,7 @@ def _to_one_rank(job: Job) -> list[int]:
     return [job.ranks()[1]]
 
 
-SAMPLED_SIGNALS = {("torchrun", "SIGTERM", _to_launcher), ("accelerate", "SIGUSR1", _to_everything)}
+SAMPLED_SIGNALS = {("torchrun", "SIGTERM", _to_everything), ("accelerate", "SIGUSR1", _to_everything)}
 
 
 def _signals() -> Iterator[Any]:
@@ -200,9 +194,12 @@ def _signals() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("launcher", "name", "to"), _signals())
 def test_a_signal_stops_with_a_checkpoint(folder: Path, tmp_path: Path, launcher: str, name: str, to: Any) -> None:
-    """Whichever process gets it, all ranks save after the same step and end; the run goes on as if never stopped."""
+    """Whichever process gets it, all ranks save after the same step and end; the run goes on as if never stopped.
+
+    The data loader's workers, which SIGTERM would end, get it too.
+    """
     output = tmp_path / "run"
-    with _launch(folder, launcher, output, "slow 0 0") as job:
+    with _launch(folder, launcher, output, "slow 0 0", dataloader_num_workers=1) as job:
         job.wait_for("'epoch': '0.2'")
         job.signal(to(job), signal.Signals[name])
         job.seconds_to_the_end(LIMIT)

@@ -90,3 +90,8 @@ set_mesh_options() {
     mesh_options=(--parallelism_config_dp_replicate_size "$copies")
     mesh_options+=(--parallelism_config_dp_shard_size "$((ranks / copies))")
 }
+
+# Schedulers send SIGUSR1 to every process of a job. finetune.py stops with a checkpoint; launchers would just end.
+leave_sigusr1_to_ranks() {
+    trap '' USR1
+}

@@ -10,6 +10,7 @@ Every option of transformers' TrainingArguments works too; ``--help`` lists them
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from pathlib import Path
@@ -19,15 +20,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
+from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, set_seed
 
 from launchers import classification, embedded, plots, recorder
+from launchers.failures import named_failures
+from launchers.interruptions import StopOnSignal
 from launchers.options import PEFT_STARTS, Options, check_output_dir, checkpoint_to_resume, parse_options
 from launchers.quantized import keep_weight_layout, quantization_config
 from launchers.records import Record, load_records, split_records
 from launchers.starts import start_adapter
 from launchers.tokenization import Collator, cached_examples, load_tokenizer
 from reflora_dist import RefLoRACallback, export_adapter
+from reflora_dist.completeness import CompleteCheckpoints
 from reflora_dist.lora_sb import LoRASBCallback, LoRASBConfig, LoraXSConfig
 
 # Trainer's settings that two runs must share to be comparable.
@@ -43,17 +48,26 @@ RECORDED_ARGUMENTS = (
 
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    mistakes = (ValueError, RuntimeError)
     try:
-        options = parse_options(argv)
+        options = parse_options(argv)  # which also joins the ranks
+    except mistakes as error:
+        raise SystemExit(f"finetune.py: error: {error}") from error
+    with named_failures(options.training.output_dir, mistakes=mistakes):
         check_output_dir(options.training.output_dir)
         checkpoint = checkpoint_to_resume(options.training)
         trainer, run_recorder = prepare(options, checkpoint)
-    except (ValueError, RuntimeError) as error:
-        # What a user can mend is told in one line; a traceback would hide it.
-        raise SystemExit(f"finetune.py: error: {error}") from error
-    trainer.train(resume_from_checkpoint=checkpoint)
-    finish(trainer, run_recorder, options)
+    stop = StopOnSignal()
+    for callback in (CompleteCheckpoints(), stop):
+        trainer.add_callback(callback)
+    with named_failures(options.training.output_dir), contextlib.closing(stop):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        exit_code = stop.exit_code()
+        if not exit_code:
+            finish(trainer, run_recorder, options)
     leave()
+    if exit_code:
+        raise SystemExit(exit_code)
 
 
 def prepare(options: Options, checkpoint: str | None = None) -> tuple[Trainer, recorder.RunRecorder]:
@@ -256,4 +270,4 @@ def leave() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    record(main)()  # torchrun's summary then has the exception

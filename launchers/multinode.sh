@@ -117,6 +117,7 @@ read -r interface address <<< "$found"
 export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
 echo "machine $node_rank of $nodes: $PROCESSES process(es), $address on $GLOO_SOCKET_IFNAME, head $head:$port"
 
+leave_sigusr1_to_ranks
 case "$launcher" in
     deepspeed)
         # what `deepspeed --no_ssh` starts on each machine, without the process between that would not pass SIGTERM on

@@ -21,6 +21,8 @@ from launchers.embedded import EmbeddedSettings
 from launchers.fields import option as _option
 from launchers.tokenization import PROMPT_TEMPLATES, TokenizationSettings
 from reflora_dist import LoRARite, RefLoRAConfig
+from reflora_dist.adapter_files import is_first_rank, world_size
+from reflora_dist.completeness import last_complete_checkpoint, require_complete
 from reflora_dist.config import METHODS
 from reflora_dist.initial_factors import check_init
 from reflora_dist.lora_sb import METHODS as LATENT_METHODS
@@ -195,7 +197,7 @@ class FinetuneArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = _option(False, "Every adapter is used in every step.")
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
     resume_from_checkpoint: str | None = _option(
-        None, "A checkpoint folder, or auto: the last one in output_dir, from the start if there is none."
+        None, "A checkpoint folder, or auto: the last complete one in output_dir, from the start if there is none."
     )
 
     def __post_init__(self) -> None:
@@ -322,18 +324,33 @@ def checkpoint_to_resume(arguments: FinetuneArguments) -> str | None:
     """The checkpoint folder that ``--resume_from_checkpoint`` means; None to start from the beginning.
 
     Raises:
-        ValueError: the named folder is no checkpoint.
-    """
-    from transformers.trainer_utils import get_last_checkpoint
+        ValueError: the named folder is no complete checkpoint.
 
+    Communication: one broadcast of a small object; every rank must call.
+    """
     asked = arguments.resume_from_checkpoint
     if asked is None:
         return None
-    if asked == "auto":
-        return get_last_checkpoint(arguments.output_dir)
-    if not (Path(asked) / "trainer_state.json").is_file():
+    # one rank looks: storage need not show all of them the same
+    found: list[str | None] = [None, None]
+    if is_first_rank():
+        try:
+            found[0] = last_complete_checkpoint(arguments.output_dir) if asked == "auto" else _named_checkpoint(asked)
+        except (OSError, ValueError) as error:
+            found[1] = str(error)
+    if world_size() > 1:
+        torch.distributed.broadcast_object_list(found)
+    checkpoint, problem = found
+    if problem:
+        raise ValueError(f"resume_from_checkpoint={asked!r}: {problem}")
+    return checkpoint
+
+
+def _named_checkpoint(folder: str) -> str:
+    if not (Path(folder) / "trainer_state.json").is_file():
         raise ValueError(
-            f"resume_from_checkpoint={asked!r} is no checkpoint (it has no trainer_state.json); name a "
-            "checkpoint-N folder of an earlier run, or use auto"
+            f"{folder} is no checkpoint (it has no trainer_state.json); name a checkpoint-N folder of an earlier run, "
+            "or use auto"
         )
-    return asked
+    require_complete(folder)
+    return folder

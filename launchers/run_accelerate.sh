@@ -11,5 +11,6 @@ config=$repository/launchers/accelerate/fsdp2.yaml
 case "${1:-}" in *.yaml) config=$1; shift ;; esac
 refuse_fsdp_on_a_cpu "$config"
 set_mesh_options "$config" 1
+leave_sigusr1_to_ranks
 exec "$PYTHON" -m accelerate.commands.launch --config_file "$config" --num_processes "$PROCESSES" \
     --main_process_port "$(free_port)" "${mesh_options[@]}" "$repository/launchers/finetune.py" "$@"

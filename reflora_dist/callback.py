@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from .adapter_files import load_adapter, save_adapter
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import load_checkpoint, save_into
 from .config import RefLoRAConfig
 from .integrate import Handle, attach, schedule_state
 from .report import Report
@@ -90,7 +90,7 @@ class RefLoRACallback(TrainerCallback, ExportableState):
             # Trainer's own has no factors, since PEFT does not find its layers under FSDP1's wrappers, and as sharded
             # state accelerate does not load the optimizer's
             assert self.handle is not None
-            save_checkpoint(checkpoint_folder(args, state), kwargs["model"], kwargs["optimizer"], self.handle)
+            save_into(checkpoint_folder(args, state), kwargs["model"], kwargs["optimizer"], self.handle)
         elif engine == "fsdp2":
             save_adapter(kwargs["model"], checkpoint_folder(args, state))
         else:

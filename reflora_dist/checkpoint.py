@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +21,9 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_local_load_plan
 from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.state_dict import (
@@ -37,6 +38,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from .adapter_files import agreed, is_first_rank, load_adapter, load_frozen, save_adapter, world_size
 from .adapters import clean_name
 from .engines import Engine
+from .files import file_sizes, require_files, write_json
 from .integrate import Handle
 from .start_files import mark_of, require_same_start
 from .trained import find_training_engine
@@ -57,18 +59,39 @@ def save_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any, ha
     Learning-rate schedulers outside DeepSpeed, random states and the position in the data are the caller's.
 
     Args:
-        output_dir: on storage that all ranks share; a checkpoint that is there is replaced.
+        output_dir: on storage that all ranks share; a folder that is there is replaced as a whole, and stays as it is
+            until the new one is complete (written beside it, as ``.NAME.part``).
         model: as the engine returned it (wrapped); under FSDP2 and in one process the model itself.
         optimizer: as given to ``attach``.
         handle: what ``attach`` returned; None where nothing is attached (LoRA-SB).
 
     Raises:
         TypeError, ValueError, OSError, RuntimeError: on every rank; the model is not what the engine returned, or
-            the folder cannot be written.
+            the folder cannot be written. Under DeepSpeed a write that fails is raised where it failed: end that
+            process, since the others wait for it.
 
     Communication: the engine's own, and that of :func:`save_adapter`; every rank must call.
     """
-    folder = Path(output_dir)
+    folder = Path(output_dir).resolve()
+    part = folder.with_name(f".{folder.name}.part")
+    if is_first_rank():
+        shutil.rmtree(part, ignore_errors=True)  # what an interrupted save left
+    save_into(part, model, optimizer, handle)
+    with agreed("replacing the checkpoint"):
+        if is_first_rank():
+            previous = _previous(folder)
+            shutil.rmtree(previous, ignore_errors=True)
+            if folder.exists():
+                folder.rename(previous)
+            part.rename(folder)
+            shutil.rmtree(previous, ignore_errors=True)
+
+
+def save_into(folder: Path, model: nn.Module, optimizer: Any, handle: Handle | None = None) -> None:
+    """:func:`save_checkpoint` into a folder that is no checkpoint yet, whose other files stay.
+
+    Args, errors and communication as there.
+    """
     with agreed("preparing to save the checkpoint"):
         engine = find_training_engine(model, optimizer)
         _require_wrapped(model, engine)
@@ -78,7 +101,8 @@ def save_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any, ha
             for stale in (_STATE, _UNIVERSAL):
                 shutil.rmtree(folder / stale, ignore_errors=True)
     save_adapter(model, folder)
-    with agreed("saving the checkpoint"):
+    # not agreed upon: a rank that leaves an engine's collectives early cannot tell the others by another collective
+    with _named_write_errors(folder):
         if _is_deepspeed(engine):
             model.save_checkpoint(str(folder), tag=_STATE, exclude_frozen_parameters=True)  # type: ignore[operator]
         else:
@@ -119,7 +143,7 @@ def load_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any) ->
             _require_converted(folder)
         else:
             _require_loadable_on(world_size(), record, engine, folder)
-            _require_all_files(record, folder)
+            require_files(folder, record["files"])
     with agreed("loading the checkpoint"):
         if _is_deepspeed(engine):
             tag = _UNIVERSAL if universal else _STATE
@@ -143,7 +167,7 @@ def complete_state(folder: str | Path) -> Path | None:
     checkpoint = Path(folder)
     if not (checkpoint / _STATE).is_dir():
         return None
-    _require_all_files(_read_record(checkpoint), checkpoint)
+    require_files(checkpoint, _read_record(checkpoint)["files"])
     return checkpoint / _STATE
 
 
@@ -211,8 +235,17 @@ def _is_no_shard(engine: Engine) -> bool:
 # --- the checkpoint's record ---
 
 
+def _previous(folder: Path) -> Path:
+    """Where a checkpoint is for the moment in which its successor takes its name."""
+    return folder.with_name(f".{folder.name}.previous")
+
+
 def _write_record(folder: Path, engine: Engine, handle: Handle | None, start: str | None) -> None:
-    files = sorted(path for path in (folder / _STATE).rglob("*") if path.is_file())
+    written = {
+        name: size
+        for name, size in file_sizes(folder).items()
+        if name.startswith(f"{_STATE}/") or name.endswith(SAFETENSORS_WEIGHTS_NAME)
+    }
     record = {
         "version": _FORMAT_VERSION,
         "engine": engine.name,
@@ -221,21 +254,18 @@ def _write_record(folder: Path, engine: Engine, handle: Handle | None, start: st
         "handle": {} if handle is None else handle.state_dict(),
         "start": start,
         "param_groups": _group_settings(engine),
-        "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
+        "files": written,
     }
-    part = folder / f"{_RECORD}.part"
-    with open(part, "w") as file:
-        json.dump(record, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, folder / _RECORD)
+    write_json(folder / _RECORD, record)
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / _RECORD
     if not path.is_file():
+        previous = _previous(folder.resolve())
+        other = previous if (previous / _RECORD).is_file() else "an earlier one"
         raise FileNotFoundError(
-            f"{folder} holds no complete checkpoint: {_RECORD}, which is written last, is missing; load an earlier one"
+            f"{folder} holds no complete checkpoint: {_RECORD}, which is written last, is missing; load {other}"
         )
     try:
         record = json.loads(path.read_text())
@@ -283,15 +313,6 @@ def _conversion(folder: Path) -> str:
     return f"{tool} --input_folder {folder / _STATE} --output_folder {folder / _UNIVERSAL}"
 
 
-def _require_all_files(record: Mapping[str, Any], folder: Path) -> None:
-    for name, size in record["files"].items():
-        path = folder / name
-        present = path.stat().st_size if path.is_file() else None
-        if present != size:
-            state = "is missing" if present is None else f"has {present} bytes instead of {size}"
-            raise ValueError(f"{path} {state}: the checkpoint is damaged; load an earlier one")
-
-
 def _require_wrapped(model: nn.Module, engine: Engine) -> None:
     if _is_deepspeed(engine) and not hasattr(model, "load_universal_checkpoint"):
         raise ValueError(f"pass the engine that deepspeed.initialize returned, not the bare {type(model).__name__}")
@@ -311,6 +332,25 @@ def _version(package: str) -> str | None:
 
 
 # --- ranks ---
+
+
+@contextlib.contextmanager
+def _named_write_errors(folder: Path) -> Iterator[None]:
+    """Say which rank could not write and how much space there is: torch tells neither of a full disk."""
+    try:
+        yield
+    except CheckpointException as error:  # of DCP, on every rank alike
+        failures = {rank: failure[0] for rank, failure in error.failures.items()}
+        raise RuntimeError(_write_error(folder, failures)) from error
+    except (OSError, RuntimeError) as error:
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        raise RuntimeError(_write_error(folder, {rank: error})) from error
+
+
+def _write_error(folder: Path, failures: Mapping[int, BaseException]) -> str:
+    causes = ", ".join(f"on rank {rank}: {type(error).__name__}: {error}" for rank, error in failures.items())
+    free = shutil.disk_usage(folder).free / 2**20
+    return f"saving the checkpoint to {folder}, with {free:,.1f} MiB free there, failed {causes}"
 
 
 @contextlib.contextmanager

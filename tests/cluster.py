@@ -137,7 +137,7 @@ def _end(processes: Sequence[BaseProcess], folder: Path, grace: float) -> None:
     for rank, process in enumerate(processes):
         # without its handler in place (the stack file exists from then on) the signal would end the rank
         if process.is_alive() and process.pid and (folder / f"{rank}.stack").exists():
-            os.kill(process.pid, signal.SIGUSR1)
+            os.kill(process.pid, signal.SIGUSR2)
     time.sleep(0.3)
     for process in processes:
         process.kill()
@@ -192,7 +192,7 @@ def _rank_main(launch: _Launch, rank: int) -> None:
     code = 1
     gc.freeze()  # DeepSpeed collects garbage often: it need not walk through what was imported before the fork
     with open(folder / f"{rank}.stack", "w") as stack_file:
-        faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
+        faulthandler.register(signal.SIGUSR2, file=stack_file, all_threads=True)
         # a guard of its own, in case the parent is gone and nobody ends this rank
         faulthandler.dump_traceback_later(launch.timeout + 30, exit=True, file=stack_file)
         try:

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..adapter_files import load_adapter, load_frozen, save_adapter
 from ..callback import checkpoint_folder, resumed_checkpoint
-from ..checkpoint import load_checkpoint, save_checkpoint
+from ..checkpoint import load_checkpoint, save_into
 from ..report import Report
 from ..trained import find_training_engine
 from .config import LoRASBConfig
@@ -76,7 +76,7 @@ class LoRASBCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = checkpoint_folder(args, state)
         if isinstance(kwargs["model"], FullyShardedDataParallel):
-            save_checkpoint(folder, kwargs["model"], kwargs["optimizer"])
+            save_into(folder, kwargs["model"], kwargs["optimizer"])
         else:
             save_adapter(kwargs["model"], folder)
 

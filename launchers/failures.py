@@ -1,0 +1,117 @@
+"""One line per rank about what ended it: launchers show an exit code at most, and some not whose."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.distributed_c10d import _get_default_store
+
+_FIRST_KEY = "launchers/first_failure"
+# what gloo, NCCL and the store say when another rank has gone
+_LOST_PEER = re.compile(r"connection|peer|broken pipe|socket|timed? ?out|NCCL", re.IGNORECASE)
+_SECONDS_TO_DIE = 3.0
+# what torch and safetensors say of a write that failed, mostly without the reason
+_FAILED_WRITE = re.compile(r"inline_container|PytorchStreamWriter|I/O error|No space|too large|quota", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def named_failures(output_dir: str, *, mistakes: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Have an exception name the rank and the cause on stderr; every rank must enter.
+
+    A rank that fails because another one is gone names that one and, on its own machine, how it ended.
+
+    Args:
+        output_dir: where the run writes; the space left there is told with a write that failed.
+        mistakes: exceptions that a user can mend, told without a traceback, which would hide them.
+
+    Communication: one all-gather of small objects at the beginning.
+    """
+    peers = _gather_processes()
+    try:
+        yield
+    except mistakes as error:
+        raise SystemExit(f"finetune.py: error: {on_rank()}{_explain(str(error), peers)}") from error
+    except (Exception, CheckpointException) as error:  # DCP's is no Exception
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        if _FAILED_WRITE.search(text):
+            text += f" ({shutil.disk_usage(output_dir).free / 2**20:,.1f} MiB free in {output_dir})"
+        print(f"finetune.py: {on_rank()}{_explain(text, peers)}", file=sys.stderr, flush=True)
+        raise
+
+
+def on_rank() -> str:
+    """ "rank N: ", or nothing in one process."""
+    return f"rank {dist.get_rank()}: " if dist.is_initialized() and dist.get_world_size() > 1 else ""
+
+
+def _gather_processes() -> list[tuple[str, int]]:
+    """Host and process id of every rank."""
+    own = (socket.gethostname(), os.getpid())
+    if not on_rank():
+        return [own]
+    gathered: list[tuple[str, int]] = [own] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    return gathered
+
+
+def _explain(text: str, peers: list[tuple[str, int]]) -> str:
+    if len(peers) == 1:
+        return text
+    if _LOST_PEER.search(text):
+        lost = _reported() or _find_ended(peers)
+        if lost:
+            return f"{lost} (seen here as {text})"
+        return f"{text}. If no rank tells a cause of its own, one was killed: see the launcher's exit codes"
+    with contextlib.suppress(Exception):  # without the store nobody else can read it anyway
+        _get_default_store().compare_set(_FIRST_KEY, "", f"{on_rank()}{text}")
+    return text
+
+
+def _reported() -> str | None:
+    """What the first rank that failed by itself left in the store."""
+    with contextlib.suppress(Exception):
+        store = _get_default_store()
+        if store.check([_FIRST_KEY]):
+            return f"ended after {store.get(_FIRST_KEY).decode()}"
+    return None
+
+
+def _find_ended(peers: list[tuple[str, int]]) -> str | None:
+    """A rank of this machine that is no more; its connections close a moment before."""
+    local = [(rank, pid) for rank, (host, pid) in enumerate(peers) if host == socket.gethostname()]
+    deadline = time.monotonic() + _SECONDS_TO_DIE
+    while Path("/proc/self").exists():
+        for rank, pid in local:
+            ended = how_ended(pid)
+            if ended:
+                return f"rank {rank} (process {pid}) {ended}"
+        reported = _reported()
+        if reported or time.monotonic() > deadline:
+            return reported
+        time.sleep(0.02)
+    return None
+
+
+def how_ended(pid: int) -> str | None:
+    """How a process of this machine ended; None while it runs. Exactly, as long as its parent has not asked."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "is gone"
+    if fields[0] not in "ZX":
+        return None
+    status = int(fields[49])  # proc(5): exit_code, as wait(2) has it
+    if os.WIFSIGNALED(status):
+        return f"was killed by {signal.Signals(os.WTERMSIG(status)).name}"
+    return f"ended with exit code {os.WEXITSTATUS(status)}"

@@ -331,7 +331,7 @@ def test_recorded_answers_give_the_table(
 @pytest.mark.parametrize(
     "launcher",
     [
-        "torchrun",
+        pytest.param("torchrun", marks=pytest.mark.all_ranks),  # the recipe's test uses it too
         pytest.param("deepspeed", marks=pytest.mark.all_ranks),
         pytest.param("accelerate", marks=pytest.mark.all_ranks),
     ],

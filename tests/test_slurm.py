@@ -134,6 +134,41 @@ def test_a_batch_script_starts_a_benchmark(folder: Path) -> None:
     assert json.loads(record.read_text())["world_size"] == 2
 
 
+_WARNED = """
+. "$REFLORA_REPOSITORY/launchers/slurm/common.sh"
+export SLURM_JOB_ID=$JOB
+sleep 60 & step=$!
+RANK=0 bash -c "$1; sleep 60 & echo started; wait \\$!; sleep 60" > "$FOLDER/rank" & rank=$!
+until [ -s "$FOLDER/rank" ]; do sleep 0.1; done
+worker=$(ps -o pid= --ppid $rank)
+stop_ranks
+sleep 0.5
+for process in rank step worker; do kill -0 ${!process} 2> /dev/null && echo "$process goes on"; done
+kill $worker $rank $step 2> /dev/null || true
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "left"),
+    [
+        ("trap 'exit 0' USR1", ["step", "worker"]),
+        ("trap '' USR1", ["rank", "worker"]),
+    ],
+    ids=["that would save", "that ignores it"],
+)
+def test_a_warning_goes_to_ranks_or_ends_the_step(tmp_path: Path, rank: str, left: list[str]) -> None:
+    """Workers of a rank get nothing. Where no rank would do anything, the step ends, so that the job comes back."""
+    environment = {"REFLORA_REPOSITORY": str(REPOSITORY), "FOLDER": str(tmp_path), "JOB": f"test-{os.getpid()}"}
+    done = subprocess.run(
+        ["bash", "-c", _WARNED, "bash", rank],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=30,
+    )
+    assert done.stdout.splitlines() == [f"{process} goes on" for process in left]
+
+
 def test_a_script_that_does_not_exist_is_named(folder: Path) -> None:
     command = ["sbatch", "--nodes=2", SLURM / "torchrun.sbatch", "nothing.py"]
     assert "nothing.py does not exist" in launch(command, timeout_s=60, expect_failure=True, **_environment(folder))

@@ -27,7 +27,7 @@ LINK = "link0"
 _NAMESPACES = ("--net", "--pid", "--mount", "--uts", "--ipc")
 SYSTEM_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"  # where ip, tc and sshd are, too
 # A bucket of a few packets: the Grams of a small model (100 KB) would fit into a larger one and cross unhindered.
-_BURST_BYTES = 16_384
+BURST_BYTES = 16_384
 _KEPT_OUTPUT = 6000
 
 
@@ -86,7 +86,7 @@ def two_hosts(rate: str = "") -> Iterator[tuple[Host, Host]]:
             host.run("ip", "address", "add", f"{host.address}/24", "dev", LINK)
             host.run("ip", "link", "set", LINK, "up")
             if rate:
-                bucket = ["tbf", "rate", rate, "burst", str(_BURST_BYTES), "latency", "200ms"]
+                bucket = ["tbf", "rate", rate, "burst", str(BURST_BYTES), "latency", "200ms"]
                 host.run("tc", "qdisc", "add", "dev", LINK, "root", *bucket)
         yield first, second
 

@@ -143,7 +143,7 @@ until [ -s "$FOLDER/rank" ]; do sleep 0.1; done
 worker=$(ps -o pid= --ppid $rank)
 stop_ranks
 sleep 0.5
-for process in rank step worker; do kill -0 ${!process} 2> /dev/null && echo "$process goes on"; done
+for process in rank step worker; do ps -o stat= -p ${!process} | grep -q '^[^Z]' && echo "$process goes on"; done
 kill $worker $rank $step 2> /dev/null || true
 """
 

@@ -64,7 +64,7 @@ run() {
 # Send USR1 to the ranks on this node; finetune.py's ranks agree on the step to stop after, wherever it arrives.
 # Not through srun: it signals launchers and data loaders as well, which would end at once.
 stop_ranks() {
-    local ranks pid parent ignored found=''
+    local ranks pid parent ignored listening=()
     # what a launcher of this job has told which rank it is; the variables of a process are separated by NUL
     ranks=$(grep -lszx "SLURM_JOB_ID=$SLURM_JOB_ID" /proc/[0-9]*/environ | xargs -r grep -lsz '^RANK=' | cut -d / -f 3) \
         || true  # processes of others cannot be read
@@ -74,7 +74,8 @@ stop_ranks() {
         # before and after training a rank ignores it, and so does a script that knows nothing of it
         ignored=$(awk '/^SigIgn:/ {print $2}' "/proc/$pid/status" 2> /dev/null) || continue
         (((16#${ignored:-0} >> 9) & 1)) && continue  # bit of signal 10
-        kill -USR1 "$pid" 2> /dev/null && found=yes
+        listening+=("$pid")
     done
-    [ -n "$found" ] || kill "$step" 2> /dev/null || true  # nobody who would write a checkpoint
+    # all were chosen before the first is gone and its workers have another parent; no rank: nobody would save
+    kill -USR1 "${listening[@]}" 2> /dev/null || kill "$step" 2> /dev/null || true
 }

@@ -44,7 +44,7 @@ def _model() -> LlamaForCausalLM:
 def _run_loop_and_checkpoint_snippets(rank: int, world_size: int, folder: str) -> str:
     import os
 
-    rite, latent, loop, _, checkpoint = _snippets()
+    rite, latent, loop, *_, checkpoint = _snippets()
     names = {"base_model": _model()}
     exec(loop, names)
     model, optimizer, handle = (names[key] for key in ("model", "optimizer", "handle"))
@@ -89,3 +89,13 @@ def test_trainer_snippet(tmp_path: Path) -> None:
     exec(_snippets()[3], names)
     handle = next(c.handle for c in names["trainer"].callback_handler.callbacks if hasattr(c, "handle"))
     assert handle.report().steps == 2
+    names["args"] = TrainingArguments(
+        str(tmp_path / "complete"), max_steps=2, report_to="none", use_cpu=True, save_strategy="steps", save_steps=2
+    )
+    written = []
+    for _ in range(2):  # the second run goes on from the end of the first, and writes nothing
+        exec(_snippets()[4], names)
+        last = Path(names["last_complete_checkpoint"](names["args"].output_dir))
+        assert last.name == "checkpoint-2"
+        written.append((last / "complete.json").stat().st_mtime_ns)
+    assert written[0] == written[1]

@@ -62,7 +62,7 @@ require_compiler() {
     local extensions=${TORCH_EXTENSIONS_DIR:-$HOME/.cache/torch_extensions}
     if [ -d "$extensions" ] && [ -n "$(find "$extensions" -name lock -mmin +10)" ]; then
         say "Removing the lock that an interrupted build left in $extensions"
-        find "$extensions" -name lock -mmin +10 -delete
+        find "$extensions" -name lock -mmin +10 -delete 2>/dev/null || true  # another machine may have been faster
     fi
     [ "$gpus" -gt 0 ] || command -v c++ >/dev/null || command -v g++ >/dev/null \
         || die "DeepSpeed compiles a small extension for the CPU and finds no C++ compiler; install g++"
@@ -73,6 +73,21 @@ refuse_fsdp_on_a_cpu() {
     if [ "$gpus" -eq 0 ] && grep -q '^distributed_type: FSDP' "$1"; then
         die "$1: accelerate has no FSDP on a CPU (it would silently run DDP); use deepspeed_zero3.yaml"
     fi
+}
+
+# The machines and devices that deepspeed.launcher.launch starts ranks on. It replaces CUDA_VISIBLE_DEVICES by them.
+# Argument: number of machines.
+world_info() {
+    "$PYTHON" - "$1" "$PROCESSES" "$gpus" <<'PY'
+import base64, json, os, sys
+nodes, processes, gpus = map(int, sys.argv[1:])
+visible = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+devices = visible[:processes] if gpus and visible else list(range(processes))
+if len(devices) < processes:
+    sys.exit(f"error: PROCESSES={processes}, but CUDA_VISIBLE_DEVICES={','.join(visible)} are {len(visible)}")
+world = {f"node{node}": devices for node in range(nodes)}
+print(base64.urlsafe_b64encode(json.dumps(world).encode()).decode())
+PY
 }
 
 free_port() {

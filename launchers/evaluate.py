@@ -102,11 +102,12 @@ class Ranks:
     rank: int
     world_size: int
     local_rank: int
+    group: dist.ProcessGroup | None = None
 
     def wait(self) -> None:
         """Until every rank is here."""
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(self.group)
 
 
 def join_ranks() -> Ranks:
@@ -114,9 +115,12 @@ def join_ranks() -> Ranks:
 
     The ranks exchange nothing but "I am here", for which gloo serves on every device.
     """
-    ranks = Ranks(*(int(os.environ.get(name, default)) for name, default in _VARIABLES))
+    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in _VARIABLES)
+    ranks = Ranks(rank, world_size, local_rank)
     if ranks.world_size > 1:
-        dist.init_process_group("gloo", timeout=WAIT)
+        dist.init_process_group("gloo")
+        # only once all are there: a process that never comes is noticed within the default time
+        ranks = dataclasses.replace(ranks, group=dist.new_group(timeout=WAIT))
     return ranks
 
 
@@ -126,8 +130,8 @@ _VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 def main(argv: list[str] | None = None) -> None:
     try:
         (options,) = HfArgumentParser(EvaluateOptions).parse_args_into_dataclasses(args=argv)  # type: ignore[arg-type]
-        check_output_dir(options.output_dir)
         ranks = join_ranks()
+        check_output_dir(options.output_dir)
         evaluate(options, ranks)
     except ValueError as error:
         # What a user can mend is told in one line; a traceback would hide it.

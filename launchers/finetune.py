@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint = checkpoint_to_resume(options.training)
         trainer, run_recorder = prepare(options, checkpoint)
     stop = StopOnSignal()
-    for callback in (CompleteCheckpoints(), stop):
+    for callback in (stop, CompleteCheckpoints()):  # which looks at whether the other one wants a checkpoint
         trainer.add_callback(callback)
     with named_failures(options.training.output_dir), contextlib.closing(stop):
         trainer.train(resume_from_checkpoint=checkpoint)

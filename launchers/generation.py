@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from reflora_dist import lora_sb  # noqa: F401  (adapters that PEFT does not know by itself)
 
-WEIGHT_FILES = ("*.safetensors", "*.bin", "*.json")
+MODEL_FILES = ("*.safetensors", "*.bin", "*.index.json", "config.json", "adapter_config.json")
 
 
 def base_of(adapter: str) -> str:
@@ -31,9 +31,12 @@ def base_of(adapter: str) -> str:
 
 
 def own_device(local_rank: int = 0) -> torch.device:
-    """The accelerator of this rank, or the CPU."""
+    """The accelerator of this rank, which becomes the current one, or the CPU."""
     accelerator = torch.accelerator.current_accelerator()
-    return torch.device(accelerator.type, local_rank) if accelerator else torch.device("cpu")
+    if accelerator is None:
+        return torch.device("cpu")
+    torch.accelerator.set_device_index(local_rank)  # PEFT loads an adapter onto the current device
+    return torch.device(accelerator.type, local_rank)
 
 
 def load_model(base: str, adapter: str | None, dtype: torch.dtype | str, device: torch.device, config: Any) -> Any:
@@ -91,10 +94,10 @@ def generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_token
 
 
 def fingerprint(name: str) -> str:
-    """Changes with a local folder's files (their names, sizes and times); of a hub name, the name."""
+    """Changes with a local folder's weights and configuration (names, sizes and times); of a hub name, the name."""
     folder = Path(name)
     if not folder.is_dir():
         return name
-    files = sorted({path for pattern in WEIGHT_FILES for path in folder.glob(pattern)})
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.name != "metrics.json"]
+    files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)})
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]

@@ -2,8 +2,9 @@
 
 A signal may reach one rank only, and ranks at different steps. The rank that it reaches writes the step to stop after
 into the job's store, where every rank looks at the end of every step. Two steps ahead is far enough: no rank can end
-step s + 2 before the writer has begun s + 1, and it begins that after writing. transformers' own
-``enable_jit_checkpoint`` has each rank decide by itself, and ranks that disagree wait for each other.
+step s + 2 before the writer has begun s + 1, and it begins that after writing. (On a GPU this holds because Trainer
+reads every step's loss; with ``logging_nan_inf_filter=False`` a rank may run ahead, and then says so.) transformers'
+own ``enable_jit_checkpoint`` has each rank decide by itself, and ranks that disagree wait for each other.
 """
 
 from __future__ import annotations
@@ -139,7 +140,10 @@ def _say(text: str) -> None:
 
 
 def _shield_workers(dataloader: Any) -> None:
-    """Schedulers signal the data loader's workers too, whose end would be an error; they end with their parent."""
+    """Schedulers signal the data loader's workers too, whose end would be an error; they end with their parent.
+
+    Those of an evaluation, which a Trainer makes anew each time, are not reached.
+    """
     loader = getattr(dataloader, "base_dataloader", dataloader)
     if loader.num_workers:
         loader.worker_init_fn = _IgnoringSigterm(loader.worker_init_fn)

@@ -13,8 +13,8 @@
 #   --wait SECONDS  300; until all machines have to be there
 # PROCESSES=N sets the number of ranks of each machine (all GPUs). Paths have to be the same on all machines.
 #
-# Gloo and NCCL talk through the interface that routes to the head. GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, if set,
-# name another; with a hostfile, the head's interface has to have the same name on all machines, unless they are set.
+# Gloo and NCCL (for which "=" means exactly) talk through the interface that routes to the head. GLOO_SOCKET_IFNAME and
+# NCCL_SOCKET_IFNAME, if set, name another; with a hostfile, the head's interface has to have the same name on all machines, unless they are set.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 
@@ -100,7 +100,7 @@ if [ -n "$hostfile" ]; then
     head=${head:-${hosts[0]}}
     interface=$(PYTHONPATH=$repository "$PYTHON" -c "from launchers.meeting import route_to
 print(route_to('${hosts[1]}', $port, is_head=False)[0])") || exit 1
-    export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
+    export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-=$interface}
     # ssh passes no variables on; DeepSpeed sets those of a file, which takes the place of the user's own
     without_name < <(
         cat "$HOME/.deepspeed_env" .deepspeed_env 2> /dev/null || true
@@ -114,19 +114,14 @@ fi
 found=$("$PYTHON" "$repository/launchers/meeting.py" --nodes "$nodes" --node_rank "$node_rank" --head "$head" \
     --port "$port" --wait "$wait" "launcher=$launcher" "processes=$PROCESSES" "script=$(basename "$script")") || exit 1
 read -r interface address <<< "$found"
-export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
+export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-=$interface}
 echo "machine $node_rank of $nodes: $PROCESSES process(es), $address on $GLOO_SOCKET_IFNAME, head $head:$port"
 
 leave_sigusr1_to_ranks
 case "$launcher" in
     deepspeed)
         # what `deepspeed --no_ssh` starts on each machine, without the process between that would not pass SIGTERM on
-        world=$("$PYTHON" - "$nodes" "$PROCESSES" <<'PY'
-import base64, json, sys
-nodes, processes = map(int, sys.argv[1:])
-print(base64.urlsafe_b64encode(json.dumps({f"node{n}": list(range(processes)) for n in range(nodes)}).encode()).decode())
-PY
-        )
+        world=$(world_info "$nodes")
         exec "$PYTHON" -u -m deepspeed.launcher.launch --log_level warning --world_info "$world" \
             --node_rank "$node_rank" --master_addr "$head" --master_port "$port" --no_local_rank \
             "$script" "${arguments[@]}" ;;

@@ -343,6 +343,8 @@ def checkpoint_to_resume(arguments: FinetuneArguments) -> str | None:
     checkpoint, problem = found
     if problem:
         raise ValueError(f"resume_from_checkpoint={asked!r}: {problem}")
+    if checkpoint and is_first_rank():
+        print(f"going on from {checkpoint}", flush=True)
     return checkpoint
 
 

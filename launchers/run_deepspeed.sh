@@ -9,8 +9,7 @@ require_compiler
 config=$repository/ds_configs/zero3.json
 case "${1:-}" in *.json) config=$1; shift ;; esac
 # What `deepspeed --num_gpus N` starts on each machine. Itself it would end at SIGTERM and leave the ranks running.
-machines=$("$PYTHON" -c 'import base64, json, sys
-print(base64.urlsafe_b64encode(json.dumps({"localhost": list(range(int(sys.argv[1])))}).encode()).decode())' "$PROCESSES")
+world=$(world_info 1)
 leave_sigusr1_to_ranks
-exec "$PYTHON" -m deepspeed.launcher.launch --log_level warning --world_info "$machines" --master_addr 127.0.0.1 \
+exec "$PYTHON" -m deepspeed.launcher.launch --log_level warning --world_info "$world" --master_addr 127.0.0.1 \
     --master_port "$(free_port)" "$repository/launchers/finetune.py" --deepspeed "$config" "$@"

@@ -25,10 +25,11 @@ run() {
     case "${1:-}" in *.py) script=$1; shift ;; esac
     [ -f "$script" ] || die "$script does not exist; submit from the repository, or set REFLORA_REPOSITORY to it"
     case "$script" in
-        *finetune.py)
+        *launchers/finetune.py)
             resumable=yes
             case "${1:-}" in *.json | *.yaml) arguments=("$1"); shift ;; esac
-            arguments+=(--resume_from_checkpoint auto) ;;  # an option given later counts
+            # at a first start the folder may hold checkpoints of another job; an option given later counts
+            [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || arguments+=(--resume_from_checkpoint auto) ;;
         *evaluate.py) resumable=yes ;;  # it leaves out what it has answered
     esac
     case "$script" in *launchers/finetune.py) ;; *) arguments=(--script "$script" "${arguments[@]}") ;; esac
@@ -38,6 +39,11 @@ run() {
     local nodes=${SLURM_JOB_NUM_NODES:-$SLURM_NNODES} port=${PORT:-$((20000 + SLURM_JOB_ID % 6000 * 2))} hosts
     hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
     local head=${HEAD_ADDRESS:-${hosts%%$'\n'*}}
+    # Debian has a machine's own name at 127.0.1.1, where no other gets to; this script runs on the first node
+    case "$head" in
+        127.*) ;;
+        *) if getent ahostsv4 "$head" | grep -q '^127\.'; then head=$(hostname -I | cut -d ' ' -f 1); fi ;;
+    esac
     say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $launcher on $nodes node(s), head $head:$port"
 
     warned='' interrupted=''

@@ -25,8 +25,8 @@ from transformers import HfArgumentParser
 
 from launchers.options import MODEL_DTYPES
 from reflora_dist import convert_adapter
-from reflora_dist.consolidate import consolidate_adapter, find_state
-from reflora_dist.merge import merge_adapter
+from reflora_dist.consolidate import consolidate_adapter, find_config, find_state
+from reflora_dist.merge import merge_adapter, tokenizer_files
 from reflora_dist.output_folder import new_folder, require_empty
 from reflora_dist.start_files import saved_mark
 
@@ -77,7 +77,8 @@ def export(options: ExportOptions) -> None:
         return
     dtype = None if options.model_dtype == "auto" else getattr(torch, options.model_dtype)
     with adapter_folder(options) as folder:
-        merge_adapter(folder, output, base=options.model, dtype=dtype, progress=True)
+        tokenizer = tokenizer_folder(options)
+        merge_adapter(folder, output, base=options.model, dtype=dtype, tokenizer_dir=tokenizer, progress=True)
 
 
 def export_adapter(options: ExportOptions, output: Path) -> None:
@@ -105,6 +106,16 @@ def adapter_folder(options: ExportOptions) -> Iterator[Path]:
         folder = Path(temporary) / "adapter"
         consolidate_adapter(source, folder, adapter_config=options.adapter_config, adapter=options.adapter_name)
         yield folder
+
+
+def tokenizer_folder(options: ExportOptions) -> Path:
+    """Where the tokenizer is that the adapter was trained with: in the checkpoint, or beside its configuration."""
+    source = Path(options.adapter)
+    state = find_state(source)
+    if state is None:
+        return source
+    config = find_config(Path(options.adapter_config or source), state)
+    return next((folder for folder in (source, state.parent, config.parent) if tokenizer_files(folder)), source)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -73,7 +73,7 @@ def consolidate_adapter(
     state = find_state(source)
     if state is None:
         raise FileNotFoundError(f"{source} holds no sharded state (.metadata, *_optim_states.pt or zero/*/fp32.pt)")
-    config_path = _find_config(source if adapter_config is None else Path(adapter_config), state)
+    config_path = find_config(source if adapter_config is None else Path(adapter_config), state)
     config = json.loads(config_path.read_text())
     _require_known(config, config_path)
     tensors = _read_state(state, lambda names: _chosen(list(names), config, adapter, state))
@@ -307,7 +307,12 @@ def _peft_key(path: str, config: Mapping[str, Any], adapter: str) -> str | None:
 # --- the adapter ---
 
 
-def _find_config(place: Path, state: Path) -> Path:
+def find_config(place: Path, state: Path) -> Path:
+    """The adapter's configuration: ``place`` itself, in it, or around the folder of shards.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
     candidates = [place] if place.is_file() else [place / CONFIG_NAME]
     if place.is_dir() and (place == state or place in state.parents):
         candidates += [state / CONFIG_NAME, state.parent / CONFIG_NAME, place.resolve().parent / CONFIG_NAME]

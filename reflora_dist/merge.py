@@ -32,7 +32,7 @@ from .stored_weights import INDEX_NAME, Entry, StoredWeights, find_model, write_
 
 # beside the weights: configurations, tokenizers, code
 _COPIED = (".json", ".model", ".txt", ".py", ".jinja", ".tiktoken")
-_TOKENIZER = ("token", "special_tokens", "vocab", "merges", "chat_template", "spiece", "sentencepiece")
+_TOKENIZER = ("token", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece", "sentencepiece")
 
 
 def merge_adapter(
@@ -41,6 +41,7 @@ def merge_adapter(
     *,
     base: str | None = None,
     dtype: torch.dtype | None = None,
+    tokenizer_dir: str | Path | None = None,
     progress: bool = False,
 ) -> None:
     """Write the model that PEFT's ``merge_and_unload()`` would make of a base and an adapter. One process, no ranks.
@@ -57,6 +58,7 @@ def merge_adapter(
         output_dir: is made; must not exist, or be empty. Nothing is left there if anything fails.
         base: local folder or hub name of the base; by default the one that the adapter's configuration names.
         dtype: the base is rounded to it first, as by ``from_pretrained(dtype=...)``; None: as it is stored.
+        tokenizer_dir: whose tokenizer goes before the base's; by default ``adapter_dir``.
         progress: show a progress bar.
 
     Raises:
@@ -73,7 +75,7 @@ def merge_adapter(
         stored = StoredWeights(find_model(name, None if base else config.revision))
         merge = _Merge(source, config, stored, dtype)
         files = merge.files()
-        copied = _other_files(stored.folder, Path(adapter_dir))
+        copied = _other_files(stored.folder, Path(tokenizer_dir or adapter_dir))
         total = sum(entry.num_bytes for entries in files.values() for entry in entries)
         require_space(target, total + sum(path.stat().st_size for path in copied.values()))
         with new_folder(target) as part, tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
@@ -312,12 +314,16 @@ def _ordinary_adapter(adapter_dir: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _other_files(base: Path, adapter: Path) -> dict[str, Path]:
-    """Configurations and tokenizer of the base; of the adapter's folder the tokenizer, which is what it was
-    trained with."""
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """The files of the tokenizer in a folder, by name."""
+    return {p.name: p for p in folder.iterdir() if p.name.startswith(_TOKENIZER) and p.suffix in _COPIED}
+
+
+def _other_files(base: Path, trained: Path) -> dict[str, Path]:
+    """Configurations and tokenizer of the base; the tokenizer of the other folder, which is what the adapter was
+    trained with, goes before."""
     files = {p.name: p for p in base.iterdir() if p.suffix in _COPIED and p.is_file() and not _is_index(p.name)}
-    trained = {p.name: p for p in adapter.iterdir() if p.name.startswith(_TOKENIZER) and p.suffix in _COPIED}
-    return files | trained
+    return files | tokenizer_files(trained)
 
 
 def _is_index(name: str) -> bool:

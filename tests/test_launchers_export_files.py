@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -80,6 +81,29 @@ def test_tokenizer_and_other_files_come_along(base_and_adapter: Path, tmp_path: 
         assert (folder / "merged" / file).read_bytes() == (folder / "base" / file).read_bytes()
     present = {path.name for path in (folder / "merged").iterdir()}
     assert not present & {"pytorch_model.bin", "trainer_state.json", "adapter_config.json", "adapter_model.safetensors"}
+
+
+def _shard(folder: Path, checkpoint: Path) -> None:
+    """An adapter as FSDP's checkpoints hold it, written by one process."""
+    state = checkpoint / "pytorch_model_fsdp_0"
+    dcp.save(load_file(folder / "adapter_model.safetensors"), checkpoint_id=state, no_dist=True)
+
+
+@pytest.mark.parametrize("place", ["run", "run/checkpoint-3"])
+@pytest.mark.parametrize("adapter", ["run/checkpoint-3", "run/checkpoint-3/pytorch_model_fsdp_0"])
+def test_a_sharded_checkpoint_brings_its_tokenizer(
+    place: str, adapter: str, base_and_adapter: Path, tmp_path: Path
+) -> None:
+    """It is in the checkpoint, or beside the configuration in the run's output folder."""
+    _shard(base_and_adapter / "adapter", tmp_path / "run" / "checkpoint-3")
+    shutil.copy(base_and_adapter / "adapter" / "adapter_config.json", tmp_path / "run")
+    (tmp_path / "run" / "tokenizer_config.json").write_text("run")
+    for file in ("tokenizer_config.json", "added_tokens.json"):
+        (tmp_path / place / file).write_text(place)
+    options = ["--adapter", str(tmp_path / adapter), "--adapter_config", str(tmp_path / "run"), "--merge"]
+    export.main([*options, "--output_dir", str(tmp_path / "merged")])
+    for file in ("tokenizer_config.json", "added_tokens.json"):
+        assert (tmp_path / "merged" / file).read_text() == place
 
 
 def _no_space(folder: Path, monkeypatch: Any) -> None:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import load_peft_weights
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from .empty_model import ADAPTER, empty_base, with_adapter
 from .lora_sb.config import LoraXSConfig
 from .output_folder import new_folder, require_empty, require_space
-from .start_files import changes_base, convert_adapter, is_mark
+from .start_files import changes_base, convert_adapter, readable, saved_mark
 from .stored_weights import INDEX_NAME, Entry, StoredWeights, find_model, write_file
 
 # beside the weights: configurations, tokenizers, code
@@ -117,7 +117,7 @@ class _Merge:
 
     def __init__(self, source: Path, config: PeftConfig, stored: StoredWeights, dtype: torch.dtype | None) -> None:
         self.stored, self.dtype = stored, dtype
-        tensors = load_peft_weights(str(source), device="cpu")
+        tensors = _read_weights(source)
         base = empty_base(stored.folder, config, tensors, dtype)
         self.config, self.architecture = base.config, type(base).__name__
         names = [name for name, _ in base.named_parameters(remove_duplicate=False)]
@@ -282,7 +282,7 @@ def _merged(layer: Any, module: nn.Module, values: dict[str, Tensor]) -> dict[st
 def _read_config(source: Path) -> PeftConfig:
     try:
         config = PeftConfig.from_pretrained(str(source))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{source} holds no adapter in PEFT's format ({error})") from error
     if not isinstance(config, (LoraConfig, LoraXSConfig)):
         raise ValueError(f"{source} holds a {config.peft_type} adapter; LoRA, LoRA-XS and LoRA-SB can be merged")
@@ -298,15 +298,22 @@ def _read_config(source: Path) -> PeftConfig:
     return config
 
 
+def _read_weights(source: Path) -> dict[str, Tensor]:
+    """The adapter's tensors. PEFT would look on the hub for a file that the folder lacks."""
+    paths = [source / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{paths[0]} is missing: copy it from the run, or export from another checkpoint")
+    with readable(path):
+        return load_peft_weights(str(source), device="cpu")
+
+
 @contextmanager
 def _ordinary_adapter(adapter_dir: Path) -> Iterator[Path]:
     """The folder of an adapter on the original base: itself, or for the moment a converted one."""
-    path = adapter_dir / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{adapter_dir} holds no adapter in PEFT's format ({error})") from error
-    if not is_mark(config.get("init_lora_weights")):
+    if not (adapter_dir / CONFIG_NAME).is_file():
+        raise ValueError(f"{adapter_dir} holds no adapter in PEFT's format: it has no {CONFIG_NAME}")
+    if saved_mark(adapter_dir) is None:
         yield adapter_dir
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -152,6 +152,22 @@ def _not_finite(folder: Path, monkeypatch: Any) -> None:
     save_file(tensors, path)
 
 
+def _truncate(file: str) -> Any:
+    def change(folder: Path, monkeypatch: Any) -> None:
+        path = folder / "adapter" / file
+        path.write_bytes(path.read_bytes()[:-100])
+
+    return change
+
+
+def _remove(file: str) -> Any:
+    return lambda folder, monkeypatch: (folder / "adapter" / file).unlink()
+
+
+def _no_object(folder: Path, monkeypatch: Any) -> None:
+    (folder / "adapter" / "adapter_config.json").write_text("[]")
+
+
 def _renamed_weights(folder: Path, monkeypatch: Any) -> None:
     name = next(
         path for path in (folder / "base").glob("*.safetensors") if any("up_proj" in key for key in load_file(path))
@@ -172,6 +188,12 @@ def _renamed_weights(folder: Path, monkeypatch: Any) -> None:
         (_set_config("adapter", "adapter_config.json", target_modules=["nothing"]), "does not fit the base"),
         (_set_config("adapter", "adapter_config.json", init_lora_weights="pissa"), "init_lora_weights='pissa'"),
         (_set_config("adapter", "adapter_config.json", peft_type="IA3"), "IA3"),
+        (_set_config("adapter", "adapter_config.json", peft_type="NO_SUCH"), "NO_SUCH"),
+        (_remove("adapter_config.json"), "it has no adapter_config.json"),
+        (_truncate("adapter_config.json"), r"adapter_config.json cannot be read \(JSONDecodeError"),
+        (_no_object, r"adapter_config.json holds \[\] where a JSON object is wanted"),
+        (_remove("adapter_model.safetensors"), "adapter_model.safetensors is missing"),
+        (_truncate("adapter_model.safetensors"), r"adapter_model.safetensors cannot be read \(SafetensorError"),
         (_lacks_a_factor, "lacks .*lora_A"),
         (_not_finite, "is not finite after the merge"),
         (_renamed_weights, "up_proj.weight is adapted, but"),
@@ -186,6 +208,17 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         merge_adapter(folder / "adapter", folder / "merged", base=str(folder / "base"))
     assert sorted(path.name for path in folder.iterdir()) == ["adapter", "base"]
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_what_is_broken_beside_shards_is_named(file: str, base_and_adapter: Path, tmp_path: Path) -> None:
+    """The configuration and the frozen factors come from files beside the shards."""
+    folder = shutil.copytree(base_and_adapter / "adapter", tmp_path / "run")
+    _shard(folder, folder)
+    (folder / file).write_text("{")
+    with pytest.raises(SystemExit, match=f"run/{file} cannot be read"):
+        export.main(["--adapter", str(folder), "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_merge_that_is_interrupted_leaves_nothing(base_and_adapter: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -221,6 +221,25 @@ def test_what_is_broken_beside_shards_is_named(file: str, base_and_adapter: Path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_an_output_folder_may_be_a_link(exists: bool, base_and_adapter: Path, tmp_path: Path) -> None:
+    """The model goes where it leads, also if nothing is there yet."""
+    if exists:
+        (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere")
+    merge_adapter(base_and_adapter / "adapter", tmp_path / "link", base=str(base_and_adapter / "base"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "link"]
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "elsewhere" / "config.json").is_file()
+
+
+def test_a_mount_point_is_refused_at_once(base_and_adapter: Path, tmp_path: Path) -> None:
+    """Nothing can be renamed onto it, which would show only when all is written; behind a link neither."""
+    (tmp_path / "link").symlink_to("/")
+    for target in (Path("/"), tmp_path / "link"):
+        with pytest.raises(ValueError, match=f"{target} is a mount point.*: name a folder inside it"):
+            merge_adapter(base_and_adapter / "adapter", target, base=str(base_and_adapter / "base"))
+
+
 def test_a_merge_that_is_interrupted_leaves_nothing(base_and_adapter: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Not a folder that looks like a model and lacks its last files."""
     written: list[Path] = []

@@ -25,7 +25,7 @@ from transformers import HfArgumentParser
 
 from launchers.options import MODEL_DTYPES
 from reflora_dist import convert_adapter
-from reflora_dist.consolidate import consolidate_adapter, find_config, find_state
+from reflora_dist.consolidate import CONFIG_NAME, consolidate_adapter, find_config, find_state
 from reflora_dist.merge import merge_adapter, tokenizer_files
 from reflora_dist.output_folder import new_folder, require_empty
 from reflora_dist.start_files import saved_mark
@@ -72,6 +72,7 @@ def export(options: ExportOptions) -> None:
     """
     output = Path(options.output_dir)
     require_empty(output)
+    _refuse_unused(options)
     if not options.merge:
         export_adapter(options, output)
         return
@@ -79,6 +80,19 @@ def export(options: ExportOptions) -> None:
     with adapter_folder(options) as folder:
         tokenizer = tokenizer_folder(options)
         merge_adapter(folder, output, base=options.model, dtype=dtype, tokenizer_dir=tokenizer, progress=True)
+
+
+def _refuse_unused(options: ExportOptions) -> None:
+    """What only a sharded checkpoint has a use for, given with an adapter in PEFT's format."""
+    source = Path(options.adapter)
+    if find_state(source) is not None or not (source / CONFIG_NAME).is_file():
+        return
+    for name, default in (("adapter_config", None), ("adapter_name", "default")):
+        if getattr(options, name) != default:
+            raise ValueError(
+                f"{name}={getattr(options, name)!r} means nothing here: {source} holds an adapter in PEFT's format and "
+                "no sharded state; drop it"
+            )
 
 
 def export_adapter(options: ExportOptions, output: Path) -> None:
@@ -89,7 +103,7 @@ def export_adapter(options: ExportOptions, output: Path) -> None:
     elif saved_mark(source) is not None:
         with new_folder(output) as part:
             convert_adapter(source, part)
-    elif (source / "adapter_config.json").is_file():
+    elif (source / CONFIG_NAME).is_file():
         raise ValueError(f"adapter={options.adapter!r} is in PEFT's format already: add --merge, or copy the folder")
     else:
         raise ValueError(f"adapter={options.adapter!r} holds neither an adapter_config.json nor a sharded state")

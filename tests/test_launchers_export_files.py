@@ -279,6 +279,8 @@ def test_the_command_merges_into_the_base_that_the_adapter_names(
         ([], "is in PEFT's format already: add --merge"),
         (["--model", "base"], "model='base' means nothing without --merge"),
         (["--model_dtype", "float16"], "model_dtype='float16' means nothing without --merge"),
+        (["--merge", "--adapter_name", "foo"], "adapter_name='foo' means nothing here: .* in PEFT's format"),
+        (["--merge", "--adapter_config", "nosuch"], "adapter_config='nosuch' means nothing here: .* in PEFT's format"),
         (["--merge", "--model", "no/such/model"], "no local folder and cannot be had from the hub"),
         (["--adapter", "nowhere"], "holds neither an adapter_config.json nor a sharded state"),
     ],

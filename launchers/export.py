@@ -25,8 +25,8 @@ from transformers import HfArgumentParser
 
 from launchers.options import MODEL_DTYPES
 from reflora_dist import convert_adapter
-from reflora_dist.consolidate import consolidate_adapter, find_state
-from reflora_dist.merge import merge_adapter
+from reflora_dist.consolidate import CONFIG_NAME, consolidate_adapter, find_config, find_state
+from reflora_dist.merge import merge_adapter, tokenizer_files
 from reflora_dist.output_folder import new_folder, require_empty
 from reflora_dist.start_files import saved_mark
 
@@ -72,12 +72,27 @@ def export(options: ExportOptions) -> None:
     """
     output = Path(options.output_dir)
     require_empty(output)
+    _refuse_unused(options)
     if not options.merge:
         export_adapter(options, output)
         return
     dtype = None if options.model_dtype == "auto" else getattr(torch, options.model_dtype)
     with adapter_folder(options) as folder:
-        merge_adapter(folder, output, base=options.model, dtype=dtype, progress=True)
+        tokenizer = tokenizer_folder(options)
+        merge_adapter(folder, output, base=options.model, dtype=dtype, tokenizer_dir=tokenizer, progress=True)
+
+
+def _refuse_unused(options: ExportOptions) -> None:
+    """What only a sharded checkpoint has a use for, given with an adapter in PEFT's format."""
+    source = Path(options.adapter)
+    if find_state(source) is not None or not (source / CONFIG_NAME).is_file():
+        return
+    for name, default in (("adapter_config", None), ("adapter_name", "default")):
+        if getattr(options, name) != default:
+            raise ValueError(
+                f"{name}={getattr(options, name)!r} means nothing here: {source} holds an adapter in PEFT's format and "
+                "no sharded state; drop it"
+            )
 
 
 def export_adapter(options: ExportOptions, output: Path) -> None:
@@ -88,7 +103,7 @@ def export_adapter(options: ExportOptions, output: Path) -> None:
     elif saved_mark(source) is not None:
         with new_folder(output) as part:
             convert_adapter(source, part)
-    elif (source / "adapter_config.json").is_file():
+    elif (source / CONFIG_NAME).is_file():
         raise ValueError(f"adapter={options.adapter!r} is in PEFT's format already: add --merge, or copy the folder")
     else:
         raise ValueError(f"adapter={options.adapter!r} holds neither an adapter_config.json nor a sharded state")
@@ -105,6 +120,16 @@ def adapter_folder(options: ExportOptions) -> Iterator[Path]:
         folder = Path(temporary) / "adapter"
         consolidate_adapter(source, folder, adapter_config=options.adapter_config, adapter=options.adapter_name)
         yield folder
+
+
+def tokenizer_folder(options: ExportOptions) -> Path:
+    """Where the tokenizer is that the adapter was trained with: in the checkpoint, or beside its configuration."""
+    source = Path(options.adapter)
+    state = find_state(source)
+    if state is None:
+        return source
+    config = find_config(Path(options.adapter_config or source), state)
+    return next((folder for folder in (source, state.parent, config.parent) if tokenizer_files(folder)), source)
 
 
 def main(argv: list[str] | None = None) -> None:

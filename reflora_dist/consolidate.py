@@ -36,7 +36,7 @@ from .checkpoint import complete_state
 from .lora_sb.config import LoraXSType
 from .output_folder import new_folder, require_empty
 from .start_files import FILE_NAME as START_FILE
-from .start_files import convert_adapter, find_start, is_mark
+from .start_files import convert_adapter, find_start, is_mark, read_config, readable
 
 CONFIG_NAME = "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -73,8 +73,8 @@ def consolidate_adapter(
     state = find_state(source)
     if state is None:
         raise FileNotFoundError(f"{source} holds no sharded state (.metadata, *_optim_states.pt or zero/*/fp32.pt)")
-    config_path = _find_config(source if adapter_config is None else Path(adapter_config), state)
-    config = json.loads(config_path.read_text())
+    config_path = find_config(source if adapter_config is None else Path(adapter_config), state)
+    config = read_config(config_path)
     _require_known(config, config_path)
     tensors = _read_state(state, lambda names: _chosen(list(names), config, adapter, state))
     _complete(tensors, config, config_path.parent, state)
@@ -307,7 +307,12 @@ def _peft_key(path: str, config: Mapping[str, Any], adapter: str) -> str | None:
 # --- the adapter ---
 
 
-def _find_config(place: Path, state: Path) -> Path:
+def find_config(place: Path, state: Path) -> Path:
+    """The adapter's configuration: ``place`` itself, in it, or around the folder of shards.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
     candidates = [place] if place.is_file() else [place / CONFIG_NAME]
     if place.is_dir() and (place == state or place in state.parents):
         candidates += [state / CONFIG_NAME, state.parent / CONFIG_NAME, place.resolve().parent / CONFIG_NAME]
@@ -331,7 +336,7 @@ def _complete(tensors: dict[str, Tensor], config: Mapping[str, Any], folder: Pat
     path = folder / SAFETENSORS_WEIGHTS_NAME
     beside: set[str] = set()
     if path.is_file():
-        with safe_open(path, "pt") as file:
+        with readable(path), safe_open(path, "pt") as file:
             trained = (".lora_", *(f".{name}." for name in config.get("modules_to_save") or ()))
             beside = {key for key in file.keys() if any(part in key for part in trained)}  # noqa: SIM118
             frozen = [key for key in beside if re.search(r"\.lora_xs_[AB]\.", key)]

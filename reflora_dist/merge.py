@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import load_peft_weights
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -27,12 +27,12 @@ from tqdm.auto import tqdm
 from .empty_model import ADAPTER, empty_base, with_adapter
 from .lora_sb.config import LoraXSConfig
 from .output_folder import new_folder, require_empty, require_space
-from .start_files import changes_base, convert_adapter, is_mark
+from .start_files import changes_base, convert_adapter, readable, saved_mark
 from .stored_weights import INDEX_NAME, Entry, StoredWeights, find_model, write_file
 
 # beside the weights: configurations, tokenizers, code
 _COPIED = (".json", ".model", ".txt", ".py", ".jinja", ".tiktoken")
-_TOKENIZER = ("token", "special_tokens", "vocab", "merges", "chat_template", "spiece", "sentencepiece")
+_TOKENIZER = ("token", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece", "sentencepiece")
 
 
 def merge_adapter(
@@ -41,6 +41,7 @@ def merge_adapter(
     *,
     base: str | None = None,
     dtype: torch.dtype | None = None,
+    tokenizer_dir: str | Path | None = None,
     progress: bool = False,
 ) -> None:
     """Write the model that PEFT's ``merge_and_unload()`` would make of a base and an adapter. One process, no ranks.
@@ -57,6 +58,7 @@ def merge_adapter(
         output_dir: is made; must not exist, or be empty. Nothing is left there if anything fails.
         base: local folder or hub name of the base; by default the one that the adapter's configuration names.
         dtype: the base is rounded to it first, as by ``from_pretrained(dtype=...)``; None: as it is stored.
+        tokenizer_dir: whose tokenizer goes before the base's; by default ``adapter_dir``.
         progress: show a progress bar.
 
     Raises:
@@ -73,7 +75,7 @@ def merge_adapter(
         stored = StoredWeights(find_model(name, None if base else config.revision))
         merge = _Merge(source, config, stored, dtype)
         files = merge.files()
-        copied = _other_files(stored.folder, Path(adapter_dir))
+        copied = _other_files(stored.folder, Path(tokenizer_dir or adapter_dir))
         total = sum(entry.num_bytes for entries in files.values() for entry in entries)
         require_space(target, total + sum(path.stat().st_size for path in copied.values()))
         with new_folder(target) as part, tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
@@ -115,7 +117,7 @@ class _Merge:
 
     def __init__(self, source: Path, config: PeftConfig, stored: StoredWeights, dtype: torch.dtype | None) -> None:
         self.stored, self.dtype = stored, dtype
-        tensors = load_peft_weights(str(source), device="cpu")
+        tensors = _read_weights(source)
         base = empty_base(stored.folder, config, tensors, dtype)
         self.config, self.architecture = base.config, type(base).__name__
         names = [name for name, _ in base.named_parameters(remove_duplicate=False)]
@@ -280,7 +282,7 @@ def _merged(layer: Any, module: nn.Module, values: dict[str, Tensor]) -> dict[st
 def _read_config(source: Path) -> PeftConfig:
     try:
         config = PeftConfig.from_pretrained(str(source))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{source} holds no adapter in PEFT's format ({error})") from error
     if not isinstance(config, (LoraConfig, LoraXSConfig)):
         raise ValueError(f"{source} holds a {config.peft_type} adapter; LoRA, LoRA-XS and LoRA-SB can be merged")
@@ -296,15 +298,22 @@ def _read_config(source: Path) -> PeftConfig:
     return config
 
 
+def _read_weights(source: Path) -> dict[str, Tensor]:
+    """The adapter's tensors. PEFT would look on the hub for a file that the folder lacks."""
+    paths = [source / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{paths[0]} is missing: copy it from the run, or export from another checkpoint")
+    with readable(path):
+        return load_peft_weights(str(source), device="cpu")
+
+
 @contextmanager
 def _ordinary_adapter(adapter_dir: Path) -> Iterator[Path]:
     """The folder of an adapter on the original base: itself, or for the moment a converted one."""
-    path = adapter_dir / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{adapter_dir} holds no adapter in PEFT's format ({error})") from error
-    if not is_mark(config.get("init_lora_weights")):
+    if not (adapter_dir / CONFIG_NAME).is_file():
+        raise ValueError(f"{adapter_dir} holds no adapter in PEFT's format: it has no {CONFIG_NAME}")
+    if saved_mark(adapter_dir) is None:
         yield adapter_dir
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -312,12 +321,16 @@ def _ordinary_adapter(adapter_dir: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _other_files(base: Path, adapter: Path) -> dict[str, Path]:
-    """Configurations and tokenizer of the base; of the adapter's folder the tokenizer, which is what it was
-    trained with."""
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """The files of the tokenizer in a folder, by name."""
+    return {p.name: p for p in folder.iterdir() if p.name.startswith(_TOKENIZER) and p.suffix in _COPIED}
+
+
+def _other_files(base: Path, trained: Path) -> dict[str, Path]:
+    """Configurations and tokenizer of the base; the tokenizer of the other folder, which is what the adapter was
+    trained with, goes before."""
     files = {p.name: p for p in base.iterdir() if p.suffix in _COPIED and p.is_file() and not _is_index(p.name)}
-    trained = {p.name: p for p in adapter.iterdir() if p.name.startswith(_TOKENIZER) and p.suffix in _COPIED}
-    return files | trained
+    return files | tokenizer_files(trained)
 
 
 def _is_index(name: str) -> bool:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 
 def require_empty(folder: Path) -> None:
-    """Raises ValueError if there is anything that would be overwritten."""
+    """Raises ValueError if there is anything that would be overwritten, or no folder can take this one's place."""
+    if os.path.ismount(folder.resolve()):
+        raise ValueError(f"{folder} is a mount point, which cannot be replaced: name a folder inside it")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty: name another output folder, or remove it")
 
@@ -29,7 +31,7 @@ def require_space(folder: Path, num_bytes: int) -> None:
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder beside the target, which takes its name when all is written, and goes if anything fails."""
-    target = target.absolute()
+    target = target.resolve()  # a link stays, and leads to the new folder
     target.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{target.name}.part-", dir=target.parent))
     try:

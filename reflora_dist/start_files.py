@@ -18,7 +18,8 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -96,12 +97,38 @@ def mark_of(model: nn.Module) -> str | None:
     return next((init for init in starts if is_mark(init)), None)
 
 
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Whatever goes wrong inside becomes a ValueError that names the file: each library has errors of its own."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """What an ``adapter_config.json`` holds.
+
+    Raises:
+        ValueError: it cannot be read, or holds no JSON object.
+    """
+    with readable(path):
+        config = json.loads(path.read_text())
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds {config!r:.40} where a JSON object is wanted: it is no adapter's configuration")
+    return config
+
+
 def saved_mark(adapter_dir: str | Path) -> str | None:
-    """The mark of a saved adapter or checkpoint; None if its base is the original one, or it holds no adapter."""
+    """The mark of a saved adapter or checkpoint; None if its base is the original one, or it holds no adapter.
+
+    Raises:
+        ValueError: its configuration is damaged.
+    """
     path = Path(adapter_dir) / _CONFIG_NAME
     if not path.is_file():
         return None
-    value = json.loads(path.read_text()).get("init_lora_weights")
+    value = read_config(path).get("init_lora_weights")
     return value if is_mark(value) else None
 
 
@@ -176,15 +203,13 @@ def read_start(folder: str | Path, *, with_factors: bool = True) -> Start:
         FileNotFoundError, ValueError: there is none, it is damaged, or it belongs to another run.
     """
     path = find_start(folder)
-    try:
+    with readable(path):
         with safe_open(path, "pt") as file:
             header = file.metadata()
         if int(header["version"]) != _VERSION:
             raise ValueError(f"version {header['version']}, this release reads {_VERSION}")
         fields = {field: json.loads(header[field]) for field in ("scaling", "before", "after", "base_dtype")}
         factors = load_file(path) if with_factors else {}
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
     start = Start(init=header["init"], mark=header["mark"], factors=factors, **fields)
     if with_factors and make_mark(start.init, factors, start.before) != start.mark:
         raise ValueError(f"{path} is damaged: its factors are not those that its header names")
@@ -212,7 +237,8 @@ def convert_adapter(adapter_dir: str | Path, output_dir: str | Path) -> None:
     if saved_mark(source) is None:
         raise ValueError(f"{source} holds no adapter of a changed base: there is nothing to convert")
     start = read_start(source)
-    tensors = load_file(source / SAFETENSORS_WEIGHTS_NAME)
+    with readable(source / SAFETENSORS_WEIGHTS_NAME):
+        tensors = load_file(source / SAFETENSORS_WEIGHTS_NAME)
     missing = sorted(start.factors.keys() - tensors.keys())
     if missing:
         raise ValueError(f"{source / SAFETENSORS_WEIGHTS_NAME} lacks {missing[0]}")
@@ -220,7 +246,7 @@ def convert_adapter(adapter_dir: str | Path, output_dir: str | Path) -> None:
         initial = initial.to(tensors[name].dtype)
         side_a = _is_lora_a(name)
         tensors[name] = torch.cat([tensors[name], initial if side_a else -initial], dim=0 if side_a else 1).contiguous()
-    config = json.loads((source / _CONFIG_NAME).read_text())
+    config = read_config(source / _CONFIG_NAME)
     config |= _ordinary_config(start)
     target.mkdir(parents=True, exist_ok=True)
     part = target / f".{SAFETENSORS_WEIGHTS_NAME}.part"

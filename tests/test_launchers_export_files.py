@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -82,6 +83,29 @@ def test_tokenizer_and_other_files_come_along(base_and_adapter: Path, tmp_path: 
     assert not present & {"pytorch_model.bin", "trainer_state.json", "adapter_config.json", "adapter_model.safetensors"}
 
 
+def _shard(folder: Path, checkpoint: Path) -> None:
+    """An adapter as FSDP's checkpoints hold it, written by one process."""
+    state = checkpoint / "pytorch_model_fsdp_0"
+    dcp.save(load_file(folder / "adapter_model.safetensors"), checkpoint_id=state, no_dist=True)
+
+
+@pytest.mark.parametrize("place", ["run", "run/checkpoint-3"])
+@pytest.mark.parametrize("adapter", ["run/checkpoint-3", "run/checkpoint-3/pytorch_model_fsdp_0"])
+def test_a_sharded_checkpoint_brings_its_tokenizer(
+    place: str, adapter: str, base_and_adapter: Path, tmp_path: Path
+) -> None:
+    """It is in the checkpoint, or beside the configuration in the run's output folder."""
+    _shard(base_and_adapter / "adapter", tmp_path / "run" / "checkpoint-3")
+    shutil.copy(base_and_adapter / "adapter" / "adapter_config.json", tmp_path / "run")
+    (tmp_path / "run" / "tokenizer_config.json").write_text("run")
+    for file in ("tokenizer_config.json", "added_tokens.json"):
+        (tmp_path / place / file).write_text(place)
+    options = ["--adapter", str(tmp_path / adapter), "--adapter_config", str(tmp_path / "run"), "--merge"]
+    export.main([*options, "--output_dir", str(tmp_path / "merged")])
+    for file in ("tokenizer_config.json", "added_tokens.json"):
+        assert (tmp_path / "merged" / file).read_text() == place
+
+
 def _no_space(folder: Path, monkeypatch: Any) -> None:
     usage = shutil.disk_usage(folder)._replace(free=1000)
     monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda path: usage)
@@ -128,6 +152,22 @@ def _not_finite(folder: Path, monkeypatch: Any) -> None:
     save_file(tensors, path)
 
 
+def _truncate(file: str) -> Any:
+    def change(folder: Path, monkeypatch: Any) -> None:
+        path = folder / "adapter" / file
+        path.write_bytes(path.read_bytes()[:-100])
+
+    return change
+
+
+def _remove(file: str) -> Any:
+    return lambda folder, monkeypatch: (folder / "adapter" / file).unlink()
+
+
+def _no_object(folder: Path, monkeypatch: Any) -> None:
+    (folder / "adapter" / "adapter_config.json").write_text("[]")
+
+
 def _renamed_weights(folder: Path, monkeypatch: Any) -> None:
     name = next(
         path for path in (folder / "base").glob("*.safetensors") if any("up_proj" in key for key in load_file(path))
@@ -148,6 +188,12 @@ def _renamed_weights(folder: Path, monkeypatch: Any) -> None:
         (_set_config("adapter", "adapter_config.json", target_modules=["nothing"]), "does not fit the base"),
         (_set_config("adapter", "adapter_config.json", init_lora_weights="pissa"), "init_lora_weights='pissa'"),
         (_set_config("adapter", "adapter_config.json", peft_type="IA3"), "IA3"),
+        (_set_config("adapter", "adapter_config.json", peft_type="NO_SUCH"), "NO_SUCH"),
+        (_remove("adapter_config.json"), "it has no adapter_config.json"),
+        (_truncate("adapter_config.json"), r"adapter_config.json cannot be read \(JSONDecodeError"),
+        (_no_object, r"adapter_config.json holds \[\] where a JSON object is wanted"),
+        (_remove("adapter_model.safetensors"), "adapter_model.safetensors is missing"),
+        (_truncate("adapter_model.safetensors"), r"adapter_model.safetensors cannot be read \(SafetensorError"),
         (_lacks_a_factor, "lacks .*lora_A"),
         (_not_finite, "is not finite after the merge"),
         (_renamed_weights, "up_proj.weight is adapted, but"),
@@ -162,6 +208,36 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         merge_adapter(folder / "adapter", folder / "merged", base=str(folder / "base"))
     assert sorted(path.name for path in folder.iterdir()) == ["adapter", "base"]
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_what_is_broken_beside_shards_is_named(file: str, base_and_adapter: Path, tmp_path: Path) -> None:
+    """The configuration and the frozen factors come from files beside the shards."""
+    folder = shutil.copytree(base_and_adapter / "adapter", tmp_path / "run")
+    _shard(folder, folder)
+    (folder / file).write_text("{")
+    with pytest.raises(SystemExit, match=f"run/{file} cannot be read"):
+        export.main(["--adapter", str(folder), "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_an_output_folder_may_be_a_link(exists: bool, base_and_adapter: Path, tmp_path: Path) -> None:
+    """The model goes where it leads, also if nothing is there yet."""
+    if exists:
+        (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere")
+    merge_adapter(base_and_adapter / "adapter", tmp_path / "link", base=str(base_and_adapter / "base"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "link"]
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "elsewhere" / "config.json").is_file()
+
+
+def test_a_mount_point_is_refused_at_once(base_and_adapter: Path, tmp_path: Path) -> None:
+    """Nothing can be renamed onto it, which would show only when all is written; behind a link neither."""
+    (tmp_path / "link").symlink_to("/")
+    for target in (Path("/"), tmp_path / "link"):
+        with pytest.raises(ValueError, match=f"{target} is a mount point.*: name a folder inside it"):
+            merge_adapter(base_and_adapter / "adapter", target, base=str(base_and_adapter / "base"))
 
 
 def test_a_merge_that_is_interrupted_leaves_nothing(base_and_adapter: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -203,6 +279,8 @@ def test_the_command_merges_into_the_base_that_the_adapter_names(
         ([], "is in PEFT's format already: add --merge"),
         (["--model", "base"], "model='base' means nothing without --merge"),
         (["--model_dtype", "float16"], "model_dtype='float16' means nothing without --merge"),
+        (["--merge", "--adapter_name", "foo"], "adapter_name='foo' means nothing here: .* in PEFT's format"),
+        (["--merge", "--adapter_config", "nosuch"], "adapter_config='nosuch' means nothing here: .* in PEFT's format"),
         (["--merge", "--model", "no/such/model"], "no local folder and cannot be had from the hub"),
         (["--adapter", "nowhere"], "holds neither an adapter_config.json nor a sharded state"),
     ],

@@ -256,6 +256,10 @@ def test_an_adapter_of_a_changed_base_is_converted_on_the_way(tmp_path: Path) ->
         original = LlamaForCausalLM.from_pretrained(tmp_path / "base")(input_ids=_TOKENS).logits
     # two roundings of W in fp32; measured 2e-7
     assert difference < 1e-5 < 1e-2 < (original - expected).abs().max()
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors cannot be read"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "again", base=str(tmp_path / "base"))
 
 
 # --- memory ---

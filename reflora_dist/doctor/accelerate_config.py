@@ -14,6 +14,7 @@ import yaml
 from .findings import Findings
 from .options import PRECISIONS, DoctorOptions
 from .setup import Setup
+from .values import check_sections, count
 
 _NESTED = ("fsdp_config", "deepspeed_config", "parallelism_config")
 _DDP = ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU", "MULTI_HPU")
@@ -24,14 +25,17 @@ def read(path: str) -> dict[str, Any]:
     """The file's contents.
 
     Raises:
-        ValueError: it cannot be read, or is no mapping.
+        ValueError: it cannot be read, or it or a section is no mapping.
     """
     try:
         config = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {error}".replace("\n", " ")) from error
+    except OSError as error:
+        raise ValueError(error.strerror) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(str(error).replace("\n", " ")) from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path}: an accelerate configuration is a mapping, this is a {type(config).__name__}")
+        raise ValueError(f"an accelerate configuration is a mapping, this is a {type(config).__name__}")
+    check_sections(config, [(name,) for name in _NESTED])
     return config
 
 
@@ -196,7 +200,7 @@ def _fsdp2(path: str, arguments: Any, setup: Setup, findings: Findings) -> None:
     if not getattr(arguments, "use_parallelism_config", False):
         return
     sizes = {
-        name: int(getattr(arguments, f"parallelism_config_{name}_size", None) or 1)
+        name: count(path, vars(arguments), f"parallelism_config_{name}_size", findings) or 1
         for name in ("dp_replicate", "dp_shard", *_OTHER_PARALLELISM)
     }
     for name, kind in _OTHER_PARALLELISM.items():
@@ -235,6 +239,6 @@ def check_distributed_type(path: str, config: dict[str, Any], arguments: Any, fi
     if kind == "FSDP" and _truth(arguments.use_cpu):
         findings.error(path, "use_cpu: true, for which accelerate trains with plain DDP instead of FSDP", "use GPUs")
         return False
-    if int(config.get("num_machines") or 1) > 1 and not config.get("main_process_ip"):
+    if (count(path, config, "num_machines", findings) or 1) > 1 and not config.get("main_process_ip"):
         findings.note(path, "main_process_ip is left to the command line", "--main_process_ip")
     return True

@@ -17,9 +17,15 @@ from ..optimizers import _ADAM_FAMILY, _ELEMENTWISE
 from .findings import Findings
 from .options import DoctorOptions
 from .setup import Setup
+from .values import check_sections, one_line
 
 _TRAINER_CLIPS_AT = 1.0  # TrainingArguments.max_grad_norm
 _STAGE_NAMES = {1: "zero1", 2: "zero2", 3: "zero3"}
+_SECTIONS = [
+    *((name,) for name in ("fp16", "bf16", "zero_optimization", "optimizer", "scheduler", "tensor_parallel")),
+    ("optimizer", "params"),
+    ("scheduler", "params"),
+]
 # DeepSpeed's names, in lower case, of optimizers that are not torch's.
 _OWN_OPTIMIZERS = {"adam": "FusedAdam", "adamw": "FusedAdam", "adagrad": "DeepSpeedCPUAdagrad", "lion": "FusedLion"}
 
@@ -54,14 +60,15 @@ def read(path: str) -> dict[str, Any]:
     """The file's contents.
 
     Raises:
-        ValueError: it cannot be read, is no JSON object, or has a key twice.
+        ValueError: it cannot be read, is no JSON object, has a key twice, or a section is no object.
     """
     try:
         config = json.loads(Path(path).read_text(), object_pairs_hook=_once)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    except OSError as error:
+        raise ValueError(error.strerror) from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path}: a DeepSpeed configuration is a JSON object, this is a {type(config).__name__}")
+        raise ValueError(f"a DeepSpeed configuration is a JSON object, this is a {type(config).__name__}")
+    check_sections(config, _SECTIONS)
     return config
 
 
@@ -162,6 +169,11 @@ def _fill(
 
     number = {key: value for key, value in config.items() if _is_number(value)}
     precision = _precision(config, options)
+    try:
+        optimizer_values = _optimizer_values(config)
+    except ValueError as error:
+        findings.error(where, str(error), "correct it")
+        return None
     arguments = SimpleNamespace(
         world_size=size[0],
         per_device_train_batch_size=options.micro_batch_size or number.get("train_micro_batch_size_per_gpu", 1),
@@ -173,10 +185,10 @@ def _fill(
         bf16_full_eval=False,
         save_on_each_node=False,
         get_warmup_steps=lambda steps: 1,
-        **_optimizer_values(config),
+        **optimizer_values,
     )
-    filled = HfTrainerDeepSpeedConfig(copy.deepcopy(config))
     try:
+        filled = HfTrainerDeepSpeedConfig(copy.deepcopy(config))
         filled.trainer_config_process(arguments)
         if model_config is not None:
             filled.trainer_config_finalize(arguments, SimpleNamespace(config=model_config), 1)
@@ -184,6 +196,9 @@ def _fill(
             raise ValueError("; ".join(filled.mismatches))
     except ValueError as error:
         findings.error(where, f"does not fit the options: {error}".replace("\n", " "), 'set these values to "auto"')
+        return None
+    except Exception as error:  # whatever it does with values of another type
+        findings.error(where, f"transformers refuses it: {one_line(error)}", "correct that key")
         return None
     finally:
         unset_hf_deepspeed_config()  # or transformers would partition the models that it builds from here on
@@ -209,13 +224,19 @@ def _is_number(value: object) -> bool:
 
 
 def _optimizer_values(config: dict[str, Any]) -> dict[str, Any]:
-    """The optimizer's hyperparameters mean nothing here: those of the file, so that they contradict nothing."""
+    """The optimizer's hyperparameters mean nothing here: those of the file, so that they contradict nothing.
+
+    Raises:
+        ValueError: betas are not two.
+    """
     params = _section(_section(config, "optimizer"), "params") | _section(_section(config, "scheduler"), "params")
 
     def given(name: str, otherwise: Any) -> Any:
         return params.get(name) if params.get(name, "auto") != "auto" else otherwise
 
     betas = given("betas", [0.9, 0.999])
+    if not isinstance(betas, list) or len(betas) != 2:
+        raise ValueError(f"optimizer.params.betas: {betas!r} is no list of two numbers")
     return {
         "learning_rate": given("lr", given("warmup_max_lr", 1e-4)),
         "adam_beta1": betas[0],

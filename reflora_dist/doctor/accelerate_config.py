@@ -58,15 +58,20 @@ def launch_arguments(path: str, config: dict[str, Any], findings: Findings) -> A
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             arguments = parser.parse_args(["--config_file", path, "script.py"])
-            return _validate_launch_command(arguments)[0]
+            arguments, _, has_precision = _validate_launch_command(arguments)
     except Exception as error:  # ValueError, TypeError and KeyError, by what is wrong
         findings.error(path, f"accelerate refuses it: {error}".replace("\n", " "), "correct or remove that key")
         return None
+    # as launch_command does, for DeepSpeedPlugin to compare with deepspeed_config_file
+    fields = [*(config.get("deepspeed_config") or {}), *["mixed_precision"] * has_precision]
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(fields)
+    return arguments
 
 
 def deepspeed_contents(path: str, arguments: Any, options: DoctorOptions, findings: Findings) -> dict[str, Any] | None:
     """The DeepSpeed configuration that accelerate makes of the file; None if it refuses."""
     from accelerate import DeepSpeedPlugin
+    from accelerate.utils import patch_environment
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     precision = _precision(path, arguments, options, findings)
@@ -79,7 +84,8 @@ def deepspeed_contents(path: str, arguments: Any, options: DoctorOptions, findin
     given["gradient_accumulation_steps"] = getattr(arguments, "gradient_accumulation_steps", None) or "auto"
     file = getattr(arguments, "deepspeed_config_file", None)
     try:
-        plugin = DeepSpeedPlugin(hf_ds_config=file, **given)
+        with patch_environment(ACCELERATE_CONFIG_DS_FIELDS=arguments.deepspeed_fields_from_accelerate_config):
+            plugin = DeepSpeedPlugin(hf_ds_config=file, **given)
         if file is None:
             plugin.set_mixed_precision(precision)
         return plugin.deepspeed_config

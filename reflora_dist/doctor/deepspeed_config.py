@@ -11,9 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
-from ..optimizers import _ADAM_FAMILY, _ELEMENTWISE
+from .deepspeed_optimizer import check_optimizer, check_scheduler, count_moments
 from .findings import Findings
 from .options import DoctorOptions
 from .setup import Setup
@@ -26,8 +24,13 @@ _SECTIONS = [
     ("optimizer", "params"),
     ("scheduler", "params"),
 ]
-# DeepSpeed's names, in lower case, of optimizers that are not torch's.
-_OWN_OPTIMIZERS = {"adam": "FusedAdam", "adamw": "FusedAdam", "adagrad": "DeepSpeedCPUAdagrad", "lion": "FusedLion"}
+# Trainer fills these in by the model's size and the number of steps.
+_NEED_MODEL = {
+    *(f"zero_optimization.{name}" for name in ("reduce_bucket_size", "stage3_prefetch_bucket_size")),
+    "zero_optimization.stage3_param_persistence_threshold",
+    "scheduler.params.total_num_steps",
+    "scheduler.params.warmup_num_steps",
+}
 
 
 class _Asked(dict):
@@ -118,12 +121,15 @@ def deepspeed_setup(
     filled = _fill(where, config, model_config, options, size, findings)
     if filled is None:
         return None
+    if not _check_autos(where, filled, model_config, findings):
+        return None
     loaded = _load(where, filled, findings)
     if loaded is None:
         return None
     world_size, num_nodes = size
     _check_zero(where, filled, loaded, size, findings)
-    _check_optimizer(where, filled, loaded, options, findings)
+    check_optimizer(where, loaded, options, findings)
+    check_scheduler(where, loaded, findings)
     if "gradient_clipping" not in config:
         findings.warning(
             where,
@@ -132,6 +138,7 @@ def deepspeed_setup(
         )
     setup = _setup(loaded, world_size, num_nodes)
     setup.activation_checkpointing = options.activation_checkpointing
+    setup.moments = count_moments(where, loaded, options, findings)
     if options.mixed_precision not in (None, setup.precision):
         findings.error(
             where,
@@ -146,6 +153,20 @@ def deepspeed_setup(
             "set zero_optimization.stage to 1, 2 or 3",
         )
     return setup
+
+
+def _check_autos(where: str, filled: dict[str, Any], model_config: Any, findings: Findings) -> bool:
+    """Name every "auto" that is left; False where there is no going on."""
+    left = {path for path, value in _leaves(filled) if value == "auto"}
+    left -= set() if model_config is not None else _NEED_MODEL
+    stage = "zero_optimization.stage"
+    for path in sorted(left - {stage}):
+        findings.warning(
+            where, f'{path}: "auto" is filled in by nobody, and DeepSpeed may ignore it', "give a value, or remove it"
+        )
+    if stage in left:
+        findings.error(where, f'{stage}: "auto" is filled in by nobody: ZeRO would be off', "give 1, 2 or 3")
+    return stage not in left
 
 
 def _leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -323,49 +344,6 @@ def _check_hierarchy(where: str, zero: Any, stage: int, size: tuple[int, int], f
             "pays where it lies within one",
             f"set {world_size // num_nodes}",
         )
-
-
-def _check_optimizer(
-    where: str, filled: dict[str, Any], loaded: Any, options: DoctorOptions, findings: Findings
-) -> None:
-    offload = loaded.zero_config.offload_optimizer
-    offloaded = offload is not None and offload.device != "none"
-    name = loaded.optimizer_name
-    if name is None:
-        if options.method == "lora-rite" and not loaded.zero_allow_untested_optimizer:
-            findings.warning(
-                where,
-                "DeepSpeed takes LoRARite only with zero_allow_untested_optimizer, which Trainer sets by itself",
-                'set "zero_allow_untested_optimizer": true',
-            )
-        if offloaded and loaded.zero_force_ds_cpu_optimizer:
-            report = findings.error if options.method == "lora-rite" else findings.warning
-            report(
-                where,
-                "offload_optimizer without an optimizer section: deepspeed.initialize refuses optimizers but "
-                "DeepSpeedCPUAdam, for which accelerate and Trainer exchange AdamW",
-                'name the optimizer, or set "zero_force_ds_cpu_optimizer": false',
-            )
-        return
-    if options.method == "lora-rite":
-        findings.error(
-            where,
-            f"the optimizer section ({name}) would replace LoRARite, which is the method",
-            'take "optimizer" out, and with offload_optimizer set "zero_force_ds_cpu_optimizer": false',
-        )
-        return
-    kind = _OWN_OPTIMIZERS.get(name, name)
-    known = set().union(*(_ADAM_FAMILY if options.method == "reflora-s" else _ELEMENTWISE).values())
-    if kind not in known and options.method != "lora":
-        findings.error(
-            where,
-            f"optimizer.type={name!r} is not known to "
-            + ("keep Adam's moments" if options.method == "reflora-s" else "update elementwise")
-            + f", so attach refuses it with method={options.method!r}",
-            "use AdamW",
-        )
-    elif kind == name and not hasattr(torch.optim, name):
-        findings.error(where, f"optimizer.type={name!r} is neither DeepSpeed's nor torch's", "use AdamW")
 
 
 def _setup(loaded: Any, world_size: int, num_nodes: int) -> Setup:

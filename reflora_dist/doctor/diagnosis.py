@@ -217,7 +217,8 @@ def _estimate(result: Diagnosis, setup: Setup, model_config: Any) -> None:
         activations = 0
         findings.warning("activations", f"not estimated: {error}", "leave room for them")
     sizes = [(pair.lora_rank, pair.in_features, pair.out_features) for pair in model.pairs]
-    moments = 2 if options.method == "lora-rite" else OPTIMIZERS[options.optim]
+    moments = setup.moments if setup.moments is not None else OPTIMIZERS[options.optim or "adamw"]
+    moments = 2 if options.method == "lora-rite" else moments
     result.memory = memory(setup, model, moments, activations, buffers(config, sizes, setup))
     _check_adapter(model, setup, options, findings)
     _check_memory(result, setup)

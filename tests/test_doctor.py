@@ -131,8 +131,8 @@ WRONG = [
             },
         },
         {},
-        "warning",
-        "without fsdp_sync_module_states",
+        "error",
+        "set `--fsdp_sync_module_states` to `True`",
     ),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
 import io
@@ -11,8 +12,9 @@ from typing import Any
 import yaml
 
 from .findings import Findings
-from .options import DoctorOptions
+from .options import PRECISIONS, DoctorOptions
 from .setup import Setup
+from .values import check_sections, count
 
 _NESTED = ("fsdp_config", "deepspeed_config", "parallelism_config")
 _DDP = ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU", "MULTI_HPU")
@@ -23,14 +25,17 @@ def read(path: str) -> dict[str, Any]:
     """The file's contents.
 
     Raises:
-        ValueError: it cannot be read, or is no mapping.
+        ValueError: it cannot be read, or it or a section is no mapping.
     """
     try:
         config = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {error}".replace("\n", " ")) from error
+    except OSError as error:
+        raise ValueError(error.strerror) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(str(error).replace("\n", " ")) from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path}: an accelerate configuration is a mapping, this is a {type(config).__name__}")
+        raise ValueError(f"an accelerate configuration is a mapping, this is a {type(config).__name__}")
+    check_sections(config, [(name,) for name in _NESTED])
     return config
 
 
@@ -53,17 +58,25 @@ def launch_arguments(path: str, config: dict[str, Any], findings: Findings) -> A
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             arguments = parser.parse_args(["--config_file", path, "script.py"])
-            return _validate_launch_command(arguments)[0]
+            arguments, _, has_precision = _validate_launch_command(arguments)
     except Exception as error:  # ValueError, TypeError and KeyError, by what is wrong
         findings.error(path, f"accelerate refuses it: {error}".replace("\n", " "), "correct or remove that key")
         return None
+    # as launch_command does, for DeepSpeedPlugin to compare with deepspeed_config_file
+    fields = [*(config.get("deepspeed_config") or {}), *["mixed_precision"] * has_precision]
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(fields)
+    return arguments
 
 
 def deepspeed_contents(path: str, arguments: Any, options: DoctorOptions, findings: Findings) -> dict[str, Any] | None:
     """The DeepSpeed configuration that accelerate makes of the file; None if it refuses."""
     from accelerate import DeepSpeedPlugin
+    from accelerate.utils import patch_environment
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    precision = _precision(path, arguments, options, findings)
+    if precision is None:
+        return None
     names = ("gradient_clipping", "zero_stage", "offload_optimizer_device", "offload_param_device",
              "offload_optimizer_nvme_path", "offload_param_nvme_path", "zero3_init_flag",
              "zero3_save_16bit_model")  # fmt: skip
@@ -71,9 +84,10 @@ def deepspeed_contents(path: str, arguments: Any, options: DoctorOptions, findin
     given["gradient_accumulation_steps"] = getattr(arguments, "gradient_accumulation_steps", None) or "auto"
     file = getattr(arguments, "deepspeed_config_file", None)
     try:
-        plugin = DeepSpeedPlugin(hf_ds_config=file, **given)
+        with patch_environment(ACCELERATE_CONFIG_DS_FIELDS=arguments.deepspeed_fields_from_accelerate_config):
+            plugin = DeepSpeedPlugin(hf_ds_config=file, **given)
         if file is None:
-            plugin.set_mixed_precision(_precision(path, arguments, options, findings))
+            plugin.set_mixed_precision(precision)
         return plugin.deepspeed_config
     except Exception as error:
         findings.error(path, f"accelerate's DeepSpeedPlugin refuses it: {error}".replace("\n", " "), "")
@@ -88,8 +102,7 @@ def accelerate_setup(
     """What FSDP or DDP would do by this file; None if it cannot work."""
     world_size, num_nodes = size
     precision = _precision(path, arguments, options, findings)
-    if precision == "fp8":
-        findings.error(path, "mixed_precision: fp8 is not supported", "use bf16")
+    if precision is None:
         return None
     setup = Setup(
         engine="ddp" if world_size > 1 else "single",
@@ -100,6 +113,8 @@ def accelerate_setup(
         accumulation=options.gradient_accumulation_steps or arguments.gradient_accumulation_steps or 1,
         activation_checkpointing=options.activation_checkpointing,
     )
+    if arguments.use_fsdp and not _fsdp_plugin_accepts(path, arguments, findings):
+        return None
     version = int(arguments.fsdp_version) if arguments.use_fsdp else 0
     if arguments.use_parallelism_config and version != 2:
         findings.error(path, "parallelism_config is for FSDP2 only", "fsdp_version: 2, or remove parallelism_config")
@@ -115,9 +130,41 @@ def accelerate_setup(
     return setup
 
 
-def _precision(path: str, arguments: Any, options: DoctorOptions, findings: Findings) -> str:
-    """The option, else the file's; "no" there leaves it to the trainer's --bf16."""
-    said = str(arguments.mixed_precision)
+def _fsdp_plugin_accepts(path: str, arguments: Any, findings: Findings) -> bool:
+    """Whether accelerate's plugin can be made of the variables that its launcher would set."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.utils import patch_environment
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    version = arguments.fsdp_version
+    if str(version) not in ("1", "2"):
+        findings.error(path, f"fsdp_version: {version!r} is unknown to accelerate", "fsdp_version: 2")
+        return False
+    # one machine and any port: the launcher would look whether the port is free
+    launched = {**vars(arguments), "num_machines": 1, "main_process_port": 0, "mixed_precision": "no"}
+    try:
+        environment = prepare_multi_gpu_env(argparse.Namespace(**launched))
+        variables = {name: value for name, value in environment.items() if name.startswith("FSDP_")}
+        # with these the plugin would look for the accelerator to broadcast on
+        variables |= {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_SYNC_MODULE_STATES": "false"}
+        with patch_environment(**variables):
+            FullyShardedDataParallelPlugin()
+    except Exception as error:  # KeyError, ValueError and others, by what is wrong
+        message = f"accelerate refuses it with fsdp_version: {version}: {type(error).__name__}: {error}"
+        findings.error(path, message.replace("\n", " "), "correct or remove that key")
+        return False
+    return True
+
+
+def _precision(path: str, arguments: Any, options: DoctorOptions, findings: Findings) -> str | None:
+    """The option, else the file's; "no" there leaves it to the trainer's --bf16. None if the file's is unusable."""
+    said = arguments.mixed_precision if isinstance(arguments.mixed_precision, str) else repr(arguments.mixed_precision)
+    said = said.lower()
+    if said not in PRECISIONS:
+        known = ", ".join(PRECISIONS)
+        hint = ' (write it quoted: "no")' if said == "false" else ""
+        findings.error(path, f"mixed_precision: {said} is not supported", f"use one of {known}{hint}")
+        return None
     if options.mixed_precision is not None:
         if said not in ("no", options.mixed_precision):
             findings.error(
@@ -148,13 +195,6 @@ def _fsdp1(path: str, arguments: Any, setup: Setup, findings: Findings) -> None:
     original = _truth(arguments.fsdp_use_orig_params)
     if strategy == "NO_SHARD" and not original:
         findings.error(path, "NO_SHARD without fsdp_use_orig_params: attach refuses it", "fsdp_use_orig_params: true")
-    if _truth(arguments.fsdp_cpu_ram_efficient_loading) and not _truth(arguments.fsdp_sync_module_states):
-        findings.warning(
-            path,
-            "fsdp_cpu_ram_efficient_loading without fsdp_sync_module_states: one rank reads the base and the others "
-            "would not receive it; accelerate switches it on",
-            "fsdp_sync_module_states: true",
-        )
     if setup.offload_params:
         findings.warning(path, "FSDP1 with fsdp_offload_params is not tested", "use FSDP2")
 
@@ -166,7 +206,7 @@ def _fsdp2(path: str, arguments: Any, setup: Setup, findings: Findings) -> None:
     if not getattr(arguments, "use_parallelism_config", False):
         return
     sizes = {
-        name: int(getattr(arguments, f"parallelism_config_{name}_size", None) or 1)
+        name: count(path, vars(arguments), f"parallelism_config_{name}_size", findings) or 1
         for name in ("dp_replicate", "dp_shard", *_OTHER_PARALLELISM)
     }
     for name, kind in _OTHER_PARALLELISM.items():
@@ -205,6 +245,6 @@ def check_distributed_type(path: str, config: dict[str, Any], arguments: Any, fi
     if kind == "FSDP" and _truth(arguments.use_cpu):
         findings.error(path, "use_cpu: true, for which accelerate trains with plain DDP instead of FSDP", "use GPUs")
         return False
-    if int(config.get("num_machines") or 1) > 1 and not config.get("main_process_ip"):
+    if (count(path, config, "num_machines", findings) or 1) > 1 and not config.get("main_process_ip"):
         findings.note(path, "main_process_ip is left to the command line", "--main_process_ip")
     return True

@@ -77,7 +77,8 @@ def _shallow(config: Any, layers: int) -> Any:
     text = shallow.get_text_config()
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
+        missing = layers - len(text.layer_types)
+        text.layer_types = [*text.layer_types[:layers], *missing * text.layer_types[-1:]]
     return shallow
 
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..adapters import AdapterPair, find_pairs
 from .options import DoctorOptions
+from .values import one_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +57,8 @@ def load_config(name: str) -> Any:
     """
     try:
         return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ValueError(f"--model {name!r}: its configuration cannot be read: {error}") from error
+    except Exception as error:  # by what is wrong in it
+        raise ValueError(f"the configuration of {name!r} cannot be read: {one_line(error)}") from error
 
 
 def build(config: Any, options: DoctorOptions, dtype: torch.dtype) -> PeftModel:

@@ -11,17 +11,26 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
-from ..optimizers import _ADAM_FAMILY, _ELEMENTWISE
+from .deepspeed_optimizer import check_optimizer, check_scheduler, count_moments
 from .findings import Findings
 from .options import DoctorOptions
 from .setup import Setup
+from .values import check_sections, one_line
 
 _TRAINER_CLIPS_AT = 1.0  # TrainingArguments.max_grad_norm
 _STAGE_NAMES = {1: "zero1", 2: "zero2", 3: "zero3"}
-# DeepSpeed's names, in lower case, of optimizers that are not torch's.
-_OWN_OPTIMIZERS = {"adam": "FusedAdam", "adamw": "FusedAdam", "adagrad": "DeepSpeedCPUAdagrad", "lion": "FusedLion"}
+_SECTIONS = [
+    *((name,) for name in ("fp16", "bf16", "zero_optimization", "optimizer", "scheduler", "tensor_parallel")),
+    ("optimizer", "params"),
+    ("scheduler", "params"),
+]
+# Trainer fills these in by the model's size and the number of steps.
+_NEED_MODEL = {
+    *(f"zero_optimization.{name}" for name in ("reduce_bucket_size", "stage3_prefetch_bucket_size")),
+    "zero_optimization.stage3_param_persistence_threshold",
+    "scheduler.params.total_num_steps",
+    "scheduler.params.warmup_num_steps",
+}
 
 
 class _Asked(dict):
@@ -54,14 +63,15 @@ def read(path: str) -> dict[str, Any]:
     """The file's contents.
 
     Raises:
-        ValueError: it cannot be read, is no JSON object, or has a key twice.
+        ValueError: it cannot be read, is no JSON object, has a key twice, or a section is no object.
     """
     try:
         config = json.loads(Path(path).read_text(), object_pairs_hook=_once)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    except OSError as error:
+        raise ValueError(error.strerror) from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path}: a DeepSpeed configuration is a JSON object, this is a {type(config).__name__}")
+        raise ValueError(f"a DeepSpeed configuration is a JSON object, this is a {type(config).__name__}")
+    check_sections(config, _SECTIONS)
     return config
 
 
@@ -111,12 +121,15 @@ def deepspeed_setup(
     filled = _fill(where, config, model_config, options, size, findings)
     if filled is None:
         return None
+    if not _check_autos(where, filled, model_config, findings):
+        return None
     loaded = _load(where, filled, findings)
     if loaded is None:
         return None
     world_size, num_nodes = size
     _check_zero(where, filled, loaded, size, findings)
-    _check_optimizer(where, filled, loaded, options, findings)
+    check_optimizer(where, loaded, options, findings)
+    check_scheduler(where, loaded, findings)
     if "gradient_clipping" not in config:
         findings.warning(
             where,
@@ -125,6 +138,7 @@ def deepspeed_setup(
         )
     setup = _setup(loaded, world_size, num_nodes)
     setup.activation_checkpointing = options.activation_checkpointing
+    setup.moments = count_moments(where, loaded, options, findings)
     if options.mixed_precision not in (None, setup.precision):
         findings.error(
             where,
@@ -139,6 +153,20 @@ def deepspeed_setup(
             "set zero_optimization.stage to 1, 2 or 3",
         )
     return setup
+
+
+def _check_autos(where: str, filled: dict[str, Any], model_config: Any, findings: Findings) -> bool:
+    """Name every "auto" that is left; False where there is no going on."""
+    left = {path for path, value in _leaves(filled) if value == "auto"}
+    left -= set() if model_config is not None else _NEED_MODEL
+    stage = "zero_optimization.stage"
+    for path in sorted(left - {stage}):
+        findings.warning(
+            where, f'{path}: "auto" is filled in by nobody, and DeepSpeed may ignore it', "give a value, or remove it"
+        )
+    if stage in left:
+        findings.error(where, f'{stage}: "auto" is filled in by nobody: ZeRO would be off', "give 1, 2 or 3")
+    return stage not in left
 
 
 def _leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -162,6 +190,11 @@ def _fill(
 
     number = {key: value for key, value in config.items() if _is_number(value)}
     precision = _precision(config, options)
+    try:
+        optimizer_values = _optimizer_values(config)
+    except ValueError as error:
+        findings.error(where, str(error), "correct it")
+        return None
     arguments = SimpleNamespace(
         world_size=size[0],
         per_device_train_batch_size=options.micro_batch_size or number.get("train_micro_batch_size_per_gpu", 1),
@@ -173,10 +206,10 @@ def _fill(
         bf16_full_eval=False,
         save_on_each_node=False,
         get_warmup_steps=lambda steps: 1,
-        **_optimizer_values(config),
+        **optimizer_values,
     )
-    filled = HfTrainerDeepSpeedConfig(copy.deepcopy(config))
     try:
+        filled = HfTrainerDeepSpeedConfig(copy.deepcopy(config))
         filled.trainer_config_process(arguments)
         if model_config is not None:
             filled.trainer_config_finalize(arguments, SimpleNamespace(config=model_config), 1)
@@ -184,6 +217,9 @@ def _fill(
             raise ValueError("; ".join(filled.mismatches))
     except ValueError as error:
         findings.error(where, f"does not fit the options: {error}".replace("\n", " "), 'set these values to "auto"')
+        return None
+    except Exception as error:  # whatever it does with values of another type
+        findings.error(where, f"transformers refuses it: {one_line(error)}", "correct that key")
         return None
     finally:
         unset_hf_deepspeed_config()  # or transformers would partition the models that it builds from here on
@@ -209,13 +245,19 @@ def _is_number(value: object) -> bool:
 
 
 def _optimizer_values(config: dict[str, Any]) -> dict[str, Any]:
-    """The optimizer's hyperparameters mean nothing here: those of the file, so that they contradict nothing."""
+    """The optimizer's hyperparameters mean nothing here: those of the file, so that they contradict nothing.
+
+    Raises:
+        ValueError: betas are not two.
+    """
     params = _section(_section(config, "optimizer"), "params") | _section(_section(config, "scheduler"), "params")
 
     def given(name: str, otherwise: Any) -> Any:
         return params.get(name) if params.get(name, "auto") != "auto" else otherwise
 
     betas = given("betas", [0.9, 0.999])
+    if not isinstance(betas, list) or len(betas) != 2:
+        raise ValueError(f"optimizer.params.betas: {betas!r} is no list of two numbers")
     return {
         "learning_rate": given("lr", given("warmup_max_lr", 1e-4)),
         "adam_beta1": betas[0],
@@ -302,49 +344,6 @@ def _check_hierarchy(where: str, zero: Any, stage: int, size: tuple[int, int], f
             "pays where it lies within one",
             f"set {world_size // num_nodes}",
         )
-
-
-def _check_optimizer(
-    where: str, filled: dict[str, Any], loaded: Any, options: DoctorOptions, findings: Findings
-) -> None:
-    offload = loaded.zero_config.offload_optimizer
-    offloaded = offload is not None and offload.device != "none"
-    name = loaded.optimizer_name
-    if name is None:
-        if options.method == "lora-rite" and not loaded.zero_allow_untested_optimizer:
-            findings.warning(
-                where,
-                "DeepSpeed takes LoRARite only with zero_allow_untested_optimizer, which Trainer sets by itself",
-                'set "zero_allow_untested_optimizer": true',
-            )
-        if offloaded and loaded.zero_force_ds_cpu_optimizer:
-            report = findings.error if options.method == "lora-rite" else findings.warning
-            report(
-                where,
-                "offload_optimizer without an optimizer section: deepspeed.initialize refuses optimizers but "
-                "DeepSpeedCPUAdam, for which accelerate and Trainer exchange AdamW",
-                'name the optimizer, or set "zero_force_ds_cpu_optimizer": false',
-            )
-        return
-    if options.method == "lora-rite":
-        findings.error(
-            where,
-            f"the optimizer section ({name}) would replace LoRARite, which is the method",
-            'take "optimizer" out, and with offload_optimizer set "zero_force_ds_cpu_optimizer": false',
-        )
-        return
-    kind = _OWN_OPTIMIZERS.get(name, name)
-    known = set().union(*(_ADAM_FAMILY if options.method == "reflora-s" else _ELEMENTWISE).values())
-    if kind not in known and options.method != "lora":
-        findings.error(
-            where,
-            f"optimizer.type={name!r} is not known to "
-            + ("keep Adam's moments" if options.method == "reflora-s" else "update elementwise")
-            + f", so attach refuses it with method={options.method!r}",
-            "use AdamW",
-        )
-    elif kind == name and not hasattr(torch.optim, name):
-        findings.error(where, f"optimizer.type={name!r} is neither DeepSpeed's nor torch's", "use AdamW")
 
 
 def _setup(loaded: Any, world_size: int, num_nodes: int) -> Setup:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from . import accelerate_config, deepspeed_config
 from .accelerate_config import accelerate_setup
@@ -21,6 +22,7 @@ from .held import Item, Shards, factor_shards, memory, persisted
 from .options import OPTIMIZERS, PRECISIONS, DoctorOptions
 from .ranks import compare
 from .setup import Setup
+from .values import count, one_line
 from .versions import PackageVersion, check_versions
 from .wire import MethodTraffic, Sent, buffers, engine_traffic, method_traffic
 
@@ -129,13 +131,14 @@ def _setup(
     findings: Findings,
 ) -> Setup | None:
     arguments = None
-    size = _size(None, options)
+    path = yamls[0] if yamls else ""
+    size = _size(path, files.get(path, {}), options, findings)
+    if size is None:
+        return None
     if yamls:
-        path = yamls[0]
         arguments = accelerate_config.launch_arguments(path, files[path], findings)
         if arguments is None or not accelerate_config.check_distributed_type(path, files[path], arguments, findings):
             return None
-        size = _size(files[path], options)
         if arguments.use_deepspeed and not jsons:
             contents = accelerate_config.deepspeed_contents(path, arguments, options, findings)
             if contents is None:
@@ -163,17 +166,31 @@ def _setup(
     )
 
 
-def _size(config: dict[str, Any] | None, options: DoctorOptions) -> tuple[int, int]:
-    """Ranks and machines: of the options, else of the launcher, else of the file, else of this machine."""
-    config = config or {}
+def _size(path: str, config: dict[str, Any], options: DoctorOptions, findings: Findings) -> tuple[int, int] | None:
+    """Ranks and machines: of the options, else of the launcher, else of the file, else of this machine.
+
+    None, with an error among the findings, where the file's are unusable.
+    """
+    before = len(findings)
+    processes, machines = (count(path, config, name, findings) for name in ("num_processes", "num_machines"))
+    if len(findings) > before:
+        return None
     launched = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else None
     nodes = options.num_nodes
     if nodes is None and launched:
         nodes = max(1, launched // int(os.environ.get("LOCAL_WORLD_SIZE", launched)))
-    nodes = nodes or int(config.get("num_machines") or 1)
+    nodes = nodes or machines or 1
     here = torch.accelerator.device_count() if torch.accelerator.is_available() else 1
-    ranks = options.world_size or launched or config.get("num_processes") or max(1, here) * nodes
-    return int(ranks), nodes
+    ranks = options.world_size or launched or processes or max(1, here) * nodes
+    if not launched and ranks % nodes:
+        findings.error(
+            path or "--num_nodes",
+            f"{ranks} ranks on {nodes} machines: every machine starts {ranks // nodes}, which makes "
+            f"{ranks // nodes * nodes}",
+            "num_processes (--world_size) is that of all machines together, a multiple of num_machines (--num_nodes)",
+        )
+        return None
+    return ranks, nodes
 
 
 def _estimate(result: Diagnosis, setup: Setup, model_config: Any) -> None:
@@ -181,8 +198,8 @@ def _estimate(result: Diagnosis, setup: Setup, model_config: Any) -> None:
     dtype = getattr(torch, PRECISIONS[setup.precision])
     try:
         model = describe(build(model_config, options, dtype))
-    except (ValueError, TypeError, KeyError) as error:
-        findings.error("--model", f"no adapter can be put into it: {error}", "--target_modules")
+    except Exception as error:  # the libraries', by what is wrong in the model's configuration or is not installed
+        findings.error("--model", *_why_not_built(model_config, options, error))
         return
     config = options.reflora_config()
     shapes = [shape for pair in model.pairs for shape in (pair.shape_a, pair.shape_b)]
@@ -200,10 +217,22 @@ def _estimate(result: Diagnosis, setup: Setup, model_config: Any) -> None:
         activations = 0
         findings.warning("activations", f"not estimated: {error}", "leave room for them")
     sizes = [(pair.lora_rank, pair.in_features, pair.out_features) for pair in model.pairs]
-    moments = 2 if options.method == "lora-rite" else OPTIMIZERS[options.optim]
+    moments = setup.moments if setup.moments is not None else OPTIMIZERS[options.optim or "adamw"]
+    moments = 2 if options.method == "lora-rite" else moments
     result.memory = memory(setup, model, moments, activations, buffers(config, sizes, setup))
     _check_adapter(model, setup, options, findings)
     _check_memory(result, setup)
+
+
+def _why_not_built(model_config: Any, options: DoctorOptions, error: Exception) -> tuple[str, str]:
+    """Message and remedy."""
+    if type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return (
+            f"{type(model_config).__name__} is no causal language model's, and only those are sized",
+            "leave --model out: the files are checked all the same",
+        )
+    remedy = "--attn_implementation sdpa" if isinstance(error, ImportError) and options.attn_implementation else ""
+    return f"no adapter can be put into it: {one_line(error)}", remedy or "--target_modules, or correct its config.json"
 
 
 def _pair_rows(setup: Setup, model: MetaModel, shards: list[Shards]) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ class DoctorOptions:
     reflora_overlap: bool = _option(False, "Form the next step's S beside the next forward.")
     lora_r: int = _option(16, "LoRA rank r.")
     target_modules: list[str] = _option(["all-linear"], "Layers that get an adapter.")  # noqa: RUF009
-    optim: str = _option("adamw", "Optimizer.", choices=tuple(OPTIMIZERS))
+    optim: str | None = _option(None, "Optimizer. Default: DeepSpeed's file's, or adamw.", choices=tuple(OPTIMIZERS))
     mixed_precision: str | None = _option(
         None, "Where the configuration leaves it to the trainer. Default: bf16.", choices=tuple(PRECISIONS)
     )

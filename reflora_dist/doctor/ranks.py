@@ -83,9 +83,10 @@ def gather(own: Any) -> list[Any]:
 
 
 def time_collectives(traffic: MethodTraffic, device: torch.device) -> list[dict[str, Any]]:
-    """Time one all-reduce and one all-to-all of the sizes that the method sends, over all ranks.
+    """Time one all-reduce and one all-to-all of the sizes that the method sends, in all copies at once.
 
-    The all-to-all sends equal parts to all ranks, of the rank that sends most.
+    The all-to-all sends equal parts to all ranks of a copy, of the rank that sends most. Where the ranks are not a
+    multiple of a copy's (more were asked about than there are), both go over all.
 
     Returns:
         Per collective its kind, the bytes that a rank sends, and the milliseconds of the slowest rank (the median of
@@ -93,7 +94,11 @@ def time_collectives(traffic: MethodTraffic, device: torch.device) -> list[dict[
 
     Communication: several of both, and all-gathers; every rank must call.
     """
-    comm = Communicator(dist.group.WORLD, device)
+    ranks = len(traffic.sent)
+    group = dist.group.WORLD
+    if 1 < ranks < dist.get_world_size() and dist.get_world_size() % ranks == 0:
+        group, _ = dist.new_subgroups(ranks)
+    comm = Communicator(group, device)
     ranks = comm.world_size
     measured = []
     if traffic.reduced:

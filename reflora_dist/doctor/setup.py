@@ -27,6 +27,7 @@ class Setup:
         sub_group_elements: ZeRO-3: elements of this rank's that the optimizer updates at a time; 0 for all.
         round_robin: ZeRO-1/2: parameters are dealt out in turn.
         alignment: ZeRO-1/2: elements to a multiple of which parameters are padded.
+        moments: tensors of a factor's size that the optimizer of DeepSpeed's file keeps; None if it names none.
     """
 
     engine: str
@@ -48,6 +49,7 @@ class Setup:
     sub_group_elements: int = 0
     round_robin: bool = False
     alignment: int = 1
+    moments: int | None = None
 
     @property
     def is_zero(self) -> bool:

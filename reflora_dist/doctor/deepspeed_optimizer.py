@@ -1,0 +1,95 @@
+"""The optimizer and the scheduler that DeepSpeed's JSON names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..optimizers import _ADAM_FAMILY, _ELEMENTWISE
+from .findings import Findings
+from .options import OPTIMIZERS, DoctorOptions
+from .values import one_line
+
+# DeepSpeed's names, in lower case, of optimizers that are not torch's.
+_OWN_OPTIMIZERS = {"adam": "FusedAdam", "adamw": "FusedAdam", "adagrad": "DeepSpeedCPUAdagrad", "lion": "FusedLion"}
+_OWN_MOMENTS = {"FusedAdam": 2, "DeepSpeedCPUAdagrad": 1, "FusedLion": 1}
+
+
+def check_optimizer(where: str, loaded: Any, options: DoctorOptions, findings: Findings) -> None:
+    """Whether attach takes what the file names, and DeepSpeed what it leaves to the program."""
+    offload = loaded.zero_config.offload_optimizer
+    offloaded = offload is not None and offload.device != "none"
+    name = loaded.optimizer_name
+    if name is None:
+        if options.method == "lora-rite" and not loaded.zero_allow_untested_optimizer:
+            findings.warning(
+                where,
+                "DeepSpeed takes LoRARite only with zero_allow_untested_optimizer, which Trainer sets by itself",
+                'set "zero_allow_untested_optimizer": true',
+            )
+        if offloaded and loaded.zero_force_ds_cpu_optimizer:
+            report = findings.error if options.method == "lora-rite" else findings.warning
+            report(
+                where,
+                "offload_optimizer without an optimizer section: deepspeed.initialize refuses optimizers but "
+                "DeepSpeedCPUAdam, for which accelerate and Trainer exchange AdamW",
+                'name the optimizer, or set "zero_force_ds_cpu_optimizer": false',
+            )
+        return
+    if options.method == "lora-rite":
+        findings.error(
+            where,
+            f"the optimizer section ({name}) would replace LoRARite, which is the method",
+            'take "optimizer" out, and with offload_optimizer set "zero_force_ds_cpu_optimizer": false',
+        )
+        return
+    kind = _OWN_OPTIMIZERS.get(name, name)
+    known = set().union(*(_ADAM_FAMILY if options.method == "reflora-s" else _ELEMENTWISE).values())
+    if kind not in known and options.method != "lora":
+        findings.error(
+            where,
+            f"optimizer.type={name!r} is not known to "
+            + ("keep Adam's moments" if options.method == "reflora-s" else "update elementwise")
+            + f", so attach refuses it with method={options.method!r}",
+            "use AdamW",
+        )
+    elif kind == name and not hasattr(torch.optim, name):
+        findings.error(where, f"optimizer.type={name!r} is neither DeepSpeed's nor torch's", "use AdamW")
+
+
+def count_moments(where: str, loaded: Any, options: DoctorOptions, findings: Findings) -> int | None:
+    """Tensors of a factor's size that the file's optimizer keeps; None if there is none, or it cannot be told."""
+    name = loaded.optimizer_name
+    if name is None:
+        return None
+    moments = _OWN_MOMENTS.get(_OWN_OPTIMIZERS.get(name, name))
+    kind = getattr(torch.optim, name, None)
+    if moments is None and isinstance(kind, type):
+        factor = torch.nn.Parameter(torch.zeros(2, 3))
+        factor.grad = torch.zeros_like(factor)
+        try:
+            optimizer = kind([factor], **(loaded.optimizer_params or {}))
+            optimizer.step()
+        except Exception as error:  # by what is wrong with the hyperparameters
+            findings.error(where, f"torch's {name} refuses optimizer.params: {one_line(error)}", "correct that key")
+            return None
+        state = optimizer.state[factor].values()
+        moments = sum(torch.is_tensor(value) and value.shape == factor.shape for value in state)
+    if moments is not None and options.optim is not None and OPTIMIZERS[options.optim] != moments:
+        findings.error(
+            where,
+            f"--optim {options.optim}, but this file's optimizer is {name}, with {moments} moments",
+            "say it in one place",
+        )
+    return moments
+
+
+def check_scheduler(where: str, loaded: Any, findings: Findings) -> None:
+    """Whether the engine finds the scheduler that the file names."""
+    from deepspeed.runtime import lr_schedules
+
+    name = loaded.scheduler_name
+    if name is not None and not hasattr(lr_schedules, name) and not hasattr(torch.optim.lr_scheduler, name):
+        known = ", ".join(lr_schedules.VALID_LR_SCHEDULES)
+        findings.error(where, f"scheduler.type={name!r} is neither DeepSpeed's nor torch's", f"use one of {known}")

@@ -1,0 +1,133 @@
+"""Configurations that would fail at the start are refused by the doctor, with a finding instead of a traceback."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen2Config
+
+from reflora_dist.doctor import DoctorOptions, diagnose
+from reflora_dist.doctor.activations import activation_bytes
+from reflora_dist.doctor.options import OPTIMIZERS
+from reflora_dist.doctor.ranks import time_collectives
+from reflora_dist.doctor.setup import Setup
+from reflora_dist.doctor.wire import MethodTraffic
+from tests.cluster import run_ranks
+from tests.test_doctor import FSDP1, FSDP2, SMALL, ZERO3, found, written, zero3
+from tests.test_launchers_support import REPOSITORY
+
+ZERO3_FILE = REPOSITORY / "ds_configs" / "zero3.json"
+DEEPSPEED = {"distributed_type": "DEEPSPEED", "num_processes": 4}
+
+
+def fsdp(version: int, **section: Any) -> dict[str, Any]:
+    """An accelerate configuration with these keys in ``fsdp_config``."""
+    return {**(FSDP1 if version == 1 else FSDP2), "fsdp_config": {"fsdp_version": version, **section}}
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    (fsdp(2, fsdp_reshard_after_forward="FULL_SHARD"), "invalid truth value full_shard"),
+    (fsdp(3), "fsdp_version: 3 is unknown"),
+    (fsdp(2, fsdp_auto_wrap_policy="NOSUCH"), "Invalid auto wrap policy: NOSUCH"),
+    (fsdp(1, fsdp_sharding_strategy="FULLSHARD"), "KeyError: 'FULLSHARD'"),
+    ({**FSDP2, "mixed_precision": "bf17"}, "mixed_precision: bf17 is not supported"),
+    ({**FSDP2, "mixed_precision": False}, "mixed_precision: false is not supported"),
+    ({**FSDP2, "fsdp_config": True}, "fsdp_config: True is not a section"),
+    ({**FSDP2, "fsdp_config": [1]}, "fsdp_config: [1] is not a section"),
+    ({**FSDP2, "fsdp_config": {1: 2}}, "fsdp_config: the key 1 is not a string"),
+    ({**FSDP2, "num_machines": "two"}, "num_machines: 'two' is no whole number"),
+    ({**FSDP2, "num_processes": "two"}, "num_processes: 'two' is no whole number"),
+    ({**FSDP2, "num_processes": 0}, "num_processes: 0 is no whole number above 0"),
+    ({**FSDP2, "num_machines": 3, "num_processes": 8}, "8 ranks on 3 machines"),
+    (zero3({"fp16": True}), "fp16: True is not a section"),
+    (zero3({"optimizer": "AdamW"}), "optimizer: 'AdamW' is not a section"),
+    ({**ZERO3, "zero_optimization": True}, "zero_optimization: True is not a section"),
+    (zero3({"optimizer": {"type": "AdamW", "params": {"betas": 0.9}}}), "betas: 0.9 is no list of two numbers"),
+    (
+        {**DEEPSPEED, "deepspeed_config": {"deepspeed_config_file": str(ZERO3_FILE), "zero_stage": 2}},
+        "following accelerate config variables will be ignored",
+    ),
+    (zero3({"scheduler": {"type": "WarmupLRR", "params": {}}}), "scheduler.type='WarmupLRR' is neither"),
+    (zero3(stage="auto"), 'zero_optimization.stage: "auto" is filled in by nobody'),
+    (zero3({"optimizer": {"type": "SGD", "params": {"momentun": 0.9}}}), "torch's SGD refuses optimizer.params"),
+]
+
+
+@pytest.mark.parametrize(("config", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_refused(config: dict[str, Any], message: str, tmp_path: Path) -> None:
+    diagnosis = diagnose([written(tmp_path, config)], DoctorOptions())
+    assert found(diagnosis, "error", message), diagnosis.findings
+    assert not any(str(tmp_path) in finding.message for finding in diagnosis.findings), "the path is told beside it"
+
+
+MODELS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({}, {"attn_implementation": "flash_attention_2"}, "no adapter can be put into it: ImportError"),
+    ({"num_attention_heads": 0}, {}, "ZeroDivisionError"),
+    ({"hidden_size": "wide"}, {}, "cannot be read"),
+    ({"model_type": "deberta-v2"}, {}, "DebertaV2Config is no causal language model's"),
+]
+
+
+@pytest.mark.parametrize(("changed", "options", "message"), MODELS, ids=[message for *_, message in MODELS])
+def test_models_that_cannot_be_sized(
+    changed: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """One line, whatever a library says."""
+    (tmp_path / "config.json").write_text(json.dumps({**SMALL, "model_type": "llama", **changed}))
+    diagnosis = diagnose([], DoctorOptions(model=str(tmp_path), **options))
+    assert found(diagnosis, "error", message), diagnosis.findings
+    assert all("\n" not in finding.message for finding in diagnosis.findings)
+    assert not any("--model" in finding.message for finding in diagnosis.findings)
+
+
+def test_a_deepspeed_config_file_alone_is_taken(tmp_path: Path) -> None:
+    config = {**DEEPSPEED, "deepspeed_config": {"deepspeed_config_file": str(ZERO3_FILE)}}
+    diagnosis = diagnose([written(tmp_path, config)], DoctorOptions())
+    assert not diagnosis.findings.failed, diagnosis.findings
+    assert diagnosis.setup is not None and diagnosis.setup.engine == "zero3"
+
+
+def test_one_layer_with_a_list_of_layer_types() -> None:
+    config = Qwen2Config(**{**SMALL, "num_hidden_layers": 1})
+    assert len(config.layer_types) == 1
+    assert activation_bytes(config, DoctorOptions(sequence_length=16), Setup(engine="single", world_size=1)) > 0
+
+
+@pytest.mark.parametrize("key", ["allgather_bucket_size", "overlap_comm"])
+def test_auto_that_nobody_fills_in(key: str, tmp_path: Path) -> None:
+    diagnosis = diagnose([written(tmp_path, zero3(**{key: "auto"}))], DoctorOptions(world_size=4))
+    assert found(diagnosis, "warning", f'zero_optimization.{key}: "auto" is filled in by nobody')
+    assert not diagnosis.findings.failed, diagnosis.findings
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "moments"),
+    [({"type": "SGD"}, 0), ({"type": "SGD", "params": {"momentum": 0.9, "lr": "auto"}}, 1), ({"type": "AdamW"}, 2)],
+)
+def test_moments_are_those_of_the_optimizer_that_the_file_names(
+    optimizer: dict[str, Any], moments: int, tmp_path: Path
+) -> None:
+    """As many bytes as the fp32 masters for each; another ``--optim`` contradicts."""
+    LlamaConfig(**SMALL).save_pretrained(tmp_path / "model")
+    path = written(tmp_path, zero3({"optimizer": optimizer}))
+    diagnosis = diagnose([path], DoctorOptions(model=str(tmp_path / "model"), world_size=4))
+    sizes = {item.name: item.bytes for item in diagnosis.memory or ()}
+    assert sizes.get("optimizer's moments", 0) == moments * sizes["factors, fp32 masters"], diagnosis.findings
+    for option, kept in OPTIMIZERS.items():
+        diagnosis = diagnose([path], DoctorOptions(world_size=4, optim=option))
+        assert found(diagnosis, "error", f"--optim {option}, but") == (kept != moments), diagnosis.findings
+
+
+def _sent(rank: int, world_size: int) -> dict[str, int]:
+    traffic = MethodTraffic({}, dict.fromkeys(range(2), 0), reduced=80, exchanged={0: 4000, 1: 4000})
+    return {row["collective"]: row["sent_bytes"] for row in time_collectives(traffic, torch.device("cpu"))}
+
+
+@pytest.mark.all_ranks
+def test_collectives_are_timed_within_a_copy() -> None:
+    """Copies of two of the four ranks: a rank sends all that it sends to the other one."""
+    assert run_ranks(_sent, 4) == 4 * [{"all_reduce": 80, "all_to_all": 4000}]

@@ -167,7 +167,8 @@ def complete_state(folder: str | Path) -> Path | None:
     checkpoint = Path(folder)
     if not (checkpoint / _STATE).is_dir():
         return None
-    require_files(checkpoint, _read_record(checkpoint)["files"])
+    files = _read_record(checkpoint)["files"]
+    require_files(checkpoint, {name: size for name, size in files.items() if name.startswith(f"{_STATE}/")})
     return checkpoint / _STATE
 
 

@@ -127,15 +127,26 @@ def _serve_ssh(hosts: tuple[Host, Host], folder: Path) -> None:
 
 @needs_hosts
 @pytest.mark.all_ranks
-def test_finetune_ends_with_the_adapter_of_one_machine(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "config", "engine"),
+    [
+        ("deepspeed", "ds_configs/zero3.json", "zero3"),
+        ("accelerate", "launchers/accelerate/deepspeed_zero3.yaml", "zero3"),
+        ("torchrun", None, "ddp"),
+    ],
+)
+def test_finetune_ends_with_the_adapter_of_one_machine(
+    launcher: str, config: str | None, engine: str, hosts: tuple[Host, Host], tmp_path: Path
+) -> None:
     """The default program with the shipped configuration, from the command line to the file."""
     micro_model(tmp_path / "model")
     write_records(tmp_path / "records.jsonl")
-    _on_both(hosts, "accelerate", short_training(tmp_path, "two"), processes=1)
-    command = ["bash", REPOSITORY / "launchers" / "run_accelerate.sh", *short_training(tmp_path, "one")]
-    launch(command, timeout_s=280, PROCESSES="2")
+    named = [str(REPOSITORY / config)] if config else []
+    _on_both(hosts, launcher, [*named, *short_training(tmp_path, "two")], processes=1)
+    script = REPOSITORY / "launchers" / f"run_{launcher}.sh"
+    launch(["bash", script, *named, *short_training(tmp_path, "one")], timeout_s=280, PROCESSES="2")
     metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
-    assert (metrics["world_size"], metrics["report"]["engine"], metrics["report"]["applied_steps"]) == (2, "zero3", 2)
+    assert (metrics["world_size"], metrics["report"]["engine"], metrics["report"]["applied_steps"]) == (2, engine, 2)
     adapters = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
     assert worst_factor_error(*adapters) < 1e-6  # sums of two ranks: the same order on one machine and on two
 

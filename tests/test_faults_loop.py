@@ -23,7 +23,7 @@ LIMIT = 60.0  # seconds from the fault until no process is left
 FAULTS: list[tuple[str, int, int | None, str]] = [
     ("kill", 3, 2, "Signal 9 (SIGKILL)"),
     ("raise", 3, 2, "MemoryError: out of memory (a test's)"),
-    ("full", 4, 2, "MiB free there, failed on rank {rank}: "),
+    ("full", 4, 2, "failed on rank {rank}: "),
     ("attach-raise", 0, None, "attach failed on rank {rank}: MemoryError: out of memory (a test's)"),
     ("attach-kill", 0, None, "Signal 9 (SIGKILL)"),
 ]
@@ -76,6 +76,8 @@ def test_a_loop_that_fails_ends_in_time_and_resumes(
     code, printed = _run(engine, tmp_path, kind, rank, step)
     assert code != 0
     assert message.format(rank=rank) in printed, printed
+    # the first rank fails at the adapter already, whose error speaks for itself; torch's of a state does not
+    assert "MiB free there" in printed or kind != "full" or rank == 0, printed
     assert f"rank      : {rank} (local_rank: {rank})" in printed, printed
     record = tmp_path / "checkpoint" / "reflora.json"
     assert (json.loads(record.read_text())["handle"]["steps"] if record.exists() else None) == left

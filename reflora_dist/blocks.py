@@ -8,6 +8,7 @@ factors is ``X^T X`` over blocks (a sum over rows) and ``X M`` with an r x r mat
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -56,8 +57,21 @@ class _Batch:
 
     side: int
     lora_rank: int
+    shape: tuple[int, int]
     members: tuple[int, ...]  # positions in the list of blocks
-    slots: Tensor  # [members] int64: positions of their pairs among the pairs of equal lora_rank
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Batches, those of one lora_rank and side one behind the other."""
+
+    batches: tuple[_Batch, ...]
+    # per lora_rank and side [blocks] int64: positions of their pairs among the pairs of equal lora_rank
+    slots: dict[tuple[int, int], Tensor]
+
+    def sizes(self, lora_rank: int, side: int) -> list[int]:
+        """Blocks in each batch."""
+        return [len(batch.members) for batch in self.batches if (batch.lora_rank, batch.side) == (lora_rank, side)]
 
 
 class BlockSet:
@@ -84,7 +98,8 @@ class BlockSet:
             self.pairs_by_rank.setdefault(lora_rank, []).append(pair)
         self._lora_ranks = tuple(lora_ranks)
         self._slots = {pair: slot for pairs in self.pairs_by_rank.values() for slot, pair in enumerate(pairs)}
-        self._batches: dict[tuple[torch.device | None, ...], list[_Batch]] = {}
+        self._plans: dict[tuple[torch.device | None, ...], _Plan] = {}
+        self._memory = torch.empty(0, dtype=torch.float64)
         self._tiled = None
         if kernels.usable(device) if use_kernels is None else use_kernels:
             from .kernels.launch import TiledBlocks  # imports Triton, which not every machine has
@@ -104,15 +119,12 @@ class BlockSet:
         """
         if self._tiled is not None and (located := self._tiled.locate("grams", blocks)) is not None:
             return self._tiled.grams(located)
-        grams = {
-            lora_rank: torch.zeros(2, len(pairs), lora_rank, lora_rank, dtype=torch.float64, device=self.device)
-            for lora_rank, pairs in self.pairs_by_rank.items()
-        }
-        for batch, tensors in self._present(blocks):
-            stacked = _stack(tensors).to(self.device, non_blocking=True).to(torch.float64)
-            product = stacked @ stacked.mT if batch.side == SIDE_A else stacked.mT @ stacked
-            grams[batch.lora_rank][batch.side].index_add_(0, batch.slots, product)
-        return grams
+        plan = self._plan(blocks)
+        products = []
+        for batch in plan.batches:
+            stacked = self._load(batch, _tensors(batch, blocks))
+            products.append(stacked @ stacked.mT if batch.side == SIDE_A else stacked.mT @ stacked)
+        return self._sum(plan, products, 1)
 
     def multiply_(self, blocks: Sequence[Tensor | None], left: Matrices, right: Matrices) -> None:
         """Multiply blocks in place: ``A <- left A`` on lora_A's side and ``B <- B right`` on lora_B's.
@@ -127,15 +139,13 @@ class BlockSet:
         if self._tiled is not None and (located := self._tiled.locate("products", blocks)) is not None:
             self._tiled.multiply_(located, left, right)
             return
-        for batch, tensors in self._present(blocks):
-            held = _stack(tensors)
-            stacked = held.to(self.device, non_blocking=True).to(torch.float64)
-            matrices = (left if batch.side == SIDE_A else right)[batch.lora_rank].index_select(0, batch.slots)
-            product = matrices @ stacked if batch.side == SIDE_A else stacked @ matrices
-            if held.data_ptr() == tensors[0].data_ptr():  # a view of them
-                held.copy_(product)
-            else:
-                torch._foreach_copy_(tensors, list(product.to(tensors[0].device).unbind()))
+        plan = self._plan(blocks)
+        for batch, matrices in zip(plan.batches, _matrices(plan, left, right), strict=True):
+            tensors = _tensors(batch, blocks)
+            stacked = self._load(batch, tensors)
+            product = self._room(1, batch)
+            torch.bmm(*((matrices, stacked) if batch.side == SIDE_A else (stacked, matrices)), out=product)
+            self._store(product, tensors)
 
     def stacked_grams(self, streams: Sequence[Sequence[Tensor | None]]) -> Matrices:
         """This rank's share of the Grams of several tall matrices side by side, ``[X_1, X_2, ...]``.
@@ -147,16 +157,12 @@ class BlockSet:
         Returns:
             For every lora_rank r ``[2, P_r, k r, k r]`` float64.
         """
-        size = len(streams)
-        grams = {
-            r: torch.zeros(2, len(pairs), size * r, size * r, dtype=torch.float64, device=self.device)
-            for r, pairs in self.pairs_by_rank.items()
-        }
-        for batch, _ in self._present(streams[0]):
+        plan = self._plan(streams[0])
+        products = []
+        for batch in plan.batches:
             stacked = self._side_by_side(streams, batch)
-            product = stacked @ stacked.mT if batch.side == SIDE_A else stacked.mT @ stacked
-            grams[batch.lora_rank][batch.side].index_add_(0, batch.slots, product)
-        return grams
+            products.append(stacked @ stacked.mT if batch.side == SIDE_A else stacked.mT @ stacked)
+        return self._sum(plan, products, len(streams))
 
     def combine_(
         self, streams: Sequence[Sequence[Tensor | None]], outputs: Sequence[int], left: Matrices, right: Matrices
@@ -169,21 +175,17 @@ class BlockSet:
             left: ``{r: [P_r, m r, k r]}`` for lora_A's side, ``[A; grad_A; ...]``.
             right: ``{r: [P_r, k r, m r]}`` for lora_B's.
         """
-        for batch, _ in self._present(streams[outputs[0]]):
+        plan = self._plan(streams[outputs[0]])
+        for batch, matrices in zip(plan.batches, _matrices(plan, left, right), strict=True):
             stacked = self._side_by_side(streams, batch)
-            matrices = (left if batch.side == SIDE_A else right)[batch.lora_rank].index_select(0, batch.slots)
             product = matrices @ stacked if batch.side == SIDE_A else stacked @ matrices
             parts = product.split(batch.lora_rank, dim=1 if batch.side == SIDE_A else 2)
-            batch_shape = self.specs[batch.members[0]].shape
             for output, part in zip(outputs, parts, strict=True):
-                blocks = [streams[output][member] for member in batch.members]
-                tensors = [block.view(batch_shape) for block in blocks if block is not None]  # never a copy
-                assert len(tensors) == len(blocks)
-                torch._foreach_copy_(tensors, list(part.to(tensors[0].device).unbind()))
+                self._store(part, _tensors(batch, streams[output]))
 
     def _side_by_side(self, streams: Sequence[Sequence[Tensor | None]], batch: _Batch) -> Tensor:
         """``[blocks, k r, columns]`` or ``[blocks, rows, k r]``, float64."""
-        shape = self.specs[batch.members[0]].shape
+        shape = batch.shape
         dim = 1 if batch.side == SIDE_A else 2
         whole = [len(batch.members), *shape]
         whole[dim] *= len(streams)
@@ -196,34 +198,82 @@ class BlockSet:
             part.copy_(_stack([tensor for tensor in tensors if tensor is not None]), non_blocking=True)
         return side_by_side
 
-    def _present(self, blocks: Sequence[Tensor | None]) -> Iterator[tuple[_Batch, list[Tensor]]]:
+    def _load(self, batch: _Batch, tensors: list[Tensor]) -> Tensor:
+        """``[blocks, *shape]`` float64 on the device of the products."""
+        if self.device.type != "cpu":
+            return _stack(tensors).to(self.device, non_blocking=True).to(torch.float64)
+        stacked = self._room(0, batch)
+        torch._foreach_copy_(list(stacked.unbind()), tensors)
+        return stacked
+
+    def _store(self, product: Tensor, tensors: list[Tensor]) -> None:
+        torch._foreach_copy_(tensors, list(product.to(tensors[0].device).unbind()))
+
+    def _room(self, which: int, batch: _Batch) -> Tensor:
+        """Memory for the float64 values of a batch. On a CPU it is used again and again, and stays in the cache."""
+        shape = (len(batch.members), *batch.shape)
+        if self.device.type != "cpu":
+            return torch.empty(shape, dtype=torch.float64, device=self.device)
+        numel = math.prod(shape)
+        if 2 * numel > self._memory.numel():
+            self._memory = torch.empty(2 * numel, dtype=torch.float64)
+        return self._memory[which * numel : (which + 1) * numel].view(shape)
+
+    def _sum(self, plan: _Plan, products: list[Tensor], size: int) -> Matrices:
+        """Products of all batches to ``{r: [2, P_r, size r, size r]}``."""
+        grams = {}
+        for lora_rank, pairs in self.pairs_by_rank.items():
+            width = size * lora_rank
+            grams[lora_rank] = torch.zeros(2, len(pairs), width, width, dtype=torch.float64, device=self.device)
+        start = 0
+        for (lora_rank, side), slots in plan.slots.items():
+            stop = start + len(plan.sizes(lora_rank, side))
+            grams[lora_rank][side].index_add_(0, slots, torch.cat(products[start:stop]))
+            start = stop
+        return grams
+
+    def _plan(self, blocks: Sequence[Tensor | None]) -> _Plan:
         """Batches of the blocks that are not None. Few patterns of absence occur, and each is planned once."""
         # Received blocks lie on the communication device, direct ones where the engine has its shards.
-        devices = tuple(None if block is None else block.device for block in blocks)
+        devices = tuple([None if block is None else block.device for block in blocks])
         assert len(devices) == len(self.specs)
-        if devices not in self._batches:
-            if len(self._batches) >= _MAX_PLANS:
-                self._batches.clear()
-            self._batches[devices] = list(self._plan(devices))
-        for batch in self._batches[devices]:
-            shape = self.specs[batch.members[0]].shape
-            # never a copy, which would be changed in vain
-            present = [block for member in batch.members if (block := blocks[member]) is not None]
-            yield batch, [block if block.shape == shape else block.view(shape) for block in present]
+        if devices not in self._plans:
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.clear()
+            batches = sorted(self._batches(devices), key=lambda batch: (batch.lora_rank, batch.side))
+            slots: dict[tuple[int, int], list[int]] = {}
+            for batch in batches:
+                members = [self._slots[self.specs[member].pair] for member in batch.members]
+                slots.setdefault((batch.lora_rank, batch.side), []).extend(members)
+            self._plans[devices] = _Plan(
+                tuple(batches), {key: torch.tensor(members).to(self.device) for key, members in slots.items()}
+            )
+        return self._plans[devices]
 
-    def _plan(self, devices: tuple[torch.device | None, ...]) -> Iterator[_Batch]:
+    def _batches(self, devices: tuple[torch.device | None, ...]) -> Iterator[_Batch]:
         by_shape: dict[tuple[Any, ...], list[int]] = {}
         for position, spec in enumerate(self.specs):
             if devices[position] is not None:
                 key = (self._lora_ranks[spec.pair], spec.side, spec.shape, devices[position])
                 by_shape.setdefault(key, []).append(position)
+        elements = _STACKED_ELEMENTS.get(self.device.type, _STACKED_ELEMENTS_ELSEWHERE)
         for (lora_rank, side, shape, _), positions in by_shape.items():
-            elements = _STACKED_ELEMENTS.get(self.device.type, _STACKED_ELEMENTS_ELSEWHERE)
             size = max(1, elements // (shape[0] * shape[1]))
             for start in range(0, len(positions), size):
-                members = tuple(positions[start : start + size])
-                slots = torch.tensor([self._slots[self.specs[m].pair] for m in members], dtype=torch.int64)
-                yield _Batch(side, lora_rank, members, slots.to(self.device))
+                yield _Batch(side, lora_rank, shape, tuple(positions[start : start + size]))
+
+
+def _tensors(batch: _Batch, blocks: Sequence[Tensor | None]) -> list[Tensor]:
+    """The batch's blocks in its shape; never a copy, which would be changed in vain."""
+    present = [block for member in batch.members if (block := blocks[member]) is not None]
+    return [block if block.shape == batch.shape else block.view(batch.shape) for block in present]
+
+
+def _matrices(plan: _Plan, left: Matrices, right: Matrices) -> Iterator[Tensor]:
+    """For every batch the matrices of its pairs, ``[blocks, ...]``."""
+    for (lora_rank, side), slots in plan.slots.items():
+        matrices = (left if side == SIDE_A else right)[lora_rank].index_select(0, slots)
+        yield from matrices.split(plan.sizes(lora_rank, side))
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

@@ -77,9 +77,11 @@ class Communicator:
             self._count("reduce", 0 if self.rank == owner else tensor.numel() * tensor.element_size())
         return tensor
 
-    def all_to_all(self, send: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
+    def all_to_all(
+        self, send: Tensor, send_counts: list[int], receive_counts: list[int], out: Tensor | None = None
+    ) -> Tensor:
         """Exchange slices of a 1-D tensor; counts the bytes that go to other ranks."""
-        received = send.new_empty(sum(receive_counts))
+        received = send.new_empty(sum(receive_counts)) if out is None else out
         dist.all_to_all_single(received, send, receive_counts, send_counts, group=self.group)
         self._count("all_to_all", (send.numel() - send_counts[self.rank]) * send.element_size())
         return received

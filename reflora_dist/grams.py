@@ -1,4 +1,4 @@
-"""Summing partial Gram matrices over ranks: one all-reduce for all adapters."""
+"""Summing partial Gram matrices over ranks with one all-reduce for all adapters; symmetric matrices as triangles."""
 
 from __future__ import annotations
 
@@ -34,16 +34,25 @@ def reduce_grams_and(
     """Likewise, with other float64 tensors in the same all-reduce."""
     if communicator.world_size == 1:
         return local_grams, list(others)
-    triangles, indices = [], {}
-    for lora_rank, grams in local_grams.items():
-        indices[lora_rank] = _triangle(grams.shape[-1], grams.device)
-        triangles.append(grams.flatten(2).index_select(2, indices[lora_rank][0]))
-    summed = communicator.all_reduce([*triangles, *others])
+    halves = [triangles(grams) for grams in local_grams.values()]
+    summed = communicator.all_reduce([*halves, *others])
     matrices = {
-        lora_rank: triangle.index_select(2, indices[lora_rank][1]).view_as(grams)
-        for (lora_rank, grams), triangle in zip(local_grams.items(), summed[: len(triangles)], strict=True)
+        lora_rank: from_triangles(half, grams.shape[-1])
+        for (lora_rank, grams), half in zip(local_grams.items(), summed[: len(halves)], strict=True)
     }
-    return matrices, summed[len(triangles) :]
+    return matrices, summed[len(halves) :]
+
+
+def triangles(matrices: Tensor) -> Tensor:
+    """The upper triangles ``[..., r (r + 1) / 2]`` of symmetric matrices ``[..., r, r]``."""
+    index, _ = _triangle(matrices.shape[-1], matrices.device)
+    return matrices.flatten(-2).index_select(-1, index)
+
+
+def from_triangles(halves: Tensor, size: int) -> Tensor:
+    """The symmetric matrices ``[..., size, size]`` of upper triangles."""
+    _, index = _triangle(size, halves.device)
+    return halves.index_select(-1, index).unflatten(-1, (size, size))
 
 
 @functools.cache

@@ -82,7 +82,8 @@ class Retiler:
 
         Returns:
             Per channel the blocks in the order of ``specs``, None where a factor does not take part: contiguous, of the
-            specified number of elements but possibly of more dimensions.
+            specified number of elements but possibly of another number of dimensions. In host memory, blocks that an
+            exchange brought are overwritten by the next one of the same factors.
 
         Communication: one all-to-all if a factor that takes part is cut, otherwise none.
         """
@@ -182,9 +183,12 @@ class _Exchange:
         self._comm = comm
         self._dtype = dtype
         self._entries = entries
+        self._memory = [_Memory(dtype), _Memory(dtype)]
         self._spans = [(channel, factor, *span) for channel, factor in entries for span in _spans(tilings[factor].sent)]
         blocks = [tilings[factor] for _, factor in entries if tilings[factor].received is not None]
-        self._received_numel = [sum(run.numel for run in tiling.arriving) for tiling in blocks]
+        self._received_shapes = [tiling.received for tiling in blocks if tiling.received is not None]
+        self._received_numel = [rows * columns for rows, columns in self._received_shapes]
+        self._received: list[Tensor] = []
         sent = [tilings[factor].sent for _, factor in entries]
         # Runs as they lie in the concatenated pieces, and in the concatenated blocks.
         outgoing = _Runs([run for runs in sent for run in runs], comm.world_size)
@@ -212,10 +216,11 @@ class _Exchange:
         return self._outgoing.from_wire(self._grain).to(self._comm.device)
 
     def forward(self, channels: Sequence[Channel], comm: Communicator) -> list[Tensor]:
-        """Send pieces, return the received blocks, flat."""
+        """Send pieces, return the received blocks."""
         if not self._entries:
             return []
-        nothing = torch.zeros(0, dtype=self._dtype, device=self._comm.shard_device)
+        shard_device = self._comm.shard_device
+        nothing = torch.zeros(0, dtype=self._dtype, device=shard_device)
         pieces = [nothing]  # a rank may hold no piece at all, and still takes part
         for channel, factor, start, stop in self._spans:
             tensor = channels[channel][factor]
@@ -224,9 +229,11 @@ class _Exchange:
             else:
                 flat = tensor.reshape(-1)
                 pieces.append(flat if flat.numel() == stop - start else flat[start:stop])
-        packed = self._gather(torch.cat(pieces).to(self._comm.device, non_blocking=True), self._pack)
-        arrived = comm.all_to_all(packed, self._send_counts, self._receive_counts)
-        return list(self._gather(arrived, self._unpack).split(self._received_numel))
+        sent = torch.cat(pieces, out=self._memory[0].take(sum(self._send_counts), shard_device))
+        packed = self._gather(sent.to(self._comm.device, non_blocking=True), self._pack, self._memory[1])
+        room = self._memory[0].take(sum(self._receive_counts), self._comm.device)
+        arrived = comm.all_to_all(packed, self._send_counts, self._receive_counts, out=room)
+        return self._split(self._gather(arrived, self._unpack, self._memory[1]))
 
     def backward(self, blocks: Sequence[Tensor], channels: Sequence[Channel]) -> None:
         """Send received blocks back and write them into the pieces that they came from."""
@@ -238,21 +245,52 @@ class _Exchange:
                 flat = torch.cat([block.reshape(-1) for block in blocks])
         else:
             flat = torch.empty(0, dtype=self._dtype, device=self._comm.device)
-        packed = self._gather(flat, self._pack_return)
-        returned = self._comm.all_to_all(packed, self._receive_counts, self._send_counts)
-        returned = self._gather(returned, self._unpack_returned).to(self._comm.shard_device)
+        packed = self._gather(flat, self._pack_return, self._memory[0])
+        room = self._memory[1].take(sum(self._send_counts), self._comm.device)
+        returned = self._comm.all_to_all(packed, self._receive_counts, self._send_counts, out=room)
+        returned = self._gather(returned, self._unpack_returned, self._memory[0]).to(self._comm.shard_device)
         values = returned.split([stop - start for *_, start, stop in self._spans])
         targets, kept = [], []
         for (channel, factor, start, stop), value in zip(self._spans, values, strict=True):
             tensor = channels[channel][factor]
             if tensor is not None:
-                targets.append(tensor.view(-1)[start:stop])
+                flat = tensor.view(-1)
+                targets.append(flat if flat.numel() == stop - start else flat[start:stop])
                 kept.append(value)
         if targets:
             torch._foreach_copy_(targets, kept)
 
-    def _gather(self, flat: Tensor, index: Tensor) -> Tensor:
-        return flat.view(-1, self._grain).index_select(0, index).view(-1)
+    def _gather(self, flat: Tensor, index: Tensor, memory: _Memory) -> Tensor:
+        out = memory.take(index.numel() * self._grain, flat.device)
+        torch.index_select(flat.view(-1, self._grain), 0, index, out=out.view(-1, self._grain))
+        return out
+
+    def _split(self, flat: Tensor) -> list[Tensor]:
+        if flat.device.type != "cpu":
+            return list(flat.split(self._received_numel))
+        if not self._received:  # where memory is kept, so are views of it
+            pieces = flat.split(self._received_numel)
+            self._received = [piece.view(shape) for piece, shape in zip(pieces, self._received_shapes, strict=True)]
+        return self._received
+
+
+class _Memory:
+    """Room that an exchange uses again in every step, in host memory: the system would hand it out page by page.
+
+    On a GPU it is torch's allocator that keeps it, for everyone.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._kept = torch.empty(0, dtype=dtype)
+
+    def take(self, numel: int, device: torch.device) -> Tensor:
+        """So many elements, of any value."""
+        if device.type != "cpu":
+            return torch.empty(numel, dtype=self._dtype, device=device)
+        if self._kept.numel() < numel:
+            self._kept = torch.empty(numel, dtype=self._dtype)
+        return self._kept[:numel]
 
 
 class _Runs:

@@ -13,6 +13,7 @@ from .grams import reduce_grams
 from .methods import GradientMethod, RescalingMethod
 from .methods.base import Transform
 from .retile import Channel, Retiler
+from .solving import solve_divided, solve_everywhere, worth_dividing
 
 # Where Adam's variants keep what scales like 1 / factor, and like 1 / factor^2.
 _FIRST_MOMENTS = ("exp_avg",)
@@ -22,9 +23,9 @@ _SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
 class GradientStep:
     """Applies a GradientMethod to the gradients that an engine is about to use.
 
-    Communication per step: one all-reduce of the Grams (for a method that uses gradients one per firing), and two
-    all-to-alls per firing if factors are cut; none if every rank holds the factors whole. Formed ahead, the weights
-    take an all-to-all of their own.
+    Communication per step: one all-reduce of the Grams (for a method that uses gradients one per firing), or two
+    all-to-alls where the solve is divided; and two all-to-alls per firing if factors are cut. None if every rank holds
+    the factors whole. Formed ahead, the weights take an all-to-all of their own.
 
     Args:
         ahead: forms S ahead; None to form it in the step.
@@ -47,6 +48,8 @@ class GradientStep:
         self._comm = communicator
         lora_ranks = [pair.lora_rank for pair in engine.pairs]
         self._blocks = BlockSet(retiler.specs, lora_ranks, communicator.device)
+        divided = method.divisible and communicator.world_size > 1 and worth_dividing(lora_ranks, communicator.device)
+        self._solve_grams = solve_divided if divided else solve_everywhere
         self._everything = (True,) * (2 * len(engine.pairs))
         self._transform: Transform | None = None
         self._formed: Matrices = {}
@@ -132,9 +135,9 @@ class GradientStep:
             self._ahead.check()
 
     def _solve(self, weight_blocks: list[Tensor | None], communicator: Communicator) -> Transform:
-        grams: Matrices = self._blocks.grams(weight_blocks)
-        self._formed = reduce_grams(grams, communicator)
-        return self._method.solve(self._formed)
+        local_grams = self._blocks.grams(weight_blocks)
+        self._formed, transform = self._solve_grams(local_grams, self._method.solve, communicator)
+        return transform
 
 
 class RescalingStep:

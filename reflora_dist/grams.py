@@ -52,7 +52,7 @@ def triangles(matrices: Tensor) -> Tensor:
 def from_triangles(halves: Tensor, size: int) -> Tensor:
     """The symmetric matrices ``[..., size, size]`` of upper triangles."""
     _, index = _triangle(size, halves.device)
-    return halves.index_select(-1, index).unflatten(-1, (size, size))
+    return halves.gather(-1, index.expand(*halves.shape[:-1], -1)).unflatten(-1, (size, size))
 
 
 @functools.cache

@@ -51,7 +51,7 @@ class Retiler:
         # Factors of one shape follow each other, so that what the exchange brings is one stack of blocks per shape.
         self._order = sorted(range(len(shapes)), key=lambda factor: shapes[factor]) if self._cut else range(len(shapes))
         self._places = list(self._list_places())
-        local_numel = [shard.numel for shard in shards[communicator.rank]]
+        self._local_numel = local_numel = [shard.numel for shard in shards[communicator.rank]]
         # then blocks are the tensors themselves, and a step has nothing to prepare
         self._in_place = [(place.factor, place.offset, place.numel) for place in self._places] == [
             (factor, 0, numel) for factor, numel in enumerate(local_numel)
@@ -133,7 +133,7 @@ class Retiler:
                 for factor in self._order
                 if wanted[factor] and self._tilings[factor].exchanged
             ]
-            self._exchanges[key] = _Exchange(entries, self._tilings, self._comm, self._dtype)
+            self._exchanges[key] = _Exchange(entries, self._tilings, self._local_numel, self._comm, self._dtype)
         return self._exchanges[key]
 
     def _list_places(self) -> Iterator[_Place]:
@@ -165,6 +165,21 @@ def _block(place: _Place, tensor: Tensor | None, received: Iterator[Tensor]) -> 
     return tensor.view(-1)[place.offset : place.offset + place.numel]  # never a copy, which would be changed in vain
 
 
+class _Span(NamedTuple):
+    """A stretch of a local tensor that takes part in an exchange."""
+
+    channel: int
+    factor: int
+    start: int
+    stop: int
+    whole: bool  # it is all of the tensor
+
+    def of(self, channels: Sequence[Channel]) -> Tensor | None:
+        tensor = channels[self.channel][self.factor]
+        # never a copy, into which nothing may be written
+        return tensor if self.whole or tensor is None else tensor.view(-1)[self.start : self.stop]
+
+
 class _Exchange:
     """One all-to-all and its way back, for a fixed set of (channel, factor) entries.
 
@@ -177,14 +192,19 @@ class _Exchange:
         self,
         entries: Sequence[tuple[int, int]],
         tilings: Sequence[Tiling],
+        local_numel: Sequence[int],
         comm: Communicator,
         dtype: torch.dtype,
     ) -> None:
         self._comm = comm
-        self._dtype = dtype
         self._entries = entries
-        self._memory = [_Memory(dtype), _Memory(dtype)]
-        self._spans = [(channel, factor, *span) for channel, factor in entries for span in _spans(tilings[factor].sent)]
+        self._spans = [
+            _Span(channel, factor, start, stop, whole=(start, stop) == (0, local_numel[factor]))
+            for channel, factor in entries
+            for start, stop in _spans(tilings[factor].sent)
+        ]
+        self._span_numel = [span.stop - span.start for span in self._spans]
+        self._span_views: list[Tensor] = []
         blocks = [tilings[factor] for _, factor in entries if tilings[factor].received is not None]
         self._received_shapes = [tiling.received for tiling in blocks if tiling.received is not None]
         self._received_numel = [rows * columns for rows, columns in self._received_shapes]
@@ -196,6 +216,8 @@ class _Exchange:
         self._send_counts, self._receive_counts = outgoing.counts, incoming.counts
         self._grain = max(1, math.gcd(outgoing.grain, incoming.grain))
         self._outgoing, self._incoming = outgoing, incoming
+        largest = max(sum(outgoing.counts), sum(incoming.counts))
+        self._memory = [_Memory(largest, dtype), _Memory(largest, dtype)]
 
     # Built when first used: weights are never sent back, so half of them would only take memory.
 
@@ -219,17 +241,7 @@ class _Exchange:
         """Send pieces, return the received blocks."""
         if not self._entries:
             return []
-        shard_device = self._comm.shard_device
-        nothing = torch.zeros(0, dtype=self._dtype, device=shard_device)
-        pieces = [nothing]  # a rank may hold no piece at all, and still takes part
-        for channel, factor, start, stop in self._spans:
-            tensor = channels[channel][factor]
-            if tensor is None:
-                pieces.append(nothing.new_zeros(stop - start))
-            else:
-                flat = tensor.reshape(-1)
-                pieces.append(flat if flat.numel() == stop - start else flat[start:stop])
-        sent = torch.cat(pieces, out=self._memory[0].take(sum(self._send_counts), shard_device))
+        sent = self._collect([span.of(channels) for span in self._spans])
         packed = self._gather(sent.to(self._comm.device, non_blocking=True), self._pack, self._memory[1])
         room = self._memory[0].take(sum(self._receive_counts), self._comm.device)
         arrived = comm.all_to_all(packed, self._send_counts, self._receive_counts, out=room)
@@ -244,21 +256,40 @@ class _Exchange:
             if flat is None:
                 flat = torch.cat([block.reshape(-1) for block in blocks])
         else:
-            flat = torch.empty(0, dtype=self._dtype, device=self._comm.device)
+            flat = self._memory[1].take(0, self._comm.device)
         packed = self._gather(flat, self._pack_return, self._memory[0])
         room = self._memory[1].take(sum(self._send_counts), self._comm.device)
         returned = self._comm.all_to_all(packed, self._receive_counts, self._send_counts, out=room)
         returned = self._gather(returned, self._unpack_returned, self._memory[0]).to(self._comm.shard_device)
-        values = returned.split([stop - start for *_, start, stop in self._spans])
-        targets, kept = [], []
-        for (channel, factor, start, stop), value in zip(self._spans, values, strict=True):
-            tensor = channels[channel][factor]
-            if tensor is not None:
-                flat = tensor.view(-1)
-                targets.append(flat if flat.numel() == stop - start else flat[start:stop])
-                kept.append(value)
-        if targets:
-            torch._foreach_copy_(targets, kept)
+        self._copy([span.of(channels) for span in self._spans], returned, to_pieces=True)
+
+    def _collect(self, pieces: list[Tensor | None]) -> Tensor:
+        """Pieces one behind the other on their device, zeros for None."""
+        room = self._memory[0].take(sum(self._span_numel), self._comm.shard_device)
+        if room.device.type != "cpu":
+            flat = [room[:0]]  # a rank may hold no piece at all, and still takes part
+            for piece, numel in zip(pieces, self._span_numel, strict=True):
+                flat.append(room.new_zeros(numel) if piece is None else piece.reshape(-1))
+            return torch.cat(flat, out=room)
+        if any(piece is None for piece in pieces):
+            room.zero_()
+        self._copy(pieces, room, to_pieces=False)
+        return room
+
+    def _copy(self, pieces: list[Tensor | None], flat: Tensor, *, to_pieces: bool) -> None:
+        """Copy between pieces and the memory in which they lie one behind the other."""
+        kept = self._comm.device.type == "cpu"  # flat is the same memory in every step: views of it last
+        views = self._span_views if kept and self._span_views else list(flat.split(self._span_numel))
+        for index, piece in enumerate(pieces):
+            if piece is not None and views[index].shape != piece.shape:
+                views[index] = views[index].view(piece.shape)
+        if kept:
+            self._span_views = views
+        present = [piece for piece in pieces if piece is not None]
+        if len(present) < len(pieces):
+            views = [view for view, piece in zip(views, pieces, strict=True) if piece is not None]
+        if present:
+            torch._foreach_copy_(*((present, views) if to_pieces else (views, present)))
 
     def _gather(self, flat: Tensor, index: Tensor, memory: _Memory) -> Tensor:
         out = memory.take(index.numel() * self._grain, flat.device)
@@ -278,18 +309,22 @@ class _Memory:
     """Room that an exchange uses again in every step, in host memory: the system would hand it out page by page.
 
     On a GPU it is torch's allocator that keeps it, for everyone.
+
+    Args:
+        numel: elements that are taken at most.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, numel: int, dtype: torch.dtype) -> None:
+        self._numel = numel
         self._dtype = dtype
-        self._kept = torch.empty(0, dtype=dtype)
+        self._kept: Tensor | None = None
 
     def take(self, numel: int, device: torch.device) -> Tensor:
         """So many elements, of any value."""
         if device.type != "cpu":
             return torch.empty(numel, dtype=self._dtype, device=device)
-        if self._kept.numel() < numel:
-            self._kept = torch.empty(numel, dtype=self._dtype)
+        if self._kept is None:
+            self._kept = torch.empty(self._numel, dtype=self._dtype)
         return self._kept[:numel]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import functools
+import itertools
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -47,66 +49,78 @@ def solve_divided(local_grams: Matrices, solve: Solve, communicator: Communicato
     Communication: two all-to-alls of float64 values. A rank sends ``r (r + 1)`` of every pair of other ranks, then
     ``2 r (r + 1) + 1`` of each of its own pairs to every other rank.
     """
-    shares = _Shares({lora_rank: grams.shape[1] for lora_rank, grams in local_grams.items()}, communicator)
-    partial = shares.to_owners({r: triangles(grams).transpose(0, 1).flatten(1) for r, grams in local_grams.items()})
-    sums = {r: of_ranks.sum(dim=0) for r, of_ranks in partial.items() if of_ranks.shape[1]}
-    transform = solve({r: from_triangles(both.unflatten(1, (2, -1)).transpose(0, 1), r) for r, both in sums.items()})
-    solutions = {}
-    for r, partial_r in partial.items():
-        solutions[r] = partial_r.new_empty(0, 2 * partial_r.shape[2] + 1)
-        if r in sums:
-            left, right, solved = triangles(transform.left[r]), triangles(transform.right[r]), transform.solved[r]
-            solutions[r] = torch.cat([sums[r], left, right, solved.to(sums[r].dtype)[:, None]], dim=1)
+    sizes = share_sizes(tuple((r, grams.shape[1]) for r, grams in local_grams.items()), communicator.world_size)
+    halves = {r: triangles(grams).transpose(0, 1).flatten(1) for r, grams in local_grams.items()}
+    sums = {r: of_ranks.sum(dim=0) for r, of_ranks in _to_owners(halves, sizes, communicator).items()}
+    own_grams = {
+        r: from_triangles(both.unflatten(1, (2, -1)).transpose(0, 1), r) for r, both in sums.items() if both.numel()
+    }
+    transform = solve(own_grams)
+    rows = {}
+    for r, both in sums.items():
+        if r in own_grams:
+            solution = [triangles(transform.left[r]), triangles(transform.right[r])]
+            rows[r] = torch.cat([both, *solution, transform.solved[r].to(both.dtype)[:, None]], dim=1)
+        else:
+            rows[r] = both.new_empty(0, 2 * both.shape[1] + 1)
     grams, whole = {}, Transform({}, {}, {})
-    for r, rows in shares.to_all(solutions).items():
-        gram_a, gram_b, left, right = from_triangles(rows[:, :-1].unflatten(1, (4, -1)).transpose(0, 1), r)
-        grams[r] = torch.stack([gram_a, gram_b])
-        whole.left[r], whole.right[r], whole.solved[r] = left, right, rows[:, -1] > 0
+    for r, values in _to_all(rows, sizes, communicator).items():
+        matrices = from_triangles(values[:, :-1].unflatten(1, (4, -1)).transpose(0, 1), r)
+        grams[r], (whole.left[r], whole.right[r]) = matrices[:2], matrices[2:]
+        whole.solved[r] = values[:, -1] > 0
     return grams, whole
 
 
-class _Shares:
-    """The pairs that each rank solves for: neighbours of one lora_rank, as many on every rank, give or take one.
+@functools.cache
+def share_sizes(num_pairs: tuple[tuple[int, int], ...], world_size: int) -> dict[int, list[int]]:
+    """How many pairs each rank solves for: neighbours in the order of lora_ranks, as many on each, give or take one.
 
     Args:
-        num_pairs: of every lora_rank.
-        communicator: carries the exchanges.
+        num_pairs: ``(r, P_r)`` of every lora_rank.
+
+    Returns:
+        ``{r: [pairs of the first rank, of the second, ...]}``.
     """
+    total = sum(count for _, count in num_pairs)
+    bounds = [total * rank // world_size for rank in range(world_size + 1)]
+    sizes, start = {}, 0
+    for r, count in num_pairs:
+        places = [min(max(bound - start, 0), count) for bound in bounds]
+        sizes[r] = [stop - first for first, stop in itertools.pairwise(places)]
+        start += count
+    return sizes
 
-    def __init__(self, num_pairs: Mapping[int, int], communicator: Communicator) -> None:
-        self._comm = communicator
-        ranks = range(communicator.world_size)
-        self._sizes = {
-            r: [count * (rank + 1) // len(ranks) - count * rank // len(ranks) for rank in ranks]
-            for r, count in num_pairs.items()
-        }
 
-    def to_owners(self, rows: Matrices) -> Matrices:
-        """``{r: [P_r, width]}``, every pair's row to its rank; returns ``{r: [ranks, own pairs, width]}``."""
-        split = {r: values.split(self._sizes[r]) for r, values in rows.items()}
-        by_rank = [split[r][rank].reshape(-1) for rank in range(self._comm.world_size) for r in rows]
-        counts = self._counts(rows)
-        own = counts[self._comm.rank]
-        arrived = self._comm.all_to_all(torch.cat(by_rank), counts, [own] * self._comm.world_size)
-        shapes = {r: (self._sizes[r][self._comm.rank], values.shape[-1]) for r, values in rows.items()}
-        parts = arrived.view(self._comm.world_size, own).split([a * b for a, b in shapes.values()], dim=1)
-        return {r: part.unflatten(1, shape) for (r, shape), part in zip(shapes.items(), parts, strict=True)}
+def _to_owners(rows: Matrices, sizes: dict[int, list[int]], communicator: Communicator) -> Matrices:
+    """``{r: [P_r, width]}``, every pair's row to its rank; returns ``{r: [ranks, own pairs, width]}``."""
+    world_size, rank = communicator.world_size, communicator.rank
+    split = [values.split(sizes[r]) for r, values in rows.items()]
+    counts = _counts(rows, sizes, world_size)
+    send = torch.cat([of_lora_rank[other].reshape(-1) for other in range(world_size) for of_lora_rank in split])
+    arrived = communicator.all_to_all(send, counts, [counts[rank]] * world_size).view(world_size, -1)
+    parts = arrived.split([sizes[r][rank] * values.shape[1] for r, values in rows.items()], dim=1)
+    return {
+        r: part.unflatten(1, (sizes[r][rank], values.shape[1]))
+        for (r, values), part in zip(rows.items(), parts, strict=True)
+    }
 
-    def to_all(self, own: Matrices) -> Matrices:
-        """``{r: [own pairs, width]}``, to every rank; returns ``{r: [P_r, width]}``."""
-        counts = self._counts(own)
-        flat = torch.cat([rows.reshape(-1) for rows in own.values()])
-        arrived = self._comm.all_to_all(flat.repeat(len(counts)), [flat.numel()] * len(counts), counts)
-        sizes = [self._sizes[r][rank] * own[r].shape[-1] for rank in range(len(counts)) for r in own]
-        parts = arrived.split(sizes)
-        return {
-            r: torch.cat(parts[place :: len(own)]).view(-1, rows.shape[-1])
-            for place, (r, rows) in enumerate(own.items())
-        }
 
-    def _counts(self, rows: Matrices) -> list[int]:
-        """Elements of every rank's share."""
-        return [
-            sum(self._sizes[r][rank] * values.shape[-1] for r, values in rows.items())
-            for rank in range(self._comm.world_size)
-        ]
+def _to_all(rows: Matrices, sizes: dict[int, list[int]], communicator: Communicator) -> Matrices:
+    """``{r: [own pairs, width]}``, to every rank; returns ``{r: [P_r, width]}``."""
+    world_size = communicator.world_size
+    own = torch.cat([values.reshape(-1) for values in rows.values()])
+    arrived = communicator.all_to_all(
+        own.repeat(world_size), [own.numel()] * world_size, _counts(rows, sizes, world_size)
+    )
+    parts = arrived.split(
+        [sizes[r][rank] * values.shape[1] for rank in range(world_size) for r, values in rows.items()]
+    )
+    return {
+        r: torch.cat(parts[place :: len(rows)]).view(-1, values.shape[1])
+        for place, (r, values) in enumerate(rows.items())
+    }
+
+
+def _counts(rows: Matrices, sizes: dict[int, list[int]], world_size: int) -> list[int]:
+    """Elements of every rank's share."""
+    return [sum(sizes[r][rank] * values.shape[1] for r, values in rows.items()) for rank in range(world_size)]

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from .communication import Communicator
-from .methods.base import Transform
+from .solving import Solution
 
 Versions = list[tuple[int, int]]
 """Of ``Engine.versions``."""
 
 
 class Ahead:
-    """Keeps a Transform until the step that it is for, unless the weights change in between.
+    """Keeps a Solution until the step that it is for, unless the weights change in between.
 
     A change that torch can see (an in-place operation, a replaced tensor) drops it in one process. Among several ranks
     it raises: one that goes on alone would leave the others waiting for collectives. A change behind torch's back
@@ -31,7 +31,7 @@ class Ahead:
         self.communicator = communicator
         device = communicator.device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._transform: Transform | None = None
+        self._solution: Solution | None = None
         self._versions: Versions = []
         self._norms = torch.empty(0)
         self._unseen = torch.zeros((), dtype=torch.int64, device=device)
@@ -49,15 +49,15 @@ class Ahead:
             self._norms = _norms(weights)
             yield self.communicator
 
-    def keep(self, transform: Transform) -> None:
+    def keep(self, solution: Solution) -> None:
         """Keep what was formed."""
-        self._transform = transform
+        self._solution = solution
 
-    def take(self, weights: Sequence[Tensor], versions: Versions) -> Transform | None:
+    def take(self, weights: Sequence[Tensor], versions: Versions) -> Solution | None:
         """What was formed for these weights, or None."""
         self._wait()  # also where nothing is kept: the weights may still be read, and are updated next
-        transform, self._transform = self._transform, None
-        if transform is None:
+        solution, self._solution = self._solution, None
+        if solution is None:
             return None
         if versions != self._versions:
             if self.communicator.world_size > 1:
@@ -71,15 +71,16 @@ class Ahead:
         self._unseen += changed.any().to(self._unseen.device, non_blocking=True)
         if self._stream is None:
             self.check()
-        return transform
+        return solution
 
     def _wait(self) -> None:
         if self._stream is None:
             return
         current = torch.cuda.current_stream(self._stream.device)
         current.wait_stream(self._stream)
-        if self._transform is not None:  # used on one stream, allocated on another
-            for matrices in self._transform:
+        if self._solution is not None:  # used on one stream, allocated on another
+            whole, owned, grams = self._solution
+            for matrices in (*whole, *(owned or ()), grams):
                 for matrix in matrices.values():
                     matrix.record_stream(current)
 
@@ -92,7 +93,7 @@ class Ahead:
 
     def drop(self) -> None:
         """Forget what was formed."""
-        self._transform = None
+        self._solution = None
 
     def check(self) -> None:
         """Raise if weights were changed behind torch's back since the last check. Waits for the device."""

@@ -23,6 +23,7 @@ from .methods import GRADIENT_METHODS, RESCALING_METHODS
 from .optimizers import check_optimizer
 from .report import Report
 from .retile import Retiler
+from .solving import message_values
 from .step import GradientStep, RescalingStep
 from .tiling import LocalShard
 from .update import RiteStep
@@ -99,13 +100,15 @@ class Handle:
         elif config.method != "lora":
             shapes = [shape for pair in engine.pairs for shape in (pair.shape_a, pair.shape_b)]
             wire_dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
-            retiler = Retiler(shapes, shards, self._comm, wire_dtype)
             if config.method in GRADIENT_METHODS:
                 method = GRADIENT_METHODS[config.method](config, _scaling(engine, self._comm.device))
+                values = [] if method.uses_gradients else [message_values(pair.lora_rank) for pair in engine.pairs]
+                retiler = Retiler(shapes, shards, self._comm, wire_dtype, values)
                 ahead = self._comm.twin() if config.overlap else None
                 self._gradient_step = GradientStep(method, engine, retiler, self._comm, ahead)
             else:
                 assert isinstance(engine.optimizer, LoRARite)
+                retiler = Retiler(shapes, shards, self._comm, wire_dtype)
                 self._rite_step = RiteStep(engine.optimizer, engine, retiler, self._comm, shards[self._comm.rank])
                 engine.optimizer.connect(self._rite_step)
         self._hooks = [

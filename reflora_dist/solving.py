@@ -1,126 +1,193 @@
-"""From partial Gram matrices to a Transform: every rank solves for all pairs, or for its share of them."""
+"""From factors and gradients to refactored gradients: every rank solves for all pairs, or each pair's owner does."""
 
 from __future__ import annotations
 
-import functools
-import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from . import kernels
-from .blocks import Matrices
+from .blocks import BlockSet, BlockSpec, Matrices, stack_view
 from .communication import Communicator
+from .exchange import Channel
 from .grams import from_triangles, reduce_grams, triangles
+from .methods import GradientMethod
 from .methods.base import Transform
+from .retile import Retiler
 
-Solve = Callable[[Matrices], Transform]
-"""``GradientMethod.solve``."""
-
-
-def worth_dividing(lora_ranks: Iterable[int], device: torch.device) -> bool:
-    """Whether the solve is worth a further exchange: not if one kernel, which fewer pairs make no faster, does it."""
-    return not kernels.usable(device) or max(lora_ranks) > kernels.LARGEST_SOLVED_LORA_RANK
+_GRANULE = 64  # bytes: a message is a multiple of it, so that pieces of factors beside it move in large grains
 
 
-def solve_everywhere(local_grams: Matrices, solve: Solve, communicator: Communicator) -> tuple[Matrices, Transform]:
-    """Sum the Grams over ranks; every rank solves for all pairs.
+class Solution(NamedTuple):
+    """What is done to gradients in a step.
 
-    Args:
-        local_grams: for every lora_rank r ``[2, P_r, r, r]`` float64, over this rank's rows.
-        solve: the same on all ranks, to the last bit.
-        communicator: over the ranks that together hold every row once.
-
-    Returns:
-        The Grams of the whole factors, and what they solve to.
-
-    Communication: that of :func:`reflora_dist.grams.reduce_grams`.
+    Attributes:
+        whole: for all pairs.
+        owned: for the pairs that this rank owns, in the order of ``Retiler.owned``; None where pairs have no owners.
+        grams: ``{r: [2, P_r, r, r]}`` float64, of the whole factors.
     """
-    grams = reduce_grams(local_grams, communicator)
-    return grams, solve(grams)
+
+    whole: Transform
+    owned: Transform | None
+    grams: Matrices
 
 
-def solve_divided(local_grams: Matrices, solve: Solve, communicator: Communicator) -> tuple[Matrices, Transform]:
-    """Likewise, but each pair's Grams go to one rank, which sums them, solves, and sends all ranks what it has.
+class Everywhere:
+    """Nothing of a factor moves: Grams are summed over ranks, and every rank solves for all pairs.
 
-    Args:
-        solve: of a method that is ``divisible``.
-
-    Communication: two all-to-alls of float64 values. A rank sends ``r (r + 1)`` of every pair of other ranks, then
-    ``2 r (r + 1) + 1`` of each of its own pairs to every other rank.
+    Communication: one all-reduce to solve, none to apply.
     """
-    sizes = share_sizes(tuple((r, grams.shape[1]) for r, grams in local_grams.items()), communicator.world_size)
-    halves = {r: triangles(grams).transpose(0, 1).flatten(1) for r, grams in local_grams.items()}
-    sums = {r: of_ranks.sum(dim=0) for r, of_ranks in _to_owners(halves, sizes, communicator).items()}
-    own_grams = {
-        r: from_triangles(both.unflatten(1, (2, -1)).transpose(0, 1), r) for r, both in sums.items() if both.numel()
-    }
-    transform = solve(own_grams)
-    rows = {}
-    for r, both in sums.items():
-        if r in own_grams:
-            solution = [triangles(transform.left[r]), triangles(transform.right[r])]
-            rows[r] = torch.cat([both, *solution, transform.solved[r].to(both.dtype)[:, None]], dim=1)
-        else:
-            rows[r] = both.new_empty(0, 2 * both.shape[1] + 1)
-    grams, whole = {}, Transform({}, {}, {})
-    for r, values in _to_all(rows, sizes, communicator).items():
-        matrices = from_triangles(values[:, :-1].unflatten(1, (4, -1)).transpose(0, 1), r)
-        grams[r], (whole.left[r], whole.right[r]) = matrices[:2], matrices[2:]
-        whole.solved[r] = values[:, -1] > 0
-    return grams, whole
+
+    def __init__(
+        self, method: GradientMethod, retiler: Retiler, lora_ranks: Sequence[int], device: torch.device
+    ) -> None:
+        self._method = method
+        self._retiler = retiler
+        self._blocks = BlockSet(retiler.specs, lora_ranks, device)
+        self._everything = (True,) * (2 * len(lora_ranks))
+
+    def solve(self, weights: Channel, communicator: Communicator) -> Solution:
+        """From the local parts of all factors."""
+        grams = self._blocks.grams(self._retiler.direct(weights, self._everything))
+        grams = reduce_grams(grams, communicator)
+        return Solution(self._method.solve(grams), None, grams)
+
+    def apply(self, solution: Solution, gradients: Channel, present: Sequence[bool]) -> None:
+        """Change the gradients that are present."""
+        self._blocks.multiply_(self._retiler.direct(gradients, present), solution.whole.left, solution.whole.right)
+
+    def solve_and_apply(
+        self, weights: Channel, gradients: Channel, present: Sequence[bool], communicator: Communicator
+    ) -> Solution:
+        """Both."""
+        solution = self.solve(weights, communicator)
+        self.apply(solution, gradients, present)
+        return solution
 
 
-@functools.cache
-def share_sizes(num_pairs: tuple[tuple[int, int], ...], world_size: int) -> dict[int, list[int]]:
-    """How many pairs each rank solves for: neighbours in the order of lora_ranks, as many on each, give or take one.
+class AtOwners:
+    """lora_A, and what of lora_B is cut, goes to each pair's owner, who solves for the pair.
 
-    Args:
-        num_pairs: ``(r, P_r)`` of every lora_rank.
+    With it goes a message from every rank, about every pair: the Grams of the rows that stay there. On its way back it
+    is the owner's answer: the Grams of the whole factors, ``left``, ``right`` and whether there is a solution.
 
-    Returns:
-        ``{r: [pairs of the first rank, of the second, ...]}``.
+    Communication: two all-to-alls to solve, two to apply, and no more to do both at a time.
     """
-    total = sum(count for _, count in num_pairs)
-    bounds = [total * rank // world_size for rank in range(world_size + 1)]
-    sizes, start = {}, 0
-    for r, count in num_pairs:
-        places = [min(max(bound - start, 0), count) for bound in bounds]
-        sizes[r] = [stop - first for first, stop in itertools.pairwise(places)]
-        start += count
-    return sizes
+
+    def __init__(
+        self,
+        method: GradientMethod,
+        retiler: Retiler,
+        lora_ranks: Sequence[int],
+        communicator: Communicator,
+    ) -> None:
+        self._method = method
+        self._retiler = retiler
+        device = communicator.device
+        self._device = device
+        self._direct = BlockSet(retiler.direct_specs, lora_ranks, device)
+        places = {pair: place for place, pair in enumerate(retiler.owned)}
+        received = [BlockSpec(places[spec.pair], spec.side, spec.shape) for spec in retiler.received_specs]
+        self._owned_ranks = [lora_ranks[pair] for pair in retiler.owned]
+        self._received = BlockSet(received, self._owned_ranks, device)
+        self._num_direct, self._num_blocks = len(retiler.direct_specs), len(retiler.specs)
+        self._everything = (True,) * (2 * len(lora_ranks))
+        self._messages = {
+            r: torch.zeros(len(pairs), message_values(r), dtype=torch.float64, device=communicator.shard_device)
+            for r, pairs in self._direct.pairs_by_rank.items()
+        }
+        rows: list[Tensor] = [torch.empty(0)] * len(lora_ranks)
+        for r, pairs in self._direct.pairs_by_rank.items():
+            for pair, row in zip(pairs, self._messages[r].view(retiler.dtype).unbind(), strict=True):
+                rows[pair] = row
+        self._rows = rows
+
+    def solve(self, weights: Channel, communicator: Communicator) -> Solution:
+        """From the local parts of all factors."""
+        return self._solve(weights, [], [], communicator)
+
+    def apply(self, solution: Solution, gradients: Channel, present: Sequence[bool]) -> None:
+        """Change the gradients that are present."""
+        assert solution.owned is not None
+        (blocks,) = self._retiler.to_blocks([gradients], [present])
+        self._received.multiply_(blocks[self._num_direct :], solution.owned.left, solution.owned.right)
+        self._retiler.from_blocks([blocks], [gradients], [present])
+        self._direct.multiply_(blocks[: self._num_direct], solution.whole.left, solution.whole.right)
+
+    def solve_and_apply(
+        self, weights: Channel, gradients: Channel, present: Sequence[bool], communicator: Communicator
+    ) -> Solution:
+        """Both."""
+        return self._solve(weights, [gradients], [present], communicator)
+
+    def _solve(
+        self, weights: Channel, gradients: list[Channel], present: list[Sequence[bool]], communicator: Communicator
+    ) -> Solution:
+        """Solve, and apply the solution to one channel of gradients or none."""
+        self._write_partial_grams(weights)
+        channels: list[Channel] = [[*weights, *self._rows], *gradients]
+        messages = (True,) * len(self._rows)
+        streams = self._retiler.to_blocks(channels, [self._everything + messages, *present], communicator)
+        owned = self._answer(streams[0])
+        for blocks in streams[1:]:
+            self._received.multiply_(blocks[self._num_direct : self._num_blocks], owned.left, owned.right)
+        streams[0][: self._num_blocks] = [None] * self._num_blocks  # weights stay as they are
+        nothing = (False,) * len(self._everything)
+        self._retiler.from_blocks(streams, channels, [nothing + messages, *present], communicator)
+        whole, grams = self._read_answers()
+        for blocks in streams[1:]:
+            self._direct.multiply_(blocks[: self._num_direct], whole.left, whole.right)
+        return Solution(whole, owned, grams)
+
+    def _write_partial_grams(self, weights: Channel) -> None:
+        partial = self._direct.grams(self._retiler.direct(weights, self._everything))
+        for r, grams in partial.items():
+            halves = triangles(grams)
+            self._messages[r][:, : 2 * halves.shape[2]].unflatten(1, (2, -1)).copy_(halves.transpose(0, 1))
+
+    def _answer(self, blocks: Sequence[Tensor | None]) -> Transform:
+        """Solve for the owned pairs, and write what comes of it into the messages about them."""
+        received = self._received.grams(blocks[self._num_direct : self._num_blocks])
+        messages = self._by_lora_rank([message for message in blocks[self._num_blocks :] if message is not None])
+        grams = {}
+        for r, of_ranks in messages.items():
+            size = r * (r + 1)
+            halves = of_ranks[:, :, :size].sum(dim=1).unflatten(1, (2, -1)).transpose(0, 1)
+            grams[r] = received[r] + from_triangles(halves, r)
+        transform = self._method.solve(grams)
+        for r, of_ranks in messages.items():
+            halves = triangles(grams[r]).transpose(0, 1).flatten(1)
+            matrices = [transform.left[r].flatten(1), transform.right[r].flatten(1)]
+            answer = torch.cat([halves, *matrices, transform.solved[r].to(halves.dtype)[:, None]], dim=1)
+            of_ranks[:, :, : answer.shape[1]] = answer[:, None]
+        return transform
+
+    def _by_lora_rank(self, messages: list[Tensor]) -> Matrices:
+        """``{r: [owned pairs, ranks, message_values(r)]}`` float64, a view of the messages."""
+        by_lora_rank: dict[int, list[Tensor]] = {}
+        for r, message in zip(self._owned_ranks, messages, strict=True):
+            by_lora_rank.setdefault(r, []).append(message)
+        views = {}
+        for r, alike in by_lora_rank.items():
+            flat = stack_view(alike)
+            assert flat is not None, "messages of one size do not follow each other"
+            views[r] = flat.view(torch.float64).view(len(alike), -1, message_values(r))
+        return views
+
+    def _read_answers(self) -> tuple[Transform, Matrices]:
+        whole, grams = Transform({}, {}, {}), {}
+        for r, messages in self._messages.items():
+            sizes = [r * (r + 1), r * r, r * r, 1]
+            halves, left, right, solved = messages.to(self._device)[:, : sum(sizes)].split(sizes, dim=1)
+            grams[r] = from_triangles(halves.unflatten(1, (2, -1)).transpose(0, 1), r)
+            whole.left[r], whole.right[r] = left.unflatten(1, (r, r)).clone(), right.unflatten(1, (r, r)).clone()
+            whole.solved[r] = solved[:, 0] > 0
+        return whole, grams
 
 
-def _to_owners(rows: Matrices, sizes: dict[int, list[int]], communicator: Communicator) -> Matrices:
-    """``{r: [P_r, width]}``, every pair's row to its rank; returns ``{r: [ranks, own pairs, width]}``."""
-    world_size, rank = communicator.world_size, communicator.rank
-    split = [values.split(sizes[r]) for r, values in rows.items()]
-    counts = _counts(rows, sizes, world_size)
-    send = torch.cat([of_lora_rank[other].reshape(-1) for other in range(world_size) for of_lora_rank in split])
-    arrived = communicator.all_to_all(send, counts, [counts[rank]] * world_size).view(world_size, -1)
-    parts = arrived.split([sizes[r][rank] * values.shape[1] for r, values in rows.items()], dim=1)
-    return {
-        r: part.unflatten(1, (sizes[r][rank], values.shape[1]))
-        for (r, values), part in zip(rows.items(), parts, strict=True)
-    }
-
-
-def _to_all(rows: Matrices, sizes: dict[int, list[int]], communicator: Communicator) -> Matrices:
-    """``{r: [own pairs, width]}``, to every rank; returns ``{r: [P_r, width]}``."""
-    world_size = communicator.world_size
-    own = torch.cat([values.reshape(-1) for values in rows.values()])
-    arrived = communicator.all_to_all(
-        own.repeat(world_size), [own.numel()] * world_size, _counts(rows, sizes, world_size)
-    )
-    parts = arrived.split(
-        [sizes[r][rank] * values.shape[1] for rank in range(world_size) for r, values in rows.items()]
-    )
-    return {
-        r: torch.cat(parts[place :: len(rows)]).view(-1, values.shape[1])
-        for place, (r, values) in enumerate(rows.items())
-    }
-
-
-def _counts(rows: Matrices, sizes: dict[int, list[int]], world_size: int) -> list[int]:
-    """Elements of every rank's share."""
-    return [sum(sizes[r][rank] * values.shape[1] for r, values in rows.items()) for rank in range(world_size)]
+def message_values(lora_rank: int) -> int:
+    """Float64 values of a message about a pair: two triangles, two matrices, a flag, and what fills it up."""
+    values = lora_rank * (lora_rank + 1) + 2 * lora_rank**2 + 1
+    granule = _GRANULE // 8
+    return -(-values // granule) * granule

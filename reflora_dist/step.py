@@ -11,9 +11,8 @@ from .communication import Communicator
 from .engines import Engine, Firing
 from .grams import reduce_grams
 from .methods import GradientMethod, RescalingMethod
-from .methods.base import Transform
-from .retile import Channel, Retiler
-from .solving import solve_divided, solve_everywhere, worth_dividing
+from .retile import Retiler
+from .solving import AtOwners, Everywhere, Solution
 
 # Where Adam's variants keep what scales like 1 / factor, and like 1 / factor^2.
 _FIRST_MOMENTS = ("exp_avg",)
@@ -23,11 +22,12 @@ _SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
 class GradientStep:
     """Applies a GradientMethod to the gradients that an engine is about to use.
 
-    Communication per step: one all-reduce of the Grams (for a method that uses gradients one per firing), or two
-    all-to-alls where the solve is divided; and two all-to-alls per firing if factors are cut. None if every rank holds
-    the factors whole. Formed ahead, the weights take an all-to-all of their own.
+    Communication per step: if factors are cut two all-to-alls per firing, otherwise one all-reduce of the Grams; for a
+    method that uses gradients both, the all-reduce once per firing. None if every rank holds the factors whole. Formed
+    ahead, the solution takes two all-to-alls, or the all-reduce, of its own.
 
     Args:
+        retiler: with messages of ``message_values`` if ``method`` does not use gradients.
         ahead: forms S ahead; None to form it in the step.
 
     Attributes:
@@ -47,12 +47,15 @@ class GradientStep:
         self._retiler = retiler
         self._comm = communicator
         lora_ranks = [pair.lora_rank for pair in engine.pairs]
-        self._blocks = BlockSet(retiler.specs, lora_ranks, communicator.device)
-        divided = method.divisible and communicator.world_size > 1 and worth_dividing(lora_ranks, communicator.device)
-        self._solve_grams = solve_divided if divided else solve_everywhere
+        self._solver: Everywhere | AtOwners
+        if method.uses_gradients:
+            self._blocks = BlockSet(retiler.specs, lora_ranks, communicator.device)
+        elif retiler.cut:
+            self._solver = AtOwners(method, retiler, lora_ranks, communicator)
+        else:
+            self._solver = Everywhere(method, retiler, lora_ranks, communicator.device)
         self._everything = (True,) * (2 * len(engine.pairs))
-        self._transform: Transform | None = None
-        self._formed: Matrices = {}
+        self._solution: Solution | None = None
         self.grams: Matrices = {}
         self._ahead = Ahead(ahead) if ahead is not None else None
 
@@ -69,23 +72,19 @@ class GradientStep:
         if firing.first:
             # The weights of all sub-groups are still those of before the step only now, so S is formed once.
             weights = self._engine.weights()
-            if self._ahead is not None:
-                self._transform = self._ahead.take(weights, self._engine.versions())
-            if self._transform is None:
-                channels: list[Channel] = [weights, gradients]
-                weight_blocks, blocks = self._retiler.to_blocks(channels, [self._everything, firing.present])
-                self._transform = self._solve(weight_blocks, self._comm)
+            solution = self._ahead.take(weights, self._engine.versions()) if self._ahead is not None else None
+            if solution is None:
+                solution = self._solver.solve_and_apply(weights, gradients, firing.present, self._comm)
             else:
-                (blocks,) = self._retiler.to_blocks([gradients], [firing.present])
-            self.grams = self._formed
-            skipped = _count_unsolved(self._transform.solved)
+                self._solver.apply(solution, gradients, firing.present)
+            self._solution = solution
+            self.grams = solution.grams
+            skipped = _count_unsolved(solution.whole.solved)
         else:
-            assert self._transform is not None
-            (blocks,) = self._retiler.to_blocks([gradients], [firing.present])
-        self._blocks.multiply_(blocks, self._transform.left, self._transform.right)
-        self._retiler.from_blocks([blocks], [gradients], [firing.present])
+            assert self._solution is not None
+            self._solver.apply(self._solution, gradients, firing.present)
         if firing.last:
-            self._transform = None
+            self._solution = None
         return skipped
 
     def _with_gradients(self, firing: Firing) -> Tensor | None:
@@ -108,8 +107,7 @@ class GradientStep:
         if self._ahead is not None:
             weights = self._engine.weights()
             with self._ahead.forming(weights, self._engine.versions()) as communicator:
-                (blocks,) = self._retiler.to_blocks([weights], [self._everything], communicator)
-                self._ahead.keep(self._solve(blocks, communicator))
+                self._ahead.keep(self._solver.solve(weights, communicator))
 
     def drop(self) -> None:
         """Forget what was formed ahead: the weights have changed. Every rank must call."""
@@ -133,11 +131,6 @@ class GradientStep:
         """
         if self._ahead is not None:
             self._ahead.check()
-
-    def _solve(self, weight_blocks: list[Tensor | None], communicator: Communicator) -> Transform:
-        local_grams = self._blocks.grams(weight_blocks)
-        self._formed, transform = self._solve_grams(local_grams, self._method.solve, communicator)
-        return transform
 
 
 class RescalingStep:

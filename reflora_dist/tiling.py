@@ -2,14 +2,13 @@
 
 Engines cut a parameter into flat row-major pieces. A piece of lora_B ``[out, r]`` is rows of the tall factor but
 for a row cut at either end; a piece of lora_A ``[r, in]`` cuts every column, that is every row of ``A^T``. Every
-column, and every cut row, is given to one rank.
+pair has an owner, a rank to which the pieces of lora_A, and the cut rows of lora_B, are given.
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,8 +16,6 @@ from .blocks import SIDE_A
 
 Shape = tuple[int, int]
 FOLLOWING = -1  # as a shard's start: right behind those of the ranks before
-# Columns are dealt out in multiples of this where pieces allow it: what moves together is copied together.
-_GRANULE = 16
 
 
 class LocalShard(NamedTuple):
@@ -59,7 +56,7 @@ class Tiling:
     Attributes:
         exchanged: whether any rank sends any element of this factor (the same on all ranks).
         direct: ``(first element, shape)`` of the block that lies in this rank's piece, or None.
-        sent: what other ranks, or itself, compute on after the exchange, in the piece's order.
+        sent: what the owner, possibly this rank, computes on after the exchange, in the piece's order.
         received: shape of the block that the exchange brings, or None.
         arriving: where that block's elements come from, in the block's order.
     """
@@ -86,7 +83,26 @@ def follow_each_other(shards: Sequence[Sequence[LocalShard]]) -> list[list[Local
     return placed
 
 
-def tile(side: int, shape: Shape, shards: Sequence[LocalShard], rank: int) -> Tiling:
+def choose_owners(shapes: Sequence[Shape], shards: Sequence[Sequence[LocalShard]]) -> list[int]:
+    """The owner of every pair: who holds more than half of lora_A, else who has least to do so far.
+
+    Args:
+        shapes: of whole factors, ``(r, in)`` and ``(out, r)`` alternating.
+        shards: ``shards[rank][factor]``.
+    """
+    owners, elements = [], [0] * len(shards)
+    for factor in range(0, len(shapes), 2):
+        numel = shapes[factor][0] * shapes[factor][1]
+        held = [rank_shards[factor] for rank_shards in shards]
+        most = max(range(len(shards)), key=lambda rank: held[rank].numel)
+        keeps = 2 * held[most].numel > numel and not held[most].tall
+        owner = most if keeps else min(range(len(shards)), key=elements.__getitem__)
+        owners.append(owner)
+        elements[owner] += numel
+    return owners
+
+
+def tile(side: int, shape: Shape, shards: Sequence[LocalShard], rank: int, owner: int) -> Tiling:
     """Plan one factor.
 
     Args:
@@ -94,6 +110,7 @@ def tile(side: int, shape: Shape, shards: Sequence[LocalShard], rank: int) -> Ti
         shape: of the whole factor, ``(r, in)`` or ``(out, r)``.
         shards: what each rank holds.
         rank: whose view to return.
+        owner: of the pair.
 
     Raises:
         ValueError: the shards do not tile the factor exactly.
@@ -105,51 +122,20 @@ def tile(side: int, shape: Shape, shards: Sequence[LocalShard], rank: int) -> Ti
         rows = mine.numel // lora_rank
         local_shape = (lora_rank, rows) if side == SIDE_A else (rows, lora_rank)
         return Tiling(direct=(0, local_shape) if rows else None)
-    return _tile_columns(shape, shards, rank) if side == SIDE_A else _tile_rows(shape, shards, rank)
+    tile_side = _tile_columns if side == SIDE_A else _tile_rows
+    return tile_side(shape, shards, rank, owner)
 
 
-def _tile_columns(shape: Shape, shards: Sequence[LocalShard], rank: int) -> Tiling:
-    """lora_A: split its columns among the ranks in proportion to what they hold, so that most stay at home."""
-    lora_rank, columns = shape
-    numel = lora_rank * columns
+def _tile_columns(shape: Shape, shards: Sequence[LocalShard], rank: int, owner: int) -> Tiling:
+    """lora_A: whole on its owner, unless a rank holds it whole anyway."""
+    numel = shape[0] * shape[1]
     if any(shard.numel == numel for shard in shards):
         return Tiling(direct=(0, shape) if shards[rank].numel else None)
-    mine = shards[rank]
-    if not mine.numel:
-        return Tiling(exchanged=True)
-    holders = _by_start(shards)
-    bounds = _column_bounds(columns, numel, [shards[holder].start for holder in holders])
-    sent = _runs(mine.start, mine.stop, columns, bounds, holders)
-    place = holders.index(rank)
-    first, last = bounds[place], bounds[place + 1]
-    if first == last:
-        return Tiling(True, None, tuple(sent))
-    starts = [shards[holder].start for holder in holders]
-    arriving = [
-        Run(run.peer, row * (last - first) + run.start, run.numel)
-        for row in range(lora_rank)
-        for run in _cut(row * columns + first, row * columns + last, starts, holders)
-    ]
-    return Tiling(True, None, tuple(sent), (lora_rank, last - first), tuple(arriving))
-
-
-def _column_bounds(columns: int, numel: int, starts: Sequence[int]) -> list[int]:
-    """The first column of every holder, in the order of their pieces, and the number of columns at the end."""
-    granule = math.gcd(_GRANULE, columns, *starts)
-    if columns < 4 * granule * len(starts):  # shares as even as possible matter more
-        granule = 1
-    return [columns * start // numel // granule * granule for start in starts] + [columns]
-
-
-def _runs(start: int, stop: int, columns: int, bounds: list[int], holders: Sequence[int]) -> Iterator[Run]:
-    """A piece of lora_A, cut where a row ends and where another rank's columns begin."""
-    position = start
-    while position < stop:
-        row_start = position // columns * columns
-        row_stop = min(row_start + columns, stop)
-        for run in _cut(position - row_start, row_stop - row_start, bounds[:-1], holders):
-            yield Run(run.peer, position - start + run.start, run.numel)
-        position = row_stop
+    sent = (Run(owner, 0, shards[rank].numel),) if shards[rank].numel else ()
+    if rank != owner:
+        return Tiling(True, None, sent)
+    arriving = [Run(holder, shards[holder].start, shards[holder].numel) for holder in _by_start(shards)]
+    return Tiling(True, None, sent, shape, tuple(arriving))
 
 
 def _cut(first: int, last: int, bounds: Sequence[int], holders: Sequence[int]) -> Iterator[Run]:
@@ -162,31 +148,29 @@ def _cut(first: int, last: int, bounds: Sequence[int], holders: Sequence[int]) -
         position = end
 
 
-def _tile_rows(shape: Shape, shards: Sequence[LocalShard], rank: int) -> Tiling:
-    """lora_B: whole rows stay, a row cut between ranks goes to the rank that holds its first element."""
+def _tile_rows(shape: Shape, shards: Sequence[LocalShard], rank: int, owner: int) -> Tiling:
+    """lora_B: whole rows stay, rows that are cut between ranks go to the owner."""
     width = shape[1]
-    exchanged = any(shard.numel and shard.start % width for shard in shards)
-    mine = shards[rank]
-    if not mine.numel:
-        return Tiling(exchanged=exchanged)
-    whole_start = min(-(-mine.start // width) * width, mine.stop)
-    whole_stop = max(mine.stop // width * width, whole_start)
-    direct = None
-    if whole_stop > whole_start:
-        direct = (whole_start - mine.start, ((whole_stop - whole_start) // width, width))
-
     holders = _by_start(shards)
     starts = [shards[holder].start for holder in holders]
-    sent = []
-    for start, stop in ((mine.start, whole_start), (whole_stop, mine.stop)):
-        if stop > start:  # these elements belong to one row
-            (owner,) = _cut(start // width * width, start // width * width + 1, starts, holders)
-            sent.append(Run(owner.peer, start - mine.start, stop - start))
-    if whole_stop == mine.stop:  # no row begins here and ends on another rank
-        return Tiling(exchanged, direct, tuple(sent))
-    return Tiling(
-        exchanged, direct, tuple(sent), (1, width), tuple(_cut(whole_stop, whole_stop + width, starts, holders))
-    )
+    cut_rows = sorted({start // width for start in starts if start % width})
+    direct, sent = None, []
+    mine = shards[rank]
+    if mine.numel:
+        first = min(-(-mine.start // width) * width, mine.stop)
+        last = max(mine.stop // width * width, first)
+        if last > first:
+            direct = (first - mine.start, ((last - first) // width, width))
+        ends = [(mine.start, first), (last, mine.stop)]
+        sent = [Run(owner, start - mine.start, stop - start) for start, stop in ends if stop > start]
+    if rank != owner or not cut_rows:
+        return Tiling(bool(cut_rows), direct, tuple(sent))
+    arriving = [
+        Run(run.peer, place * width + run.start, run.numel)
+        for place, row in enumerate(cut_rows)
+        for run in _cut(row * width, (row + 1) * width, starts, holders)
+    ]
+    return Tiling(True, direct, tuple(sent), (len(cut_rows), width), tuple(arriving))
 
 
 def _by_start(shards: Sequence[LocalShard]) -> list[int]:

@@ -22,7 +22,7 @@ class Transform(NamedTuple):
     ``[P_r, r, 2 r]`` and ``[P_r, 2 r, r]``.
 
     Attributes:
-        left, right: ``{r: [P_r, r, r]}`` float64; symmetric if the method is ``divisible``.
+        left, right: ``{r: [P_r, r, r]}`` float64.
         solved: ``{r: [P_r]}`` bool; False where the pair is left as plain LoRA in this step.
     """
 
@@ -39,13 +39,11 @@ class GradientMethod(abc.ABC):
         scaling: ``{r: [P_r]}`` float64, s of every pair's update ``s B A``.
 
     Attributes:
-        uses_gradients: whether it needs more than the Grams of the factors.
-        divisible: whether ``solve`` may be asked for some pairs only, any of them, and answers with symmetric matrices.
-            Ranks then share the pairs where that saves time; a method that reads ``scaling`` is not.
+        uses_gradients: whether it needs more than the Grams of the factors. One that does not may be asked for some of
+            the pairs, any of them, and cannot read ``scaling``.
     """
 
     uses_gradients = False
-    divisible = False
 
     def __init__(self, config: RefLoRAConfig, scaling: Matrices) -> None:
         self.config = config

@@ -10,8 +10,6 @@ from .base import GradientMethod, Transform
 class RefLoRA(GradientMethod):
     """``grad_A <- S^-1 grad_A`` and ``grad_B <- grad_B S`` with ``S (A A^T) S = B^T B``."""
 
-    divisible = True
-
     def solve(self, grams: Matrices) -> Transform:
         transform = Transform({}, {}, {})
         for lora_rank, (gram_a, gram_b) in grams.items():

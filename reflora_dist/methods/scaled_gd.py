@@ -15,8 +15,6 @@ class ScaledGD(GradientMethod):
     ``delta`` is ``RefLoRAConfig.damping``. A pair whose damped Grams have no inverse keeps its gradients.
     """
 
-    divisible = True
-
     def solve(self, grams: Matrices) -> Transform:
         transform = Transform({}, {}, {})
         for lora_rank, both in grams.items():

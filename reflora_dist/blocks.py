@@ -101,7 +101,7 @@ class BlockSet:
         self._plans: dict[tuple[torch.device | None, ...], _Plan] = {}
         self._memory = torch.empty(0, dtype=torch.float64)
         self._tiled = None
-        if kernels.usable(device) if use_kernels is None else use_kernels:
+        if self.specs and (kernels.usable(device) if use_kernels is None else use_kernels):
             from .kernels.launch import TiledBlocks  # imports Triton, which not every machine has
 
             if max(lora_ranks) <= kernels.LARGEST_LORA_RANK:

@@ -42,6 +42,7 @@ from .files import file_sizes, require_files, write_json
 from .integrate import Handle
 from .start_files import mark_of, require_same_start
 from .trained import find_training_engine
+from .universal import conversion, is_round_robin, refuse_round_robin, was_round_robin
 
 __all__ = ["load_adapter", "load_checkpoint", "save_adapter", "save_checkpoint"]
 
@@ -127,7 +128,8 @@ def load_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any) ->
 
     Raises:
         FileNotFoundError, ValueError, RuntimeError: on every rank and before anything is changed; there is no
-            complete checkpoint, or it belongs to another engine or another number of ranks.
+            complete checkpoint, it belongs to another engine or another number of ranks, or DeepSpeed would mix up
+            its parameters.
 
     Communication: the engine's own and two all-gathers of small objects; every rank must call.
     """
@@ -141,9 +143,10 @@ def load_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any) ->
         require_same_start(model, record.get("start"), folder)
         if universal:
             _require_converted(folder)
+            _require_in_order(model, record, folder)
         else:
-            _require_loadable_on(world_size(), record, engine, folder)
             require_files(folder, record["files"])
+            _require_loadable_on(world_size(), record, engine, folder)
     with agreed("loading the checkpoint"):
         if _is_deepspeed(engine):
             tag = _UNIVERSAL if universal else _STATE
@@ -293,10 +296,16 @@ def _require_loadable_on(present: int, record: Mapping[str, Any], engine: Engine
     if record["world_size"] == present or engine.name in ("single", "ddp", "fsdp2"):
         return
     problem = f"{folder} was written by {record['world_size']} ranks and this run has {present}"
+    if _is_deepspeed(engine) and not was_round_robin(folder / _STATE):
+        raise ValueError(
+            f"{problem}; DeepSpeed needs a universal checkpoint for that: run "
+            f"`{conversion(folder / _STATE, folder / _UNIVERSAL)}` and set "
+            '{"checkpoint": {"load_universal": true}} in the DeepSpeed configuration'
+        )
     if _is_deepspeed(engine):
         raise ValueError(
-            f"{problem}; DeepSpeed needs a universal checkpoint for that: run `{_conversion(folder)}` and set "
-            '{"checkpoint": {"load_universal": true}} in the DeepSpeed configuration'
+            f"{problem}, and ds_to_universal mixes up the parameters of runs with round_robin_gradients: use "
+            f"{record['world_size']} ranks"
         )
     raise ValueError(f"{problem}, which {engine.name} cannot load: use {record['world_size']} ranks (or FSDP2)")
 
@@ -305,13 +314,20 @@ def _require_converted(folder: Path) -> None:
     if not (folder / _UNIVERSAL / "zero").is_dir():
         raise FileNotFoundError(
             f"load_universal is set but {folder / _UNIVERSAL} holds no universal checkpoint: run "
-            f"`{_conversion(folder)}`, or take load_universal out of the DeepSpeed configuration"
+            f"`{conversion(folder / _STATE, folder / _UNIVERSAL)}`, or take load_universal out of the DeepSpeed "
+            "configuration"
         )
 
 
-def _conversion(folder: Path) -> str:
-    tool = "python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state"
-    return f"{tool} --input_folder {folder / _STATE} --output_folder {folder / _UNIVERSAL}"
+def _require_in_order(model: Any, record: Mapping[str, Any], folder: Path) -> None:
+    universal = folder / _UNIVERSAL
+    remedy = f"use {record['world_size']} ranks and take load_universal out of the DeepSpeed configuration"
+    refuse_round_robin(universal, f"resume from {folder / _STATE}, which was converted: {remedy}")
+    if is_round_robin(model.zero_optimization_stage(), model.zero_round_robin_gradients()):
+        raise ValueError(
+            f"with round_robin_gradients DeepSpeed mixes up the parameters of {universal} as it loads them: take "
+            "round_robin_gradients out of the DeepSpeed configuration"
+        )
 
 
 def _require_wrapped(model: nn.Module, engine: Engine) -> None:

@@ -37,6 +37,7 @@ from .lora_sb.config import LoraXSType
 from .output_folder import new_folder, require_empty
 from .start_files import FILE_NAME as START_FILE
 from .start_files import convert_adapter, find_start, is_mark, read_config, readable
+from .universal import conversion, model_states, refuse_round_robin
 
 CONFIG_NAME = "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -169,7 +170,7 @@ def _read_zero(folder: Path, choose: _Choose) -> dict[str, Tensor]:
 
 def _read_universal(folder: Path, choose: _Choose) -> dict[str, Tensor]:
     shapes = _trained_shapes(folder)
-    _refuse_round_robin(folder)
+    refuse_round_robin(folder, "export from the checkpoint that was converted")
     chosen = choose(shapes)
     _warn_of_others(shapes.keys() - chosen.keys(), folder)
     tensors = {}
@@ -184,17 +185,10 @@ def _read_universal(folder: Path, choose: _Choose) -> dict[str, Tensor]:
 
 def _trained_shapes(folder: Path) -> dict[str, torch.Size]:
     """The shape of every parameter that DeepSpeed trained."""
-    path = _model_states(folder)
+    path = model_states(folder)
     _require_zip(path)
     groups = _zero_to_fp32().parse_model_states([str(path)])[0].param_shapes
     return {name: shape for group in groups for name, shape in group.items()}
-
-
-def _model_states(folder: Path) -> Path:
-    found = sorted(folder.glob("*_model_states.pt"))
-    if not found:
-        raise ValueError(f"{folder} holds no *_model_states.pt, which has the shapes: the checkpoint is damaged")
-    return found[0]
 
 
 def _warn_of_others(names: Iterable[str], folder: Path) -> None:
@@ -204,16 +198,6 @@ def _warn_of_others(names: Iterable[str], folder: Path) -> None:
             f"{folder} also holds {len(others)} trained parameters that PEFT's format has no place for and that are "
             f"left out ({others[0]}, ...): give them to modules_to_save",
             stacklevel=2,
-        )
-
-
-def _refuse_round_robin(folder: Path) -> None:
-    """DeepSpeed's converter takes such a buffer's parameters for those in the order of the model."""
-    model = torch.load(_model_states(folder), map_location="cpu", weights_only=False)
-    if (model.get("ds_config") or {}).get("zero_optimization", {}).get("round_robin_gradients"):
-        raise ValueError(
-            f"{folder} was converted from a run with round_robin_gradients, whose parameters ds_to_universal mixes up: "
-            "export from the checkpoint that was converted"
         )
 
 
@@ -253,9 +237,8 @@ def _require_all_ranks(folder: Path) -> None:
     state = torch.load(first[0], map_location="cpu", mmap=True, weights_only=False)["optimizer_state_dict"]
     if "zero_stage" not in state:
         raise ValueError(
-            f"{folder} was written by DeepSpeed's BF16_Optimizer, which only its converter reads: run python -m "
-            f"deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder {folder} --output_folder "
-            "UNIVERSAL and export from UNIVERSAL"
+            f"{folder} was written by DeepSpeed's BF16_Optimizer, which only its converter reads: run "
+            f"{conversion(folder, Path('UNIVERSAL'))} and export from UNIVERSAL"
         )
     count = state["partition_count"]
     for rank in range(max(count) if isinstance(count, list) else count):

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from reflora_dist import RefLoRAConfig, attach
 from reflora_dist.checkpoint import load_checkpoint, save_adapter, save_checkpoint
+from reflora_dist.universal import was_round_robin
 from tests.cluster import run_ranks
 from tests.engines_under_test import ENGINES
 from tests.engines_under_test.common import Wrapped, _train_on, mean_over_ranks
@@ -230,6 +231,30 @@ def test_training_resumes_on_another_number_of_ranks(
         assert worst_factor_error(outcome.factors, _as_float(expected.factors)) <= tolerance
         assert worst_loss_error(outcome.losses, expected.losses) <= tolerance
         assert outcome.handle == expected.handle
+
+
+def test_round_robin_runs_are_not_resumed_from_universal_checkpoints(tmp_path: Path) -> None:
+    """DeepSpeed would mix up their parameters, in converting and in loading: the error says what else to do.
+
+    The run is recognized by its configuration, and where DeepSpeed was given a file by the order of the parameters.
+    """
+    robin, plain = tmp_path / "robin", tmp_path / "plain"
+    for engine_name, folder in (("zero2-round-robin", robin), ("zero2", plain)):
+        run_ranks(_train_and_save, 2, engine_name, "reflora", str(folder))
+        assert was_round_robin(folder / "state") == (folder == robin)
+        path = shutil.copytree(folder / "state", tmp_path / engine_name) / "mp_rank_00_model_states.pt"
+        torch.save({**torch.load(path, weights_only=False), "ds_config": "deepspeed.json"}, path)
+        assert was_round_robin(path.parent) == (folder == robin)
+    with pytest.raises(RuntimeError, match=r"written by 2 ranks .* round_robin_gradients: use 2 ranks"):
+        run_ranks(_resume, 3, "zero2-round-robin", "reflora", str(robin))
+    _convert(robin)
+    expected = rf"{robin}/state_universal was converted from .* resume from {robin}/state, .* use 2 ranks and take load"
+    with pytest.raises(RuntimeError, match=expected):
+        run_ranks(_resume, 2, "zero2", "reflora", str(robin), SAVED_AT, True)
+    (plain / "state_universal" / "zero").mkdir(parents=True)  # refused before it is read
+    shutil.copy(plain / "state" / "mp_rank_00_model_states.pt", plain / "state_universal")
+    with pytest.raises(RuntimeError, match=rf"parameters of {plain}/state_universal .* take round_robin_gradients out"):
+        run_ranks(_resume, 2, "zero2-round-robin", "reflora", str(plain), SAVED_AT, True)
 
 
 def _convert(folder: Path) -> None:

@@ -26,9 +26,9 @@ class RefLoRAConfig:
         warmup_steps: optimizer steps of plain LoRA before the method's first. By default 100 for "reflora",
             "reflora-s" and "lora-pro", which do not exist at PEFT's start with ``lora_B = 0``; else 0.
         interval: act at every ``interval``-th optimizer step after the warm-up.
-        overlap: "reflora" and "scaled-gd" only; form and sum the Grams of the next step right after an update, on a
-            GPU beside the next forward, so that a step only waits for the gradients of lora_A to be re-tiled. Takes a
-            second communicator, and changes no result.
+        overlap: "reflora" and "scaled-gd" only; form the Grams of the next step and solve for S right after an update,
+            on a GPU beside the next forward, so that a step only waits for the gradients of lora_A to be re-tiled.
+            Takes a second communicator, and changes no result.
         damping: "scaled-gd" only; delta, which is added to the Grams' diagonal. 1e-2 is PEFT's ``reg``.
 
     Raises:

@@ -100,6 +100,7 @@ class BlockSet:
         self._slots = {pair: slot for pairs in self.pairs_by_rank.values() for slot, pair in enumerate(pairs)}
         self._plans: dict[tuple[torch.device | None, ...], _Plan] = {}
         self._memory = torch.empty(0, dtype=torch.float64)
+        self._rooms: dict[tuple[Any, ...], tuple[Tensor, list[Tensor]]] = {}
         self._tiled = None
         if self.specs and (kernels.usable(device) if use_kernels is None else use_kernels):
             from .kernels.launch import TiledBlocks  # imports Triton, which not every machine has
@@ -143,9 +144,9 @@ class BlockSet:
         for batch, matrices in zip(plan.batches, _matrices(plan, left, right), strict=True):
             tensors = _tensors(batch, blocks)
             stacked = self._load(batch, tensors)
-            product = self._room(1, batch)
+            product, parts = self._room(1, batch)
             torch.bmm(*((matrices, stacked) if batch.side == SIDE_A else (stacked, matrices)), out=product)
-            self._store(product, tensors)
+            self._store(product, parts, tensors)
 
     def stacked_grams(self, streams: Sequence[Sequence[Tensor | None]]) -> Matrices:
         """This rank's share of the Grams of several tall matrices side by side, ``[X_1, X_2, ...]``.
@@ -181,7 +182,7 @@ class BlockSet:
             product = matrices @ stacked if batch.side == SIDE_A else stacked @ matrices
             parts = product.split(batch.lora_rank, dim=1 if batch.side == SIDE_A else 2)
             for output, part in zip(outputs, parts, strict=True):
-                self._store(part, _tensors(batch, streams[output]))
+                self._store(part, list(part.unbind()), _tensors(batch, streams[output]))
 
     def _side_by_side(self, streams: Sequence[Sequence[Tensor | None]], batch: _Batch) -> Tensor:
         """``[blocks, k r, columns]`` or ``[blocks, rows, k r]``, float64."""
@@ -202,22 +203,29 @@ class BlockSet:
         """``[blocks, *shape]`` float64 on the device of the products."""
         if self.device.type != "cpu":
             return _stack(tensors).to(self.device, non_blocking=True).to(torch.float64)
-        stacked = self._room(0, batch)
-        torch._foreach_copy_(list(stacked.unbind()), tensors)
+        stacked, parts = self._room(0, batch)
+        torch._foreach_copy_(parts, tensors)
         return stacked
 
-    def _store(self, product: Tensor, tensors: list[Tensor]) -> None:
-        torch._foreach_copy_(tensors, list(product.to(tensors[0].device).unbind()))
+    def _store(self, product: Tensor, parts: list[Tensor], tensors: list[Tensor]) -> None:
+        if product.device != tensors[0].device:
+            parts = list(product.to(tensors[0].device).unbind())
+        torch._foreach_copy_(tensors, parts)
 
-    def _room(self, which: int, batch: _Batch) -> Tensor:
-        """Memory for the float64 values of a batch. On a CPU it is used again and again, and stays in the cache."""
+    def _room(self, which: int, batch: _Batch) -> tuple[Tensor, list[Tensor]]:
+        """Memory for a batch in float64, and for each block. On a CPU used again and again: it stays in the cache."""
         shape = (len(batch.members), *batch.shape)
         if self.device.type != "cpu":
-            return torch.empty(shape, dtype=torch.float64, device=self.device)
-        numel = math.prod(shape)
-        if 2 * numel > self._memory.numel():
-            self._memory = torch.empty(2 * numel, dtype=torch.float64)
-        return self._memory[which * numel : (which + 1) * numel].view(shape)
+            room = torch.empty(shape, dtype=torch.float64, device=self.device)
+            return room, list(room.unbind())
+        if (which, shape) not in self._rooms:
+            numel = math.prod(shape)
+            if 2 * numel > self._memory.numel():
+                self._memory = torch.empty(2 * numel, dtype=torch.float64)
+                self._rooms.clear()
+            room = self._memory[which * numel : (which + 1) * numel].view(shape)
+            self._rooms[which, shape] = room, list(room.unbind())
+        return self._rooms[which, shape]
 
     def _sum(self, plan: _Plan, products: list[Tensor], size: int) -> Matrices:
         """Products of all batches to ``{r: [2, P_r, size r, size r]}``."""

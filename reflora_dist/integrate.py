@@ -101,9 +101,10 @@ class Handle:
             shapes = [shape for pair in engine.pairs for shape in (pair.shape_a, pair.shape_b)]
             wire_dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
             if config.method in GRADIENT_METHODS:
-                method = GRADIENT_METHODS[config.method](config, _scaling(engine, self._comm.device))
-                values = [] if method.uses_gradients else [message_values(pair.lora_rank) for pair in engine.pairs]
-                retiler = Retiler(shapes, shards, self._comm, wire_dtype, values)
+                kind = GRADIENT_METHODS[config.method]
+                method = kind(config, _scaling(engine, self._comm.device) if kind.uses_gradients else {})
+                messages = None if kind.uses_gradients else message_values
+                retiler = Retiler(shapes, shards, self._comm, wire_dtype, messages)
                 ahead = self._comm.twin() if config.overlap else None
                 self._gradient_step = GradientStep(method, engine, retiler, self._comm, ahead)
             else:

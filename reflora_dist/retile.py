@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,20 +20,21 @@ class Retiler:
     """Moves weights and gradients between the shards of an engine and blocks that products can be formed on.
 
     Whole rows stay in place, as *direct* blocks, which are views. What is cut goes to the pair's owner, whose
-    *received* blocks are all of lora_A, and the rows of lora_B that are cut. With them every rank may send the owner
-    a *message* of fixed size about the pair, and gets it back as the owner has changed it.
+    *received* blocks are all of lora_A, and the rows of lora_B that are cut. With them every rank may send an owner
+    a *message* about the pairs of one lora_rank that it owns, and gets it back as the owner has changed it.
 
     Args:
         shapes: whole shape of every factor, ``(r, in)`` and ``(out, r)`` alternating.
         shards: ``shards[rank][factor]``, for every rank of the communicator's group.
         communicator: carries the exchange.
         dtype: of elements on the wire, float32 or float64, the same on all ranks.
-        message_values: float64 values of every pair's message; none if there are no messages.
+        message_values: float64 values about one pair of a lora_rank; None if there are no messages.
 
     Attributes:
         dtype: as given.
         cut: whether anything has to be sent (the same on all ranks).
-        owned: the pairs of which this rank is the owner: those with messages of one size one behind the other.
+        messages: what each message is about, in their order.
+        owned: the pairs of which this rank is the owner, in the order of messages.
 
     Raises:
         ValueError: the ranks' shards do not tile a factor exactly.
@@ -44,7 +46,7 @@ class Retiler:
         shards: Sequence[Sequence[LocalShard]],
         communicator: Communicator,
         dtype: torch.dtype = torch.float32,
-        message_values: Sequence[int] = (),
+        message_values: Callable[[int], int] | None = None,
     ) -> None:
         self._comm = communicator
         self.dtype = dtype
@@ -61,26 +63,27 @@ class Retiler:
         self.cut = any(tiling.exchanged for tiling in tilings)
         self._local_numel = [shard.numel for shard in shards[communicator.rank]]
         self._direct = [
-            _Place(factor, tiling.direct[1], tiling.direct[0])
+            _Place(factor, tiling.direct[1], tiling.direct[0], math.prod(tiling.direct[1]) == self._local_numel[factor])
             for factor, tiling in enumerate(tilings)
             if tiling.direct is not None
         ]
         # then blocks are the tensors themselves, and a step has nothing to prepare
-        self._in_place = not self.cut and [(place.factor, place.offset, place.numel) for place in self._direct] == [
-            (factor, 0, numel) for factor, numel in enumerate(self._local_numel)
-        ]
+        self._in_place = len(self._direct) == len(shapes) and all(place.whole for place in self._direct)
         # Factors of one shape follow each other, so that what the exchange brings is one stack of blocks per shape.
         order = sorted(range(len(shapes)), key=lambda factor: shapes[factor])
         self._received = [
             (factor, tiling.received) for factor in order if (tiling := tilings[factor]).received is not None
         ]
-        message_numel = [values * torch.float64.itemsize // dtype.itemsize for values in message_values]
-        pairs = sorted(range(len(message_numel)), key=message_numel.__getitem__)
-        self.owned = [pair for pair in pairs if owners[pair] == communicator.rank]
+        self.messages = list(_group(shapes, owners))
+        self.owned = [pair for about in self.messages if about.owner == communicator.rank for pair in about.pairs]
+        if message_values is not None:
+            words = torch.float64.itemsize // dtype.itemsize
+            numels = [len(about.pairs) * message_values(about.lora_rank) * words for about in self.messages]
+            self._local_numel += numels
+            tilings += [self._tile_message(*of) for of in zip(numels, self.messages, strict=True)]
+        self._tilings = tilings
         # messages come first, since what is not float32 in them has to be aligned
-        self._order = [*(self._num_factors + pair for pair in pairs), *order]
-        self._tilings = tilings + [self._tile_message(numel, owners[pair]) for pair, numel in enumerate(message_numel)]
-        self._local_numel += message_numel
+        self._order = [*range(len(shapes), len(tilings)), *order]
         self._exchanges: dict[tuple[tuple[bool, ...], ...], Exchange] = {}
 
     @property
@@ -100,7 +103,12 @@ class Retiler:
         """The direct blocks of a channel, None where a factor does not take part."""
         if self._in_place:
             return list(tensors) if all(present) else [t if p else None for t, p in zip(tensors, present, strict=True)]
-        return [_view(place, tensors[place.factor]) if present[place.factor] else None for place in self._direct]
+        return [
+            (tensors[place.factor] if place.whole else _view(place, tensors[place.factor]))
+            if present[place.factor]
+            else None
+            for place in self._direct
+        ]
 
     def to_blocks(
         self,
@@ -111,15 +119,15 @@ class Retiler:
         """Bring the local pieces of one or more channels into blocks.
 
         Args:
-            channels: per channel the local tensor of every factor, then, if there are any, of every pair's message;
-                None counts as zeros.
+            channels: per channel the local tensor of every factor, then, if there are any, every message; None counts
+                as zeros.
             present: per channel which of them take part, the same on every rank.
             communicator: over the same ranks, in place of the one given at first.
 
         Returns:
             Per channel the blocks in the order of ``specs``, None where a factor does not take part: contiguous, of the
-            specified number of elements but possibly of another number of dimensions. Then the messages about the
-            pairs in ``owned``, each ``[ranks, elements]``. In host memory, what an exchange brought is
+            specified number of elements but possibly of another number of dimensions. Then the messages about
+            ``owned`` pairs, each ``[ranks, elements]``. In host memory, what an exchange brought is
             overwritten by the next one of the same factors.
 
         Communication: one all-to-all if something that takes part is cut, otherwise none.
@@ -127,7 +135,10 @@ class Retiler:
         received = iter(self._exchange(present).forward(channels, communicator or self._comm))
         blocks: list[list[Tensor | None]] = []
         for tensors, wanted in zip(channels, present, strict=True):
-            messages = [next(received) for pair in self.owned if self._sends_message(wanted, pair)]
+            own = [self._tilings[item].received is not None for item in range(self._num_factors, len(wanted))]
+            messages = [
+                next(received) for mine, sent in zip(own, wanted[self._num_factors :], strict=True) if mine and sent
+            ]
             moved = [next(received) if wanted[factor] else None for factor, _ in self._received]
             blocks.append([*self.direct(tensors, wanted), *moved, *messages])
         return blocks
@@ -150,9 +161,6 @@ class Retiler:
             [block for block in moved if block is not None], channels, communicator or self._comm
         )
 
-    def _sends_message(self, wanted: Sequence[bool], pair: int) -> bool:
-        return len(wanted) > self._num_factors and wanted[self._num_factors + pair]
-
     def _exchange(self, present: Sequence[Sequence[bool]]) -> Exchange:
         """Few sets of factors meet in an exchange (all, or those of one sub-group), and each is planned once."""
         key = tuple(tuple(wanted) for wanted in present)
@@ -166,26 +174,37 @@ class Retiler:
             self._exchanges[key] = Exchange(entries, self._tilings, self._local_numel, self._comm, self.dtype)
         return self._exchanges[key]
 
-    def _tile_message(self, numel: int, owner: int) -> Tiling:
+    def _tile_message(self, numel: int, about: About) -> Tiling:
         ranks = range(self._comm.world_size)
-        if owner != self._comm.rank:
-            return Tiling(True, None, (Run(owner, 0, numel),))
+        if about.owner != self._comm.rank:
+            return Tiling(True, None, (Run(about.owner, 0, numel),))
         arriving = tuple(Run(rank, rank * numel, numel) for rank in ranks)
-        return Tiling(True, None, (Run(owner, 0, numel),), (len(ranks), numel), arriving)
+        return Tiling(True, None, (Run(about.owner, 0, numel),), (len(ranks), numel), arriving)
+
+
+class About(NamedTuple):
+    """Pairs of one lora_rank and owner."""
+
+    lora_rank: int
+    owner: int
+    pairs: tuple[int, ...]
+
+
+def _group(shapes: Sequence[tuple[int, int]], owners: Sequence[int]) -> Iterator[About]:
+    groups: dict[tuple[int, int], list[int]] = {}
+    for pair, owner in enumerate(owners):
+        groups.setdefault((shapes[2 * pair][0], owner), []).append(pair)
+    for (lora_rank, owner), pairs in sorted(groups.items()):
+        yield About(lora_rank, owner, tuple(pairs))
 
 
 class _Place(NamedTuple):
     factor: int
     shape: tuple[int, int]
     offset: int  # of its first element in the local piece
-
-    @property
-    def numel(self) -> int:
-        return self.shape[0] * self.shape[1]
+    whole: bool  # it is all of the local piece
 
 
 def _view(place: _Place, tensor: Tensor | None) -> Tensor | None:
     """Never a copy, which would be changed in vain."""
-    if tensor is None or tensor.numel() == place.numel:
-        return tensor
-    return tensor.view(-1)[place.offset : place.offset + place.numel]
+    return None if tensor is None else tensor.view(-1)[place.offset : place.offset + math.prod(place.shape)]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .blocks import BlockSet, BlockSpec, Matrices, stack_view
+from .blocks import BlockSet, BlockSpec, Matrices
 from .communication import Communicator
 from .exchange import Channel
 from .grams import from_triangles, reduce_grams, triangles
@@ -89,19 +89,25 @@ class AtOwners:
         self._direct = BlockSet(retiler.direct_specs, lora_ranks, device)
         places = {pair: place for place, pair in enumerate(retiler.owned)}
         received = [BlockSpec(places[spec.pair], spec.side, spec.shape) for spec in retiler.received_specs]
-        self._owned_ranks = [lora_ranks[pair] for pair in retiler.owned]
-        self._received = BlockSet(received, self._owned_ranks, device)
+        self._received = BlockSet(received, [lora_ranks[pair] for pair in retiler.owned], device)
         self._num_direct, self._num_blocks = len(retiler.direct_specs), len(retiler.specs)
         self._everything = (True,) * (2 * len(lora_ranks))
-        self._messages = {
-            r: torch.zeros(len(pairs), message_values(r), dtype=torch.float64, device=communicator.shard_device)
-            for r, pairs in self._direct.pairs_by_rank.items()
+        self._owned_counts = {
+            about.lora_rank: len(about.pairs) for about in retiler.messages if about.owner == communicator.rank
         }
-        rows: list[Tensor] = [torch.empty(0)] * len(lora_ranks)
+        # {r: [P_r, values]}, the pairs of one owner one behind the other
+        self._values: Matrices = {}
+        self._places: dict[int, tuple[Tensor, Tensor]] = {}  # of those among all pairs of r, and the other way round
+        self._messages: list[Tensor] = []
         for r, pairs in self._direct.pairs_by_rank.items():
-            for pair, row in zip(pairs, self._messages[r].view(retiler.dtype).unbind(), strict=True):
-                rows[pair] = row
-        self._rows = rows
+            by_owner = [about.pairs for about in retiler.messages if about.lora_rank == r]
+            order = torch.tensor([pairs.index(pair) for of_owner in by_owner for pair in of_owner])
+            self._places[r] = order.to(device), order.argsort().to(device)
+            values = torch.zeros(len(pairs), message_values(r), dtype=torch.float64, device=communicator.shard_device)
+            self._values[r] = values
+        for r in sorted(self._values):
+            sizes = [len(about.pairs) for about in retiler.messages if about.lora_rank == r]
+            self._messages += self._values[r].view(retiler.dtype).split(sizes)
 
     def solve(self, weights: Channel, communicator: Communicator) -> Solution:
         """From the local parts of all factors."""
@@ -126,8 +132,8 @@ class AtOwners:
     ) -> Solution:
         """Solve, and apply the solution to one channel of gradients or none."""
         self._write_partial_grams(weights)
-        channels: list[Channel] = [[*weights, *self._rows], *gradients]
-        messages = (True,) * len(self._rows)
+        channels: list[Channel] = [[*weights, *self._messages], *gradients]
+        messages = (True,) * len(self._messages)
         streams = self._retiler.to_blocks(channels, [self._everything + messages, *present], communicator)
         owned = self._answer(streams[0])
         for blocks in streams[1:]:
@@ -143,45 +149,39 @@ class AtOwners:
     def _write_partial_grams(self, weights: Channel) -> None:
         partial = self._direct.grams(self._retiler.direct(weights, self._everything))
         for r, grams in partial.items():
-            halves = triangles(grams)
-            self._messages[r][:, : 2 * halves.shape[2]].unflatten(1, (2, -1)).copy_(halves.transpose(0, 1))
+            order, _ = self._places[r]
+            halves = triangles(grams).transpose(0, 1).flatten(1).index_select(0, order)
+            self._values[r][:, : halves.shape[1]].copy_(halves)
 
     def _answer(self, blocks: Sequence[Tensor | None]) -> Transform:
         """Solve for the owned pairs, and write what comes of it into the messages about them."""
         received = self._received.grams(blocks[self._num_direct : self._num_blocks])
-        messages = self._by_lora_rank([message for message in blocks[self._num_blocks :] if message is not None])
+        messages = {}
+        for (r, count), message in zip(self._owned_counts.items(), blocks[self._num_blocks :], strict=True):
+            assert message is not None
+            messages[r] = message.view(torch.float64).view(-1, count, message_values(r))  # of every rank
         grams = {}
         for r, of_ranks in messages.items():
             size = r * (r + 1)
-            halves = of_ranks[:, :, :size].sum(dim=1).unflatten(1, (2, -1)).transpose(0, 1)
+            halves = of_ranks[:, :, :size].sum(dim=0).unflatten(1, (2, -1)).transpose(0, 1)
             grams[r] = received[r] + from_triangles(halves, r)
         transform = self._method.solve(grams)
         for r, of_ranks in messages.items():
             halves = triangles(grams[r]).transpose(0, 1).flatten(1)
             matrices = [transform.left[r].flatten(1), transform.right[r].flatten(1)]
             answer = torch.cat([halves, *matrices, transform.solved[r].to(halves.dtype)[:, None]], dim=1)
-            of_ranks[:, :, : answer.shape[1]] = answer[:, None]
+            of_ranks[:, :, : answer.shape[1]] = answer
         return transform
-
-    def _by_lora_rank(self, messages: list[Tensor]) -> Matrices:
-        """``{r: [owned pairs, ranks, message_values(r)]}`` float64, a view of the messages."""
-        by_lora_rank: dict[int, list[Tensor]] = {}
-        for r, message in zip(self._owned_ranks, messages, strict=True):
-            by_lora_rank.setdefault(r, []).append(message)
-        views = {}
-        for r, alike in by_lora_rank.items():
-            flat = stack_view(alike)
-            assert flat is not None, "messages of one size do not follow each other"
-            views[r] = flat.view(torch.float64).view(len(alike), -1, message_values(r))
-        return views
 
     def _read_answers(self) -> tuple[Transform, Matrices]:
         whole, grams = Transform({}, {}, {}), {}
-        for r, messages in self._messages.items():
+        for r, values in self._values.items():
             sizes = [r * (r + 1), r * r, r * r, 1]
-            halves, left, right, solved = messages.to(self._device)[:, : sum(sizes)].split(sizes, dim=1)
+            _, place = self._places[r]
+            answers = values.to(self._device).index_select(0, place)
+            halves, left, right, solved = answers[:, : sum(sizes)].split(sizes, dim=1)
             grams[r] = from_triangles(halves.unflatten(1, (2, -1)).transpose(0, 1), r)
-            whole.left[r], whole.right[r] = left.unflatten(1, (r, r)).clone(), right.unflatten(1, (r, r)).clone()
+            whole.left[r], whole.right[r] = left.unflatten(1, (r, r)), right.unflatten(1, (r, r))
             whole.solved[r] = solved[:, 0] > 0
         return whole, grams
 

@@ -167,9 +167,9 @@ def test_planning_for_70b_is_quick_and_small(layout: str, world_size: int) -> No
     shards = _shards(layout, shapes, world_size)
     rank = 3
     start = time.perf_counter()
-    values = [message_values(16)] * (len(shapes) // 2)
-    retiler = Retiler(shapes, follow_each_other(shards), _Ranks(world_size, rank), message_values=values)
-    factors, messages = (True,) * len(shapes), (True,) * len(values)
+    ranks = _Ranks(world_size, rank)
+    retiler = Retiler(shapes, follow_each_other(shards), ranks, message_values=message_values)
+    factors, messages = (True,) * len(shapes), (True,) * len(retiler.messages)
     there = retiler._exchange([factors + messages, factors])
     back = retiler._exchange([(False,) * len(shapes) + messages, factors])
     indices = [there._unpack, back._pack]

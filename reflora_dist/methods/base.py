@@ -36,11 +36,11 @@ class GradientMethod(abc.ABC):
 
     Args:
         config: with the method's own settings.
-        scaling: ``{r: [P_r]}`` float64, s of every pair's update ``s B A``.
+        scaling: ``{r: [P_r]}`` float64, s of every pair's update ``s B A``; empty unless the method ``uses_gradients``.
 
     Attributes:
-        uses_gradients: whether it needs more than the Grams of the factors. One that does not may be asked for some of
-            the pairs, any of them, and cannot read ``scaling``.
+        uses_gradients: whether it needs more than the Grams of the factors. A method that does not may be asked for
+            some of the pairs, any of them.
     """
 
     uses_gradients = False

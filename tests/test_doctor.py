@@ -19,7 +19,7 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from reflora_dist import RefLoRAConfig
-from reflora_dist.doctor import DoctorOptions, diagnose, wire
+from reflora_dist.doctor import DoctorOptions, diagnose
 from reflora_dist.doctor.__main__ import main
 from reflora_dist.doctor.activations import PeakMemory, activation_bytes
 from reflora_dist.doctor.base_model import build
@@ -27,6 +27,9 @@ from reflora_dist.doctor.held import factor_shards
 from reflora_dist.doctor.setup import Setup
 from reflora_dist.doctor.tables import text
 from reflora_dist.doctor.versions import TESTED
+from reflora_dist.doctor.wire import method_traffic
+from reflora_dist.solving import message_values
+from reflora_dist.tiling import LocalShard, choose_owners, tile
 from tests.cluster import run_ranks
 from tests.test_launchers_support import REPOSITORY
 
@@ -298,20 +301,29 @@ def _real(config: LlamaConfig, options: DoctorOptions) -> Any:
     return get_peft_model(model, LoraConfig(r=options.lora_r, target_modules="all-linear")).train()
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
-def test_a_sample_of_many_ranks_has_the_largest(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On more ranks than are looked at: nearly the bytes of the rank that sends most when all are."""
-    shapes = [(16, 768), (256, 16), (16, 1000), (4096, 16)]
-    ranks = 4 * wire._MOST_RANKS
+def test_every_rank_sends_what_its_retiler_plans(engine: str, overlap: bool) -> None:
+    """On more ranks than there are pairs, or rows of lora_A: those of two steps' exchanges, and a message per pair."""
+    shapes, ranks = [(16, 768), (256, 16), (8, 1000), (4096, 8), (16, 10_000), (4096, 16)], 40
     shards = factor_shards(Setup(engine=engine, world_size=ranks, shard_size=ranks), shapes)
-    config = RefLoRAConfig(method="reflora")
-    sampled = wire.method_traffic(config, shapes, shards, ranks)
-    monkeypatch.setattr(wire, "_MOST_RANKS", ranks)
-    wire._moved.cache_clear()
-    everyone = wire.method_traffic(config, shapes, shards, ranks)
-    wire._moved.cache_clear()
-    assert sampled.collectives == everyone.collectives
-    assert max(sampled.exchanged.values()) == pytest.approx(max(everyone.exchanged.values()), rel=0.01)
+    traffic = method_traffic(RefLoRAConfig(method="reflora", overlap=overlap), shapes, shards, ranks)
+    dense = [[held.get(rank, LocalShard(0)) for held in shards] for rank in range(ranks)]
+    owners = choose_owners(shapes, dense)
+    messages = [8 * message_values(r) for r in (16, 8, 16)]
+    expected = {}
+    for rank in range(ranks):
+        tilings = [
+            tile(factor % 2, shape, [of_rank[factor] for of_rank in dense], rank, owners[factor // 2])
+            for factor, shape in enumerate(shapes)
+        ]
+        there = sum(run.numel for tiling in tilings for run in tiling.sent if run.peer != rank)
+        back = sum(run.numel for tiling in tilings for run in tiling.arriving if run.peer != rank)
+        told = sum(size * (ranks - 1 if owner == rank else 1) for size, owner in zip(messages, owners, strict=True))
+        expected[rank] = 4 * (2 * there + back) + told
+    assert traffic.collectives == {"all_to_all": 4 if overlap else 2}
+    assert traffic.sent == expected
+    assert len(set(owners)) == 3
 
 
 def test_several_sub_groups(small_model: str, tmp_path: Path) -> None:
@@ -341,7 +353,7 @@ def test_under_a_launcher(same: bool, tmp_path: Path, small_model: str) -> None:
     """One answer, with the collectives timed; or the rank and the key that differ."""
     first = written(tmp_path, zero3(stage3_param_persistence_threshold=0), "first")
     second = written(tmp_path, zero3(stage3_param_persistence_threshold=0 if same else 10), "second")
-    arguments = ["--model", small_model, "--json"]
+    arguments = ["--model", small_model, "--json", "--method", "lora-pro"]  # which uses both collectives
     (code, printed), (other_code, nothing) = run_ranks(
         _on_rank, 2, [first, second], arguments, init_process_group=False
     )

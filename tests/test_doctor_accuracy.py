@@ -109,13 +109,14 @@ def _chain(optimizer: Any) -> Any:
 
 
 class _EngineTraffic(TorchDispatchMode):
-    """Bytes that this rank sends, by kind, from the first update to the second, by the rule of a ring."""
+    """Bytes that this rank sends, by kind, from the first update to the second; reductions by the rule of a ring."""
 
     KINDS: ClassVar = {
         "_allgather_base_": "all_gather",
         "allgather_": "all_gather",
         "_reduce_scatter_base_": "reduce_scatter",
         "allreduce_": "all_reduce",
+        "alltoall_base_": "all_to_all",
     }
 
     def __init__(self) -> None:
@@ -133,6 +134,10 @@ class _EngineTraffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d" and (name := func._schema.name.split("::")[1]) in self.KINDS:
             kind, ranks = self.KINDS[name], dist.get_world_size()
+            if kind == "all_to_all":
+                _, sent, _, _, counts, *_ = args
+                self.sent[kind] += (sent.numel() - counts[dist.get_rank() % len(counts)]) * sent.element_size()
+                return func(*args, **(kwargs or {}))
             whole = max(nbytes([leaf]) for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
             whole *= ranks if name == "allgather_" else 1  # which lists the pieces
             self.sent[kind] += (2 if kind == "all_reduce" else 1) * (ranks - 1) * whole // ranks
@@ -228,7 +233,9 @@ def _check_engine_traffic(diagnosis: Diagnosis, sent: Counter[str]) -> None:
     """What went over the wire between two updates is the engine's and the method's; a norm and flags come on top."""
     assert diagnosis.traffic and diagnosis.setup
     ranks = diagnosis.setup.shard_size
-    expected = Counter(all_reduce=2 * (ranks - 1) * diagnosis.traffic.reduced // ranks)
+    expected = Counter(
+        all_reduce=2 * (ranks - 1) * diagnosis.traffic.reduced // ranks, all_to_all=diagnosis.traffic.exchanged[0]
+    )
     for entry in diagnosis.engine_sends or ():
         expected[entry.collective] += entry.bytes
     assert expected.keys() >= sent.keys()

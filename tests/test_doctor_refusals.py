@@ -123,7 +123,8 @@ def test_moments_are_those_of_the_optimizer_that_the_file_names(
 
 
 def _sent(rank: int, world_size: int) -> dict[str, int]:
-    traffic = MethodTraffic({}, dict.fromkeys(range(2), 0), reduced=80, exchanged={0: 4000, 1: 4000})
+    of_each = dict.fromkeys(range(2), 4000)
+    traffic = MethodTraffic({}, sent=of_each, reduced=80, exchanged=of_each, buffers=of_each)
     return {row["collective"]: row["sent_bytes"] for row in time_collectives(traffic, torch.device("cpu"))}
 
 

@@ -24,7 +24,7 @@ from .ranks import compare
 from .setup import Setup
 from .values import count, one_line
 from .versions import PackageVersion, check_versions
-from .wire import MethodTraffic, Sent, buffers, engine_traffic, method_traffic
+from .wire import MethodTraffic, Sent, engine_traffic, method_bytes, method_traffic
 
 _GIB = 2**30
 _TIGHT = 0.9  # of a device's memory: CUDA's context, NCCL's buffers and fragmentation come on top
@@ -216,10 +216,10 @@ def _estimate(result: Diagnosis, setup: Setup, model_config: Any) -> None:
     except ValueError as error:
         activations = 0
         findings.warning("activations", f"not estimated: {error}", "leave room for them")
-    sizes = [(pair.lora_rank, pair.in_features, pair.out_features) for pair in model.pairs]
+    matrices = method_bytes(config, [pair.lora_rank for pair in model.pairs], result.traffic)
     moments = setup.moments if setup.moments is not None else OPTIMIZERS[options.optim or "adamw"]
     moments = 2 if options.method == "lora-rite" else moments
-    result.memory = memory(setup, model, moments, activations, buffers(config, sizes, setup))
+    result.memory = memory(setup, model, moments, activations, matrices)
     _check_adapter(model, setup, options, findings)
     _check_memory(result, setup)
 

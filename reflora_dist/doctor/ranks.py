@@ -106,7 +106,7 @@ def time_collectives(traffic: MethodTraffic, device: torch.device) -> list[dict[
         measured.append(_timed(comm, "all_reduce", lambda: comm.all_reduce([bucket])))
     exchanged = max(traffic.exchanged.values(), default=0)
     if exchanged and ranks > 1:
-        # half there and half back would be two calls; one call of all of it shows the bandwidth
+        # there and back are calls of their own; one call of all of it shows the bandwidth
         each = exchanged // 4 // (ranks - 1)
         send = torch.zeros(each * ranks, dtype=torch.float32, device=comm.device)
         measured.append(_timed(comm, "all_to_all", lambda: comm.all_to_all(send, [each] * ranks, [each] * ranks)))

@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ..config import RefLoRAConfig
 from ..methods import GRADIENT_METHODS, RESCALING_METHODS
-from ..tiling import LocalShard, tile
+from ..solving import message_values
+from ..tiling import LocalShard, choose_owners, tile
 from ..update import packed_size
 from .base_model import MetaModel
 from .held import BYTES, Shards, persisted
 from .setup import Setup
 
 _GRAM, _FACTOR = 8, 4  # bytes: float64, float32
-_MOST_RANKS = 64  # that are looked at where more hold a factor; neighbours differ by a few elements
 
 
 class Streams(NamedTuple):
     """What a method sends per factor or pair.
 
     Attributes:
-        there, back: tensors of a factor's size that are re-tiled, and sent back.
+        there, back: tensors of a factor's size that go to the pair's owner, and that come back.
         gram: Gram matrices are ``gram x r`` wide.
         per_factor: further float64 values in the all-reduce.
+        message: float64 values between every rank and the pair's owner, both ways, in place of the all-reduce.
     """
 
     there: int
     back: int
     gram: int
-    per_factor: int
+    per_factor: int = 0
+    message: int = 0
 
 
 class MethodTraffic(NamedTuple):
@@ -39,16 +41,18 @@ class MethodTraffic(NamedTuple):
 
     Attributes:
         collectives: by kind, per step.
-        sent: bytes by rank of one copy, as ``Report.bytes_per_step`` counts them. Where more than 64 ranks hold a
-            factor, only a sample of them is complete.
+        sent: bytes by rank of one copy, as ``Report.bytes_per_step`` counts them.
         reduced: bytes of the all-reduce's payload.
         exchanged: by rank, bytes of the all-to-alls.
+        buffers: by rank, bytes of what it sends to owners, and twice of what it receives as one: as it comes, and
+            in blocks.
     """
 
     collectives: dict[str, int]
     sent: dict[int, int]
     reduced: int
     exchanged: dict[int, int]
+    buffers: dict[int, int]
 
 
 class Sent(NamedTuple):
@@ -63,7 +67,9 @@ def streams(method: str, lora_rank: int) -> Streams:
     """Of a method that acts on gradients, or LoRA-RITE: factors, gradients and moments, as their steps say."""
     if method == "lora-rite":
         return Streams(there=3, back=2, gram=3, per_factor=packed_size(lora_rank) + 1)
-    return Streams(there=2, back=1, gram=2 if GRADIENT_METHODS[method].uses_gradients else 1, per_factor=0)
+    if GRADIENT_METHODS[method].uses_gradients:
+        return Streams(there=2, back=1, gram=2)
+    return Streams(there=2, back=1, gram=1, message=message_values(lora_rank))
 
 
 def method_traffic(
@@ -78,26 +84,56 @@ def method_traffic(
     """
     nothing = dict.fromkeys(range(ranks), 0)
     if config.method == "lora" or not shards or ranks == 1:
-        return MethodTraffic({}, nothing, 0, nothing)
+        return MethodTraffic({}, nothing, 0, nothing, nothing)
     if config.method in RESCALING_METHODS:
         payload = _GRAM * len(shapes)
-        return MethodTraffic({"all_reduce": 1}, dict.fromkeys(nothing, _ring(payload, ranks)), payload, nothing)
-    payload, there, back = 0, dict(nothing), dict(nothing)
-    exchanged = False
-    for index, (shape, of_factor) in enumerate(zip(shapes, shards, strict=True)):
-        lora_rank = shape[index % 2]
-        plan = streams(config.method, lora_rank)
-        width = plan.gram * lora_rank
-        payload += _GRAM * (width * (width + 1) // 2 + plan.per_factor)
-        for rank, (sent, returned) in _moved(index % 2, shape, tuple(of_factor.items())).items():
-            exchanged = True
-            there[rank] += _FACTOR * plan.there * sent
-            back[rank] += _FACTOR * plan.back * returned
-    collectives = {"all_reduce": 1}
-    if exchanged:
-        collectives["all_to_all"] = 3 if config.overlap else 2
-    moved = {rank: there[rank] + back[rank] for rank in nothing}
-    return MethodTraffic(collectives, {r: _ring(payload, ranks) + moved[r] for r in nothing}, payload, moved)
+        sent = dict.fromkeys(nothing, _ring(payload, ranks))
+        return MethodTraffic({"all_reduce": 1}, sent, payload, nothing, nothing)
+    plans = [streams(config.method, shape[index % 2]) for index, shape in enumerate(shapes)]
+    exchanged, buffers = dict(nothing), dict(nothing)
+    for rank, owner, there, back in _to_owners(plans, shapes, shards, ranks):
+        buffers[rank] += there
+        buffers[owner] += 2 * there
+        if rank != owner:
+            exchanged[rank] += there
+            exchanged[owner] += back
+    collectives, payload = {}, 0
+    if cut := any(buffers.values()):
+        collectives["all_to_all"] = 4 if config.overlap else 2
+    if not (cut and plans[0].message):
+        collectives["all_reduce"] = 1
+        widths = [plan.gram * shape[index % 2] for index, (plan, shape) in enumerate(zip(plans, shapes, strict=True))]
+        payload = _GRAM * sum(width * (width + 1) // 2 for width in widths)
+        payload += _GRAM * sum(plan.per_factor for plan in plans)
+    sent = {rank: _ring(payload, ranks) + exchanged[rank] for rank in nothing}
+    return MethodTraffic(collectives, sent, payload, exchanged, buffers)
+
+
+def _to_owners(
+    plans: Sequence[Streams], shapes: Sequence[tuple[int, int]], shards: Sequence[Shards], ranks: int
+) -> Iterator[tuple[int, int, int, int]]:
+    """Per rank and factor or message: the rank, the pair's owner, bytes to the owner and back."""
+    nothing = LocalShard(0)
+    owners = choose_owners(shapes, [[held.get(rank, nothing) for held in shards] for rank in range(ranks)])
+    cut_parts = functools.cache(_cut_parts)  # layers repeat, and so do their shards under most engines
+    cut = False
+    for index, (plan, shape, held) in enumerate(zip(plans, shapes, shards, strict=True)):
+        for rank, numel in cut_parts(index % 2, shape, tuple(held.items())).items():
+            cut = True
+            yield rank, owners[index // 2], _FACTOR * plan.there * numel, _FACTOR * plan.back * numel
+    if cut and plans[0].message:
+        for plan, owner in zip(plans[::2], owners, strict=True):
+            for rank in range(ranks):
+                yield rank, owner, _GRAM * plan.message, _GRAM * plan.message
+
+
+def _cut_parts(side: int, shape: tuple[int, int], held: tuple[tuple[int, LocalShard], ...]) -> Counter[int]:
+    """By rank the elements of one factor that belong at the pair's owner, whoever that is."""
+    ranks = [rank for rank, _ in held]
+    parts: Counter[int] = Counter()
+    for run in tile(side, shape, [shard for _, shard in held], rank=0, owner=0).arriving:
+        parts[ranks[run.peer]] += run.numel
+    return parts
 
 
 def _ring(payload: int, ranks: int) -> int:
@@ -109,39 +145,13 @@ def _gather(whole: int, ranks: int) -> int:
     return (ranks - 1) * whole // ranks
 
 
-@functools.lru_cache(maxsize=4096)
-def _moved(side: int, shape: tuple[int, int], held: tuple[tuple[int, LocalShard], ...]) -> dict[int, tuple[int, int]]:
-    """Per rank the elements of one factor that it sends to others, and sends back; empty if nobody sends any."""
-    shards = [shard for _, shard in held]
-    count = len(held)
-    # not evenly spaced: where a row begins repeats with the rank
-    stride = count // _MOST_RANKS + 1
-    places = range(count) if count <= _MOST_RANKS else {stride * k % count for k in range(_MOST_RANKS)}
-    moved = {}
-    for place in places:
-        tiling = tile(side, shape, shards, place)
-        if tiling.exchanged:
-            sent = sum(run.numel for run in tiling.sent if run.peer != place)
-            moved[held[place][0]] = (sent, sum(run.numel for run in tiling.arriving if run.peer != place))
-    return moved
-
-
-def buffers(config: RefLoRAConfig, pairs: Sequence[tuple[int, int, int]], setup: Setup) -> int:
-    """Bytes of Grams, S, its inverse, and of an exchange: what is sent and received, there. An estimate.
-
-    Args:
-        pairs: ``(r, in, out)`` of each.
-    """
+def method_bytes(config: RefLoRAConfig, lora_ranks: Sequence[int], traffic: MethodTraffic) -> int:
+    """Of every pair's Grams, S and its inverse, and of an exchange, on the rank that holds most. An estimate."""
     if config.method == "lora" or config.method in RESCALING_METHODS:
         return 0
-    plan = streams(config.method, max(r for r, _, _ in pairs))
-    matrices = 4 * _GRAM * sum((plan.gram * r) ** 2 for r, _, _ in pairs)
-    if setup.whole or setup.shard_size == 1:
-        return matrices
-    share = 1 / setup.shard_size
-    if setup.engine == "fsdp2":  # which gives out whole rows of lora_A, of which there are r
-        share = max(share, *(1 / r for r, _, _ in pairs))
-    return matrices + math.ceil(2 * plan.there * _FACTOR * share * sum(r * n_in for r, n_in, _ in pairs))
+    plans = [(r, streams(config.method, r)) for r in lora_ranks]
+    matrices = _GRAM * sum(4 * (plan.gram * r) ** 2 for r, plan in plans)
+    return matrices + max(traffic.buffers.values())
 
 
 def engine_traffic(setup: Setup, model: MetaModel) -> list[Sent]:

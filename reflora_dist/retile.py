@@ -28,11 +28,12 @@ class Retiler:
         shards: ``shards[rank][factor]``, for every rank of the communicator's group.
         communicator: carries the exchange.
         dtype: of elements on the wire, float32 or float64, the same on all ranks.
-        message_values: float64 values about one pair of a lora_rank; None if there are no messages.
+        message_values: float64 values about one pair, of its lora_rank and ``keeps_a``; None if there are no messages.
 
     Attributes:
         dtype: as given.
         cut: whether anything has to be sent (the same on all ranks).
+        keeps_a: whether any lora_A stays where it is (the same on all ranks).
         messages: what each message is about, in their order.
         owned: the pairs of which this rank is the owner, in the order of messages.
 
@@ -46,7 +47,7 @@ class Retiler:
         shards: Sequence[Sequence[LocalShard]],
         communicator: Communicator,
         dtype: torch.dtype = torch.float32,
-        message_values: Callable[[int], int] | None = None,
+        message_values: Callable[[int, bool], int] | None = None,
     ) -> None:
         self._comm = communicator
         self.dtype = dtype
@@ -61,6 +62,7 @@ class Retiler:
             for factor, shape in enumerate(shapes)
         ]
         self.cut = any(tiling.exchanged for tiling in tilings)
+        self.keeps_a = not all(tiling.exchanged for tiling in tilings[::2])
         self._local_numel = [shard.numel for shard in shards[communicator.rank]]
         self._direct = [
             _Place(factor, tiling.direct[1], tiling.direct[0], math.prod(tiling.direct[1]) == self._local_numel[factor])
@@ -78,7 +80,9 @@ class Retiler:
         self.owned = [pair for about in self.messages if about.owner == communicator.rank for pair in about.pairs]
         if message_values is not None:
             words = torch.float64.itemsize // dtype.itemsize
-            numels = [len(about.pairs) * message_values(about.lora_rank) * words for about in self.messages]
+            numels = [
+                len(about.pairs) * message_values(about.lora_rank, self.keeps_a) * words for about in self.messages
+            ]
             self._local_numel += numels
             tilings += [self._tile_message(*of) for of in zip(numels, self.messages, strict=True)]
         self._tilings = tilings

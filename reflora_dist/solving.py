@@ -23,7 +23,7 @@ class Solution(NamedTuple):
     """What is done to gradients in a step.
 
     Attributes:
-        whole: for all pairs.
+        whole: for all pairs; without ``left`` where all lora_A are with their owners.
         owned: for the pairs that this rank owns, in the order of ``Retiler.owned``; None where pairs have no owners.
         grams: ``{r: [2, P_r, r, r]}`` float64, of the whole factors.
     """
@@ -70,7 +70,8 @@ class AtOwners:
     """lora_A, and what of lora_B is cut, goes to each pair's owner, who solves for the pair.
 
     With it goes a message from every rank, about every pair: the Grams of the rows that stay there. On its way back it
-    is the owner's answer: the Grams of the whole factors, ``left``, ``right`` and whether there is a solution.
+    is the owner's answer: whether there is a solution, the Grams of the whole factors, ``right``, and ``left`` if any
+    lora_A stays where it is.
 
     Communication: two all-to-alls to solve, two to apply, and no more to do both at a time.
     """
@@ -103,8 +104,8 @@ class AtOwners:
             by_owner = [about.pairs for about in retiler.messages if about.lora_rank == r]
             order = torch.tensor([pairs.index(pair) for of_owner in by_owner for pair in of_owner])
             self._places[r] = order.to(device), order.argsort().to(device)
-            values = torch.zeros(len(pairs), message_values(r), dtype=torch.float64, device=communicator.shard_device)
-            self._values[r] = values
+            values = message_values(r, retiler.keeps_a)
+            self._values[r] = torch.zeros(len(pairs), values, dtype=torch.float64, device=communicator.shard_device)
         for r in sorted(self._values):
             sizes = [len(about.pairs) for about in retiler.messages if about.lora_rank == r]
             self._messages += self._values[r].view(retiler.dtype).split(sizes)
@@ -151,7 +152,7 @@ class AtOwners:
         for r, grams in partial.items():
             order, _ = self._places[r]
             halves = triangles(grams).transpose(0, 1).flatten(1).index_select(0, order)
-            self._values[r][:, : halves.shape[1]].copy_(halves)
+            self._values[r][:, 1 : 1 + halves.shape[1]].copy_(halves)
 
     def _answer(self, blocks: Sequence[Tensor | None]) -> Transform:
         """Solve for the owned pairs, and write what comes of it into the messages about them."""
@@ -159,35 +160,37 @@ class AtOwners:
         messages = {}
         for (r, count), message in zip(self._owned_counts.items(), blocks[self._num_blocks :], strict=True):
             assert message is not None
-            messages[r] = message.view(torch.float64).view(-1, count, message_values(r))  # of every rank
+            messages[r] = message.view(torch.float64).view(-1, count, self._values[r].shape[1])  # of every rank
         grams = {}
         for r, of_ranks in messages.items():
             size = r * (r + 1)
-            halves = of_ranks[:, :, :size].sum(dim=0).unflatten(1, (2, -1)).transpose(0, 1)
+            halves = of_ranks[:, :, 1 : 1 + size].sum(dim=0).unflatten(1, (2, -1)).transpose(0, 1)
             grams[r] = received[r] + from_triangles(halves, r)
         transform = self._method.solve(grams)
         for r, of_ranks in messages.items():
-            halves = triangles(grams[r]).transpose(0, 1).flatten(1)
-            matrices = [transform.left[r].flatten(1), transform.right[r].flatten(1)]
-            answer = torch.cat([halves, *matrices, transform.solved[r].to(halves.dtype)[:, None]], dim=1)
+            matrices = [*grams[r], transform.right[r], *([transform.left[r]] if self._retiler.keeps_a else [])]
+            halves = triangles(torch.stack(matrices)).transpose(0, 1).flatten(1)
+            answer = torch.cat([transform.solved[r].to(halves.dtype)[:, None], halves], dim=1)
             of_ranks[:, :, : answer.shape[1]] = answer
         return transform
 
     def _read_answers(self) -> tuple[Transform, Matrices]:
         whole, grams = Transform({}, {}, {}), {}
         for r, values in self._values.items():
-            sizes = [r * (r + 1), r * r, r * r, 1]
+            count, size = 4 if self._retiler.keeps_a else 3, r * (r + 1) // 2
             _, place = self._places[r]
             answers = values.to(self._device).index_select(0, place)
-            halves, left, right, solved = answers[:, : sum(sizes)].split(sizes, dim=1)
-            grams[r] = from_triangles(halves.unflatten(1, (2, -1)).transpose(0, 1), r)
-            whole.left[r], whole.right[r] = left.unflatten(1, (r, r)), right.unflatten(1, (r, r))
-            whole.solved[r] = solved[:, 0] > 0
+            halves = answers[:, 1 : 1 + count * size].unflatten(1, (count, size)).transpose(0, 1)
+            matrices = from_triangles(halves, r)
+            grams[r], whole.right[r] = matrices[:2], matrices[2]
+            if self._retiler.keeps_a:
+                whole.left[r] = matrices[3]
+            whole.solved[r] = answers[:, 0] > 0
         return whole, grams
 
 
-def message_values(lora_rank: int) -> int:
-    """Float64 values of a message about a pair: two triangles, two matrices, a flag, and what fills it up."""
-    values = lora_rank * (lora_rank + 1) + 2 * lora_rank**2 + 1
+def message_values(lora_rank: int, with_left: bool) -> int:
+    """Float64 values of a message about a pair: a flag, three or four triangles, and what fills it up."""
+    values = 1 + (4 if with_left else 3) * lora_rank * (lora_rank + 1) // 2
     granule = _GRANULE // 8
     return -(-values // granule) * granule

@@ -113,6 +113,6 @@ def _check_exchanged_elements(handle: Handle, world_size: int, steps: list[Step]
     limit = channels * max(held_a, -(-whole_a // world_size) + largest_a) + cut_rows
     if handle.config.method not in ("lora-pro", "lora-rite"):
         # 8 bytes in elements of 4; an owner answers all ranks but itself
-        messages = sum(2 * message_values(pair.lora_rank) for pair in engine.pairs)
+        messages = sum(2 * message_values(pair.lora_rank, True) for pair in engine.pairs)
         limit += messages + (world_size - 1) * (messages // world_size + messages // len(engine.pairs))
     assert all(step.exchanged_elements <= limit for step in steps)

@@ -26,14 +26,14 @@ class Streams(NamedTuple):
         there, back: tensors of a factor's size that go to the pair's owner, and that come back.
         gram: Gram matrices are ``gram x r`` wide.
         per_factor: further float64 values in the all-reduce.
-        message: float64 values between every rank and the pair's owner, both ways, in place of the all-reduce.
+        messages: between every rank and the pairs' owners, both ways, in place of the all-reduce.
     """
 
     there: int
     back: int
     gram: int
     per_factor: int = 0
-    message: int = 0
+    messages: bool = False
 
 
 class MethodTraffic(NamedTuple):
@@ -69,7 +69,7 @@ def streams(method: str, lora_rank: int) -> Streams:
         return Streams(there=3, back=2, gram=3, per_factor=packed_size(lora_rank) + 1)
     if GRADIENT_METHODS[method].uses_gradients:
         return Streams(there=2, back=1, gram=2)
-    return Streams(there=2, back=1, gram=1, message=message_values(lora_rank))
+    return Streams(there=2, back=1, gram=1, messages=True)
 
 
 def method_traffic(
@@ -100,7 +100,7 @@ def method_traffic(
     collectives, payload = {}, 0
     if cut := any(buffers.values()):
         collectives["all_to_all"] = 4 if config.overlap else 2
-    if not (cut and plans[0].message):
+    if not (cut and plans[0].messages):
         collectives["all_reduce"] = 1
         widths = [plan.gram * shape[index % 2] for index, (plan, shape) in enumerate(zip(plans, shapes, strict=True))]
         payload = _GRAM * sum(width * (width + 1) // 2 for width in widths)
@@ -116,15 +116,17 @@ def _to_owners(
     nothing = LocalShard(0)
     owners = choose_owners(shapes, [[held.get(rank, nothing) for held in shards] for rank in range(ranks)])
     cut_parts = functools.cache(_cut_parts)  # layers repeat, and so do their shards under most engines
-    cut = False
+    cut: set[int] = set()
     for index, (plan, shape, held) in enumerate(zip(plans, shapes, shards, strict=True)):
         for rank, numel in cut_parts(index % 2, shape, tuple(held.items())).items():
-            cut = True
+            cut.add(index)
             yield rank, owners[index // 2], _FACTOR * plan.there * numel, _FACTOR * plan.back * numel
-    if cut and plans[0].message:
-        for plan, owner in zip(plans[::2], owners, strict=True):
+    if cut and plans[0].messages:
+        keeps_a = not cut.issuperset(range(0, len(shapes), 2))
+        for (lora_rank, _), owner in zip(shapes[::2], owners, strict=True):
+            message = _GRAM * message_values(lora_rank, keeps_a)
             for rank in range(ranks):
-                yield rank, owner, _GRAM * plan.message, _GRAM * plan.message
+                yield rank, owner, message, message
 
 
 def _cut_parts(side: int, shape: tuple[int, int], held: tuple[tuple[int, LocalShard], ...]) -> Counter[int]:

@@ -22,7 +22,7 @@ class Transform(NamedTuple):
     ``[P_r, r, 2 r]`` and ``[P_r, 2 r, r]``.
 
     Attributes:
-        left, right: ``{r: [P_r, r, r]}`` float64.
+        left, right: ``{r: [P_r, r, r]}`` float64, symmetric (but for a method that ``uses_gradients``).
         solved: ``{r: [P_r]}`` bool; False where the pair is left as plain LoRA in this step.
     """
 

@@ -86,8 +86,8 @@ class Retiler:
             self._local_numel += numels
             tilings += [self._tile_message(*of) for of in zip(numels, self.messages, strict=True)]
         self._tilings = tilings
-        # messages come first, since what is not float32 in them has to be aligned
-        self._order = [*range(len(shapes), len(tilings)), *order]
+        self._order = order
+        self._owns = [about.owner == communicator.rank for about in self.messages]
         self._exchanges: dict[tuple[tuple[bool, ...], ...], Exchange] = {}
 
     @property
@@ -136,16 +136,20 @@ class Retiler:
 
         Communication: one all-to-all if something that takes part is cut, otherwise none.
         """
-        received = iter(self._exchange(present).forward(channels, communicator or self._comm))
-        blocks: list[list[Tensor | None]] = []
-        for tensors, wanted in zip(channels, present, strict=True):
-            own = [self._tilings[item].received is not None for item in range(self._num_factors, len(wanted))]
-            messages = [
-                next(received) for mine, sent in zip(own, wanted[self._num_factors :], strict=True) if mine and sent
-            ]
-            moved = [next(received) if wanted[factor] else None for factor, _ in self._received]
-            blocks.append([*self.direct(tensors, wanted), *moved, *messages])
-        return blocks
+        moved = iter(self._exchange(present).forward(channels, communicator or self._comm))
+        messages = [
+            [next(moved) for place, sent in enumerate(wanted[self._num_factors :]) if sent and self._owns[place]]
+            for wanted in present
+        ]
+        received = [
+            [next(moved) if wanted[factor] else None for factor, _ in self._received] for wanted in reversed(present)
+        ]
+        return [
+            [*self.direct(tensors, wanted), *of_factors, *of_messages]
+            for tensors, wanted, of_factors, of_messages in zip(
+                channels, present, reversed(received), messages, strict=True
+            )
+        ]
 
     def from_blocks(
         self,
@@ -160,20 +164,28 @@ class Retiler:
         """
         first = len(self._direct)
         middle = first + len(self._received)
-        moved = [block for of_channel in blocks for block in (*of_channel[middle:], *of_channel[first:middle])]
-        self._exchange(present).backward(
-            [block for block in moved if block is not None], channels, communicator or self._comm
-        )
+        moved = [block for of_channel in blocks for block in of_channel[middle:]]
+        moved += [block for of_channel in reversed(blocks) for block in of_channel[first:middle]]
+        exchange = self._exchange(present)
+        exchange.backward([block for block in moved if block is not None], channels, communicator or self._comm)
 
     def _exchange(self, present: Sequence[Sequence[bool]]) -> Exchange:
         """Few sets of factors meet in an exchange (all, or those of one sub-group), and each is planned once."""
         key = tuple(tuple(wanted) for wanted in present)
         if key not in self._exchanges:
+            # What is sent back lies together: messages and, behind them, the last channel. Messages come first of all,
+            # since what is not float32 in them has to be aligned.
             entries = [
                 (channel, item)
                 for channel, wanted in enumerate(key)
-                for item in self._order
-                if item < len(wanted) and wanted[item] and self._tilings[item].exchanged
+                for item in range(self._num_factors, len(wanted))
+                if wanted[item]
+            ]
+            entries += [
+                (channel, factor)
+                for channel, wanted in reversed(list(enumerate(key)))
+                for factor in self._order
+                if wanted[factor] and self._tilings[factor].exchanged
             ]
             self._exchanges[key] = Exchange(entries, self._tilings, self._local_numel, self._comm, self.dtype)
         return self._exchanges[key]

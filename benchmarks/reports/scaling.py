@@ -25,6 +25,7 @@ _EVENTS = {
     "reduce_byte": "byte summed",
     "step": "step, beside all else",
     "pair": "pair of factors",
+    "solved": "pair solved",
     "piece": "piece packed",
     "packed": "element packed",
     "grain": "grain packed (elements that stay together)",

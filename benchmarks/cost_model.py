@@ -99,7 +99,6 @@ def compute(
     once = {
         "step": 1.0,
         "pair": float(pairs),
-        "solved": float(solved),
         "solve_flop": float(_SOLVE_FLOPS * solved * r**3),
         "flop": 2.0 * r * (gram_elements + apply_elements),
         "memory_byte": _GRAM_TRAFFIC_BYTES * gram_elements + _APPLY_TRAFFIC_BYTES * apply_elements,
@@ -133,6 +132,7 @@ def _retile_counts(adapters: Adapters, topology: Topology, plan: Retiling) -> li
     """Computing, the exchange there and back, and packing; in each part the rank that has most to do is waited for."""
     elements = plan.stays.max() + plan.owned.max()
     computed = compute(adapters, elements, elements, solved=plan.pairs.max())
+    computed["retiled"] = 1.0  # blocks that stay and blocks that arrive are computed on one after the other
     messages = plan.at_holders(0).max() + plan.at_owners(0).max()
     computed["memory_byte"] += 2 * _FACTOR_BYTES * float(messages)  # Grams and answers, both written and read
     # a link carries both directions at a time: the busier one of the busiest rank
@@ -153,14 +153,14 @@ def step_seconds(steps: Sequence[Sequence[Counts]], constants: Constants) -> flo
 
 
 def cluster_constants(cluster: links.Cluster) -> dict[str, float]:
-    """A cluster's seconds per event. Batched kernels cost nothing per pair; a ring's bandwidth includes its sums."""
+    """A cluster's seconds per event. Kernel launches are left out; a ring's bandwidth includes its sums."""
     known = {name: constant.seconds for name, constant in cluster.constants.items()}
     return {
         **known,
         "solve_flop": known["flop"],
         "packed": 2 * _FACTOR_BYTES * known["memory_byte"],
         "grain": _INDEX_BYTES * known["memory_byte"],
-        **dict.fromkeys(("step", "pair", "solved", "piece", "reduce_byte"), 0.0),
+        **dict.fromkeys(("step", "retiled", "pair", "piece", "reduce_byte"), 0.0),
     }
 
 

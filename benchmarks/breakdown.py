@@ -2,7 +2,8 @@
 
 The timers wait for the device, so a phase is longer than in an undisturbed step; the parts are for comparison with each
 other. ``PHASES`` names the functions, ``BASELINE_PHASES`` those of what RefLoRA is measured against; there is nothing
-else to adapt when they change.
+else to adapt when they change. Which phases a step has depends on whether factors are cut: either they are re-tiled,
+with messages about Grams and solutions, or Grams are summed in an all-reduce.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ import torch
 
 PHASES = {
     "grams": ("reflora_dist.blocks:BlockSet.grams",),
-    "retile": ("reflora_dist.retile:Retiler.to_blocks", "reflora_dist.retile:Retiler.from_blocks"),
+    "retile": (
+        "reflora_dist.retile:Retiler.to_blocks",
+        "reflora_dist.retile:Retiler.from_blocks",
+        # what is written into messages and read from them; Grams and the solve inside count as such
+        "reflora_dist.solving:AtOwners._write_partial_grams",
+        "reflora_dist.solving:AtOwners._answer",
+        "reflora_dist.solving:AtOwners._read_answers",
+    ),
     "all_reduce": ("reflora_dist.communication:Communicator.all_reduce",),
     "solve": ("reflora_dist.methods.reflora:RefLoRA.solve",),
     "apply": ("reflora_dist.blocks:BlockSet.multiply_",),
@@ -30,13 +38,13 @@ BASELINE_PHASES = {"gather": ("benchmarks.baselines:_GatheredPairs._gather",)}
 
 @contextlib.contextmanager
 def timed_phases(device: torch.device, phases: Mapping[str, Sequence[str]] | None = None) -> Iterator[dict[str, float]]:
-    """Add up milliseconds by phase meanwhile. A phase inside another is counted once, as the inner one.
+    """Add up milliseconds by phase meanwhile, of those that occur. What is inside another phase is not counted in it.
 
     Raises:
         RuntimeError: a function of ``phases`` (PHASES) does not exist.
     """
     phases = PHASES if phases is None else phases
-    elapsed_ms = dict.fromkeys(phases, 0.0)
+    elapsed_ms: dict[str, float] = {}
     inner_ms: list[float] = []  # by open phase, the time of the phases inside it
 
     def timed(phase: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -46,7 +54,7 @@ def timed_phases(device: torch.device, phases: Mapping[str, Sequence[str]] | Non
             return function(*args, **kwargs)
         finally:
             total = 1e3 * (_now(device) - start)
-            elapsed_ms[phase] += total - inner_ms.pop()
+            elapsed_ms[phase] = elapsed_ms.get(phase, 0.0) + total - inner_ms.pop()
             if inner_ms:
                 inner_ms[-1] += total
 

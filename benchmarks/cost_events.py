@@ -82,7 +82,12 @@ def all_gather(total_bytes: float, topology: Topology, algorithm: str = "ring") 
 
 
 def all_to_all(sent_bytes: float, topology: Topology) -> Counts:
-    """Pairwise all-to-all: ``sent_bytes`` that a rank sends to the others in equal parts, one message to each."""
+    """Pairwise all-to-all, one message to every other rank.
+
+    Args:
+        sent_bytes: what the busiest rank sends to the others, or receives from them, in equal parts.
+        topology: the ranks.
+    """
     if topology.ranks == 1:
         return {}
     peers, near = topology.ranks - 1, topology.local - 1

@@ -7,15 +7,17 @@ machine to measurements and to predict clusters whose constants are known from e
 
 | way | on the wire | computed by each rank |
 |---|---|---|
-| gather | all-gather of A, B, grad_A | Grams of whole factors; its piece of the gradients |
-| retile | all-to-all of A and grad_A, all-reduce of Grams, all-to-all of grad_A | a share 1 / N of everything |
-| grams | all-reduce of Grams (factors stored as whole rows of A^T and B) | a share 1 / N of everything |
+| gather | all-gather of A, B, grad_A | Grams of whole factors, the solve; its piece of the gradients |
+| retile | all-to-alls: A, grad_A, messages to owners; grad_A, messages back | A and solve of own pairs; 1 / N of B |
+| grams | all-reduce of Grams (factors stored as whole rows of A^T and B) | a share 1 / N of A and B, the solve |
 | backward | nothing: Grams in the forward, while the engine has whole factors gathered | all of it, per micro-batch |
 
 Bytes that a rank sends, with ``sum A`` and ``sum B`` the numbers of elements and P the number of pairs: gather
-``4 (N - 1) / N (2 sum A + sum B)``; an all-to-all keeps 1 / N of each piece at home, so retile needs
-``3 x 4 (N - 1) / N^2 sum A``; the upper triangles of two Grams per pair in a ring all-reduce are
-``2 (N - 1) / N x 8 x P r (r + 1)``. What is exact where sizes do not divide is in ``retile_elements``.
+``4 (N - 1) / N (2 sum A + sum B)``; the upper triangles of two Grams per pair in a ring all-reduce are
+``2 (N - 1) / N x 8 x P r (r + 1)``; retile, on average, with M values in a message (``solving.message_values``),
+``3 x 4 (N - 1) / N^2 sum A + 2 (N - 1) / N x 8 x P M``. Of that, a rank that owns p pairs sends ``(N - 1) 8 p M`` back:
+where there are more ranks than pairs, p is 1 for some and 0 for the others, and it is the owners who are waited for.
+What is exact where sizes do not divide is in ``cost_retiling``.
 
 Run alone, this prints predictions only: ``python benchmarks/cost_model.py --models 7b --gpus 8 512``.
 """
@@ -23,7 +25,6 @@ Run alone, this prints predictions only: ``python benchmarks/cost_model.py --mod
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,111 +36,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common, links
 from benchmarks.cost_events import Constants, Counts, Topology, all_gather, all_reduce, all_to_all, scaled, seconds
-from reflora_dist.tiling import _column_bounds as column_bounds
+from benchmarks.cost_retiling import GRAM_BYTES, LAYOUTS, Adapters, Retiling, retiling
 
 WAYS = ("gather", "retile", "grams", "backward")
-LAYOUTS = ("zero3", "fsdp2")
 
-_FACTOR_BYTES, _GRAM_BYTES, _INDEX_BYTES = 4, 8, 4
+_FACTOR_BYTES, _INDEX_BYTES = 4, 4
 # The solve of one pair, in units of r^3: Cholesky factors, ten Newton steps of one inverse each, products.
 _SOLVE_FLOPS = 40
 # Read and written per element: a float64 copy is made and read; an applied product is written and rounded back, too.
 _GRAM_TRAFFIC_BYTES, _APPLY_TRAFFIC_BYTES = 4 + 8 + 8, 4 + 8 + 8 + 8 + 8 + 4
 
 
-@dataclasses.dataclass(frozen=True)
-class Adapters:
-    """The LoRA pairs of a model: ``(in, out)`` of each, all of rank r."""
-
-    pairs: tuple[tuple[int, int], ...]
-    lora_rank: int
-
-    @classmethod
-    def of(cls, shape: common.ModelShape, lora_rank: int) -> Adapters:
-        layer = tuple((n_in, n_out) for _, n_in, n_out in shape.adapted_linears())
-        return cls(layer * shape.num_layers, lora_rank)
-
-    @property
-    def elements_a(self) -> int:
-        return self.lora_rank * sum(n_in for n_in, _ in self.pairs)
-
-    @property
-    def elements_b(self) -> int:
-        return self.lora_rank * sum(n_out for _, n_out in self.pairs)
-
-    @property
-    def gram_bytes(self) -> int:
-        """Upper triangles of both Grams of every pair."""
-        return _GRAM_BYTES * len(self.pairs) * self.lora_rank * (self.lora_rank + 1)
-
-    def elements_of_kinds(self) -> dict[tuple[int, int], int]:
-        """How many pairs have each ``(in, out)``."""
-        kinds: dict[tuple[int, int], int] = {}
-        for pair in self.pairs:
-            kinds[pair] = kinds.get(pair, 0) + 1
-        return kinds
-
-
-def retile_elements(adapters: Adapters, ranks: int, layout: str) -> tuple[np.ndarray, np.ndarray]:
-    """Elements that each rank sends to others, ``[ranks]``: one channel there (weights, gradients) and back.
-
-    ZeRO-3 cuts a factor into flat pieces of ``ceil(numel / N)``, FSDP2 into blocks of ``ceil(rows / N)`` rows; lora_B
-    then stays whole rows under FSDP2. Columns of lora_A are dealt out in proportion to the pieces, a row of lora_B
-    that is cut goes to the rank that holds its first element.
-
-    Raises:
-        ValueError: the layout is not one of LAYOUTS.
-    """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
-    there, back = np.zeros(ranks, np.int64), np.zeros(ranks, np.int64)
-    r = adapters.lora_rank
-    for (n_in, n_out), count in adapters.elements_of_kinds().items():
-        sides = [_columns(r, n_in, _bounds((r, n_in), ranks, layout))]
-        if layout == "zero3":
-            sides.append(_cut_rows(r, _bounds((n_out, r), ranks, layout)))
-        for sent, returned in sides:
-            there += count * sent
-            back += count * returned
-    return there, back
-
-
-def _bounds(shape: tuple[int, int], ranks: int, layout: str) -> np.ndarray:
-    """Where the ranks' flat pieces begin and end, ``[ranks + 1]``."""
-    units, width = (shape[0] * shape[1], 1) if layout == "zero3" else shape
-    return np.minimum(np.arange(ranks + 1) * -(-units // ranks), units) * width
-
-
-def _columns(r: int, columns: int, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    start, stop = bounds[:-1], bounds[1:]
-    first, last = _first_and_last_columns(r, columns, bounds)
-
-    def before(position: np.ndarray) -> np.ndarray:
-        """Elements before a flat position that lie in the columns from first to last."""
-        return position // columns * (last - first) + np.clip(position % columns - first, 0, last - first)
-
-    kept = before(stop) - before(start)
-    return stop - start - kept, r * (last - first) - kept
-
-
-def _first_and_last_columns(r: int, columns: int, bounds: np.ndarray) -> np.ndarray:
-    """The columns that each rank computes on, ``[2, ranks]``, by the rule of the package."""
-    held = np.flatnonzero(bounds[1:] > bounds[:-1])
-    dealt = np.zeros((2, len(bounds) - 1), np.int64)
-    split = column_bounds(columns, r * columns, bounds[held].tolist())
-    dealt[:, held] = split[:-1], split[1:]
-    return dealt
-
-
-def _cut_rows(width: int, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    start, stop = bounds[:-1], bounds[1:]
-    first_whole = np.minimum(-(-start // width) * width, stop)
-    last_whole = np.maximum(stop // width * width, first_whole)
-    return first_whole - start, np.where(last_whole < stop, width - (stop - last_whole), 0)
-
-
 def sent_bytes(way: str, adapters: Adapters, ranks: int, layout: str = "zero3") -> np.ndarray:
     """Bytes that each rank sends in one optimizer step, ``[ranks]``; a ring all-reduce counts 2 (N - 1) / N.
+
+    Factors of which none is cut are not moved, and "retile" is "grams".
 
     Raises:
         ValueError: the way is not one of WAYS.
@@ -150,60 +61,54 @@ def sent_bytes(way: str, adapters: Adapters, ranks: int, layout: str = "zero3") 
     if way == "gather":
         gathered = _FACTOR_BYTES * (2 * adapters.elements_a + adapters.elements_b)
         return np.full(ranks, (ranks - 1) * gathered // ranks)
-    if way == "retile":
-        there, back = retile_elements(adapters, ranks, layout)
-        return _FACTOR_BYTES * (2 * there + back) + grams
-    return np.full(ranks, grams if way == "grams" else 0)
+    if way == "retile" and (plan := retiling(adapters, ranks, layout)).held.any():
+        return _FACTOR_BYTES * (plan.moved(2)[0] + plan.moved(1)[1])
+    return np.full(ranks, 0 if way == "backward" else grams)
 
 
 def memory_bytes(way: str, adapters: Adapters, ranks: int, layout: str = "zero3") -> int:
     """Bytes that a rank needs beyond plain LoRA: Grams, S and its inverse, and what is gathered or exchanged.
 
-    An exchange takes a send and a receive buffer of A and grad_A, and int32 indices for packing and unpacking there
-    and back (six per grain of A, see ``grain``).
+    An exchange takes what is sent, what arrives, and that in the order of blocks. There, all of it is A, grad_A and
+    messages; on the way back, the blocks of A and grad_A are still held. Int32 indices for every grain order it.
     """
-    matrices = 4 * _GRAM_BYTES * len(adapters.pairs) * adapters.lora_rank**2
+    matrices = 4 * GRAM_BYTES * adapters.lora_rank**2
+    everywhere = matrices * len(adapters.pairs)
     if way == "gather":
-        return matrices + _FACTOR_BYTES * (2 * adapters.elements_a + adapters.elements_b)
-    if way == "retile" and ranks > 1:
-        held = adapters.elements_a * _share_a(adapters, ranks, layout)
-        return matrices + int((2 * 2 * _FACTOR_BYTES + 6 * _INDEX_BYTES / grain(adapters, ranks, layout)) * held)
-    return matrices
+        return everywhere + _FACTOR_BYTES * (2 * adapters.elements_a + adapters.elements_b)
+    if way != "retile" or not (plan := retiling(adapters, ranks, layout)).held.any():
+        return everywhere
+    there = plan.at_holders(2) + 2 * plan.at_owners(2)
+    back = plan.at_owners(2) + 2 * plan.at_owners(1) + plan.at_holders(1)
+    indices = (plan.at_owners(2) + plan.at_owners(1)) // plan.grain
+    exchange = _FACTOR_BYTES * (np.maximum(there, back) + plan.pairs.sum() * plan.message) + _INDEX_BYTES * indices
+    return everywhere + int((exchange + matrices * plan.pairs).max())
 
 
-def grain(adapters: Adapters, ranks: int, layout: str) -> int:
-    """Elements that stay together throughout an exchange: all cuts are at multiples of it."""
-    r = adapters.lora_rank
-    cuts: list[int] = []
-    for n_in, n_out in adapters.elements_of_kinds():
-        bounds = _bounds((r, n_in), ranks, layout)
-        cuts += [n_in, *(bounds % n_in).tolist(), *_first_and_last_columns(r, n_in, bounds).ravel().tolist()]
-        if layout == "zero3":
-            cuts += (_bounds((n_out, r), ranks, layout) % r).tolist()
-    return math.gcd(*cuts)
+def compute(
+    adapters: Adapters, gram_elements: float, apply_elements: float, *, times: int = 1, solved: float | None = None
+) -> Counts:
+    """Grams of so many elements of factors, products with so many elements of gradients, and so many pairs solved.
 
-
-def _share_a(adapters: Adapters, ranks: int, layout: str) -> float:
-    """The largest part of lora_A on one rank: FSDP2 gives out whole rows, of which there are r."""
-    return 1 / ranks if layout == "zero3" else -(-adapters.lora_rank // ranks) / adapters.lora_rank
-
-
-def compute(adapters: Adapters, gram_elements: float, apply_elements: float, times: int = 1) -> Counts:
-    """Grams of so many elements of factors, the solve of every pair, products with so many elements of gradients."""
+    Args:
+        times: how often all of it is done.
+        solved: all pairs by default.
+    """
     r, pairs = adapters.lora_rank, len(adapters.pairs)
+    solved = pairs if solved is None else solved
     once = {
         "step": 1.0,
         "pair": float(pairs),
-        "solve_flop": float(_SOLVE_FLOPS * pairs * r**3),
+        "solve_flop": float(_SOLVE_FLOPS * solved * r**3),
         "flop": 2.0 * r * (gram_elements + apply_elements),
         "memory_byte": _GRAM_TRAFFIC_BYTES * gram_elements + _APPLY_TRAFFIC_BYTES * apply_elements,
     }
     return scaled(once, times)
 
 
-def packing(pieces: float, elements: float, grain: int) -> Counts:
-    """Collecting so many pieces of tensors, and ordering their elements by grains, for an exchange."""
-    return {"piece": float(pieces), "packed": float(elements), "grain": elements / grain}
+def packing(pieces: float, collected: float, ordered: float, grain: int) -> Counts:
+    """So many pieces of tensors copied to or from one behind the other, and elements ordered by grains."""
+    return {"piece": float(pieces), "packed": float(collected + ordered), "grain": ordered / grain}
 
 
 def step_counts(
@@ -217,20 +122,29 @@ def step_counts(
         gathering = [all_gather(gathered, topology, name) for name in ("ring", "tree")]
         return [gathering, [compute(adapters, whole, whole / ranks)]]
     if way == "backward":
-        return [[compute(adapters, whole, whole, micro_batches)]]
-    if way == "grams" or ranks == 1:
+        return [[compute(adapters, whole, whole, times=micro_batches)]]
+    if way == "grams" or not (plan := retiling(adapters, ranks, layout)).held.any():
         return [[compute(adapters, whole / ranks, whole / ranks)], reduction]
-    held_a = adapters.elements_a * _share_a(adapters, ranks, layout)
-    held = held_a + adapters.elements_b / ranks
-    there, back = (int(sent.max()) for sent in retile_elements(adapters, ranks, layout))
-    exchanges = [_exchange(2, there, topology), _exchange(1, back, topology)]
-    # two channels there and one back, packed by the sender and unpacked by the receiver
-    packed = packing(3 * len(adapters.pairs), 2 * 3 * held_a, grain(adapters, ranks, layout))
-    return [[compute(adapters, held, held)], reduction, *([exchange] for exchange in exchanges), [packed]]
+    return [[part] for part in _retile_counts(adapters, topology, plan)]
 
 
-def _exchange(channels: int, elements: int, topology: Topology) -> Counts:
-    return all_to_all(channels * _FACTOR_BYTES * elements, topology)
+def _retile_counts(adapters: Adapters, topology: Topology, plan: Retiling) -> list[Counts]:
+    """Computing, the exchange there and back, and packing; in each part the rank that has most to do is waited for."""
+    elements = plan.stays.max() + plan.owned.max()
+    computed = compute(adapters, elements, elements, solved=plan.pairs.max())
+    computed["retiled"] = 1.0  # blocks that stay and blocks that arrive are computed on one after the other
+    messages = plan.at_holders(0).max() + plan.at_owners(0).max()
+    computed["memory_byte"] += 2 * _FACTOR_BYTES * float(messages)  # Grams and answers, both written and read
+    # a link carries both directions at a time: the busier one of the busiest rank
+    exchanges = [
+        all_to_all(_FACTOR_BYTES * float(np.maximum(*plan.moved(channels)).max()), topology) for channels in (2, 1)
+    ]
+    # Holders collect what they send and write what comes back. Owners order what arrives, and on the way back collect
+    # gradients and messages without the weights between them, and order those.
+    holders = plan.at_holders(2).max() + plan.at_holders(1).max()
+    there, back = plan.at_owners(2).max(), plan.at_owners(1).max()
+    pieces = 3 * plan.spans.max() + 2 * len(adapters.pairs) + (plan.blocks + plan.pairs).max()
+    return [computed, *exchanges, packing(pieces, holders + back, there + back, plan.grain)]
 
 
 def step_seconds(steps: Sequence[Sequence[Counts]], constants: Constants) -> float:
@@ -239,14 +153,14 @@ def step_seconds(steps: Sequence[Sequence[Counts]], constants: Constants) -> flo
 
 
 def cluster_constants(cluster: links.Cluster) -> dict[str, float]:
-    """A cluster's seconds per event. Batched kernels cost nothing per pair; a ring's bandwidth includes its sums."""
+    """A cluster's seconds per event. Kernel launches are left out; a ring's bandwidth includes its sums."""
     known = {name: constant.seconds for name, constant in cluster.constants.items()}
     return {
         **known,
         "solve_flop": known["flop"],
         "packed": 2 * _FACTOR_BYTES * known["memory_byte"],
         "grain": _INDEX_BYTES * known["memory_byte"],
-        **dict.fromkeys(("step", "pair", "piece", "reduce_byte"), 0.0),
+        **dict.fromkeys(("step", "retiled", "pair", "piece", "reduce_byte"), 0.0),
     }
 
 

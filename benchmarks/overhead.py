@@ -226,7 +226,10 @@ def bare_collectives(calls: list[Collective], bare: Times, figures: dict[str, An
 def measure_breakdown(
     arguments: Arguments, workload: Workload, device: torch.device, name: str
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds by phase of a variant's optimizer steps, in steps of their own; "rest" has the update in it."""
+    """Milliseconds by phase of a variant's optimizer steps, in steps of their own; "rest" has the update in it.
+
+    Phases that do not occur are left out.
+    """
     by_phase: dict[str, list[float]] = {}
     phases = PHASES if name == "reflora" else BASELINE_PHASES
     with variants.installed(name, workload.trainee):
@@ -239,7 +242,7 @@ def measure_breakdown(
                 total_ms = 1e3 * (common.now(device) - start)
             for phase, milliseconds in {**elapsed_ms, "rest": total_ms - sum(elapsed_ms.values())}.items():
                 by_phase.setdefault(phase, []).append(milliseconds)
-    return {phase: common.spread(values) for phase, values in by_phase.items()}
+    return {phase: common.spread(by_phase[phase]) for phase in (*phases, "rest") if phase in by_phase}
 
 
 if __name__ == "__main__":

@@ -267,7 +267,11 @@ def _collectives(device: torch.device) -> Iterator[dict[str, Any]]:
         runs = {
             "all_reduce": (lambda t=double: dist.all_reduce(t), cost_events.all_reduce(8 * (numel // 2), topology)),
             "all_gather": (lambda o=out, p=part: dist.all_gather_into_tensor(o, p), gather),
-            "all_to_all": (lambda o=out, w=whole: dist.all_to_all_single(o, w), cost_events.all_to_all(sent, topology)),
+            "all_to_all": (
+                # with sizes, as an exchange has them, though they are equal here
+                lambda o=out, w=whole, n=[numel // ranks] * ranks: dist.all_to_all_single(o, w, n, n),
+                cost_events.all_to_all(sent, topology),
+            ),
         }
         for kind, (run, counts) in runs.items():
             yield {"kind": kind, "size": f"{size} bytes", "counts": counts, "run": _timed(run, device)}
@@ -278,18 +282,26 @@ def _packings(device: torch.device) -> Iterator[dict[str, Any]]:
     sizes = ((4, 256), (4, 65536), (64, 256), (64, 16384), (256, 1024))
     for (pieces, numel), grain in itertools.product(sizes, (1, 16)):
         tensors = [torch.ones(numel, device=device) for _ in range(pieces)]
-        # by rank, stable, as an exchange orders them
-        ranks = torch.arange(pieces * numel // grain, device=device) % dist.get_world_size()
-        order = torch.sort(ranks, stable=True).indices.int()
+        room, ordered = (torch.empty(pieces * numel // grain, grain, device=device) for _ in range(2))
+        views = room.view(-1).split(numel)
+        # whole pieces by rank, stable, as an exchange orders them
+        by_rank = torch.sort(torch.arange(pieces) % dist.get_world_size(), stable=True).indices
+        order = torch.arange(pieces * numel // grain).view(pieces, -1)[by_rank].flatten().int().to(device)
 
         def run(
-            tensors: list[torch.Tensor] = tensors, order: torch.Tensor = order, shape: tuple[int, int] = (-1, grain)
+            tensors: list[torch.Tensor] = tensors,
+            views: tuple[torch.Tensor, ...] = views,
+            room: torch.Tensor = room,
+            ordered: torch.Tensor = ordered,
+            order: torch.Tensor = order,
         ) -> None:
-            packed = torch.cat(tensors).view(shape).index_select(0, order)
-            unpacked = packed.index_select(0, order).view(-1)
-            torch._foreach_copy_(tensors, list(unpacked.split(tensors[0].numel())))
+            torch._foreach_copy_(views, tensors)
+            torch.index_select(room, 0, order, out=ordered)
+            torch.index_select(ordered, 0, order, out=room)
+            torch._foreach_copy_(tensors, views)
 
-        counts = cost_model.packing(2 * pieces, 2 * pieces * numel, grain)
+        twice = 2 * pieces * numel
+        counts = cost_model.packing(2 * pieces, twice, twice, grain)
         size = f"{pieces} x {numel}, by {grain}"
         yield {"kind": "pack", "size": size, "counts": counts, "run": _timed(run, device)}
 

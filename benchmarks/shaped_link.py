@@ -5,7 +5,8 @@
 Makes two hosts on this machine (``two_hosts``; needs root and iproute2), shapes the link between them with `tc`, and
 has ``launchers/multinode.sh`` run ``overhead.py`` on one rank of each: the optimizer step of a model's adapters, where
 the method communicates. Whole factors are gathered in one collective, with their gradients; re-tiling is what
-RefLoRA does under FSDP2 as it comes; with lora_A sharded by columns the Grams are all that it sends.
+RefLoRA does under FSDP2 as it comes, Grams and solutions in the same two exchanges; with lora_A sharded by columns the
+Grams are all that it sends.
 """
 
 from __future__ import annotations

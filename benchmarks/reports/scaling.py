@@ -24,6 +24,7 @@ _EVENTS = {
     "exchange_byte_intra": "byte of an all-to-all",
     "reduce_byte": "byte summed",
     "step": "step, beside all else",
+    "retiled": "step that re-tiles, beside all else",
     "pair": "pair of factors",
     "piece": "piece packed",
     "packed": "element packed",

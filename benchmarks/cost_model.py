@@ -79,7 +79,7 @@ def memory_bytes(way: str, adapters: Adapters, ranks: int, layout: str = "zero3"
     if way != "retile" or not (plan := retiling(adapters, ranks, layout)).held.any():
         return everywhere
     there = plan.at_holders(2) + 2 * plan.at_owners(2)
-    back = plan.at_owners(2) + 2 * plan.at_owners(1) + plan.at_holders(1)
+    back = plan.at_owners(2) + plan.at_owners(1) + plan.at_holders(1)
     indices = (plan.at_owners(2) + plan.at_owners(1)) // plan.grain
     exchange = _FACTOR_BYTES * (np.maximum(there, back) + plan.pairs.sum() * plan.message) + _INDEX_BYTES * indices
     return everywhere + int((exchange + matrices * plan.pairs).max())
@@ -139,12 +139,11 @@ def _retile_counts(adapters: Adapters, topology: Topology, plan: Retiling) -> li
     exchanges = [
         all_to_all(_FACTOR_BYTES * float(np.maximum(*plan.moved(channels)).max()), topology) for channels in (2, 1)
     ]
-    # Holders collect what they send and write what comes back. Owners order what arrives, and on the way back collect
-    # gradients and messages without the weights between them, and order those.
+    # Holders collect what they send and write what comes back. Owners order what arrives, and what they send back.
     holders = plan.at_holders(2).max() + plan.at_holders(1).max()
     there, back = plan.at_owners(2).max(), plan.at_owners(1).max()
-    pieces = 3 * plan.spans.max() + 2 * len(adapters.pairs) + (plan.blocks + plan.pairs).max()
-    return [computed, *exchanges, packing(pieces, holders + back, there + back, plan.grain)]
+    pieces = 3 * plan.spans.max() + 2 * plan.messages
+    return [computed, *exchanges, packing(pieces, holders, there + back, plan.grain)]
 
 
 def step_seconds(steps: Sequence[Sequence[Counts]], constants: Constants) -> float:

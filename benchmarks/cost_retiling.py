@@ -53,8 +53,8 @@ class Retiling:
         spans: stretches of tensors that ``held`` consists of.
         blocks: tensors that ``owned`` is brought into.
         pairs: how many a rank owns.
-        message: float32 elements of the message about a pair, as long as two of float64.
-        grain: elements that stay together throughout.
+        message: float32 elements of what is said about a pair, as long as two of float64.
+        grain: elements that stay together throughout, at least.
     """
 
     held: np.ndarray
@@ -66,6 +66,11 @@ class Retiling:
     pairs: np.ndarray
     message: int
     grain: int
+
+    @property
+    def messages(self) -> int:
+        """How many a rank sends: what is said about all pairs of one owner is one."""
+        return int((self.pairs > 0).sum())
 
     def at_holders(self, channels: int) -> np.ndarray:
         """Elements of so many channels, and of a message about every pair, as they lie before they are sent."""
@@ -96,11 +101,12 @@ def retiling(adapters: Adapters, ranks: int, layout: str) -> Retiling:
         raise ValueError(f"layout={layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
     r = adapters.lora_rank
     held, owned, kept, stays, spans, blocks, pairs = np.zeros((7, ranks), np.int64)
-    grains = [message := 2 * message_values(r)]
+    grains, keeps_a = [], False
     for (n_in, n_out), owned_pairs in _owned_pairs(adapters, ranks, layout).items():
         count = owned_pairs.sum()
         pieces_a = np.diff(_bounds((r, n_in), ranks, layout))
         whole = pieces_a.max() == r * n_in
+        keeps_a |= bool(whole)
         bounds_b = _bounds((n_out, r), ranks, layout)
         cut = np.stack([np.zeros_like(pieces_a) if whole else pieces_a, *_cut_rows(r, bounds_b)])
         of_pair = cut.sum(axis=0)
@@ -112,7 +118,9 @@ def retiling(adapters: Adapters, ranks: int, layout: str) -> Retiling:
         blocks += owned_pairs * (int(not whole) + int(cut[1:].any()))
         pairs += owned_pairs
         grains += cut.ravel().tolist()
-    return Retiling(held, owned, kept, stays, spans, blocks, pairs, message, int(np.gcd.reduce(grains)))
+    message = 2 * message_values(r, keeps_a)
+    grain = int(np.gcd.reduce([message, *grains]))
+    return Retiling(held, owned, kept, stays, spans, blocks, pairs, message, grain)
 
 
 def _owned_pairs(adapters: Adapters, ranks: int, layout: str) -> dict[tuple[int, int], np.ndarray]:

@@ -14,17 +14,14 @@ Before figures are shown, the variants must capture the same energy of the first
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
+from benchmarks.launches import launch_ranks
 
 VARIANTS = ("training", "by group", "all at once")
 _RANKS_SCRIPT = Path(__file__).with_name("lora_sb_memory_ranks.py")
@@ -99,25 +96,8 @@ def _require_equal_energy(cells: list[dict[str, Any]]) -> None:
 
 
 def launch(arguments: Arguments, variant: str, ranks: int) -> dict[str, Any]:
-    """Run ``lora_sb_memory_ranks.py`` on so many ranks of this machine.
-
-    Raises:
-        RuntimeError: a rank failed; the message holds the end of what they printed.
-    """
-    with tempfile.TemporaryDirectory(prefix="lora-sb-") as folder:
-        job_file, result_file = Path(folder, "job.json"), Path(folder, "result.json")
-        job_file.write_text(json.dumps({**dataclasses.asdict(arguments), "variant": variant}))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        done = subprocess.run(
-            [*command, str(_RANKS_SCRIPT), str(job_file), str(result_file)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},  # ranks share the cores
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        if done.returncode or not result_file.exists():
-            raise RuntimeError(f"{variant} on {ranks} ranks failed ({done.returncode}):\n{done.stdout[-4000:]}")
-        return json.loads(result_file.read_text())
+    """Run ``lora_sb_memory_ranks.py`` on so many ranks of this machine. Raises RuntimeError if one fails."""
+    return launch_ranks(_RANKS_SCRIPT, ranks, {**dataclasses.asdict(arguments), "variant": variant})
 
 
 if __name__ == "__main__":

@@ -13,11 +13,8 @@ published constants instead (``links.py``).
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks import common, cost_events, cost_model
+from benchmarks.launches import launch_ranks
 
 _RANKS_SCRIPT = Path(__file__).with_name("scaling_ranks.py")
 
@@ -128,11 +126,7 @@ def run(arguments: Arguments, device: torch.device) -> dict[str, Any]:
 
 
 def launch(arguments: Arguments, ranks: int) -> dict[str, Any]:
-    """Run ``scaling_ranks.py`` on so many ranks of this machine.
-
-    Raises:
-        RuntimeError: a rank failed; the message holds the end of what they printed.
-    """
+    """Run ``scaling_ranks.py`` on so many ranks of this machine. Raises RuntimeError if one fails."""
     job = {
         **dataclasses.asdict(arguments),
         "global_batch_size": arguments.global_batch_size,
@@ -140,20 +134,7 @@ def launch(arguments: Arguments, ranks: int) -> dict[str, Any]:
         "fit": ranks in arguments.fit_ranks,
         "fit_steps": bool(arguments.fit_ranks) and ranks == min(arguments.fit_ranks),
     }
-    with tempfile.TemporaryDirectory(prefix="scaling-") as folder:
-        job_file, result_file = Path(folder, "job.json"), Path(folder, "result.json")
-        job_file.write_text(json.dumps(job))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        done = subprocess.run(
-            [*command, str(_RANKS_SCRIPT), str(job_file), str(result_file)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},  # ranks share the cores
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        if done.returncode or not result_file.exists():
-            raise RuntimeError(f"the launch of {ranks} ranks failed ({done.returncode}):\n{done.stdout[-4000:]}")
-        return json.loads(result_file.read_text())
+    return launch_ranks(_RANKS_SCRIPT, ranks, job)
 
 
 def fit_and_check(launches: Sequence[dict[str, Any]], cores: int | None) -> dict[str, Any]:

@@ -28,11 +28,6 @@ class _Span(NamedTuple):
     stop: int
     whole: bool  # it is all of the tensor
 
-    def of(self, channels: Sequence[Channel]) -> Tensor | None:
-        tensor = channels[self.channel][self.item]
-        # never a copy, into which nothing may be written
-        return tensor if self.whole or tensor is None else tensor.view(-1)[self.start : self.stop]
-
 
 class Exchange:
     """One all-to-all and its way back, for a fixed set of (channel, item) entries.
@@ -67,6 +62,7 @@ class Exchange:
         self._spans = sorted(spans, key=lambda span: span.peer)
         self._span_numel = [span.stop - span.start for span in self._spans]
         self._span_views: list[Tensor] = []
+        self._flat_views = list(range(len(spans)))  # those that do not have their tensor's shape yet
         self._send_counts = [0] * comm.world_size
         for span, numel in zip(self._spans, self._span_numel, strict=True):
             self._send_counts[span.peer] += numel
@@ -93,7 +89,7 @@ class Exchange:
         """Send pieces, return the received blocks."""
         if not self._entries:
             return []
-        sent = self._collect([span.of(channels) for span in self._spans])
+        sent = self._collect(self._pieces(channels))
         room = self._memory[1].take(sum(self._incoming.counts), self._comm.device)
         sent = sent.to(self._comm.device, non_blocking=True)
         arrived = comm.all_to_all(sent, self._send_counts, self._incoming.counts, out=room)
@@ -112,7 +108,16 @@ class Exchange:
         packed = self._gather(flat, self._pack, self._memory[1])
         room = self._memory[0].take(sum(self._send_counts), self._comm.device)
         returned = comm.all_to_all(packed, self._incoming.counts, self._send_counts, out=room)
-        self._copy([span.of(channels) for span in self._spans], returned.to(self._comm.shard_device), to_pieces=True)
+        self._copy(self._pieces(channels), returned.to(self._comm.shard_device), to_pieces=True)
+
+    def _pieces(self, channels: Sequence[Channel]) -> list[Tensor | None]:
+        """What of the tensors takes part, never a copy, into which nothing may be written."""
+        return [
+            tensor
+            if (tensor := channels[span.channel][span.item]) is None or span.whole
+            else tensor.view(-1)[span.start : span.stop]
+            for span in self._spans
+        ]
 
     def _collect(self, pieces: list[Tensor | None]) -> Tensor:
         """Pieces one behind the other on their device, zeros for None."""
@@ -129,13 +134,15 @@ class Exchange:
 
     def _copy(self, pieces: list[Tensor | None], flat: Tensor, *, to_pieces: bool) -> None:
         """Copy between pieces and the memory in which they lie one behind the other."""
-        kept = self._comm.device.type == "cpu"  # flat is the same memory in every step: views of it last
-        views = self._span_views if kept and self._span_views else list(flat.split(self._span_numel))
-        for index, piece in enumerate(pieces):
-            if piece is not None and views[index].shape != piece.shape:
-                views[index] = views[index].view(piece.shape)
-        if kept:
-            self._span_views = views
+        if self._comm.device.type == "cpu":  # flat is the same memory in every step: views of it last
+            self._span_views = views = self._span_views or list(flat.split(self._span_numel))
+            for index in self._flat_views:
+                if (piece := pieces[index]) is not None:
+                    views[index] = views[index].view(piece.shape)
+            self._flat_views = [index for index in self._flat_views if pieces[index] is None]
+        else:
+            views = list(flat.split(self._span_numel))
+            pieces = [None if piece is None else piece.view(-1) for piece in pieces]
         present = [piece for piece in pieces if piece is not None]
         if len(present) < len(pieces):
             views = [view for view, piece in zip(views, pieces, strict=True) if piece is not None]

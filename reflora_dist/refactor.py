@@ -113,7 +113,7 @@ def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
         mu = (frobenius(inverse) / frobenius(x)).sqrt()
         previous, x = x, torch.lerp(inverse.mT / mu, mu * x, 0.5)
         # reading the result is free on a CPU, and would make a GPU wait
-        if x.device.type == "cpu" and bool((frobenius(x - previous) <= NEARLY_ORTHOGONAL).all()):
+        if step > 1 and x.device.type == "cpu" and bool((frobenius(x - previous) <= NEARLY_ORTHOGONAL).all()):
             break
     for _ in range(PRODUCT_STEPS):
         x = torch.baddbmm(x, x, x.mT @ x, beta=1.5, alpha=-0.5)

@@ -24,9 +24,8 @@ class ParameterEngine(Engine):
         )
         self._layout_at_attach = self._current_layout()
 
-    @torch.no_grad()  # in which to_local() takes no part in autograd, and costs nothing
     def weights(self) -> list[Tensor]:
-        return [_local(factor) for factor in self._factors()]
+        return self._factors()
 
     def versions(self) -> list[tuple[int, int]]:
         # an operation on a DTensor is counted there, not on its local part
@@ -35,9 +34,8 @@ class ParameterEngine(Engine):
             for factor, weight in zip(self._factors(), self.weights(), strict=True)
         ]
 
-    @torch.no_grad()
     def gradients(self) -> list[Tensor | None]:
-        return [None if factor.grad is None else _local(factor.grad) for factor in self._factors()]
+        return [factor.grad for factor in self._factors()]
 
     def moments(self) -> list[dict[str, Tensor]]:
         return [
@@ -90,12 +88,6 @@ class ReplicatedEngine(ParameterEngine):
     def shards(self) -> list[LocalShard]:
         return [LocalShard(factor.numel(), tall=True) for factor in self._factors()]
 
-    def weights(self) -> list[Tensor]:
-        return self._factors()
-
-    def gradients(self) -> list[Tensor | None]:
-        return [factor.grad for factor in self._factors()]
-
 
 class FSDP2Engine(ParameterEngine):
     """``fully_shard``: DTensors, sharded by rows (the default) or, for lora_A, by columns.
@@ -122,6 +114,15 @@ class FSDP2Engine(ParameterEngine):
         self.group = mesh.get_group(mesh.ndim - 1)
         self.replicas = mesh.get_group(0) if mesh.ndim == 2 else None
         self.layout = "tall" if all(dim == 1 for dim in self._shard_dims[0::2]) else "flat"
+
+    @torch.no_grad()  # in which to_local() takes no part in autograd, and costs nothing
+    def weights(self) -> list[Tensor]:
+        return [factor.to_local() for factor in self._factors()]  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def gradients(self) -> list[Tensor | None]:
+        gradients = [factor.grad for factor in self._factors()]
+        return [None if gradient is None else gradient.to_local() for gradient in gradients]  # type: ignore[attr-defined]
 
     def shards(self) -> list[LocalShard]:
         return [

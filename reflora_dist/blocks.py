@@ -26,7 +26,7 @@ _MAX_PLANS = 64  # layers that are dropped at random leave ever new sets of grad
 SIDE_A, SIDE_B = 0, 1
 
 Matrices = dict[int, Tensor]
-"""One stack of r x r matrices per lora_rank r: ``{r: [P_r, r, r]}``, pairs in their order in the model."""
+"""One stack of r x r matrices per lora_rank r: ``{r: [P_r, r, r]}``, pairs in their order."""
 
 
 def stack_view(tensors: Sequence[Tensor]) -> Tensor | None:
@@ -79,7 +79,7 @@ class BlockSet:
 
     Args:
         specs: the blocks.
-        lora_ranks: r of every pair in the model.
+        lora_ranks: r of every pair that ``specs`` may name, by its number there.
         device: where products are computed.
         use_kernels: whether Triton kernels compute them; by default where they can.
     """

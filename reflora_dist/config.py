@@ -28,7 +28,8 @@ class RefLoRAConfig:
         interval: act at every ``interval``-th optimizer step after the warm-up.
         overlap: "reflora" and "scaled-gd" only; form the Grams of the next step and solve for S right after an update,
             on a GPU beside the next forward, so that a step only waits for the gradients of lora_A to be re-tiled.
-            Takes a second communicator, and changes no result.
+            Takes a second communicator, and changes no result. Where the optimizer is offloaded to the CPU and factors
+            are cut, the forward waits for it all the same.
         damping: "scaled-gd" only; delta, which is added to the Grams' diagonal. 1e-2 is PEFT's ``reg``.
 
     Raises:

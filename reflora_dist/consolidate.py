@@ -18,7 +18,6 @@ import re
 import shutil
 import tempfile
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from .adapters import clean_name
 from .checkpoint import complete_state
+from .files import require_zip
 from .lora_sb.config import LoraXSType
 from .output_folder import new_folder, require_empty
 from .start_files import FILE_NAME as START_FILE
@@ -156,7 +156,7 @@ def _read_dcp(folder: Path, choose: _Choose) -> dict[str, Tensor]:
 def _read_zero(folder: Path, choose: _Choose) -> dict[str, Tensor]:
     shapes = _trained_shapes(folder)
     for path in sorted(folder.glob("*_states.pt")):
-        _require_zip(path)
+        require_zip(path)
     _require_all_ranks(folder)
     deepspeed = _zero_to_fp32()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it tells what it does
@@ -176,7 +176,7 @@ def _read_universal(folder: Path, choose: _Choose) -> dict[str, Tensor]:
     tensors = {}
     for name, key in chosen.items():
         path = folder / "zero" / name / "fp32.pt"
-        _require_zip(path)
+        require_zip(path)
         value = torch.load(path, map_location="cpu", weights_only=True)
         # of stage 3 a flat tensor, of the others a dictionary
         tensors[key] = (value["param"] if isinstance(value, dict) else value).reshape(shapes[name])
@@ -186,7 +186,7 @@ def _read_universal(folder: Path, choose: _Choose) -> dict[str, Tensor]:
 def _trained_shapes(folder: Path) -> dict[str, torch.Size]:
     """The shape of every parameter that DeepSpeed trained."""
     path = model_states(folder)
-    _require_zip(path)
+    require_zip(path)
     groups = _zero_to_fp32().parse_model_states([str(path)])[0].param_shapes
     return {name: shape for group in groups for name, shape in group.items()}
 
@@ -219,14 +219,6 @@ def _require_size(path: Path, least: int) -> None:
         raise ValueError(f"{path} {state}: the checkpoint is damaged; take an earlier one")
 
 
-def _require_zip(path: Path) -> None:
-    """torch's files end with their directory: without it they are cut off."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: the checkpoint is damaged; take an earlier one")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is truncated: the checkpoint is damaged; take an earlier one")
-
-
 def _require_all_ranks(folder: Path) -> None:
     files = {
         int(match[2]): match for match in map(_RANK.fullmatch, map(str, folder.glob("*_optim_states.pt"))) if match
@@ -242,7 +234,7 @@ def _require_all_ranks(folder: Path) -> None:
         )
     count = state["partition_count"]
     for rank in range(max(count) if isinstance(count, list) else count):
-        _require_zip(Path(f"{first[1]}{rank}{first[3]}"))
+        require_zip(Path(f"{first[1]}{rank}{first[3]}"))
 
 
 # --- names ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,3 +38,11 @@ def require_files(folder: str | Path, sizes: Mapping[str, int]) -> None:
         if present != size:
             state = "is missing" if present is None else f"has {present} bytes instead of {size}"
             raise ValueError(f"{path} {state}: the checkpoint is damaged; load an earlier one")
+
+
+def require_zip(path: Path) -> None:
+    """torch's files end with their directory: without it they are cut off."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: the checkpoint is damaged; take an earlier one")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is truncated: the checkpoint is damaged; take an earlier one")

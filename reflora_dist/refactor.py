@@ -20,8 +20,9 @@ LARGEST_RESIDUAL = 1e-6
 NEWTON_STEPS = 10
 # Convergence is quadratic: a step that changes X by less than this leaves an error of its square.
 CONVERGED = 1e-8
-# So does a step that changes X by less than this, after which products alone reach fp64 accuracy: an error e becomes
-# 3/4 e^2 in each of these steps (Higham, Functions of Matrices, 2008, 8.3), here 5e-3, 2e-5, 3e-10, 5e-20.
+# So does a step that changes X, now nearly orthogonal, by less than this, after which products alone reach fp64
+# accuracy: an error e of the singular values becomes 3/2 e^2 in each of these steps (Higham, Functions of Matrices,
+# 2008, 8.3), here 5e-3, 4e-5, 2e-9, 7e-18.
 NEARLY_ORTHOGONAL = 0.1
 PRODUCT_STEPS = 3
 
@@ -99,7 +100,7 @@ def cholesky(gram: Tensor, eye: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The orthogonal polar factor of ``[P, r, r]`` and the matrix's inverse.
+    """The orthogonal polar factor of ``[..., r, r]`` and the matrix's inverse.
 
     By Newton's scaled iteration, ``X <- (mu X + X^-T / mu) / 2`` with mu from the Frobenius norms, and at the end
     Schulz's, ``X <- X (3 I - X^T X) / 2``. Matrix products and inverses only, a bounded number of them: an
@@ -116,7 +117,7 @@ def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
         if step > 1 and x.device.type == "cpu" and bool((frobenius(x - previous) <= NEARLY_ORTHOGONAL).all()):
             break
     for _ in range(PRODUCT_STEPS):
-        x = torch.baddbmm(x, x, x.mT @ x, beta=1.5, alpha=-0.5)
+        x = (x @ (x.mT @ x)).mul_(-0.5).add_(x, alpha=1.5)
     return x, first_inverse
 
 

@@ -106,6 +106,7 @@ class Retiler:
     def direct(self, tensors: Channel, present: Sequence[bool]) -> list[Tensor | None]:
         """The direct blocks of a channel, None where a factor does not take part."""
         if self._in_place:
+            tensors, present = tensors[: self._num_factors], present[: self._num_factors]
             return list(tensors) if all(present) else [t if p else None for t, p in zip(tensors, present, strict=True)]
         return [
             (tensors[place.factor] if place.whole else _view(place, tensors[place.factor]))
@@ -132,7 +133,7 @@ class Retiler:
             Per channel the blocks in the order of ``specs``, None where a factor does not take part: contiguous, of the
             specified number of elements but possibly of another number of dimensions. Then the messages about
             ``owned`` pairs, each ``[ranks, elements]``. In host memory, what an exchange brought is
-            overwritten by the next one of the same factors.
+            overwritten by the next one of the same factors, and by ``from_blocks``.
 
         Communication: one all-to-all if something that takes part is cut, otherwise none.
         """

@@ -73,6 +73,9 @@ class AtOwners:
     is the owner's answer: whether there is a solution, the Grams of the whole factors, ``right``, and ``left`` if any
     lora_A stays where it is.
 
+    So pairs are solved for once, and a rank computes on whole lora_A, of as many elements as on any other rank where
+    there are more pairs than ranks; beyond, ranks without a pair wait for owners, each of which answers all ranks.
+
     Communication: two all-to-alls to solve, two to apply, and no more to do both at a time.
     """
 
@@ -182,7 +185,7 @@ class AtOwners:
             answers = values.to(self._device).index_select(0, place)
             halves = answers[:, 1 : 1 + count * size].unflatten(1, (count, size)).transpose(0, 1)
             matrices = from_triangles(halves, r)
-            grams[r], whole.right[r] = matrices[:2], matrices[2]
+            grams[r], whole.right[r] = matrices[:2].clone(), matrices[2]  # a view would keep all of them until then
             if self._retiler.keeps_a:
                 whole.left[r] = matrices[3]
             whole.solved[r] = answers[:, 0] > 0

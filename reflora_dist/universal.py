@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+
+from .files import require_zip
 
 
 def conversion(state: Path, universal: Path) -> str:
@@ -38,14 +39,12 @@ def was_round_robin(folder: Path) -> bool:
     """Likewise, of the run that wrote these shards of ZeRO's, or those that were converted.
 
     Raises:
-        ValueError: as ``model_states``.
+        ValueError: as ``model_states``; or that file is damaged.
     """
-    state = torch.load(model_states(folder), map_location="cpu", mmap=True, weights_only=False)
-    config = state.get("ds_config")
-    if isinstance(config, Mapping):
-        zero = config.get("zero_optimization", {})
-        return is_round_robin(zero.get("stage", 0), bool(zero.get("round_robin_gradients")))
-    # DeepSpeed was given a file and kept its path; the shapes are in the order of the buffers
+    path = model_states(folder)
+    require_zip(path)
+    state = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    # the shapes are in the order of the buffers; of the configuration DeepSpeed may have kept a path only
     places = {name: place for place, name in enumerate(state["module"])}
     groups = [[places[name] for name in shapes if name in places] for shapes in state["param_shapes"]]
     return any(group != sorted(group) for group in groups)

@@ -18,6 +18,7 @@ from reflora_dist.reference import ReferenceRefLoRA, refactorization
 from reflora_dist.retile import Retiler
 from reflora_dist.tiling import FOLLOWING, LocalShard, follow_each_other
 from tests.test_refactor import factor, relative
+from tests.test_solving import refactored
 from tests.workloads import build_model, named_factors, synthetic_workload, worst_factor_error
 
 pytestmark = pytest.mark.gpu
@@ -216,3 +217,25 @@ def test_retiling_on_the_gpu_is_that_on_the_cpu(world_size: int) -> None:
         retiler.from_blocks([blocks], [pieces], [(True,) * len(shapes)])
         results.append([tensor.cpu() for tensor in [*pieces, *blocks] if tensor is not None])
     assert all(torch.equal(on_cpu, on_gpu) for on_cpu, on_gpu in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_owners_on_the_gpu_refactor_as_on_the_cpu_and_never_wait(world_size: int, ahead: bool) -> None:
+    """Also where ranks own no pair, or hold nothing."""
+    pairs = [(16, 96, 64), (8, 40, 33), (16, 96, 64)]
+    numels = [numel for r, n_in, n_out in pairs for numel in (r * n_in, r * n_out)]
+    holders = max(2, world_size - 1)
+    shards = [
+        [
+            LocalShard(n * (rank + 1) // holders - n * rank // holders if rank < holders else 0, FOLLOWING)
+            for n in numels
+        ]
+        for rank in range(world_size)
+    ]
+    shards = follow_each_other(shards)
+    on_gpu, expected, _ = refactored(pairs, shards, CUDA, steps=3, ahead=ahead, later_steps=no_waiting)
+    on_cpu, _, _ = refactored(pairs, shards, steps=3, ahead=ahead)
+    for gpu, cpu, exact in zip(on_gpu, on_cpu, expected, strict=True):
+        assert relative(gpu.double(), exact) < 1e-6
+        assert relative(gpu.double(), cpu.double()) < 1e-6

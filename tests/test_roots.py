@@ -37,6 +37,17 @@ def test_inverse_roots_agree(r: int, more: int, seed: int, log_condition: float,
     assert relative(*_both_paths(gram)) < max(1e-10, rounding)
 
 
+def test_iterations_take_several_leading_dimensions() -> None:
+    """As LoRA-RITE gives them: both factors of every pair."""
+    torch.manual_seed(0)
+    tall = torch.randn(2, 3, 9, 4, dtype=torch.float64)
+    gram, eye = tall.mT @ tall, torch.eye(4, dtype=torch.float64)
+    gram /= gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    assert relative(roots._by_iteration(gram, eye), roots._by_eigenvectors(gram)) < 1e-10
+    damped = roots._damped_by_eigenvectors(gram, 1e-3, eye)
+    assert relative(roots._damped_by_iteration(gram, 1e-3, eye), damped) < 1e-8
+
+
 @pytest.mark.parametrize("condition", [1e5, 10**5.5])
 def test_inverse_roots_near_the_threshold(condition: float) -> None:
     """Directions that still count are found by both ways, to what the Gram's rounding leaves of them."""

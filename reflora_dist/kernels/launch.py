@@ -67,7 +67,7 @@ class TiledBlocks:
 
     Args:
         specs: the blocks.
-        lora_ranks: r of every pair in the model.
+        lora_ranks: r of every pair, by its number in ``specs``.
         slots: position of every pair among the pairs of equal lora_rank.
         pairs_by_rank: the pairs of every lora_rank.
         device: a CUDA device.

@@ -51,7 +51,7 @@ class GradientMethod(abc.ABC):
 
     @abc.abstractmethod
     def solve(self, grams: Matrices) -> Transform:
-        """What to do to the gradients of every pair.
+        """What to do to the gradients of every pair of which there are Grams.
 
         Args:
             grams: ``{r: [2, P_r, r, r]}`` float64, ``A A^T`` and ``B^T B``. For a method that ``uses_gradients``

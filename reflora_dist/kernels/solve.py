@@ -1,8 +1,9 @@
 """A Triton kernel for the refactorization S: one program solves one pair, without the host.
 
-The algebra is that of :func:`reflora_dist.refactor.solve_refactorization`, which is its oracle. Matrices are padded to
-a power of two with an identity block, which no operation mixes with the rest. A matrix that another layout needs
-(transposed, or as an operand of a product) goes through a few KiB of global scratch memory, which stay in cache.
+The algebra is that of :func:`reflora_dist.refactor.solve_with_torch`, which is its oracle; here Newton's iteration
+goes on until it has converged, without Schulz's steps. Matrices are padded to a power of two with an identity block,
+which no operation mixes with the rest. A matrix that another layout needs (transposed, or as an operand of a product)
+goes through a few KiB of global scratch memory, which stay in cache.
 """
 
 from __future__ import annotations

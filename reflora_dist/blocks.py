@@ -146,7 +146,7 @@ class BlockSet:
             stacked = self._load(batch, tensors)
             product, parts = self._room(1, batch)
             torch.bmm(*((matrices, stacked) if batch.side == SIDE_A else (stacked, matrices)), out=product)
-            self._store(product, parts, tensors)
+            self._store(product, tensors, parts)
 
     def stacked_grams(self, streams: Sequence[Sequence[Tensor | None]]) -> Matrices:
         """This rank's share of the Grams of several tall matrices side by side, ``[X_1, X_2, ...]``.
@@ -182,7 +182,7 @@ class BlockSet:
             product = matrices @ stacked if batch.side == SIDE_A else stacked @ matrices
             parts = product.split(batch.lora_rank, dim=1 if batch.side == SIDE_A else 2)
             for output, part in zip(outputs, parts, strict=True):
-                self._store(part, list(part.unbind()), _tensors(batch, streams[output]))
+                self._store(part, _tensors(batch, streams[output]))
 
     def _side_by_side(self, streams: Sequence[Sequence[Tensor | None]], batch: _Batch) -> Tensor:
         """``[blocks, k r, columns]`` or ``[blocks, rows, k r]``, float64."""
@@ -207,17 +207,17 @@ class BlockSet:
         torch._foreach_copy_(parts, tensors)
         return stacked
 
-    def _store(self, product: Tensor, parts: list[Tensor], tensors: list[Tensor]) -> None:
-        if product.device != tensors[0].device:
-            parts = list(product.to(tensors[0].device).unbind())
-        torch._foreach_copy_(tensors, parts)
+    def _store(self, product: Tensor, tensors: list[Tensor], parts: list[Tensor] | None = None) -> None:
+        """Write a product into its blocks; ``parts`` are its views of each, where there are any already."""
+        if self.device.type != "cpu":
+            product = product.to(tensors[0])  # rounded in one kernel, since copies of one dtype are one kernel, too
+        torch._foreach_copy_(tensors, parts or list(product.unbind()))
 
     def _room(self, which: int, batch: _Batch) -> tuple[Tensor, list[Tensor]]:
-        """Memory for a batch in float64, and for each block. On a CPU used again and again: it stays in the cache."""
+        """Memory for a batch in float64. On a CPU used again and again, with views of blocks: it stays in the cache."""
         shape = (len(batch.members), *batch.shape)
         if self.device.type != "cpu":
-            room = torch.empty(shape, dtype=torch.float64, device=self.device)
-            return room, list(room.unbind())
+            return torch.empty(shape, dtype=torch.float64, device=self.device), []
         if (which, shape) not in self._rooms:
             numel = math.prod(shape)
             if 2 * numel > self._memory.numel():

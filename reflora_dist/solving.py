@@ -103,15 +103,13 @@ class AtOwners:
         self._values: Matrices = {}
         self._places: dict[int, tuple[Tensor, Tensor]] = {}  # of those among all pairs of r, and the other way round
         self._messages: list[Tensor] = []
-        for r, pairs in self._direct.pairs_by_rank.items():
+        for r, pairs in sorted(self._direct.pairs_by_rank.items()):  # the order of messages
             by_owner = [about.pairs for about in retiler.messages if about.lora_rank == r]
             order = torch.tensor([pairs.index(pair) for of_owner in by_owner for pair in of_owner])
             self._places[r] = order.to(device), order.argsort().to(device)
             values = message_values(r, retiler.keeps_a)
             self._values[r] = torch.zeros(len(pairs), values, dtype=torch.float64, device=communicator.shard_device)
-        for r in sorted(self._values):
-            sizes = [len(about.pairs) for about in retiler.messages if about.lora_rank == r]
-            self._messages += self._values[r].view(retiler.dtype).split(sizes)
+            self._messages += self._values[r].view(retiler.dtype).split([len(of_owner) for of_owner in by_owner])
 
     def solve(self, weights: Channel, communicator: Communicator) -> Solution:
         """From the local parts of all factors."""

@@ -1,8 +1,10 @@
-"""What the multi-node tests start through the launchers: the reference's cases on an engine, one outcome per rank.
+"""What tests start through launchers: the reference's cases on an engine, one outcome per rank.
 
     torchrun ... tests/parity_program.py ENGINE FOLDER CASE...
 
-ENGINE is a name of ``ENGINES``, or "as-launched": ZeRO-3 by the configuration of ``accelerate launch``.
+ENGINE is a name of ``ENGINES``, or "as-launched": ZeRO-3 by the configuration of ``accelerate launch``. A case of the
+form CASE:METHOD is trained with that method, as its oracle does. With ``REFLORA_TEST_DEVICE=cuda`` on GPUs: over NCCL
+where each rank has one of its own, else over gloo.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import torch.distributed as dist
 
 from tests.engines_under_test import ENGINES, Engine
 from tests.engines_under_test.accelerated import zero3_as_launched
+from tests.engines_under_test.common import DEVICE
 from tests.parity import Run, train_all
 
 ENGINES["as-launched"] = Engine("as-launched", zero3_as_launched)
@@ -30,14 +33,22 @@ ENGINES["as-launched"] = Engine("as-launched", zero3_as_launched)
 def main() -> None:
     engine, folder, *cases = sys.argv[1:]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=5))
+    backend = "gloo"
+    if DEVICE.type == "cuda":
+        gpus = torch.cuda.device_count()
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
+        if int(os.environ["LOCAL_WORLD_SIZE"]) <= gpus:
+            backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=5))
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    outcomes = train_all(rank, world_size, engine, [Run(case) for case in cases])
+    runs = [Run(*case.split(":")) for case in cases]
+    outcomes = train_all(rank, world_size, engine, runs)
     written = {
         "host": socket.gethostname(),
         "local_rank": int(os.environ["LOCAL_RANK"]),
-        "interface": os.environ["GLOO_SOCKET_IFNAME"],
+        "interface": os.environ.get("GLOO_SOCKET_IFNAME"),
         "world_size": world_size,
+        "backend": backend,
         "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
     }
     (Path(folder) / f"{rank}.json").write_text(json.dumps(written))

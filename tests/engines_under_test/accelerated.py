@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.engines_under_test.common import Engine, Wrapped, copied, optimizer_of, trainable, world_size
+from tests.engines_under_test.common import DEVICE, Engine, Wrapped, copied, optimizer_of, trainable, world_size
 from tests.engines_under_test.fsdp import assert_fsdp1_shards, assert_fsdp2_shards, gathered_by_fsdp1
 from tests.engines_under_test.zero import assert_zero_shards, gathered_by_deepspeed, zero_config
 from tests.workloads import Factors, Settings, named_factors
@@ -90,6 +90,9 @@ def forget_accelerate() -> None:
 @contextlib.contextmanager
 def fsdp_on_cpu() -> Iterator[None]:
     """Have accelerate honour an FSDP plugin on a CPU, where it would train with plain DDP instead."""
+    if DEVICE.type != "cpu":  # where it does so by itself
+        yield
+        return
     original = AcceleratorState.__init__
 
     def initialize(self: AcceleratorState, *args: Any, **kwargs: Any) -> None:
@@ -122,7 +125,7 @@ def prepare_deepspeed_on_cpu() -> None:
 
 def _ddp(model: nn.Module, settings: Settings, micro_batch_size: int) -> Wrapped:
     forget_accelerate()
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=settings.grad_accum)
+    accelerator = Accelerator(cpu=DEVICE.type == "cpu", gradient_accumulation_steps=settings.grad_accum)
     prepared, optimizer = accelerator.prepare(model, optimizer_of(model, settings))
     assert isinstance(prepared, DistributedDataParallel)
     return Accelerated(accelerator, prepared, optimizer, settings)
@@ -137,7 +140,7 @@ def _fsdp(
     with fsdp_on_cpu():
         plugin = FullyShardedDataParallelPlugin(**FSDP_PLUGIN[version])
         accelerator = Accelerator(
-            cpu=True,
+            cpu=DEVICE.type == "cpu",
             fsdp_plugin=plugin,
             parallelism_config=sizes,
             gradient_accumulation_steps=settings.grad_accum,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from tests.workloads import Attach, Factors, Settings, named_factors
 
 Trained = tuple[list[float], Factors]
+
+# "cuda" in tests/parity_program.py where there is a GPU; the current one of each rank
+DEVICE = torch.device(os.environ.get("REFLORA_TEST_DEVICE", "cpu"))
 
 
 class Wrapped:
@@ -89,11 +93,11 @@ class Engine:
         """
         micro_batch_size = batches.shape[1] // (world_size() * settings.grad_accum)
         assert micro_batch_size * world_size() * settings.grad_accum == batches.shape[1], "the split must be even"
-        wrapped = self.wrap(model, settings, micro_batch_size)
+        wrapped = self.wrap(model.to(DEVICE), settings, micro_batch_size)
         if attach is not None:
             attach(wrapped.bare if hand_over_bare else wrapped.model, wrapped.optimizer)
-        losses = [_train_on(wrapped, batch) for batch in batches]
-        return mean_over_ranks(losses), wrapped.factors()
+        losses = [_train_on(wrapped, batch) for batch in batches.to(DEVICE)]
+        return mean_over_ranks(losses), on_the_host(wrapped.factors())
 
 
 def _train_on(wrapped: Wrapped, batch: Tensor) -> float:
@@ -132,6 +136,11 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 def optimizer_of(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     return settings.optimizer(trainable(model))
+
+
+def on_the_host(factors: Factors) -> Factors:
+    """To be compared with a reference."""
+    return {name: factor.cpu() for name, factor in factors.items()}
 
 
 def copied(factors: dict[str, nn.Parameter]) -> Factors:

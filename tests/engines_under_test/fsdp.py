@@ -1,4 +1,4 @@
-"""FSDP2 (``fully_shard``) and FSDP1 (``FullyShardedDataParallel``) as torch gives them, on CPU and gloo."""
+"""FSDP2 (``fully_shard``) and FSDP1 (``FullyShardedDataParallel``) as torch gives them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from tests.engines_under_test.common import Engine, Wrapped, copied, optimizer_of, world_size
+from tests.engines_under_test.common import DEVICE, Engine, Wrapped, copied, optimizer_of, world_size
 from tests.workloads import Factors, Settings, named_factors, plain_name
 
 
@@ -95,7 +95,7 @@ def _fsdp2(
     def placement(parameter: nn.Parameter) -> Shard | None:
         return Shard(1) if ".lora_A." in names[id(parameter)] else None
 
-    mesh = _hybrid_mesh() if hybrid else init_device_mesh("cpu", (world_size(),), mesh_dim_names=("shard",))
+    mesh = _hybrid_mesh() if hybrid else init_device_mesh(DEVICE.type, (world_size(),), mesh_dim_names=("shard",))
     arguments: dict[str, Any] = {"mesh": mesh}
     if columns_of_a:
         arguments["shard_placement_fn"] = placement
@@ -118,7 +118,7 @@ def _fsdp2(
 
 
 def _hybrid_mesh() -> Any:
-    return init_device_mesh("cpu", (world_size() // 2, 2), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(DEVICE.type, (world_size() // 2, 2), mesh_dim_names=("replicate", "shard"))
 
 
 def _fsdp1(
@@ -139,7 +139,7 @@ def _fsdp1(
         use_orig_params=not flat,
         mixed_precision=MixedPrecision(param_dtype=torch.bfloat16) if bf16 else None,
         device_mesh=_hybrid_mesh() if hybrid else None,
-        device_id=torch.device("cpu"),
+        device_id=DEVICE if DEVICE.type == "cpu" else torch.cuda.current_device(),
     )
     assert_fsdp1_shards(wrapped, whole=strategy is ShardingStrategy.NO_SHARD)
     names = [plain_name(name) for name, parameter in wrapped.named_parameters() if parameter.requires_grad]

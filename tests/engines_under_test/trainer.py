@@ -28,7 +28,7 @@ from tests.engines_under_test.accelerated import (
     gathered,
     prepare_deepspeed_on_cpu,
 )
-from tests.engines_under_test.common import Engine, Trained, mean_over_ranks, world_size
+from tests.engines_under_test.common import DEVICE, Engine, Trained, mean_over_ranks, on_the_host, world_size
 from tests.engines_under_test.fsdp import assert_fsdp1_shards, assert_fsdp2_shards
 from tests.engines_under_test.zero import assert_zero_shards, zero_config
 from tests.workloads import Settings
@@ -68,7 +68,7 @@ class RecordingSFTTrainer(Recording, SFTTrainer):
 
 
 def _cpu_arguments(settings: Settings, micro_batch_size: int) -> dict[str, Any]:
-    return {"use_cpu": True}
+    return {"use_cpu": DEVICE.type == "cpu"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ class TrainerEngine(Engine):
         per_step = zip(*[iter(trainer.micro_losses)] * settings.grad_accum, strict=True)
         # Trainer's loss of a micro-batch is divided by their number already
         losses = mean_over_ranks([sum(step) for step in per_step])
-        return losses, gathered(trainer.accelerator, trainer.model_wrapped)
+        return losses, on_the_host(gathered(trainer.accelerator, trainer.model_wrapped))
 
     def trainer(
         self,
@@ -155,7 +155,7 @@ def _not_used(model: nn.Module, settings: Settings, micro_batch_size: int) -> An
 
 
 def _fsdp_arguments(settings: Settings, micro_batch_size: int, *, version: int) -> dict[str, Any]:
-    return {"use_cpu": True, "fsdp": True, "fsdp_config": dict(_FSDP_CONFIG[version])}
+    return {"use_cpu": DEVICE.type == "cpu", "fsdp": True, "fsdp_config": dict(_FSDP_CONFIG[version])}
 
 
 def _zero_arguments(settings: Settings, micro_batch_size: int, *, stage: int) -> dict[str, Any]:

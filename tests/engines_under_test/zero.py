@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO through ``deepspeed.initialize``, on CPU and gloo."""
+"""DeepSpeed ZeRO through ``deepspeed.initialize``."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ folder=${1:-benchmarks/results}
 seconds=${SECONDS_IN_ALL:-530}
 failed=()
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} # all ranks are on this machine
+# all ranks are on this machine
+export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo}
 
 gpu=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name(0) if torch.cuda.is_available() else "")')
 [ -n "$gpu" ] || { echo "error: $PYTHON sees no GPU" >&2; exit 1; }

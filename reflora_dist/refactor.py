@@ -99,6 +99,12 @@ def cholesky(gram: Tensor, eye: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(full_rank[..., None, None], chol, eye), full_rank
 
 
+def inverse_from_cholesky(chol: Tensor, eye: Tensor) -> Tensor:
+    """``(L L^T)^-1`` for ``[..., r, r]``; torch.cholesky_inverse takes matrices one by one on a GPU."""
+    inverse = torch.linalg.solve_triangular(chol, eye.expand_as(chol), upper=False)
+    return inverse.mT @ inverse
+
+
 def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The orthogonal polar factor of ``[..., r, r]`` and the matrix's inverse.
 

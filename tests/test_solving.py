@@ -71,9 +71,15 @@ def refactored(
             solver = AtOwners(method, retiler, lora_ranks, comm)
         own_weights, own_gradients = pieces(weights, comm.rank), pieces(gradients, comm.rank)
         half = len(shapes) // 2
-        for step in range(steps):
-            comm.start_step()
-            with later_steps() if step else contextlib.nullcontext():
+        solved: list[Tensor] = []
+        with contextlib.ExitStack() as context:
+            for step in range(steps):
+                if step == 1:  # the context may be one of the process: all have planned, and one enters for all
+                    comm.meet()
+                    if comm.rank == 0:
+                        context.enter_context(later_steps())
+                    comm.meet()
+                comm.start_step()
                 if ahead:
                     solution = solver.solve(own_weights, comm)
                     for first in (True, False):
@@ -81,7 +87,10 @@ def refactored(
                         solver.apply(solution, own_gradients, present)
                 else:
                     solution = solver.solve_and_apply(own_weights, own_gradients, [True] * len(shapes), comm)
-            assert all(flags.all() for flags in solution.whole.solved.values())
+                solved += solution.whole.solved.values()
+            comm.meet()
+        comm.meet()
+        assert all(flags.all() for flags in solved)
         return [gradient.cpu() for gradient in own_gradients], comm.calls
 
     results = run_threads(run, len(shards), device)

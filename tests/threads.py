@@ -25,16 +25,20 @@ class ThreadRank(Communicator):
         self.world_size, self.rank = len(sent), rank
         self._sent, self._barrier = sent, barrier
 
+    def meet(self) -> None:
+        """Wait until all ranks have come here."""
+        assert self._barrier is not None, "for planning only"
+        self._barrier.wait()
+
     def all_to_all(
         self, send: Tensor, send_counts: list[int], receive_counts: list[int], out: Tensor | None = None
     ) -> Tensor:
-        assert self._barrier is not None, "for planning only"
         self._sent[self.rank] = send.split(send_counts)
-        self._barrier.wait()
+        self.meet()
         received = [parts[self.rank] for parts in self._sent]
         assert [part.numel() for part in received] == receive_counts
         arrived = torch.cat(received)
-        self._barrier.wait()  # before anyone uses its memory again
+        self.meet()  # before anyone uses its memory again
         self._count("all_to_all", (send.numel() - send_counts[self.rank]) * send.element_size())
         return arrived if out is None else out.copy_(arrived)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import Matrices
-from ..refactor import CONVERGED, NEWTON_STEPS, cholesky, frobenius
+from ..refactor import CONVERGED, NEWTON_STEPS, cholesky, frobenius, inverse_from_cholesky
 from .base import GradientMethod, Transform
 
 _LARGEST_RESIDUAL = 1e-6  # of the Sylvester equation, relative to its right-hand side
@@ -43,7 +43,7 @@ def _solve(grams: Tensor, scaling: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     full_rank = full_rank_each.all(dim=0)
     usable = full_rank[:, None, None]
     gram_a, gram_b = torch.where(usable, grams[..., :r, :r], eye)
-    inverse_a, inverse_b = torch.where(usable, torch.cholesky_inverse(chol), eye)
+    inverse_a, inverse_b = torch.where(usable, inverse_from_cholesky(chol, eye), eye)
     squared = (scaling**2)[:, None, None]
     # grad_A A^T and B^T grad_B
     cross_a, cross_b = grams[0, :, r:, :r], grams[1, :, :r, r:]

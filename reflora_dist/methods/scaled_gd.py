@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..blocks import Matrices
-from ..refactor import cholesky, symmetric
+from ..refactor import cholesky, inverse_from_cholesky
 from .base import GradientMethod, Transform
 
 
@@ -21,7 +21,7 @@ class ScaledGD(GradientMethod):
             eye = torch.eye(lora_rank, dtype=both.dtype, device=both.device)
             factors, full_rank = cholesky(both + self.config.damping * eye, eye)
             solved = full_rank.all(dim=0)
-            inverse_a, inverse_b = torch.where(solved[:, None, None], symmetric(torch.cholesky_inverse(factors)), eye)
+            inverse_a, inverse_b = torch.where(solved[:, None, None], inverse_from_cholesky(factors, eye), eye)
             transform.left[lora_rank], transform.right[lora_rank] = inverse_b, inverse_a
             transform.solved[lora_rank] = solved
         return transform

@@ -27,6 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from reflora_dist import kernels
+
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ENGINES = ("single", "ddp", "fsdp2", "fsdp2-shard1", "zero2", "zero3")  # shard1: lora_A by columns
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -299,6 +301,8 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """Where a figure comes from: command, commit, versions, hardware, date."""
+    # the package falls back to plain torch code where its kernels do not work
+    without_kernels = {"without_kernels": True} if device.type == "cuda" and not kernels.usable(device) else {}
     packages = ("torch", "transformers", "peft", "accelerate", "deepspeed", "triton", "reflora_dist")
     return {
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
@@ -307,6 +311,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "hardware": hardware(device),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        **without_kernels,
     }
 
 

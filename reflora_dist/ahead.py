@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .communication import Communicator
+from .per_tensor import PerTensor
 from .solving import Solution
 
 Versions = list[tuple[int, int]]
@@ -30,6 +31,7 @@ class Ahead:
     def __init__(self, communicator: Communicator) -> None:
         self.communicator = communicator
         device = communicator.device
+        self._per_tensor = PerTensor(communicator.shard_device)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._solution: Solution | None = None
         self._versions: Versions = []
@@ -41,12 +43,12 @@ class Ahead:
         """Run the block beside what follows; it has to end with :meth:`keep`."""
         self._versions = versions
         if self._stream is None:
-            self._norms = _norms(weights)
+            self._norms = self._per_tensor.magnitudes(weights)
             yield self.communicator
             return
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
-            self._norms = _norms(weights)
+            self._norms = self._per_tensor.magnitudes(weights)
             yield self.communicator
 
     def keep(self, solution: Solution) -> None:
@@ -66,7 +68,7 @@ class Ahead:
                     "rank after changing them"
                 )
             return None
-        now, then = _norms(weights), self._norms
+        now, then = self._per_tensor.magnitudes(weights), self._norms
         changed = (now != then) & ~(now.isnan() & then.isnan())
         self._unseen += changed.any().to(self._unseen.device, non_blocking=True)
         if self._stream is None:
@@ -104,8 +106,3 @@ class Ahead:
                 "with the S of the old ones: call handle.weights_changed() on every rank after changing them, or set "
                 "RefLoRAConfig(overlap=False)"
             )
-
-
-def _norms(weights: Sequence[Tensor]) -> Tensor:
-    norms = torch._foreach_norm(list(weights), 1, dtype=torch.float64)
-    return torch.stack([norm.to(norms[0].device) for norm in norms])

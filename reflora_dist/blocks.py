@@ -18,9 +18,9 @@ from torch import Tensor
 from . import kernels
 
 # Blocks of one shape are stacked for one batched product. The stack is temporary, so its size bounds the peak memory
-# that a step adds. 2^20 elements keep a GPU busy, 8 MiB in float64; 2^16 stay in a CPU core's cache.
+# that a step adds. 2^16 elements stay in a CPU core's cache; 2^22, 32 MiB in float64, keep a GPU busy and launches few.
 _STACKED_ELEMENTS = {"cpu": 1 << 16}
-_STACKED_ELEMENTS_ELSEWHERE = 1 << 20
+_STACKED_ELEMENTS_ELSEWHERE = 1 << 22
 _MAX_PLANS = 64  # layers that are dropped at random leave ever new sets of gradients
 
 SIDE_A, SIDE_B = 0, 1

@@ -101,8 +101,21 @@ def cholesky(gram: Tensor, eye: Tensor) -> tuple[Tensor, Tensor]:
 
 def inverse_from_cholesky(chol: Tensor, eye: Tensor) -> Tensor:
     """``(L L^T)^-1`` for ``[..., r, r]``; torch.cholesky_inverse takes matrices one by one on a GPU."""
-    inverse = torch.linalg.solve_triangular(chol, eye.expand_as(chol), upper=False)
-    return inverse.mT @ inverse
+    chol_inverse = torch.linalg.solve_triangular(chol, eye.expand_as(chol), upper=False)
+    return chol_inverse.mT @ chol_inverse
+
+
+def inverted(matrix: Tensor) -> Tensor:
+    """Inverses of ``[..., r, r]`` float64, not finite where there is none.
+
+    On a GPU by a kernel where there is one: torch leaves many matrices of more than 16 rows to MAGMA, which waits for
+    the device.
+    """
+    if kernels.usable(matrix.device) and matrix.shape[-1] <= kernels.LARGEST_LORA_RANK:
+        from .kernels.launch import invert  # imports Triton, which not every machine has
+
+        return invert(matrix)
+    return torch.linalg.inv_ex(matrix)[0]
 
 
 def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,10 +126,10 @@ def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
     eigendecomposition would make a GPU wait for the host.
     """
     x = matrix
-    inverse = first_inverse = torch.linalg.inv_ex(x)[0]
+    inverse = first_inverse = inverted(x)
     for step in range(NEWTON_STEPS):
         if step:
-            inverse = torch.linalg.inv_ex(x)[0]
+            inverse = inverted(x)
         mu = (frobenius(inverse) / frobenius(x)).sqrt()
         previous, x = x, torch.lerp(inverse.mT / mu, mu * x, 0.5)
         # reading the result is free on a CPU, and would make a GPU wait

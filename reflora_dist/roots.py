@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .refactor import polar, symmetric
+from .refactor import inverted, polar, symmetric
 
 # Singular values of a factor below this times its Frobenius norm count as zero. A Gram squares it, and float64
 # resolves 2e-16 of a Gram.
@@ -72,7 +72,7 @@ def _damped_by_iteration(matrix: Tensor, eps: float, eye: Tensor) -> Tensor:
     # regular by less than eps can show, also where M is zero
     size = torch.diagonal(matrix, dim1=-2, dim2=-1).sum(dim=-1)[..., None, None]
     root, _ = _roots(matrix + (_JITTER * size + (1e-4 * eps) ** 2) * eye)
-    return torch.linalg.inv_ex(root + eps * eye)[0]
+    return inverted(root + eps * eye)
 
 
 def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:

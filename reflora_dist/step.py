@@ -11,6 +11,7 @@ from .communication import Communicator
 from .engines import Engine, Firing
 from .grams import reduce_grams
 from .methods import GradientMethod, RescalingMethod
+from .per_tensor import PerTensor
 from .retile import Retiler
 from .solving import AtOwners, Everywhere, Solution
 
@@ -146,14 +147,13 @@ class RescalingStep:
         self._method = method
         self._engine = engine
         self._comm = communicator
+        self._per_tensor = PerTensor(communicator.shard_device)
         self.squared_norms: Tensor | None = None
 
     def __call__(self, in_step: bool) -> Tensor:
         """Rescale; ``in_step`` as in ``Engine.publish_weights``. Returns the number of pairs left as they are."""
         weights = self._engine.weights()
-        # summed in float64; an empty shard's norm is zero
-        norms = [norm.to(self._comm.device) for norm in torch._foreach_norm(weights, 2, dtype=torch.float64)]
-        squared_norms = torch.stack(norms).square()
+        squared_norms = self._per_tensor.squares(weights).to(self._comm.device)
         (squared_norms,) = self._comm.all_reduce([squared_norms])
         self.squared_norms = squared_norms.view(-1, 2).T
         rescaling = self._method.solve(self.squared_norms)
@@ -163,26 +163,15 @@ class RescalingStep:
         return (~rescaling.solved).sum()
 
     def _scale(self, weights: list[Tensor], factors: Tensor) -> None:
-        targets: list[Tensor] = []
-        scales: list[Tensor] = []
-        devices = {weight.device for weight in weights}
-        powers = {
-            device: (factors.to(device), factors.reciprocal().to(device), factors.reciprocal().square().to(device))
-            for device in devices
-        }
+        factors = factors.to(self._comm.shard_device)
         states = self._engine.moments()
-        for index, (weight, state) in enumerate(zip(weights, states, strict=True)):
+        for state in states:
             if state and not all(key in state for key in (*_FIRST_MOMENTS, _SECOND_MOMENTS[0])):
                 raise RuntimeError(f"the optimizer keeps {sorted(state)}, RefLoRA-S needs exp_avg and exp_avg_sq")
-            tensors = [(weight, 0)]
-            tensors += [(state[key], 1) for key in _FIRST_MOMENTS if key in state]
-            tensors += [(state[key], 2) for key in _SECOND_MOMENTS if key in state]
-            for tensor, power in tensors:
-                if tensor.numel():
-                    targets.append(tensor)
-                    scales.append(powers[weight.device][power][index])
-        if targets:
-            torch._foreach_mul_(targets, scales)
+        self._per_tensor.scale_("weights", weights, factors)
+        for keys, powers in ((_FIRST_MOMENTS, factors.reciprocal()), (_SECOND_MOMENTS, factors.reciprocal().square())):
+            for key in keys:
+                self._per_tensor.scale_(key, [state.get(key) for state in states], powers)
 
 
 def _count_unsolved(solved: dict[int, Tensor]) -> Tensor:

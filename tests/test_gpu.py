@@ -13,7 +13,8 @@ from torch import Tensor
 from reflora_dist import LoRARite, RefLoRAConfig, attach
 from reflora_dist.blocks import SIDE_A, SIDE_B, BlockSet, BlockSpec
 from reflora_dist.communication import Communicator
-from reflora_dist.refactor import solve_refactorization, solve_with_torch
+from reflora_dist.per_tensor import PerTensor
+from reflora_dist.refactor import inverted, solve_refactorization, solve_with_torch
 from reflora_dist.reference import ReferenceRefLoRA, refactorization
 from reflora_dist.retile import Retiler
 from reflora_dist.tiling import FOLLOWING, LocalShard, follow_each_other
@@ -23,16 +24,23 @@ from tests.workloads import build_model, named_factors, synthetic_workload, wors
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
+_SLEEP_CYCLES = 3 * 10**9  # more than a second
 
 
 @contextlib.contextmanager
 def no_waiting() -> Iterator[None]:
-    """Raise where torch would make the host wait for the device."""
+    """Raise where the host waits for the device: torch says so, or work queued before is done when the block ends."""
+    torch.cuda.synchronize()
+    torch.cuda._sleep(_SLEEP_CYCLES)
+    slept = torch.cuda.Event()
+    slept.record()
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    # libraries that torch calls (MAGMA) wait without its knowing
+    assert not slept.query(), "the host has waited for the device"
 
 
 def _blocks(dtype: torch.dtype, seed: int) -> tuple[list[BlockSpec], list[int], list[Tensor | None]]:
@@ -151,10 +159,63 @@ def test_training_follows_the_reference_and_never_waits(method: str, overlap: bo
     assert worst_factor_error(train(ours=True), train(ours=False)) < 1e-5  # fp32 atomics of the backward
 
 
-@pytest.mark.parametrize("method", ["scaled-gd", "lora-pro", "lora-rite"])
+@pytest.mark.parametrize("lora_rank", [16, 64, 128])
+def test_solving_never_waits(lora_rank: int) -> None:
+    """Of many pairs: torch has other routines for few matrices than for many."""
+    factors = torch.randn(2, 64, 3 * lora_rank, lora_rank, dtype=torch.float64, device=CUDA)
+    gram_a, gram_b = factors.mT @ factors
+    solve_refactorization(gram_a, gram_b)  # compiles
+    with no_waiting():
+        solved = solve_refactorization(gram_a, gram_b)[2]
+    assert solved.all()
+
+
+@pytest.mark.parametrize("lora_rank", [1, 5, 16, 24, 32, 64, 100, 128, 130])
+def test_inverses_are_those_of_torch(lora_rank: int) -> None:
+    matrices = torch.stack([factor(lora_rank, lora_rank, cond, 0) for cond in (1e0, 1e4, 1e8)]).to(CUDA)
+    matrices = torch.stack([matrices, matrices.mT])
+    inverses = inverted(matrices)
+    for inverse, expected, cond in zip(
+        inverses.unbind(1), torch.linalg.inv(matrices).unbind(1), (1e0, 1e4, 1e8), strict=True
+    ):
+        assert relative(inverse, expected) < 1e-14 * lora_rank * cond
+    matrices[0, 1, 0, 0] = float("nan")
+    matrices[1, 2] = 0.0
+    inverses = inverted(matrices)
+    assert not inverses[0, 1].isfinite().all() and not inverses[1, 2].isfinite().all()
+    assert inverses[0, 0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_sums_and_products_per_tensor_are_those_on_the_cpu(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(numel, device=CUDA).to(dtype) for numel in (0, 1, 1000, 16384, 100_001)]
+    tensors = [tensors[0], tensors[2][1:], *tensors[1:]]
+    copies: list[Tensor | None] = [tensor.cpu() for tensor in tensors]
+    ours, plain = PerTensor(CUDA), PerTensor(torch.device("cpu"))
+    assert ours._kernels is not None and ours._kernels.locate("sums", tensors) is not None
+    for _ in range(2):
+        for sums in (PerTensor.magnitudes, PerTensor.squares):
+            assert (
+                relative(sums(ours, tensors).cpu(), sums(plain, [copy for copy in copies if copy is not None])) < 1e-13
+            )
+    factors = torch.tensor([1.0, 3.0, -0.5, 1e-3, 0.7, 1.3], dtype=torch.float64)
+    some: list[Tensor | None] = [*tensors]
+    some[4] = copies[4] = None
+    on_gpu = factors.to(CUDA)
+    ours.scale_("tensors", [None] * len(some), on_gpu)
+    with no_waiting():
+        ours.scale_("tensors", some, on_gpu)
+    plain.scale_("tensors", copies, factors)
+    for tensor, copy in zip(some, copies, strict=True):
+        if tensor is not None and copy is not None and copy.numel():
+            assert relative(tensor.cpu().double(), copy.double()) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("method", ["reflora-s", "scaled-gd", "lora-pro", "lora-rite"])
 def test_the_relatives_train_as_on_the_cpu_and_never_wait(method: str) -> None:
     """On a CPU they take eigenvectors, here iterations."""
-    workload = synthetic_workload(seed=2)
+    workload = synthetic_workload(seed=2, lora={"r": 24, "lora_alpha": 24})
     config = RefLoRAConfig(method=method, warmup_steps=0)
 
     def train(device: torch.device) -> dict[str, Tensor]:
@@ -215,7 +276,7 @@ def test_retiling_on_the_gpu_is_that_on_the_cpu(world_size: int) -> None:
             assert block is not None
             block.mul_(2)
         retiler.from_blocks([blocks], [pieces], [(True,) * len(shapes)])
-        results.append([tensor.cpu() for tensor in [*pieces, *blocks] if tensor is not None])
+        results.append([tensor.cpu().flatten() for tensor in [*pieces, *blocks] if tensor is not None])
     assert all(torch.equal(on_cpu, on_gpu) for on_cpu, on_gpu in zip(*results, strict=True))
 
 

@@ -11,7 +11,8 @@ def source_line(record: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
     ranks = "" if record["world_size"] == 1 else f"{record['world_size']} ranks, "
     commit = record["commit"] or "unknown"
-    return f"`{record['command']}`, {ranks}{record['hardware']}, {record['date']}, commit {commit}; {versions}."
+    plain = " Plain torch code: the package's kernels do not run there." if record.get("without_kernels") else ""
+    return f"`{record['command']}`, {ranks}{record['hardware']}, {record['date']}, commit {commit}; {versions}.{plain}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -9,7 +9,7 @@ from benchmarks.reports.shared import source_line, table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_GIB = 2**30
+_GIB, _MIB = 2**30, 2**20
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -37,7 +37,8 @@ def markdown(record: dict[str, Any]) -> str:
 
 def _table(results: dict[str, Any], on_gpu: bool) -> str:
     header = ["", "step, ms (quartiles)", "tokens/s per device", "MFU", "throughput beside lora"]
-    header += ["peak memory, GiB"] if on_gpu else []
+    header += ["peak memory, GiB", "added, MiB"] if on_gpu else []
+    plain_peak = results["variants"]["lora"]["peak_allocated_bytes"]
     rows = []
     for name, figures in results["variants"].items():
         step, mfu = figures["step_ms"], figures["mfu"]
@@ -48,7 +49,13 @@ def _table(results: dict[str, Any], on_gpu: bool) -> str:
             "" if mfu is None else f"{mfu:.1%}",
             f"{figures['throughput_ratio']:.2%}",
         ]
-        rows.append(row + ([f"{figures['peak_allocated_bytes'] / _GIB:.3f}"] if on_gpu else []))
+        if name != "lora":  # of each block to lora's beside it
+            ratios = figures["throughput_ratio_by_block"]
+            row[-1] += f" ({ratios['q1']:.2%} to {ratios['q3']:.2%})"
+        if on_gpu:
+            peak = figures["peak_allocated_bytes"]
+            row += [f"{peak / _GIB:.3f}", f"{(peak - plain_peak) / _MIB:.1f}"]
+        rows.append(row)
     return table(header, rows)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..blocks import SIDE_A, SIDE_B, BlockSpec, Matrices
 from . import padded
-from .solve import solve_kernel
+from .solve import invert_kernel, solve_kernel
 from .tiles import gram_kernel, multiply_kernel, sum_kernel
 
 # Triton 3.6 fails to compile a float64 product of 16-bit operands.
@@ -62,6 +62,11 @@ class Located:
     aligned: tuple[bool, ...]  # per launch, whether 16-byte accesses are possible
 
 
+def send_addresses(addresses: list[int], device: torch.device) -> Tensor:
+    """A table of them on the device. Asynchronous from pinned memory, which the allocator keeps until it is done."""
+    return torch.tensor(addresses, dtype=torch.int64).pin_memory().to(device, non_blocking=True)
+
+
 class TiledBlocks:
     """Grams of blocks, and their products with r x r matrices, in a few launches.
 
@@ -105,8 +110,7 @@ class TiledBlocks:
         if not all(map(self._fits, blocks)):
             return None
         plan = self._plan(purpose, tuple(None if block is None else block.dtype for block in blocks))
-        # from pinned memory the copy is asynchronous; the allocator keeps it until the copy is done
-        table = torch.tensor(addresses, dtype=torch.int64).pin_memory().to(self._device, non_blocking=True)
+        table = send_addresses(addresses, self._device)
         aligned = tuple(
             launch.rows_aligned and not any(addresses[member] % 16 for member in launch.members)
             for launch in plan.launches
@@ -229,6 +233,18 @@ def solve(
     return s, s_inv, solved.view(torch.bool)
 
 
+def invert(matrices: Tensor) -> Tensor:
+    """The inverses of ``[..., r, r]`` float64 on a GPU, in one launch; not finite where there is none."""
+    lora_rank = matrices.shape[-1]
+    size = padded(lora_rank)
+    flat = matrices.reshape(-1, lora_rank, lora_rank).contiguous()
+    inverses = torch.empty_like(flat)
+    scratch = torch.empty(len(flat), size, size, dtype=torch.float64, device=flat.device)
+    with torch.cuda.device(flat.device):  # where Triton launches
+        invert_kernel[(len(flat),)](flat, inverses, scratch, lora_rank, size, num_warps=_SETTINGS[size].invert_warps)
+    return inverses.view(matrices.shape)
+
+
 class _Settings(NamedTuple):
     gram_width: int
     gram_warps: int
@@ -236,14 +252,15 @@ class _Settings(NamedTuple):
     product_warps: int
     product_stages: int
     solve_warps: int
+    invert_warps: int
 
 
 # Among the fastest of those tried on an H200 with the shapes of LLaMA-7B, within the memory that _gram_rows allows.
 _SETTINGS = {
-    16: _Settings(64, 2, 64, 2, 2, 2),
-    32: _Settings(64, 2, 64, 2, 2, 4),
-    64: _Settings(32, 4, 64, 4, 2, 4),
-    128: _Settings(32, 8, 32, 4, 1, 16),  # S of this size is torch's, see LARGEST_SOLVED_LORA_RANK
+    16: _Settings(64, 2, 64, 2, 2, 2, 2),
+    32: _Settings(64, 2, 64, 2, 2, 4, 4),
+    64: _Settings(32, 4, 64, 4, 2, 4, 8),
+    128: _Settings(32, 8, 32, 4, 1, 16, 16),  # S of this size is torch's, see LARGEST_SOLVED_LORA_RANK
 }
 _PRODUCT_ROWS = 256  # of a tall factor, for one program
 _MAX_PLANS = 64  # layers that are dropped at random leave ever new sets of gradients

@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 from ..blocks import SIDE_A, SIDE_B, BlockSet, BlockSpec
+from ..per_tensor import PerTensor
 from ..refactor import CONVERGED, LARGEST_RESIDUAL, NEWTON_STEPS, RELATIVE_PIVOT, solve_with_torch
 from . import LARGEST_SOLVED_LORA_RANK
-from .launch import solve
+from .launch import invert, solve
 
 _TOLERANCE = 1e-6  # one rounding to float32, and S to what Grams allow
 
 
 @functools.cache
 def agree_with_torch(lora_rank: int, device: torch.device) -> bool:
-    """Whether Grams, products and S of this size are right on this device. Warns if not."""
+    """Whether Grams, products, inverses and S of this size are right on this device. Warns if not."""
     try:
         errors = [block_error(lora_rank, device, aligned) for aligned in (True, False)]
+        errors += [inverse_error(lora_rank, device), per_tensor_error(device)]
         if lora_rank <= LARGEST_SOLVED_LORA_RANK:
             errors.append(solve_error(lora_rank, device))
     except Exception as caught:  # whatever the compiler or the driver says, the plain code remains
@@ -62,6 +64,30 @@ def solve_error(lora_rank: int, device: torch.device) -> float:
     results = solve(gram_a, gram_b, NEWTON_STEPS, CONVERGED, RELATIVE_PIVOT, LARGEST_RESIDUAL)
     expected = solve_with_torch(gram_a, gram_b)
     return max(_relative(value.double(), exact.double()) for value, exact in zip(results, expected, strict=True))
+
+
+def inverse_error(lora_rank: int, device: torch.device) -> float:
+    """The largest relative difference in inverses."""
+    generator = torch.Generator(device).manual_seed(0)
+    matrices = torch.randn(3, lora_rank, lora_rank, dtype=torch.float64, device=device, generator=generator)
+    matrices += 4 * lora_rank * torch.eye(lora_rank, dtype=torch.float64, device=device)
+    return _relative(invert(matrices), torch.linalg.inv(matrices))
+
+
+@functools.cache
+def per_tensor_error(device: torch.device) -> float:
+    """The largest relative difference in sums over tensors, and in their products with numbers."""
+    generator = torch.Generator(device).manual_seed(0)
+    tensors = [torch.randn(n, device=device, generator=generator)[n % 2 :] for n in (7, 40_000, 1024)]
+    on_the_host, ours = PerTensor(torch.device("cpu")), PerTensor(device)
+    copies = [tensor.cpu() for tensor in tensors]
+    factors = torch.tensor([3.0, 1e-3, -2.0], dtype=torch.float64)
+    results = [ours.magnitudes(tensors), ours.squares(tensors)]
+    expected = [on_the_host.magnitudes(copies), on_the_host.squares(copies)]
+    ours.scale_("tensors", tensors, factors.to(device))
+    on_the_host.scale_("tensors", copies, factors)
+    pairs = zip([*results, *tensors], [*expected, *copies], strict=True)
+    return max(_relative(value, exact.to(device)) for value, exact in pairs)
 
 
 def _relative(value: Tensor, expected: Tensor) -> float:

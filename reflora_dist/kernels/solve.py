@@ -1,4 +1,4 @@
-"""A Triton kernel for the refactorization S: one program solves one pair, without the host.
+"""Triton kernels for the refactorization S, and for inverses: one program has one pair, without the host.
 
 The algebra is that of :func:`reflora_dist.refactor.solve_with_torch`, which is its oracle; here Newton's iteration
 goes on until it has converged, without Schulz's steps. Matrices are padded to a power of two with an identity block,
@@ -114,6 +114,24 @@ def _invert(matrix, scratch, padded: tl.constexpr):
     tl.debug_barrier()
     tl.store(scratch + column_of_row[:, None] * padded + row_of_column[None, :], x)
     tl.debug_barrier()
+
+
+@triton.jit
+def invert_kernel(
+    matrices,  # [matrices, r, r] float64
+    inverses,  # likewise
+    scratch,  # [matrices, padded, padded] float64
+    lora_rank: tl.constexpr,
+    padded: tl.constexpr,
+):
+    """One inverse per program."""
+    program = tl.program_id(0).to(tl.int64)
+    place = program * (lora_rank * lora_rank)
+    room = scratch + program * (padded * padded)
+    matrix = _load(matrices + place, lora_rank, padded, 1.0)
+    nothing = tl.sum(tl.sum(matrix * 0.0, axis=1), axis=0)  # NaN if anything is not finite, which pivoting may hide
+    _invert(matrix, room, padded)
+    _store(inverses + place, _get(room, padded, False) + nothing, lora_rank, padded)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import Matrices
-from ..refactor import CONVERGED, NEWTON_STEPS, cholesky, frobenius, inverse_from_cholesky
+from ..refactor import CONVERGED, NEWTON_STEPS, cholesky, frobenius, inverse_from_cholesky, inverted
 from .base import GradientMethod, Transform
 
 _LARGEST_RESIDUAL = 1e-6  # of the Sylvester equation, relative to its right-hand side
@@ -73,7 +73,7 @@ def solve_sylvester(p: Tensor, q: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """
     p_k, q_k, c_k = p, q, c
     for _ in range(NEWTON_STEPS + 2):  # the spectra of both: a wider range than one matrix's
-        p_inv, q_inv = torch.linalg.inv_ex(p_k)[0], torch.linalg.inv_ex(q_k)[0]
+        p_inv, q_inv = inverted(torch.stack([p_k, q_k]))
         mu = ((frobenius(p_inv) + frobenius(q_inv)) / (frobenius(p_k) + frobenius(q_k))).sqrt()
         c_k = 0.5 * mu * c_k + (0.5 / mu) * (p_inv @ c_k @ q_inv)
         p_next, q_next = 0.5 * mu * p_k + (0.5 / mu) * p_inv, 0.5 * mu * q_k + (0.5 / mu) * q_inv

@@ -33,10 +33,11 @@ ENGINES["as-launched"] = Engine("as-launched", zero3_as_launched)
 def main() -> None:
     engine, folder, *cases = sys.argv[1:]
     torch.set_num_threads(1)
-    backend = "gloo"
+    backend, local_rank = "gloo", int(os.environ["LOCAL_RANK"])
     if DEVICE.type == "cuda":
         gpus = torch.cuda.device_count()
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
+        torch.cuda.set_device(local_rank % gpus)
+        os.environ["LOCAL_RANK"] = str(local_rank % gpus)  # DeepSpeed takes it for the number of a GPU
         if int(os.environ["LOCAL_WORLD_SIZE"]) <= gpus:
             backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=5))
@@ -45,7 +46,7 @@ def main() -> None:
     outcomes = train_all(rank, world_size, engine, runs)
     written = {
         "host": socket.gethostname(),
-        "local_rank": int(os.environ["LOCAL_RANK"]),
+        "local_rank": local_rank,
         "interface": os.environ.get("GLOO_SOCKET_IFNAME"),
         "world_size": world_size,
         "backend": backend,

@@ -203,7 +203,7 @@ def test_sums_and_products_per_tensor_are_those_on_the_cpu(dtype: torch.dtype) -
     some: list[Tensor | None] = [*tensors]
     some[4] = copies[4] = None
     on_gpu = factors.to(CUDA)
-    ours.scale_("tensors", [None] * len(some), on_gpu)
+    ours.scale_("tensors", some, torch.ones_like(on_gpu))  # plans
     with no_waiting():
         ours.scale_("tensors", some, on_gpu)
     plain.scale_("tensors", copies, factors)
@@ -272,11 +272,12 @@ def test_retiling_on_the_gpu_is_that_on_the_cpu(world_size: int) -> None:
         retiler = Retiler(shapes, everyone, comm)
         pieces = [torch.randn(shard.numel).to(device) for shard in everyone[1]]
         (blocks,) = retiler.to_blocks([pieces], [(True,) * len(shapes)])
+        doubled = []
         for block in blocks:
             assert block is not None
-            block.mul_(2)
-        retiler.from_blocks([blocks], [pieces], [(True,) * len(shapes)])
-        results.append([tensor.cpu().flatten() for tensor in [*pieces, *blocks] if tensor is not None])
+            doubled.append(block.mul_(2).clone().cpu().flatten())
+        retiler.from_blocks([blocks], [pieces], [(True,) * len(shapes)])  # may use the blocks' memory again
+        results.append([*doubled, *(piece.cpu() for piece in pieces)])
     assert all(torch.equal(on_cpu, on_gpu) for on_cpu, on_gpu in zip(*results, strict=True))
 
 

@@ -63,6 +63,7 @@ def test_engine_follows_the_reference_on_a_gpu(engine_name: str, ranks: int, tmp
         **os.environ,
         "REFLORA_TEST_DEVICE": "cuda",
         "OMP_NUM_THREADS": "1",
+        "PYTHONFAULTHANDLER": "1",
         "GLOO_SOCKET_IFNAME": "lo",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

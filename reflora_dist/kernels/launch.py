@@ -259,7 +259,7 @@ class _Settings(NamedTuple):
 _SETTINGS = {
     16: _Settings(64, 2, 64, 2, 2, 2, 2),
     32: _Settings(64, 2, 64, 2, 2, 4, 4),
-    64: _Settings(32, 4, 64, 4, 2, 4, 8),
+    64: _Settings(32, 4, 64, 4, 2, 4, 2),
     128: _Settings(32, 8, 32, 4, 1, 16, 16),  # S of this size is torch's, see LARGEST_SOLVED_LORA_RANK
 }
 _PRODUCT_ROWS = 256  # of a tall factor, for one program

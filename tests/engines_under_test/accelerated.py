@@ -21,7 +21,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.engines_under_test.common import DEVICE, Engine, Wrapped, copied, optimizer_of, trainable, world_size
-from tests.engines_under_test.fsdp import assert_fsdp1_shards, assert_fsdp2_shards, gathered_by_fsdp1
+from tests.engines_under_test.fsdp import assert_fsdp1_shards, assert_fsdp2_shards, gathered_by_fsdp1, gathered_by_fsdp2
 from tests.engines_under_test.zero import assert_zero_shards, gathered_by_deepspeed, zero_config
 from tests.workloads import Factors, Settings, named_factors
 
@@ -75,7 +75,7 @@ def gathered(accelerator: Accelerator, model: nn.Module) -> Factors:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return gathered_by_deepspeed(model)
     if accelerator.is_fsdp2:
-        return {n: f.full_tensor().detach().clone() for n, f in named_factors(model).items()}
+        return gathered_by_fsdp2(model)
     if accelerator.distributed_type == DistributedType.FSDP:
         return gathered_by_fsdp1(model)
     return copied(named_factors(model))

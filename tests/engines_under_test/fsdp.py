@@ -35,8 +35,7 @@ class Fsdp2(Wrapped):
         return contextlib.nullcontext()
 
     def factors(self) -> Factors:
-        # a copy: a gathered tensor may share the memory of a replicated one
-        return {name: factor.full_tensor().detach().clone() for name, factor in named_factors(self.model).items()}
+        return gathered_by_fsdp2(self.model)
 
 
 class Fsdp1(Wrapped):
@@ -50,6 +49,28 @@ class Fsdp1(Wrapped):
 
     def factors(self) -> Factors:
         return gathered_by_fsdp1(self.model)
+
+
+def gathered_by_fsdp2(model: nn.Module) -> Factors:
+    # a copy: a gathered tensor may share the memory of a replicated one
+    return {name: _in_host_memory(f).full_tensor().detach().clone() for name, f in named_factors(model).items()}
+
+
+def _in_host_memory(factor: DTensor) -> DTensor:
+    """The same shards there: full_tensor() of CUDA tensors over gloo ends the process (torch's issue 132471)."""
+    mesh = factor.device_mesh
+    if mesh.device_type == "cpu":
+        return factor
+    mesh = _host_mesh(tuple(mesh.shape))
+    local = factor.to_local().detach().cpu()
+    return DTensor.from_local(
+        local, mesh, factor.placements, run_check=False, shape=factor.shape, stride=factor.stride()
+    )
+
+
+@functools.cache
+def _host_mesh(shape: tuple[int, ...]) -> Any:
+    return init_device_mesh("cpu", shape)
 
 
 def gathered_by_fsdp1(model: nn.Module) -> Factors:

@@ -54,23 +54,23 @@ shared() {
 }
 
 # what is asked for first comes first
-benchmark 7b 70 overhead --model 7b --lora_ranks 16 32 --steps 20 --block_seconds 0.5 \
+benchmark 7b 80 overhead --model 7b --lora_ranks 16 32 --steps 20 --block_seconds 0.5 \
     --variants reflora reflora-overlap reflora-s loop
-benchmark 7b 170 throughput --model 7b --blocks 6 --variants reflora reflora-overlap loop
-shared 7b-2ranks 2 40 --model 7b --num_layers 4 --variants reflora reflora-s gather-coalesced --breakdown --blocks 4
-shared 7b-4ranks 4 40 --model 7b --num_layers 4 --variants reflora reflora-s gather-coalesced --breakdown --blocks 4
-benchmark 7b-lora-ranks 75 overhead --model 7b --lora_ranks 8 16 32 64 128 --variants reflora reflora-s loop \
-    --blocks 3 --steps 20 --block_seconds 0.5 --breakdown
-benchmark 7b-methods 40 overhead --model 7b --lora_ranks 16 --steps 20 --block_seconds 0.5 --blocks 3 \
+benchmark 7b 160 throughput --model 7b --blocks 5 --variants reflora reflora-overlap loop
+shared 7b-2ranks 2 45 --model 7b --num_layers 4 --variants reflora reflora-s gather-coalesced --breakdown --blocks 4
+shared 7b-4ranks 4 45 --model 7b --num_layers 4 --variants reflora reflora-s gather-coalesced --breakdown --blocks 4
+benchmark 7b-lora-ranks 80 overhead --model 7b --lora_ranks 8 16 32 64 128 --variants reflora reflora-s loop \
+    --blocks 3 --steps 20 --block_seconds 0.4 --breakdown
+benchmark 7b-methods 45 overhead --model 7b --lora_ranks 16 --steps 20 --block_seconds 0.5 --blocks 3 \
     --variants reflora scaled-gd lora-pro lora-rite riemannian
-part "tests" 120 "$PYTHON" -m pytest tests/test_gpu.py -q
-benchmark 8b 40 overhead --model 8b --lora_ranks 16 --steps 20 --block_seconds 0.5 \
+benchmark 8b 45 overhead --model 8b --lora_ranks 16 --steps 20 --block_seconds 0.5 --blocks 4 \
     --variants reflora reflora-overlap reflora-s loop
-benchmark 70b 40 overhead --model 70b --lora_ranks 16 --steps 20 --block_seconds 0.5 --blocks 3 \
+benchmark 70b 45 overhead --model 70b --lora_ranks 16 --steps 20 --block_seconds 0.5 --blocks 3 \
     --variants reflora reflora-overlap reflora-s loop
 benchmark 1b 30 overhead --model 1b --lora_ranks 16 --steps 20 --block_seconds 0.5 --blocks 3 \
     --variants reflora reflora-s loop
-benchmark 8b 110 throughput --model 8b --blocks 3 --variants reflora loop
+benchmark 8b 100 throughput --model 8b --blocks 3 --variants reflora loop
+part "tests" 120 "$PYTHON" -m pytest tests/test_gpu.py -q # those of engines need DeepSpeed, accelerate and TRL as well
 
 printf '\n=== %s s in all, records in %s\n' "$SECONDS" "$folder"
 if [ "${#failed[@]}" -gt 0 ]; then

@@ -71,6 +71,7 @@ class GradientStep:
         gradients = self._engine.gradients()
         skipped = None
         if firing.first:
+            self.grams = {}  # not kept beside new ones
             # The weights of all sub-groups are still those of before the step only now, so S is formed once.
             weights = self._engine.weights()
             solution = self._ahead.take(weights, self._engine.versions()) if self._ahead is not None else None

@@ -18,6 +18,7 @@ from .solving import AtOwners, Everywhere, Solution
 # Where Adam's variants keep what scales like 1 / factor, and like 1 / factor^2.
 _FIRST_MOMENTS = ("exp_avg",)
 _SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
+_NEEDED = {"exp_avg", "exp_avg_sq"}
 
 
 class GradientStep:
@@ -167,7 +168,7 @@ class RescalingStep:
         factors = factors.to(self._comm.shard_device)
         states = self._engine.moments()
         for state in states:
-            if state and not all(key in state for key in (*_FIRST_MOMENTS, _SECOND_MOMENTS[0])):
+            if state and not state.keys() >= _NEEDED:
                 raise RuntimeError(f"the optimizer keeps {sorted(state)}, RefLoRA-S needs exp_avg and exp_avg_sq")
         self._per_tensor.scale_("weights", weights, factors)
         for keys, powers in ((_FIRST_MOMENTS, factors.reciprocal()), (_SECOND_MOMENTS, factors.reciprocal().square())):

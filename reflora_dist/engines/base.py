@@ -103,10 +103,9 @@ class Engine(abc.ABC):
     def _factors(self) -> list[Tensor]:
         # Looked up in every step, since accelerate and FSDP2 replace parameters; in the dictionary where nn.Module's
         # attributes end, since the way there takes longer than the step's algebra on a GPU.
-        found = [module._parameters.get(name) for module, name in self._owners]
         return [
-            getattr(module, name) if factor is None else factor
-            for factor, (module, name) in zip(found, self._owners, strict=True)
+            factor if (factor := module._parameters.get(name)) is not None else getattr(module, name)
+            for module, name in self._owners
         ]
 
     def _factor_names(self) -> list[str]:

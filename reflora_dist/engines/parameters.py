@@ -38,9 +38,11 @@ class ParameterEngine(Engine):
         return [factor.grad for factor in self._factors()]
 
     def moments(self) -> list[dict[str, Tensor]]:
+        # of the parameter's size, as opposed to Adam's step count
+        states = [self.optimizer.state.get(factor, {}) for factor in self._factors()]
         return [
-            {key: _local(value) for key, value in self.optimizer.state.get(factor, {}).items() if _is_tensor(value)}
-            for factor in self._factors()
+            {key: value for key, value in state.items() if isinstance(value, Tensor) and value.dim()}
+            for state in states
         ]
 
     def holders(self) -> list[tuple[Tensor, int]]:
@@ -124,6 +126,10 @@ class FSDP2Engine(ParameterEngine):
         gradients = [factor.grad for factor in self._factors()]
         return [None if gradient is None else gradient.to_local() for gradient in gradients]  # type: ignore[attr-defined]
 
+    @torch.no_grad()
+    def moments(self) -> list[dict[str, Tensor]]:
+        return [{key: _local(value) for key, value in state.items()} for state in super().moments()]
+
     def shards(self) -> list[LocalShard]:
         return [
             LocalShard(weight.numel(), start=FOLLOWING, tall=side == 1 or dim == 1)
@@ -149,11 +155,6 @@ class FSDP1Engine(ParameterEngine):
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _is_tensor(value: object) -> bool:
-    """State of the parameter's size, as opposed to Adam's step count."""
-    return isinstance(value, Tensor) and value.dim() > 0
 
 
 def _shard_dim(name: str, factor: Tensor) -> int:

@@ -62,6 +62,14 @@ class Located:
     aligned: tuple[bool, ...]  # per launch, whether 16-byte accesses are possible
 
 
+def addresses_of(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Where they begin, 0 for None; asked for in every step, so in the fastest way that Python has."""
+    try:
+        return list(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
+    except TypeError:  # some are None
+        return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
 def send_addresses(addresses: list[int], device: torch.device) -> Tensor:
     """A table of them on the device. Asynchronous from pinned memory, which the allocator keeps until it is done."""
     return torch.tensor(addresses, dtype=torch.int64).pin_memory().to(device, non_blocking=True)
@@ -101,7 +109,7 @@ class TiledBlocks:
             purpose: "grams" or "products".
             blocks: in the order of the specs, contiguous.
         """
-        addresses = [0 if block is None else block.data_ptr() for block in blocks]
+        addresses = addresses_of(blocks)
         # a table is read on the stream that it was sent on
         key = purpose, torch.cuda.current_stream(self._device).cuda_stream
         known = self._located.get(key)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import send_addresses
+from .launch import addresses_of, send_addresses
 from .tiles import sum_kernel
 
 _TRITON_DTYPES = {
@@ -106,7 +106,7 @@ class PerTensorKernels:
             name: of the list, whose tensors mostly stay where they are from step to step.
             tensors: None is left out.
         """
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        addresses = addresses_of(tensors)
         key = name, torch.cuda.current_stream(self._device).cuda_stream
         known = self._located.get(key)
         if known is not None and known.addresses == addresses:

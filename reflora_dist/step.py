@@ -177,4 +177,5 @@ class RescalingStep:
 
 
 def _count_unsolved(solved: dict[int, Tensor]) -> Tensor:
-    return torch.stack([(~flags).sum() for flags in solved.values()]).sum()
+    first, *others = [(~flags).sum() for flags in solved.values()]
+    return sum(others, first)

@@ -94,6 +94,16 @@ WRONG = [
     (zero3({"tensor_parallel": {"autotp_size": 2}}), {}, "error", "autotp_size=2"),
     ({**ZERO3, "zero_optimization": {"stage": 0}}, {}, "error", "stage=0 with bf16"),
     ({**ZERO3, "zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, {}, "warning", "stage 2"),
+    (
+        {
+            **ZERO3,
+            "zero_optimization": {"stage": 2, "round_robin_gradients": True},
+            "checkpoint": {"load_universal": True},
+        },
+        {},
+        "error",
+        "load_universal with round_robin_gradients",
+    ),
     (zero3(zero_hpz_partition_size=3), {}, "error", "zero_hpz_partition_size=3 does not divide the 4 ranks"),
     (zero3(zero_hpz_partition_size=4), {}, "warning", "a machine has 2 ranks"),
     (zero3({"optimizer": {"type": "AdamW"}}), {"method": "lora-rite"}, "error", "would replace LoRARite"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from ..universal import is_round_robin
 from .deepspeed_optimizer import check_optimizer, check_scheduler, count_moments
 from .findings import Findings
 from .options import DoctorOptions
@@ -305,6 +306,12 @@ def _check_zero(where: str, filled: dict[str, Any], loaded: Any, size: tuple[int
         findings.error(where, f"offload_optimizer.ratio={ratio}: attach refuses two optimizers in a step", "set 1.0")
     if zero.zenflow is not None:
         findings.error(where, "zenflow: attach refuses it, it updates outside the optimizer's step", "remove it")
+    if loaded.load_universal_checkpoint and is_round_robin(stage, bool(zero.round_robin_gradients)):
+        findings.error(
+            where,
+            "checkpoint.load_universal with round_robin_gradients: DeepSpeed mixes up the parameters as it loads them",
+            "remove round_robin_gradients",
+        )
     parallel = _section(filled, "tensor_parallel")
     if parallel.get("autotp_size", 0) > 1:
         findings.error(
@@ -372,6 +379,6 @@ def _setup(loaded: Any, world_size: int, num_nodes: int) -> Setup:
         bucket_elements=buffers if stage else 0,
         max_live_elements=int(zero.max_live_parameters),
         sub_group_elements=int(zero.sub_group_size) if stage == 3 else 0,
-        round_robin=stage in (1, 2) and bool(zero.round_robin_gradients),
+        round_robin=is_round_robin(stage, bool(zero.round_robin_gradients)),
         alignment=16 // (4 if precision == "no" else 2) if zero.parameter_alignment and stage in (1, 2) else 1,
     )

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in at most 9 minutes on one: its tests, and the benchmarks at real sizes.
+# What needs a GPU, in at most 9 minutes on one: the benchmarks at real sizes, then tests/test_gpu.py in what is left.
 #
 #   bash benchmarks/gpu.sh              records go to benchmarks/results
 #   bash benchmarks/gpu.sh DIR          ... to DIR
 #   PYTHON=... bash benchmarks/gpu.sh   with another interpreter; SECONDS_IN_ALL=... in another time
 #
-# Needs torch, transformers and peft, and pytest for the tests. A part that fails or takes too long does not stop the
-# others; the exit code is then 1, and the last lines name it.
+# Needs what the package needs, and for the tests pytest, pytest-timeout, hypothesis and psutil; those of engines
+# (tests/test_gpu_engines.py) are left to tests/run.sh, since they need DeepSpeed and TRL. A part that fails or takes too
+# long does not stop the others; the exit code is then 1, and the last lines name it.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 folder=${1:-benchmarks/results}
-seconds=${SECONDS_IN_ALL:-530}
+seconds=${SECONDS_IN_ALL:-540}
 failed=()
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 # all ranks are on this machine
@@ -59,7 +60,7 @@ benchmark 7b 80 overhead --model 7b --lora_ranks 16 32 --steps 20 --block_second
 benchmark 7b 160 throughput --model 7b --blocks 5 --variants reflora reflora-overlap loop
 shared 7b-2ranks 2 45 --model 7b --num_layers 4 --variants reflora reflora-s gather-coalesced --breakdown --blocks 4
 shared 7b-4ranks 4 45 --model 7b --num_layers 4 --variants reflora reflora-s gather-coalesced --breakdown --blocks 4
-benchmark 7b-lora-ranks 80 overhead --model 7b --lora_ranks 8 16 32 64 128 --variants reflora reflora-s loop \
+benchmark 7b-lora-ranks 80 overhead --model 7b --lora_ranks 8 16 32 64 128 --variants reflora reflora-s \
     --blocks 3 --steps 20 --block_seconds 0.4 --breakdown
 benchmark 7b-methods 45 overhead --model 7b --lora_ranks 16 --steps 20 --block_seconds 0.5 --blocks 3 \
     --variants reflora scaled-gd lora-pro lora-rite riemannian
@@ -70,7 +71,7 @@ benchmark 70b 45 overhead --model 70b --lora_ranks 16 --steps 20 --block_seconds
 benchmark 1b 30 overhead --model 1b --lora_ranks 16 --steps 20 --block_seconds 0.5 --blocks 3 \
     --variants reflora reflora-s loop
 benchmark 8b 100 throughput --model 8b --blocks 3 --variants reflora loop
-part "tests" 120 "$PYTHON" -m pytest tests/test_gpu.py -q # those of engines need DeepSpeed, accelerate and TRL as well
+part "tests" 120 "$PYTHON" -m pytest tests/test_gpu.py -q
 
 printf '\n=== %s s in all, records in %s\n' "$SECONDS" "$folder"
 if [ "${#failed[@]}" -gt 0 ]; then

@@ -1,4 +1,4 @@
-"""From Gram matrices to the refactorization S: batched, in float64, without ranks or host synchronisation.
+"""From Gram matrices to the refactorization S: batched, in float64, without ranks.
 
 S is the symmetric positive definite solution of ``S G_A S = G_B`` with ``G_A = A A^T`` and ``G_B = B^T B``
 (RefLoRA, Zhang, Li and Giannakis, NeurIPS 2025): the geometric mean of ``G_A^-1`` and ``G_B``.
@@ -24,7 +24,7 @@ CONVERGED = 1e-8
 # accuracy: an error e of the singular values becomes 3/2 e^2 in each of these steps (Higham, Functions of Matrices,
 # 2008, 8.3), here 5e-3, 4e-5, 2e-9, 7e-18.
 NEARLY_ORTHOGONAL = 0.1
-# Up to cond 1e15 that takes at most seven steps, whatever the spectrum; one to spare where nobody looks.
+# Up to cond 1e15 and r = 128 that takes at most seven steps; one to spare where nobody looks.
 STEPS_TO_NEARLY_ORTHOGONAL = 8
 PRODUCT_STEPS = 3
 
@@ -46,7 +46,7 @@ def solve_refactorization(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tenso
         factor is rank-deficient, or so ill-conditioned that S misses its equation, ``solved`` is False and
         S and S^-1 are the identity, which leaves that pair plain LoRA.
 
-    On a GPU one Triton kernel does it, or batched torch code without host synchronisation, on a CPU the latter.
+    On a GPU one Triton kernel does it up to r = 64; beyond, and on a CPU, batched torch code.
     """
     if kernels.usable(gram_a.device) and gram_a.shape[-1] <= kernels.LARGEST_SOLVED_LORA_RANK:
         from .kernels.launch import solve  # imports Triton, which not every machine has

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.distributed as dist
 
+from reflora_dist import kernels
 from tests.engines_under_test import ENGINES, Engine
 from tests.engines_under_test.accelerated import zero3_as_launched
 from tests.engines_under_test.common import DEVICE
@@ -50,6 +51,7 @@ def main() -> None:
         "interface": os.environ.get("GLOO_SOCKET_IFNAME"),
         "world_size": world_size,
         "backend": backend,
+        "kernels": DEVICE.type == "cuda" and kernels.usable(torch.device("cuda", torch.cuda.current_device())),
         "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
     }
     (Path(folder) / f"{rank}.json").write_text(json.dumps(written))

@@ -212,6 +212,23 @@ def test_sums_and_products_per_tensor_are_those_on_the_cpu(dtype: torch.dtype) -
             assert relative(tensor.cpu().double(), copy.double()) < 4 * torch.finfo(dtype).eps
 
 
+def test_sums_and_products_per_tensor_of_any_list() -> None:
+    """Of several dtypes, of tensors that move between calls, and where some lie in host memory."""
+    torch.manual_seed(0)
+    ours, plain = PerTensor(CUDA), PerTensor(torch.device("cpu"))
+    factors = torch.tensor([0.5, -2.0, 4.0, 0.25], dtype=torch.float64)  # nothing to round
+    for last in (CUDA, CUDA, torch.device("cpu")):
+        dtypes = (torch.float32, torch.bfloat16, torch.float32, torch.float64)
+        tensors = [torch.randn(n).to(dtype).to(CUDA) for n, dtype in zip((40_000, 7, 0, 20_000), dtypes, strict=True)]
+        tensors[-1] = tensors[-1].to(last)
+        copies = [tensor.cpu() for tensor in tensors]
+        assert relative(ours.squares(tensors).cpu(), plain.squares(copies)) < 1e-13
+        some = [tensors[0], None, *tensors[2:]]
+        ours.scale_("tensors", some, factors.to(CUDA))
+        plain.scale_("tensors", [copies[0], None, *copies[2:]], factors)
+        assert all(torch.equal(tensor.cpu(), copy) for tensor, copy in zip(tensors, copies, strict=True))
+
+
 @pytest.mark.parametrize("method", ["reflora-s", "scaled-gd", "lora-pro", "lora-rite"])
 def test_the_relatives_train_as_on_the_cpu_and_never_wait(method: str) -> None:
     """On a CPU they take eigenvectors, here iterations."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from reflora_dist import kernels
 from tests.engines_under_test import ENGINES
 from tests.workloads import FACTOR_TOLERANCE, LOSS_TOLERANCE, needs_reference, reference_cases
 
@@ -53,6 +56,20 @@ def _combinations() -> Iterator[Any]:
             yield pytest.param(engine, number, id=f"{engine}-{number}ranks")
 
 
+def _run(command: list[str], variables: dict[str, str], log: Path) -> None:
+    with open(log, "w") as output:
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, env=variables, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        code = process.wait(timeout=400)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the ranks too
+        process.wait()
+        code = -1
+    assert code == 0, f"exit code {code}: {log.read_text(errors='replace')[-8000:]}"
+
+
 @needs_reference
 @pytest.mark.parametrize(("engine_name", "ranks"), _combinations())
 def test_engine_follows_the_reference_on_a_gpu(engine_name: str, ranks: int, tmp_path: Path) -> None:
@@ -69,11 +86,14 @@ def test_engine_follows_the_reference_on_a_gpu(engine_name: str, ranks: int, tmp
         "TOKENIZERS_PARALLELISM": "false",
     }
     variables.pop("DS_ACCELERATOR", None)
-    result = subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=400)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-8000:]
+    _run(command, variables, tmp_path / "log")
     engine = ENGINES[engine_name]
     for rank in range(ranks):
-        outcomes = json.loads((tmp_path / f"{rank}.json").read_text())["outcomes"]
+        written = json.loads((tmp_path / f"{rank}.json").read_text())
+        outcomes = written["outcomes"]
+        assert written["backend"] == ("cpu:gloo,cuda:nccl" if ranks <= torch.cuda.device_count() else "gloo")
+        # where the kernels are not for this GPU, plain code is what is tested; else they have not been put aside
+        assert written["kernels"] == kernels.usable(torch.device("cuda", 0))
         assert len(outcomes) == len(cases)
         for outcome in outcomes:
             assert outcome["factor_error"] <= (engine.bf16_factor_tolerance or FACTOR_TOLERANCE), (rank, outcome)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import warnings
 from collections.abc import Iterable
 
 import torch
 
+_TOLERANCE = 1e-6  # one rounding to float32, and S to what Grams allow
 _disabled = False
 
 
@@ -47,8 +49,21 @@ def work(lora_ranks: Iterable[int], device: torch.device) -> bool:
 
     Warns where one does not: training then goes on with the plain code, which is slower and as exact.
     """
-    if not usable(device):
-        return False
-    from .selfcheck import agree_with_torch  # imports Triton, which not every machine has
+    # what does not depend on r is checked with every r, so also where all of them are beyond the kernels
+    sizes = sorted({min(lora_rank, LARGEST_LORA_RANK) for lora_rank in lora_ranks})
+    return usable(device) and all(_agree_with_torch(lora_rank, device) for lora_rank in sizes)
 
-    return all(agree_with_torch(r, device) for r in sorted(set(lora_ranks)) if r <= LARGEST_LORA_RANK)
+
+@functools.cache
+def _agree_with_torch(lora_rank: int, device: torch.device) -> bool:
+    try:
+        from .selfcheck import errors  # imports Triton, which not every machine has
+
+        wrong = {what: error for what, error in errors(lora_rank, device).items() if not error < _TOLERANCE}  # or NaN
+        reason = ", ".join(f"{what} differ by {error:.1e}" for what, error in wrong.items())
+    except Exception as caught:  # whatever the compiler or the driver says, the plain code remains
+        reason = f"{type(caught).__name__}: {caught}".splitlines()[0]
+    if reason:
+        name = torch.cuda.get_device_name(device)
+        warnings.warn(f"kernels for r={lora_rank} are not used on {name}, plain torch code is: {reason}", stacklevel=2)
+    return not reason

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -70,6 +70,12 @@ def addresses_of(tensors: Sequence[Tensor | None]) -> list[int]:
         return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
+def fits(tensor: Tensor, device: torch.device, dtypes: Container[torch.dtype]) -> bool:
+    """Whether kernels can work on a tensor; not on one that only wraps others, which has no address."""
+    has_address = tensor.data_ptr() != 0 or tensor.numel() == 0
+    return has_address and tensor.device == device and tensor.dtype in dtypes and tensor.is_contiguous()
+
+
 def send_addresses(addresses: list[int], device: torch.device) -> Tensor:
     """A table of them on the device. Asynchronous from pinned memory, which the allocator keeps until it is done."""
     return torch.tensor(addresses, dtype=torch.int64).pin_memory().to(device, non_blocking=True)
@@ -127,9 +133,7 @@ class TiledBlocks:
         return known
 
     def _fits(self, block: Tensor | None) -> bool:
-        return block is None or (
-            block.device == self._device and block.dtype in _TRITON_DTYPES and block.is_contiguous()
-        )
+        return block is None or fits(block, self._device, _TRITON_DTYPES)
 
     def grams(self, located: Located) -> Matrices:
         """As :meth:`reflora_dist.blocks.BlockSet.grams`: one launch per side, dtype and lora_rank, and one to sum."""

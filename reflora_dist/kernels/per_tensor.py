@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import addresses_of, send_addresses
+from .launch import addresses_of, fits, send_addresses
 from .tiles import sum_kernel
 
 _TRITON_DTYPES = {
@@ -62,7 +62,7 @@ def scale_kernel(
     dtype: tl.constexpr,
     width: tl.constexpr,
 ):
-    """Each tensor times its factor, in place; the product is formed in float64 and rounded once."""
+    """Each tensor times its factor, in place; the product is formed in float64."""
     tile = tiles + tl.program_id(0) * 3
     tensor = tl.load(tile)
     base = tl.load(addresses + tensor).to(tl.pointer_type(dtype))
@@ -118,9 +118,7 @@ class PerTensorKernels:
         return known
 
     def _fits(self, tensor: Tensor | None) -> bool:
-        return tensor is None or (
-            tensor.device == self._device and tensor.dtype in _TRITON_DTYPES and tensor.is_contiguous()
-        )
+        return tensor is None or fits(tensor, self._device, _TRITON_DTYPES)
 
     def totals(self, located: Located, squared: bool) -> Tensor:
         """``[tensors]`` float64: the sum of squares of every tensor, or of magnitudes; zero where there is none."""

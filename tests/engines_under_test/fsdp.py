@@ -57,7 +57,7 @@ def gathered_by_fsdp2(model: nn.Module) -> Factors:
 
 
 def _in_host_memory(factor: DTensor) -> DTensor:
-    """The same shards there: full_tensor() of CUDA tensors over gloo ends the process (torch's issue 132471)."""
+    """The same shards there: in torch 2.11 full_tensor() of CUDA tensors over gloo ends the process."""
     mesh = factor.device_mesh
     if mesh.device_type == "cpu":
         return factor

@@ -95,11 +95,7 @@ WRONG = [
     ({**ZERO3, "zero_optimization": {"stage": 0}}, {}, "error", "stage=0 with bf16"),
     ({**ZERO3, "zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, {}, "warning", "stage 2"),
     (
-        {
-            **ZERO3,
-            "zero_optimization": {"stage": 2, "round_robin_gradients": True},
-            "checkpoint": {"load_universal": True},
-        },
+        zero3({"checkpoint": {"load_universal": True}}, stage=2, round_robin_gradients=True),
         {},
         "error",
         "load_universal with round_robin_gradients",

@@ -346,9 +346,9 @@ def _gpu_script(folder: Path, body: str, **environment: str) -> tuple[Any, list[
 
 
 def test_the_gpu_script_goes_on_after_a_failure_and_tells(tmp_path: Path) -> None:
-    done, calls = _gpu_script(tmp_path, 'case "$*" in *pytest*) exit 3;; esac')
-    assert done.returncode == 1 and "failed: tests (exit code 3)" in done.stderr
-    assert len(calls) == 9
+    done, calls = _gpu_script(tmp_path, 'case "$*" in *throughput/7b_*) exit 3;; esac')
+    assert done.returncode == 1 and "failed: throughput 7b (exit code 3)" in done.stderr
+    assert len(calls) == 11
 
 
 def test_what_the_gpu_script_asks_for_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,7 +361,7 @@ def test_what_the_gpu_script_asks_for_exists(tmp_path: Path, monkeypatch: pytest
         module = {"overhead": overhead, "throughput": throughput}[Path(words[script]).stem]
         (parsed,) = HfArgumentParser(module.Arguments).parse_args_into_dataclasses(words[script + 1 :])
         names.append(Path(parsed.output).relative_to(tmp_path / "records"))
-    assert len(set(names)) == len(names) == 8
+    assert len(set(names)) == len(names) == 10
     assert all(name.parts[0] in ("overhead", "throughput") and "_h100_20" in name.name for name in names)
 
 

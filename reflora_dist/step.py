@@ -171,9 +171,12 @@ class RescalingStep:
             if state and not state.keys() >= _NEEDED:
                 raise RuntimeError(f"the optimizer keeps {sorted(state)}, RefLoRA-S needs exp_avg and exp_avg_sq")
         self._per_tensor.scale_("weights", weights, factors)
-        for keys, powers in ((_FIRST_MOMENTS, factors.reciprocal()), (_SECOND_MOMENTS, factors.reciprocal().square())):
+        inverse = factors.reciprocal()
+        for keys, powers in ((_FIRST_MOMENTS, inverse), (_SECOND_MOMENTS, inverse.square())):
             for key in keys:
-                self._per_tensor.scale_(key, [state.get(key) for state in states], powers)
+                moments = [state.get(key) for state in states]
+                if any(moment is not None for moment in moments):  # AMSGrad's are rarely there
+                    self._per_tensor.scale_(key, moments, powers)
 
 
 def _count_unsolved(solved: dict[int, Tensor]) -> Tensor:

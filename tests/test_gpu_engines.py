@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 
 from reflora_dist import kernels
 from tests.engines_under_test import ENGINES
+from tests.launched import launched
 from tests.workloads import FACTOR_TOLERANCE, LOSS_TOLERANCE, needs_reference, reference_cases
 
 pytestmark = pytest.mark.gpu
@@ -49,6 +48,14 @@ _RANKS = {
     "fsdp2-sft": (1,),
 }
 
+# in place of what keeps a job on the CPU
+_ENVIRONMENT = {
+    "REFLORA_TEST_DEVICE": "cuda",
+    "DS_ACCELERATOR": "cuda",
+    "PYTHONFAULTHANDLER": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
 
 def _combinations() -> Iterator[Any]:
     for engine, numbers in _RANKS.items():
@@ -56,42 +63,28 @@ def _combinations() -> Iterator[Any]:
             yield pytest.param(engine, number, id=f"{engine}-{number}ranks")
 
 
-def _run(command: list[str], variables: dict[str, str], log: Path) -> None:
-    with open(log, "w") as output:
-        process = subprocess.Popen(
-            command, cwd=REPOSITORY, env=variables, stdout=output, stderr=output, start_new_session=True
-        )
-    try:
-        code = process.wait(timeout=400)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the ranks too
-        process.wait()
-        code = -1
-    assert code == 0, f"exit code {code}: {log.read_text(errors='replace')[-8000:]}"
-
-
 @needs_reference
 @pytest.mark.parametrize(("engine_name", "ranks"), _combinations())
 def test_engine_follows_the_reference_on_a_gpu(engine_name: str, ranks: int, tmp_path: Path) -> None:
     cases = [*reference_cases(), *_METHODS]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+    ]
     command += [str(REPOSITORY / "tests" / "parity_program.py"), engine_name, str(tmp_path), *cases]
-    variables = {
-        **os.environ,
-        "REFLORA_TEST_DEVICE": "cuda",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONFAULTHANDLER": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    variables.pop("DS_ACCELERATOR", None)
-    _run(command, variables, tmp_path / "log")
+    gpus = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus))))
+    with launched(command, tmp_path, CUDA_VISIBLE_DEVICES=visible, **_ENVIRONMENT) as job:
+        assert job.launcher.wait(timeout=400) == 0, job.output()[-8000:]
     engine = ENGINES[engine_name]
     for rank in range(ranks):
         written = json.loads((tmp_path / f"{rank}.json").read_text())
         outcomes = written["outcomes"]
-        assert written["backend"] == ("cpu:gloo,cuda:nccl" if ranks <= torch.cuda.device_count() else "gloo")
+        assert written["backend"] == ("cpu:gloo,cuda:nccl" if ranks <= gpus else "gloo")
         # where the kernels are not for this GPU, plain code is what is tested; else they have not been put aside
         assert written["kernels"] == kernels.usable(torch.device("cuda", 0))
         assert len(outcomes) == len(cases)

@@ -3,7 +3,8 @@
     python benchmarks/report.py           writes results/*/*.md, *.png and the marked parts of the READMEs
     python benchmarks/report.py --check   writes nothing, and fails if something is not what the records give
 
-In a README a report stands between ``<!-- report: BENCHMARK/RECORD -->`` and ``<!-- end of report -->``.
+In a README a report stands between ``<!-- report: BENCHMARK/RECORD -->`` and ``<!-- end of report -->``, and one line
+of what it comes to between ``<!-- headline: BENCHMARK/RECORD -->`` and ``<!-- end of headline -->``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from transformers import HfArgumentParser
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 READMES = (REPOSITORY / "README.md", REPOSITORY / "benchmarks" / "README.md")
-_MARKED = re.compile(r"(<!-- report: ([\w./-]+) -->\n).*?(<!-- end of report -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- (report|headline): ([\w./-]+) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
 _SOURCE = "Source"  # the PNG text entry that holds the digest of the record a plot was made from
 
 
@@ -75,24 +76,28 @@ def write(path: Path) -> None:
 
 
 def filled(readme: Path) -> str:
-    """A README's text with every marked report made anew.
+    """A README's text with every marked report and headline made anew.
 
     Raises:
         ValueError: it names a record that does not exist.
     """
 
-    def report(match: re.Match[str]) -> str:
-        path = RESULTS / f"{match[2]}.json"
+    def text(match: re.Match[str]) -> str:
+        start, kind, name, end = match.groups()
+        path = RESULTS / f"{name}.json"
         if not path.exists():
-            raise ValueError(f"{readme.name} names the record {match[2]}, and {path} does not exist")
-        text = markdown(path)
+            raise ValueError(f"{readme.name} names the record {name}, and {path} does not exist")
+        if kind == "headline":
+            record = json.loads(path.read_text())
+            return f"{start}{_module(record).headline(record)}\n{end}"
+        content = markdown(path)
         if path.with_suffix(".png").exists():
             image = path.with_suffix(".png").relative_to(REPOSITORY)
             place = image if readme.parent == REPOSITORY else image.relative_to(readme.parent.relative_to(REPOSITORY))
-            text += f"\n![{match[2]}]({place})\n"
-        return f"{match[1]}{text}{match[3]}"
+            content += f"\n![{name}]({place})\n"
+        return f"{start}{content}{end}"
 
-    return _MARKED.sub(report, readme.read_text())
+    return _MARKED.sub(text, readme.read_text())
 
 
 def outdated() -> Iterator[str]:

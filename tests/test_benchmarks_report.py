@@ -50,6 +50,15 @@ def test_an_edited_readme_shows(copy: Path) -> None:
     assert list(report.outdated()) == ["README.md"]
 
 
+def test_an_edited_headline_shows(tmp_path: Path) -> None:
+    first_screen, _, _ = report.READMES[0].read_text().partition("## Start")
+    figure = "% of plain LoRA's throughput"
+    assert figure in first_screen
+    readme = tmp_path / "README.md"
+    readme.write_text(first_screen.replace(figure, f"9{figure}"))
+    assert report.filled(readme) == first_screen
+
+
 def test_a_readme_that_names_no_record_is_refused(copy: Path) -> None:
     readme = report.READMES[0]
     readme.write_text("<!-- report: overhead/nothing -->\n<!-- end of report -->\n")

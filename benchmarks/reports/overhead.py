@@ -34,6 +34,19 @@ def markdown(record: dict[str, Any]) -> str:
     return "\n".join([*lines, "", source_line(record)])
 
 
+def headline(record: dict[str, Any]) -> str:
+    """What RefLoRA adds to the optimizer step under an engine, beside whole factors gathered first."""
+    arguments, run = record["arguments"], record["results"]["runs"][0]
+    reflora, gather = run["variants"]["reflora"], run["variants"]["gather-coalesced"]
+    backend = f" over {arguments['backend']}" if arguments["backend"] else ""
+    return (
+        f"- LLaMA {arguments['model'].upper()}'s layers, {run['num_pairs']} adapters, r = {run['lora_rank']}, "
+        f"{record['world_size']} ranks of {arguments['engine']} on one {record['hardware']}{backend}: "
+        f"{reflora['added_step_ms']:.1f} ms more per optimizer step, {reflora['report']['bytes_per_step']:,} bytes "
+        f"sent (whole factors gathered first: {gather['added_step_ms']:.1f} ms more)."
+    )
+
+
 def _title(run: dict[str, Any]) -> str:
     return f"r = {run['lora_rank']}: {run['num_pairs']} adapters, {run['adapter_parameters'] / 1e6:.1f} M parameters"
 

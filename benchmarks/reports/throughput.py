@@ -35,6 +35,19 @@ def markdown(record: dict[str, Any]) -> str:
     return "\n".join([*lines, "", source_line(record)])
 
 
+def headline(record: dict[str, Any]) -> str:
+    """Throughput and memory of RefLoRA beside plain LoRA, and throughput of the loop."""
+    arguments, results = record["arguments"], record["results"]
+    variants = results["variants"]
+    added = variants["reflora"]["peak_allocated_bytes"] - variants["lora"]["peak_allocated_bytes"]
+    return (
+        f"- LLaMA {arguments['model'].upper()}, r = {arguments['lora_rank']}, {record['world_size']} x "
+        f"{record['hardware']}, {results['tokens_per_step_per_device']:,} tokens per step: "
+        f"{variants['reflora']['throughput_ratio']:.2%} of plain LoRA's throughput, {added / _MIB:.1f} MiB more memory "
+        f"(the paper's formula in a loop over adapters: {variants['loop']['throughput_ratio']:.2%})."
+    )
+
+
 def _table(results: dict[str, Any], on_gpu: bool) -> str:
     header = ["", "step, ms (quartiles)", "tokens/s per device", "MFU", "throughput beside lora"]
     header += ["peak memory, GiB", "added, MiB"] if on_gpu else []

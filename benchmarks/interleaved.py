@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 from collections.abc import Callable, Sequence
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from benchmarks.collectives import Collective, issue_all, recorded
 from benchmarks.common import now, reset_peak_memory
-from benchmarks.variants import installed
+from benchmarks.variants import before_update, innermost_engine, installed
 from benchmarks.workloads import Workload
 
 
@@ -51,13 +52,14 @@ def measure_times(
     device: torch.device,
     advance: Callable[[], None],
     calls: Sequence[Collective] = (),
-) -> tuple[dict[str, Times], Times]:
+) -> tuple[dict[str, Times], Times, Times]:
     """Time every variant, and the bare collectives, block after block; every other round in reverse order.
 
     Returns:
-        Times by variant, and those of issuing ``calls``, empty if there are none.
+        Times by variant, those of issuing ``calls`` again and again, and those of plain LoRA that issues them before
+        every update, where ranks meet as they do in a step; the last two are empty if there are no calls.
     """
-    times, bare = {name: Times() for name in names}, Times()
+    times, bare, placed = {name: Times() for name in names}, Times(), Times()
     for block in range(schedule.blocks):
         for name in names if block % 2 == 0 else reversed(names):
             with installed(name, workload.trainee):
@@ -65,7 +67,9 @@ def measure_times(
             advance()
         if calls:
             bare.step_ms.append(_time_calls(calls, schedule.steps, device))
-    return times, bare
+            with before_update(innermost_engine(workload.trainee), functools.partial(issue_all, calls)):
+                _time_block(workload, schedule, device, placed)
+    return times, bare, placed
 
 
 def _time_block(workload: Workload, schedule: Schedule, device: torch.device, times: Times) -> None:

@@ -140,7 +140,7 @@ def measure_lora_rank(
     if device.type == "cuda":
         memory = {name: measure_memory(workload, name, device) for name in names}
     calls = record_collectives(workload, "reflora") if "reflora" in names else []
-    times, bare = measure_times(workload, names, arguments.schedule, device, advance, calls)
+    times, bare, placed = measure_times(workload, names, arguments.schedule, device, advance, calls)
     reports = {name: _report(workload, name) for name in names if name in variants.METHODS[1:]}
     figures = {name: summary(times[name], times["lora"], arguments.scope) for name in names}
     for name in names:
@@ -153,7 +153,7 @@ def measure_lora_rank(
         "adapter_parameters": adapter_parameters(arguments.shape, lora_rank),
         "largest_relative_error": errors,
         "variants": figures,
-        "bare_collectives": bare_collectives(calls, bare, figures),
+        "bare_collectives": bare_collectives(calls, bare, placed, figures),
         "breakdown_ms": measure_breakdown(arguments, workload, device, "reflora") if arguments.breakdown else None,
         "baselines_breakdown_ms": {
             name: measure_breakdown(arguments, workload, device, name)
@@ -211,15 +211,23 @@ def summary(times: Times, plain: Times, scope: str) -> dict[str, Any]:
     return figures
 
 
-def bare_collectives(calls: list[Collective], bare: Times, figures: dict[str, Any]) -> dict[str, Any] | None:
-    """RefLoRA's collectives by themselves, and what it adds as a multiple of them; None if it sends nothing."""
+def bare_collectives(
+    calls: list[Collective], bare: Times, placed: Times, figures: dict[str, Any]
+) -> dict[str, Any] | None:
+    """RefLoRA's collectives without it, and what it adds as a multiple of them; None if it sends nothing.
+
+    ``step_ms`` is of them by themselves, again and again. ``added_step_ms`` is what they add to plain LoRA's optimizer
+    step when each step issues them before the update: ranks come to them at different times, with other data in cache.
+    """
     if not calls:
         return None
     spread = common.spread(flattened(bare.step_ms))
+    added = statistics.median(flattened(placed.step_ms)) - figures["lora"]["step_ms"]["median"]
     return {
         "calls": [call.as_dict() for call in calls],
         "step_ms": spread,
         "added_over_bare": figures["reflora"]["added_step_ms"] / spread["median"],
+        "added_step_ms": added,
     }
 
 

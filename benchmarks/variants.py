@@ -75,7 +75,7 @@ def installed(name: str, trainee: Trainee) -> Iterator[Any]:
     elif name in _BASELINES:
         engine = innermost_engine(trainee)
         baseline = torch.no_grad()(_BASELINES[name](engine))
-        with _hook(engine, baseline):
+        with before_update(engine, baseline):
             yield None
     else:
         method = name.removesuffix("-overlap")
@@ -168,7 +168,7 @@ def _gradients_after(name: str, trainee: Trainee, run_step: Callable[[], None]) 
         seen[:] = [gradient.clone() for gradient in engine.gradients() if gradient is not None]
 
     # hooks run in the order in which they were placed
-    with _hook(engine, fill), installed(name, trainee), _hook(engine, look):
+    with before_update(engine, fill), installed(name, trainee), before_update(engine, look):
         for _ in range(2):
             run_step()
     return seen
@@ -186,7 +186,8 @@ def _largest_error(values: Sequence[Tensor], references: Sequence[Tensor], group
 
 
 @contextlib.contextmanager
-def _hook(engine: Engine, action: Callable[[], None]) -> Iterator[None]:
+def before_update(engine: Engine, action: Callable[[], None]) -> Iterator[None]:
+    """Do something before every update meanwhile."""
     handle = engine.optimizer.register_step_pre_hook(lambda *_: action())
     try:
         yield

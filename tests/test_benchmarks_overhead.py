@@ -17,7 +17,8 @@ import torch
 from transformers import HfArgumentParser
 
 from benchmarks import baselines, breakdown, common, overhead, throughput, variants
-from benchmarks.collectives import issue_all, recorded
+from benchmarks.collectives import Collective, issue_all, recorded
+from benchmarks.interleaved import Schedule, flattened, measure_times
 from benchmarks.reports import overhead as report
 from benchmarks.workloads import OptimizerStep
 from reflora_dist import reference
@@ -79,6 +80,7 @@ def test_two_ranks_write_a_record(tmp_path: Path, engine: str, scope: str) -> No
     assert bare["calls"][0]["payload_bytes"] > bare["calls"][1]["payload_bytes"] > 0
     added = run["variants"]["reflora"]["added_step_ms"]
     assert bare["added_over_bare"] == pytest.approx(added / bare["step_ms"]["median"])
+    assert "added_step_ms" in bare
 
 
 def test_the_script_runs_from_anywhere_and_explains_itself(tmp_path: Path) -> None:
@@ -235,6 +237,20 @@ def test_only_the_packages_collectives_are_recorded_and_repeated() -> None:
         assert unchanged == 6
 
 
+def _issued(rank: int, world_size: int) -> list[float]:
+    """Milliseconds that slow collectives take by themselves, and of a plain step with and without them."""
+    workload = OptimizerStep(SHAPE, 4, torch.device("cpu"), "single")
+    calls = [Collective("all_reduce", 8, "float64", lambda: time.sleep(0.02))] * 2
+    schedule = Schedule(blocks=1, steps=2, block_seconds=10)
+    times, bare, placed = measure_times(workload, ["lora"], schedule, torch.device("cpu"), lambda: None, calls)
+    return [flattened(of.step_ms)[0] for of in (bare, placed, times["lora"])]
+
+
+def test_collectives_are_timed_by_themselves_and_before_an_update() -> None:
+    ((bare, placed, plain),) = run_ranks(_issued, 1)
+    assert bare >= 40 and placed >= 40 and plain < 40
+
+
 def _phases(rank: int, world_size: int, engine: str) -> dict[str, float]:
     workload = OptimizerStep(SHAPE, 4, torch.device("cpu"), engine)
     with variants.installed("reflora", workload.trainee), breakdown.timed_phases(torch.device("cpu")) as elapsed_ms:
@@ -291,6 +307,7 @@ def _as_on_a_gpu(record: dict[str, Any]) -> dict[str, Any]:
             "calls": [{"kind": "all_reduce", "payload_bytes": 48_000, "dtype": "float64"}],
             "step_ms": {"median": 1.5, "q1": 1.0, "q3": 2.0, "count": 4},
             "added_over_bare": 1.75,
+            "added_step_ms": 2.25,
         }
     return record
 
@@ -306,7 +323,7 @@ def test_the_report_holds_the_records_figures(step_record: dict[str, Any]) -> No
 
     text = report.markdown(_as_on_a_gpu(step_record))
     assert "peak of the optimizer step, MiB" in text and "| 3.0 | 3.0 |" in text
-    assert "all_reduce of 48,000 bytes" in text and "adds 1.75 times" in text
+    assert "all_reduce of 48,000 bytes" in text and "adds 1.75 times" in text and "add 2.25 ms" in text
 
 
 def test_the_plot_can_be_written(step_record: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from reflora_dist.doctor.diagnosis import Diagnosis
 from tests.cluster import run_ranks
 from tests.engines_under_test import ENGINES
 from tests.engines_under_test.zero import master_flats, zero_config
+from tests.four_bit import quantized_model, save_base
 from tests.workloads import Settings, build_model, is_factor, synthetic_workload
 
 RITE = Settings(weight_decay=0.0, rite={})
@@ -92,6 +93,9 @@ def held(model: Any, optimizer: Any) -> dict[str, int]:
     innermost = list(_chain(optimizer))[-1]
     moments = nbytes(v for s in innermost.state.values() for v in s.values() if torch.is_tensor(v) and v.dim())
     result = {"base weights": base, "optimizer's moments": moments}
+    scales = sum(_scale_bytes(module.quant_state) for module in model.modules() if hasattr(module, "quant_state"))
+    if scales:
+        result["4-bit weights' scales, on every rank"] = scales
     if zero is None:
         return {**result, "factors": factors}
     # what the harness gathered last for its own use is partitioned again, so not p.numel()
@@ -100,6 +104,12 @@ def held(model: Any, optimizer: Any) -> dict[str, int]:
     factors = nbytes(flats) if flats else factors
     more = {"parameters kept whole": whole} if whole else {}
     return {**result, **more, "factors, working copy": factors, "factors, fp32 masters": nbytes(master_flats(zero))}
+
+
+def _scale_bytes(state: Any) -> int:
+    """What bitsandbytes keeps of a weight beside the packed elements."""
+    nested = state.state2
+    return nbytes([state.absmax, state.code, state.offset, nested.absmax, nested.code])
 
 
 def _chain(optimizer: Any) -> Any:
@@ -144,8 +154,8 @@ class _EngineTraffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _train(rank: int, world_size: int, engine_name: str, method: str) -> dict[str, Any]:
-    """Two steps; then what the handle reports and what is held."""
+def _train(rank: int, world_size: int, engine_name: str, method: str, base: Path | None = None) -> dict[str, Any]:
+    """Two steps; then what the handle reports and what is held. With the base in 4 bits if there is a folder of it."""
     engine = ENGINES[engine_name]
     workload = synthetic_workload(steps=2)
     got: dict[str, Any] = {}
@@ -166,7 +176,8 @@ def _train(rank: int, world_size: int, engine_name: str, method: str) -> dict[st
 
     hook = Callback(RefLoRAConfig(method=method, warmup_steps=0)) if engine.takes_callback else attached
     settings = RITE if method == "lora-rite" else workload.settings
-    engine.train(build_model(workload, dtype=engine.model_dtype), workload.batches, settings, hook)
+    model = build_model(workload, dtype=engine.model_dtype) if base is None else quantized_model(workload, base)
+    engine.train(model, workload.batches, settings, hook)
     return {
         "report": got["handle"].report().as_dict(),
         "held": held(got["model"], got["optimizer"]),
@@ -174,10 +185,11 @@ def _train(rank: int, world_size: int, engine_name: str, method: str) -> dict[st
     }
 
 
-def predicted(folder: Path, engine_name: str, method: str, world_size: int) -> Diagnosis:
+def predicted(folder: Path, engine_name: str, method: str, world_size: int, load_in_4bit: bool = False) -> Diagnosis:
     """The doctor's answer to a configuration file that says what the engine under test was built with."""
     LlamaConfig(**synthetic_workload(steps=1).llama, architectures=["LlamaForCausalLM"]).save_pretrained(folder)
     options = DoctorOptions(model=str(folder), method=method, lora_r=8, world_size=world_size, sequence_length=16)
+    options.load_in_4bit = load_in_4bit
     if engine_name.startswith("zero"):
         config = zero_config(Settings(), 12 // world_size, int(engine_name[4]), **ZERO_OPTIONS.get(engine_name, {}))
         path = folder / "deepspeed.json"
@@ -214,19 +226,48 @@ def test_prediction_is_what_happens(engine_name: str, method: str, world_size: i
     """Engine, layout, pairs, collectives and every rank's bytes are those of the run's report; sizes those held."""
     diagnosis = predicted(tmp_path, engine_name, method, world_size)
     assert not diagnosis.findings.failed, diagnosis.findings
-    assert diagnosis.setup and diagnosis.traffic and diagnosis.memory and diagnosis.pairs
     ranks = run_ranks(_train, world_size, engine_name, method)
+    _check_reports(diagnosis, ranks)
+    _check_sizes(diagnosis, ranks)
+    if (engine_name, method, world_size) in DEFAULT:
+        _check_engine_traffic(diagnosis, ranks[0]["sent"])
+
+
+@pytest.mark.parametrize(
+    "engine_name",
+    [
+        "ddp",
+        "fsdp2",
+        *(pytest.param(name, marks=pytest.mark.all_ranks) for name in ("zero1", "zero2", "zero3", "fsdp1-trainer")),
+    ],
+)
+def test_a_4_bit_base_is_sized_as_it_is_held(engine_name: str, tmp_path: Path) -> None:
+    """And so is what goes over the wire."""
+    diagnosis = predicted(tmp_path, engine_name, "reflora", 2, load_in_4bit=True)
+    assert not diagnosis.findings.failed, diagnosis.findings
+    save_base(synthetic_workload(steps=1), tmp_path / "base")
+    ranks = run_ranks(_train, 2, engine_name, "reflora", tmp_path / "base")
+    _check_reports(diagnosis, ranks)
+    _check_sizes(diagnosis, ranks)
+    if not engine_name.endswith("trainer"):  # whose traffic nobody counts
+        _check_engine_traffic(diagnosis, ranks[0]["sent"])
+
+
+def _check_reports(diagnosis: Diagnosis, ranks: list[Any]) -> None:
+    assert diagnosis.setup and diagnosis.traffic and diagnosis.pairs
     for rank, outcome in enumerate(ranks):
         report = outcome["report"]
         assert (diagnosis.setup.engine, diagnosis.setup.layout) == (report["engine"], report["layout"])
         assert sum(row["pairs"] for row in diagnosis.pairs) == report["num_pairs"]
         assert diagnosis.traffic.collectives == report["collectives_per_step"]
         assert diagnosis.traffic.sent[rank % diagnosis.setup.shard_size] == report["bytes_per_step"]
+
+
+def _check_sizes(diagnosis: Diagnosis, ranks: list[Any]) -> None:
+    assert diagnosis.memory
     counted = {item.name: item.bytes for item in diagnosis.memory if item.counted}
     most = {name: max(outcome["held"][name] for outcome in ranks) for name in ranks[0]["held"]}
     assert counted == most
-    if (engine_name, method, world_size) in DEFAULT:
-        _check_engine_traffic(diagnosis, ranks[0]["sent"])
 
 
 def _check_engine_traffic(diagnosis: Diagnosis, sent: Counter[str]) -> None:

@@ -10,13 +10,11 @@ from typing import Any, NamedTuple
 import peft.tuners.lora.bnb
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from launchers.finetune import load_model
 from launchers.options import parse_options
-from launchers.quantized import keep_weight_layout, quantization_config
 from reflora_dist import RefLoRACallback, RefLoRAConfig, attach, initialize_adapters
 from reflora_dist.adapter_files import save_adapter
 from reflora_dist.adapters import find_pairs
@@ -24,6 +22,7 @@ from reflora_dist.lora_sb import LoraXSConfig
 from reflora_dist.reference import ReferenceRefLoRA
 from tests.cluster import run_ranks
 from tests.engines_under_test import ENGINES
+from tests.four_bit import quantized_base, quantized_model, save_base
 from tests.oracles import train_oracle
 from tests.workloads import (
     FACTOR_TOLERANCE,
@@ -32,7 +31,6 @@ from tests.workloads import (
     Settings,
     Workload,
     build_model,
-    load_factors,
     named_factors,
     synthetic_workload,
     train_single,
@@ -42,29 +40,6 @@ from tests.workloads import (
 
 METHODS = ("reflora", "reflora-s", "scaled-gd", "lora-pro", "lora-rite")
 SMALLEST_DIFFERENCE = 1e-3  # between runs that must not agree; FACTOR_TOLERANCE is 1e-4
-
-
-def save_base(workload: Workload, folder: Path) -> None:
-    base = LlamaForCausalLM(LlamaConfig(**workload.llama))
-    base.load_state_dict(workload.base_weights)
-    base.save_pretrained(folder)
-
-
-def quantized_base(folder: Path) -> Any:
-    """As finetune.py loads it with ``--load_in_4bit``."""
-    base = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=quantization_config(torch.float32), attn_implementation="eager"
-    )
-    keep_weight_layout(base)
-    return base
-
-
-def quantized_model(workload: Workload, folder: Path) -> PeftModel:
-    """The workload's model, its base in 4 bits."""
-    model = get_peft_model(quantized_base(folder), LoraConfig(**workload.lora))
-    load_factors(model, workload.initial_factors)
-    model.train()
-    return model
 
 
 def _config(method: str) -> RefLoRAConfig:

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from ..adapters import AdapterPair, find_pairs
 from .options import DoctorOptions
@@ -17,12 +18,18 @@ from .values import one_line
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """A parameter of the model; ``layer`` is the path of the decoder layer that it belongs to, or empty."""
+    """A parameter of the model.
+
+    Attributes:
+        layer: path of the decoder layer that it belongs to, or empty.
+        quantizable: whether bitsandbytes packs it: the weight of a linear layer, but not of the output embedding.
+    """
 
     name: str
     shape: tuple[int, ...]
     trainable: bool
     layer: str
+    quantizable: bool = False
 
     @property
     def numel(self) -> int:
@@ -34,11 +41,18 @@ class Parameter:
 
 @dataclasses.dataclass(frozen=True)
 class MetaModel:
-    """What the estimates are made from."""
+    """What the estimates are made from.
+
+    Attributes:
+        scale_bytes: of what belongs to 4-bit weights beside the weights.
+        unpacked_numel: elements of the largest 4-bit weight, unpacked.
+    """
 
     config: Any
     parameters: list[Parameter]
     pairs: list[AdapterPair]
+    scale_bytes: int = 0
+    unpacked_numel: int = 0
 
     @property
     def base(self) -> list[Parameter]:
@@ -91,8 +105,12 @@ def describe(model: PeftModel) -> MetaModel:
     classes = layer_classes(model)
     layers = [name for name, module in model.named_modules() if type(module).__name__ in classes]
     owner = {f"{layer}.": layer for layer in layers}
+    output = model.get_output_embeddings()
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D) and module is not output]
+    weights = {id(module.weight) for module in linear}
     parameters = []
     for name, parameter in model.named_parameters():
         layer = next((found for prefix, found in owner.items() if name.startswith(prefix)), "")
-        parameters.append(Parameter(name, tuple(parameter.shape), parameter.requires_grad, layer))
+        trainable, quantizable = parameter.requires_grad, not parameter.requires_grad and id(parameter) in weights
+        parameters.append(Parameter(name, tuple(parameter.shape), trainable, layer, quantizable))
     return MetaModel(model.config, parameters, find_pairs(model))

@@ -18,7 +18,8 @@ from .activations import activation_bytes
 from .base_model import MetaModel, build, describe, load_config
 from .deepspeed_config import deepspeed_setup
 from .findings import Findings
-from .held import Item, Shards, factor_shards, memory, persisted
+from .four_bit import four_bit, pack
+from .held import BYTES, Item, Shards, factor_shards, memory, persisted
 from .options import OPTIMIZERS, PRECISIONS, DoctorOptions
 from .ranks import compare
 from .setup import Setup
@@ -208,6 +209,9 @@ def _estimate(result: Diagnosis, setup: Setup, model_config: Any) -> None:
         "base": sum(parameter.numel for parameter in model.base),
         "factors": sum(parameter.numel for parameter in model.factors),
     }
+    packing = four_bit(model_config, options, setup.precision, findings)
+    if packing is not None:
+        model = pack(model, packing, BYTES[setup.precision])
     result.pairs = _pair_rows(setup, model, shards)
     result.traffic = method_traffic(config, shapes, shards, setup.shard_size)
     result.engine_sends = engine_traffic(setup, model)
@@ -222,6 +226,8 @@ def _estimate(result: Diagnosis, setup: Setup, model_config: Any) -> None:
     result.memory = memory(setup, model, moments, activations, matrices)
     _check_adapter(model, setup, options, findings)
     _check_memory(result, setup)
+    if packing is not None:
+        _check_loading(model, setup, options, findings)
 
 
 def _why_not_built(model_config: Any, options: DoctorOptions, error: Exception) -> tuple[str, str]:
@@ -307,6 +313,18 @@ def _check_memory(result: Diagnosis, setup: Setup) -> None:
             f"a machine's {setup.ranks_per_node} ranks need {host:.1f} GiB of host memory, it has "
             f"{options.host_memory_gib:g} GiB",
             "offload less, or use more machines",
+        )
+
+
+def _check_loading(model: MetaModel, setup: Setup, options: DoctorOptions, findings: Findings) -> None:
+    """bitsandbytes packs weights on the device, and engines shard what is packed."""
+    loaded = model.scale_bytes + sum(parameter.numel for parameter in model.base) * BYTES[setup.precision]
+    if options.gpu_memory_gib is not None and loaded / _GIB > options.gpu_memory_gib:
+        findings.error(
+            "memory",
+            f"every rank loads the whole 4-bit base, {loaded / _GIB:.1f} GiB, before it is sharded, and a device has "
+            f"{options.gpu_memory_gib:g} GiB",
+            "larger devices, or no --load_in_4bit: a base in 16 bits is sharded as it is loaded",
         )
 
 

@@ -117,6 +117,10 @@ def memory(setup: Setup, model: MetaModel, moments: int, activation_bytes: int, 
     base = sum(_held(setup, model.base)) * working
     parameters = "host" if setup.offload_params else "device"
     items = [Item("base weights", base, parameters, True)]
+    if model.scale_bytes:
+        unpacked = model.unpacked_numel * working
+        items.append(Item("4-bit weights' scales, on every rank", model.scale_bytes, "device", True))
+        items.append(Item("a 4-bit weight, unpacked", unpacked, "device", False))
     kept = persisted(setup, model.parameters)
     if kept:
         whole = sum(parameter.numel for parameter in model.parameters if parameter.name in kept)

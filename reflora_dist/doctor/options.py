@@ -31,6 +31,7 @@ class DoctorOptions:
     )
     method: str = _option("reflora", "Method.", choices=METHODS)
     reflora_overlap: bool = _option(False, "Form the next step's S beside the next forward.")
+    load_in_4bit: bool = _option(False, "The base is kept in 4 bits, as by finetune.py --load_in_4bit.")
     lora_r: int = _option(16, "LoRA rank r.")
     target_modules: list[str] = _option(["all-linear"], "Layers that get an adapter.")  # noqa: RUF009
     optim: str | None = _option(None, "Optimizer. Default: DeepSpeed's file's, or adamw.", choices=tuple(OPTIMIZERS))

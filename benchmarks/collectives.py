@@ -33,13 +33,13 @@ class Collective:
 
 
 @contextlib.contextmanager
-def recorded(package: str = "reflora_dist") -> Iterator[list[Collective]]:
-    """Collect the collectives that modules of a package call meanwhile; those of engines are not among them."""
+def recorded() -> Iterator[list[Collective]]:
+    """Collect the collectives that modules of reflora_dist call meanwhile; those of engines are not among them."""
     calls: list[Collective] = []
     originals = {kind: getattr(dist, kind) for kind in (*_KINDS, *_NEWER_KINDS) if hasattr(dist, kind)}
 
     def record(kind: str, *args: Any, **kwargs: Any) -> Any:
-        if sys._getframe(1).f_globals.get("__name__", "").split(".")[0] == package:
+        if sys._getframe(1).f_globals.get("__name__", "").split(".")[0] == "reflora_dist":
             calls.append(_repeatable(kind, originals[kind], args, kwargs))
         return originals[kind](*args, **kwargs)
 

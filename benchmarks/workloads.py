@@ -46,12 +46,9 @@ class OptimizerStep:
         device: of the factors.
         engine: one of STEP_ENGINES; under "fsdp2" the factors are sharded by rows as in a sharded model, under
             "fsdp2-shard1" lora_A by columns.
-        learning_rate: small, since the gradients do not depend on the weights: nothing shall drift.
     """
 
-    def __init__(
-        self, shape: ModelShape, lora_rank: int, device: torch.device, engine: str, learning_rate: float = 1e-7
-    ) -> None:
+    def __init__(self, shape: ModelShape, lora_rank: int, device: torch.device, engine: str) -> None:
         assert engine in STEP_ENGINES
         model = _adapters_alone(shape, lora_rank, device)
         if engine.startswith("fsdp2"):
@@ -60,7 +57,7 @@ class OptimizerStep:
             frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
             placement = placement_fn(engine, model)
             fully_shard(model, mesh=mesh, ignored_params=frozen, shard_placement_fn=placement)
-        optimizer = fused_adamw(model, learning_rate)
+        optimizer = fused_adamw(model, 1e-7)  # gradients do not depend on the weights, so nothing shall drift
         # looked up at every call: a variant may put another step in its place
         self.trainee = Trainee(model, optimizer, lambda loss: None, lambda: optimizer.step())
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -129,7 +126,6 @@ class TrainingStep:
         model = build_model(shape, lora_rank, device, dtype=dtype, **changes)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        self.num_adapter_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.trainee = wrap(engine, model, micro_batch_size=micro_batch_size)
         self._autocast = dtype == torch.bfloat16 and not engine.startswith("zero")
         self._device = device

@@ -22,6 +22,7 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from launchers import classification, embedded, plots, recorder
 from launchers.failures import named_failures
@@ -221,7 +222,21 @@ def add_adapter(model: Any, options: Options) -> Any:
         # a start that changes the base is made afterwards, the same on every rank and under every engine
         init_lora_weights=PEFT_STARTS.get(lora.init_lora_weights, True),  # type: ignore[arg-type]
     )
-    return get_peft_model(model, config)
+    return _with_heads(model, config) if classifies else get_peft_model(model, config)
+
+
+def _with_heads(model: Any, config: LoraConfig) -> Any:
+    """Factors, and heads that are trained in full, in one dtype, which FSDP1 and ZeRO-3 demand.
+
+    ZeRO-3 keeps fp32 masters of both. Elsewhere both are fp32: in bf16 small updates would be rounded away.
+    """
+    if is_deepspeed_zero3_enabled():
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
+    model = get_peft_model(model, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
 
 
 def finish(trainer: Trainer, run_recorder: recorder.RunRecorder, options: Options) -> None:

@@ -1,4 +1,4 @@
-"""The command line of finetune.py: three small dataclasses beside transformers' TrainingArguments."""
+"""The command line of finetune.py: four small dataclasses beside transformers' TrainingArguments."""
 
 from __future__ import annotations
 

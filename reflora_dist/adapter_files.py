@@ -34,7 +34,7 @@ class _Entry(NamedTuple):
     file_key: str
 
 
-def save_adapter(model: nn.Module, output_dir: str | Path, *, save_embedding_layers: bool = False) -> None:
+def save_adapter(model: nn.Module, output_dir: str | Path) -> None:
     """Write the adapters as PEFT does: ``adapter_model.safetensors``, ``adapter_config.json``; rank 0 writes.
 
     Whatever PEFT counts to an adapter is in it (modules_to_save, DoRA magnitudes); an adapter that is not named
@@ -43,7 +43,6 @@ def save_adapter(model: nn.Module, output_dir: str | Path, *, save_embedding_lay
     Args:
         model: the PEFT model, bare or wrapped; under FSDP1 as FSDP returned it.
         output_dir: is made if it does not exist; files in it are replaced one by one, never written half.
-        save_embedding_layers: also the base's embeddings (PEFT's option), needed if the vocabulary was resized.
 
     Raises:
         TypeError, ValueError, OSError, RuntimeError: on every rank; the model is no PEFT model, is a part of an
@@ -60,7 +59,7 @@ def save_adapter(model: nn.Module, output_dir: str | Path, *, save_embedding_lay
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 pass  # a folder that cannot be written is found before any gather
-    entries = _entries(peft_model, owners, save_embedding_layers)
+    entries = _entries(peft_model, owners)
     gathered: dict[str, Tensor] = {}
     for name, tensor in gather(model, owners, entries):
         # one parameter whole at a time, kept where it will be written
@@ -72,7 +71,7 @@ def save_adapter(model: nn.Module, output_dir: str | Path, *, save_embedding_lay
                 target,
                 state_dict=gathered,
                 is_main_process=is_first_rank(),
-                save_embedding_layers=save_embedding_layers,
+                save_embedding_layers=False,
             )
             if is_first_rank():
                 _clean_keys(Path(target))
@@ -103,7 +102,7 @@ def load_adapter(model: nn.Module, optimizer: Any, adapter_dir: str | Path) -> N
         peft_model = find_peft_model(model)
         require_same_start(model, saved_mark(adapter_dir), adapter_dir)
         owners = owned_tensors(model, peft_model)
-    values = _read(adapter_dir, _entries(peft_model, owners, save_embedding_layers=False))
+    values = _read(adapter_dir, _entries(peft_model, owners))
     with agreed("loading the adapter"):
         write_weights(model, optimizer, owners, values)
 
@@ -122,7 +121,7 @@ def load_frozen(model: nn.Module, adapter_dir: str | Path) -> None:
     with agreed("opening the adapter"):
         peft_model = find_peft_model(model)
         owners = owned_tensors(model, peft_model)
-    entries = _entries(peft_model, owners, save_embedding_layers=False)
+    entries = _entries(peft_model, owners)
     frozen = {name: entry for name, entry in entries.items() if not getattr(*owners[name]).requires_grad}
     values = _read(adapter_dir, frozen)
     with agreed("loading the adapter"):
@@ -161,7 +160,7 @@ def find_peft_model(model: nn.Module) -> PeftModel:
     return peft_model
 
 
-def _entries(peft_model: PeftModel, owners: Mapping[str, Owner], save_embedding_layers: bool) -> dict[str, _Entry]:
+def _entries(peft_model: PeftModel, owners: Mapping[str, Owner]) -> dict[str, _Entry]:
     """What belongs to the adapters, by name. PEFT itself chooses, among empty stand-ins for the tensors."""
     keys = _lookup_keys(peft_model, owners)
     stand_ins = {name: torch.empty(0) for name in owners}
@@ -172,7 +171,7 @@ def _entries(peft_model: PeftModel, owners: Mapping[str, Owner], save_embedding_
             peft_model,
             {keys[name]: stand_in for name, stand_in in stand_ins.items()},
             adapter_name=adapter,
-            save_embedding_layers=save_embedding_layers,
+            save_embedding_layers=False,
         )
         if not kept:
             raise RuntimeError(f"PEFT finds nothing that belongs to adapter {adapter!r}")

@@ -18,8 +18,6 @@ _WRAPPER_SEGMENTS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_ori
 # Variants in which the layer's function depends on the factors only through the product B A.
 _SUPPORTED_VARIANTS = ("DoraLinearVariant", "DoraEmbeddingVariant", "DoraConv", "ALoraLinearVariant")
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
 
 @dataclasses.dataclass(frozen=True)
 class AdapterPair:
@@ -98,7 +96,8 @@ def find_pairs(model: nn.Module) -> list[AdapterPair]:
     owners: dict[int, str] = {}
     for pair in pairs:
         for factor in (pair.lora_a, pair.lora_b):
-            first = owners.setdefault(id(factor), pair.name)
+            # PEFT's ensure_weight_tying makes parameters of their own on one memory; what is sharded has no address
+            first = owners.setdefault(factor.data_ptr() or id(factor), pair.name)
             if first != pair.name:
                 raise ValueError(f"adapters {first} and {pair.name} share a factor; tied factors have no own S")
     return pairs
@@ -155,6 +154,8 @@ def _refuse_unsupported(name: str, layer: LoraLayer, adapter: str) -> None:
             f"adapter {name} is a {type(layer).__name__} LoRA layer, which is not supported; leave its "
             "module out of target_modules / target_parameters"
         )
+    if isinstance(layer.lora_A[adapter], torch.Tensor):  # AdaLoRA's
+        raise ValueError(f"adapter {name} is a {type(layer).__name__}, which is not supported; use peft.LoraConfig")
     variant = type(layer.lora_variant.get(adapter)).__name__
     if variant != "NoneType" and not variant.startswith(_SUPPORTED_VARIANTS):
         raise ValueError(f"adapter {name} uses {variant}, which is not supported; use plain LoRA, rsLoRA or DoRA")

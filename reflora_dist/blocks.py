@@ -30,10 +30,10 @@ Matrices = dict[int, Tensor]
 
 
 def stack_view(tensors: Sequence[Tensor]) -> Tensor | None:
-    """All elements of contiguous tensors as one flat view, if they follow each other in memory; else None."""
+    """All elements as one flat view, if tensors are contiguous and follow each other in memory; else None."""
     address, dtype = tensors[0].data_ptr(), tensors[0].dtype
     for tensor in tensors:
-        if tensor.data_ptr() != address or tensor.dtype != dtype:
+        if tensor.data_ptr() != address or tensor.dtype != dtype or not tensor.is_contiguous():
             return None
         address += tensor.numel() * tensor.element_size()
     numel = sum(tensor.numel() for tensor in tensors)

@@ -56,6 +56,13 @@ class RefLoRACallback(TrainerCallback, ExportableState):
         if state.global_step and isinstance(kwargs["model"], FullyShardedDataParallel):
             load_checkpoint(resumed_checkpoint(args, state), kwargs["model"], kwargs["optimizer"])
         self.handle = attach(kwargs["model"], kwargs["optimizer"], self.config, state_dict=saved)
+        assert self.config.warmup_steps is not None
+        if self.config.method != "lora" and 0 < state.max_steps <= self.config.warmup_steps:
+            _warn(
+                state,
+                f"{self.config.method} begins after warmup_steps={self.config.warmup_steps} and training ends after "
+                f"{state.max_steps}: all of it is plain LoRA. Set RefLoRAConfig(warmup_steps=...) below that",
+            )
         # Trainer updates this entry at every checkpoint, and fails if a resumed state lacks it.
         assert isinstance(state.stateful_callbacks, dict)
         state.stateful_callbacks[type(self).__name__] = self.state()
@@ -101,6 +108,13 @@ class RefLoRACallback(TrainerCallback, ExportableState):
     ) -> None:
         if self.handle is not None:
             self.handle.detach()
+            report = self.handle.report()
+            if report.skipped_pairs and report.skipped_pairs == report.applied_steps * report.num_pairs:
+                _warn(
+                    state,
+                    f"{report.method} skipped every adapter in each of its {report.applied_steps} steps: training was "
+                    "plain LoRA. Both factors need full rank (lora_B is zero at PEFT's start: warmup_steps)",
+                )
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best and isinstance(kwargs["model"], FullyShardedDataParallel):
             # Trainer has just loaded it, from files that hold no factors (see on_save)
@@ -117,19 +131,26 @@ class RefLoRACallback(TrainerCallback, ExportableState):
         }
 
     def _saved_start(self, state: TrainerState) -> str | None:
-        callbacks = state.stateful_callbacks
-        entry = callbacks.get(type(self).__name__) if isinstance(callbacks, dict) else None
-        return entry.get("start") if isinstance(entry, dict) else None
+        return self._saved_entry(state).get("start")
 
     def _saved_state(self, state: TrainerState) -> dict[str, Any]:
-        callbacks = state.stateful_callbacks
-        entry = callbacks.get(type(self).__name__) if isinstance(callbacks, dict) else None
-        if isinstance(entry, dict) and entry.get("handle"):
-            return entry["handle"]
+        handle_state = self._saved_entry(state).get("handle")
+        if handle_state:
+            return handle_state
         logger.warning(
             "the checkpoint was written without RefLoRA; its %d steps count as plain LoRA steps", state.global_step
         )
         return schedule_state(self.config, state.global_step)
+
+    def _saved_entry(self, state: TrainerState) -> dict[str, Any]:
+        callbacks = state.stateful_callbacks
+        entry = callbacks.get(type(self).__name__) if isinstance(callbacks, dict) else None
+        return entry if isinstance(entry, dict) else {}
+
+
+def _warn(state: TrainerState, text: str) -> None:
+    if state.is_world_process_zero:
+        logger.warning(text)
 
 
 def _come_before_reporters(callback: TrainerCallback) -> None:
@@ -148,8 +169,16 @@ def _come_before_reporters(callback: TrainerCallback) -> None:
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    """The folder of the checkpoint that Trainer writes at this step."""
+    """The folder of the checkpoint that Trainer writes at this step.
+
+    Raises:
+        RuntimeError: a search over hyperparameters is under way, in which it has a name that callbacks are not told.
+    """
     assert args.output_dir is not None
+    if state.is_hyper_param_search:
+        raise RuntimeError(
+            "hyperparameter_search() hides its checkpoints from callbacks: set save_strategy='no' for it"
+        )
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,18 @@ class CompleteCheckpoints(TrainerCallback):
             (checkpoint_folder(args, state) / _RECORD).unlink(missing_ok=True)
 
     on_epoch_end = on_step_end
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        best, ended = state.best_model_checkpoint, state.global_step >= state.max_steps  # else it may be resumed
+        if is_first_rank() and self._limit == 1 and best is not None and ended:
+            # as Trainer does: the last one is kept beside the best only while training goes on
+            for checkpoint in sort_checkpoints(str(Path(best).parent)):
+                if not os.path.samefile(checkpoint, best):
+                    shutil.rmtree(checkpoint, ignore_errors=True)
+        if self._limit is not None:
+            args.save_total_limit, self._limit = self._limit, None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Communication: two all-gathers of small objects."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -26,13 +27,13 @@ _ADAM_FAMILY = {
 }
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, config: RefLoRAConfig, pairs: Sequence[AdapterPair] = ()) -> None:
+def check_optimizer(optimizer: torch.optim.Optimizer, config: RefLoRAConfig, pairs: Sequence[AdapterPair]) -> None:
     """Make sure that a method can work with an optimizer, and with the adapters.
 
     Raises:
         ValueError: the optimizer is not known to be elementwise (a refactored, perhaps flat and partial gradient
-            means nothing to others), or, for "reflora-s", not one of the Adam family; or "lora-rite" without LoRARite,
-            or with a factor of less than r rows.
+            means nothing to others), or has a ``step`` of its own; or, for "reflora-s", is not one of the Adam family;
+            or "lora-rite" without LoRARite, or with a factor of less than r rows.
     """
     name = type(optimizer).__name__
     if (config.method == "lora-rite") != isinstance(optimizer, LoRARite):
@@ -43,13 +44,22 @@ def check_optimizer(optimizer: torch.optim.Optimizer, config: RefLoRAConfig, pai
     if config.method == "lora-rite":
         _check_sizes(pairs)
         return
-    if config.method == "reflora-s" and not _is_listed(optimizer, _ADAM_FAMILY):
+    if config.method == "lora":
+        return
+    if config.method == "reflora-s" and _listed(optimizer, _ADAM_FAMILY) is None:
         known = ", ".join(sorted(set().union(*_ADAM_FAMILY.values())))
         raise ValueError(f"method='reflora-s' rescales Adam's moments; {name} is not one of {known}")
-    if config.method != "lora" and not _is_listed(optimizer, _ELEMENTWISE):
+    base = _listed(optimizer, _ELEMENTWISE)
+    if base is None:
         raise ValueError(
             f"{name} is not known to update elementwise, so its gradients cannot be refactored; use AdamW or another "
             "of torch.optim's elementwise optimizers"
+        )
+    if inspect.unwrap(type(optimizer).step) is not inspect.unwrap(base.step):
+        # which may read or change gradients as PEFT's does; and torch calls hooks in it and again in the step it calls
+        raise ValueError(
+            f"{name} has a step() of its own around {base.__name__}'s, in which gradients would be refactored twice or "
+            f"not as meant: use {base.__name__} itself (for PEFT's create_riemannian_optimizer method='scaled-gd')"
         )
 
 
@@ -63,13 +73,13 @@ def _check_sizes(pairs: Sequence[AdapterPair]) -> None:
             )
 
 
-def _is_listed(optimizer: torch.optim.Optimizer, listed: dict[str, set[str]]) -> bool:
-    """Whether the optimizer's class, or one that it derives from, is in a list (bitsandbytes adds 8bit and Paged)."""
+def _listed(optimizer: torch.optim.Optimizer, listed: dict[str, set[str]]) -> type[torch.optim.Optimizer] | None:
+    """The optimizer's class, or one that it derives from, that is in a list (bitsandbytes adds 8bit and Paged)."""
     for base in type(optimizer).__mro__:
         package = base.__module__.split(".")[0]
         name = base.__name__
         if package == "bitsandbytes":
             name = name.removeprefix("Paged").removesuffix("8bit").removesuffix("32bit")
         if name in listed.get(package, ()):
-            return True
-    return False
+            return base
+    return None

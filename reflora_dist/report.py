@@ -15,14 +15,15 @@ class Report:
         engine: "single", "ddp", "fsdp1", "fsdp2", "zero1", "zero2", "zero3" or "zero1 (BF16_Optimizer)".
         layout: "whole", "tall" (whole rows of the tall factors) or "flat" (flat pieces, re-tiled at every step).
         world_size: ranks of the job.
-        num_pairs: LoRA adapters that are refactored.
+        num_pairs: LoRA adapters that the method acts on.
         lora_ranks: the r that occur, and how many pairs have each.
         collectives_per_step: by kind, as issued in the last optimizer step (forward, backward and what the
             engine sends are not in it).
         bytes_per_step: bytes that this rank sent in them; an all-reduce counts 2 (N - 1) / N times its payload.
         steps: optimizer steps since the start of training.
         applied_steps: those of them in which the method was applied.
-        skipped_pairs: pairs left as plain LoRA because S did not exist, summed over the applied steps.
+        skipped_pairs: pairs for which the method had no solution, which left them plain LoRA, summed over the applied
+            steps; for "lora-rite" pairs of which a gradient was too large to be used.
     """
 
     method: str

@@ -48,7 +48,7 @@ class Start:
         scaling: of every pair, by its name.
         before, after: checksums of every pair's base weight, original and changed.
         base_dtype: of every pair's base weight.
-        factors: ``lora_A`` and ``lora_B`` by PEFT's names; in memory on the first rank only.
+        factors: ``lora_A`` and ``lora_B`` by PEFT's names; of a start that was just made on the first rank only.
         mark: what stands in the configuration of adapters that belong to this start.
     """
 
@@ -196,7 +196,7 @@ def find_start(folder: str | Path) -> Path:
     )
 
 
-def read_start(folder: str | Path, *, with_factors: bool = True) -> Start:
+def read_start(folder: str | Path) -> Start:
     """Read the start of a checkpoint or adapter.
 
     Raises:
@@ -209,9 +209,9 @@ def read_start(folder: str | Path, *, with_factors: bool = True) -> Start:
         if int(header["version"]) != _VERSION:
             raise ValueError(f"version {header['version']}, this release reads {_VERSION}")
         fields = {field: json.loads(header[field]) for field in ("scaling", "before", "after", "base_dtype")}
-        factors = load_file(path) if with_factors else {}
+        factors = load_file(path)
     start = Start(init=header["init"], mark=header["mark"], factors=factors, **fields)
-    if with_factors and make_mark(start.init, factors, start.before) != start.mark:
+    if make_mark(start.init, factors, start.before) != start.mark:
         raise ValueError(f"{path} is damaged: its factors are not those that its header names")
     wanted = saved_mark(folder)
     if wanted is not None and wanted != start.mark:

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .adapters import clean_name
@@ -55,6 +55,13 @@ def _require_all_adapters(model: nn.Module, peft_model: PeftModel, owners: Mappi
             )
 
 
+def reshard(model: nn.Module) -> None:
+    """Have FSDP2 put sharded parameters back: the root keeps whole ones after an evaluation, until a backward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def gather(model: nn.Module, owners: Mapping[str, Owner], wanted: Collection[str]) -> Iterator[tuple[str, Tensor]]:
     """Every wanted tensor, whole, in the same order on all ranks; to be copied before the next is asked for.
 
@@ -78,6 +85,7 @@ def scatter(model: nn.Module, owners: Mapping[str, Owner], values: Mapping[str, 
 
     Communication: as :func:`gather`; DTensors and ZeRO-3 parameters are sent out by rank 0.
     """
+    reshard(model)
     remaining = {name: owners[name] for name in owners if name in values}
     for name, tensor in _in_fsdp1_units(model, remaining, writeback=True):
         del remaining[name]

@@ -320,7 +320,7 @@ def test_a_damaged_checkpoint_is_refused_on_every_rank(
     assert [message in text for text in run_ranks(_error_of_loading, 2, "ddp", str(folder))] == [True, True]
 
 
-def test_another_engine_is_refused(ddp_checkpoint: Path, tmp_path: Path) -> None:
+def test_another_engine_is_refused(ddp_checkpoint: Path) -> None:
     """The error names both engines; one process counts as DDP, since both hold everything whole."""
     for text in run_ranks(_error_of_loading, 2, "fsdp2", str(ddp_checkpoint)):
         assert "written under ddp and this is fsdp2" in text

@@ -26,7 +26,6 @@ LIMIT = 60.0  # seconds from the fault until no process is left
 STEPS, SAVE_STEPS, FAULT_AT = 8, 3, 5
 WORLD_SIZE = 2
 ENGINES = {"torchrun": "ddp", "deepspeed": "zero3", "accelerate": "zero3"}
-LOST = "closed by peer|reset by peer"
 
 
 @pytest.fixture(scope="module")

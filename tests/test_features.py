@@ -28,7 +28,6 @@ from tests.workloads import (
 )
 
 REFLORA = RefLoRAConfig(method="reflora", warmup_steps=0)
-REFLORA_S = RefLoRAConfig(method="reflora-s", warmup_steps=0)
 
 
 def train_single(

@@ -96,7 +96,7 @@ def test_replaying_on_another_model_is_refused(saved: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["missing", "cut", "altered", "another-run"])
-def test_initial_factors_that_cannot_be_used(saved: Path, kind: str, tmp_path: Path) -> None:
+def test_initial_factors_that_cannot_be_used(kind: str, tmp_path: Path) -> None:
     folder = tmp_path / "sub" / "adapter"
     save_adapter(_started(), folder)
     file = folder / FILE_NAME

@@ -196,7 +196,6 @@ def test_labels_are_learnt_and_resumed(folder: Path) -> None:
 
 @pytest.mark.parametrize("changes", [{"bf16": True}, {"target_modules": None}, {"init_lora_weights": "kaiming_both"}])
 @pytest.mark.parametrize("engine", ["zero3", pytest.param("ddp", marks=pytest.mark.all_ranks)])
-@pytest.mark.all_ranks
 def test_options(folder: Path, engine: str, changes: dict[str, Any]) -> None:
     """Regression in bf16; PEFT's all-linear leaves the new layers alone; a start that changes the base."""
     output = f"{engine}-{next(iter(changes))}"

@@ -95,7 +95,7 @@ def test_runs_that_differ_in_more_than_the_method_are_refused(
         _main(monkeypatch, *_write(tmp_path, RUN, other))
 
 
-def test_the_methods_own_settings_may_differ(tmp_path: Path) -> None:
+def test_the_methods_own_settings_may_differ() -> None:
     compare.check_comparable([RUN, _other(reflora_warmup_steps=100)])
 
 

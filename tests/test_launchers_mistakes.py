@@ -62,7 +62,7 @@ def test_a_mistake_is_named_before_training(folder: Path, changes: dict[str, str
         finetune.main(argv)
 
 
-def test_an_unknown_method_is_refused_by_the_parser(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_method_is_refused_by_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         finetune.main(["--method=adalora"])
     assert "invalid choice: 'adalora'" in capsys.readouterr().err

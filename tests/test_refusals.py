@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from reflora_dist import RefLoRAConfig, attach
 
@@ -103,6 +104,30 @@ def test_an_optimizer_that_derives_from_a_known_one_is_accepted() -> None:
     attach(model, type("MyAdamW", (torch.optim.AdamW,), {})(trainable(model)), RefLoRAConfig(method="reflora-s"))
 
 
+class Accumulating(torch.optim.AdamW):
+    """Has the hooks called in its own step and, once a plain AdamW was made, again in AdamW's."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("method", ["reflora", "reflora-s", "scaled-gd"])
+def test_an_optimizer_with_a_step_of_its_own(method: str) -> None:
+    model = adapted()
+    with pytest.raises(ValueError, match=r"Accumulating has a step\(\) of its own around AdamW's"):
+        attach(model, Accumulating(trainable(model)), RefLoRAConfig(method=method))
+    attach(model, Accumulating(trainable(model)), RefLoRAConfig(method="lora"))
+
+
+def test_pefts_riemannian_optimizer() -> None:
+    """It preconditions gradients by itself."""
+    riemannian = pytest.importorskip("peft.optimizers.riemannian")
+    model = adapted()
+    optimizer = riemannian.create_riemannian_optimizer(model, torch.optim.AdamW, lr=1e-3)
+    with pytest.raises(ValueError, match="method='scaled-gd'"):
+        attach(model, optimizer, CONFIG)
+
+
 def test_a_namesake_of_adamw_is_not_adamw() -> None:
     """bitsandbytes' AdamW keeps other moments under the same name."""
     model = adapted()
@@ -155,6 +180,31 @@ def test_tied_factors() -> None:
     layers = model.base_model.model
     layers[1].lora_A["default"].weight = layers[0].lora_A["default"].weight
     with pytest.raises(ValueError, match=r"adapters .*0\.default and .*1\.default share a factor"):
+        attach(model, adamw(model), CONFIG)
+
+
+def test_factors_that_peft_ties() -> None:
+    """They are parameters of their own, on one memory."""
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    lora = LoraConfig(r=2, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True)
+    model = get_peft_model(LlamaForCausalLM(config), lora)
+    with pytest.raises(ValueError, match=r"adapters .*embed_tokens\.default and .*lm_head\.default share a factor"):
+        attach(model, adamw(model), CONFIG)
+
+
+def test_factors_in_another_memory_format() -> None:
+    net = nn.Sequential(nn.Conv2d(4, 4, 3))
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["0"])).to(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=r"0\.default\.lora_A has strides .*memory_format=torch\.contiguous_format"):
+        attach(model, adamw(model), CONFIG)
+
+
+def test_adalora() -> None:
+    model = get_peft_model(Net(), AdaLoraConfig(r=2, target_modules=["first"], total_step=9))
+    with pytest.raises(ValueError, match=r"is a SVDLinear, which is not supported; use peft\.LoraConfig"):
         attach(model, adamw(model), CONFIG)
 
 

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..adapters import AdapterPair
+from ..whole import reshard
 from .base import Engine, Firing
 from .fsdp1_flat import flat_parameter_engine
 from .parameters import FSDP1Engine, FSDP2Engine, ReplicatedEngine
@@ -34,6 +35,7 @@ def find_engine(model: nn.Module, optimizer: Any, pairs: Sequence[AdapterPair]) 
         ValueError: the optimizer does not hold the factors, or the engine has an option that is not supported.
     """
     _refuse_double_wrapping(model)
+    reshard(model)
     _refuse_frozen(pairs)
     innermost = _unwrap(optimizer)
     if is_deepspeed_optimizer(innermost):

@@ -22,6 +22,12 @@ class ParameterEngine(Engine):
         self._check_ownership(
             ValueError, "create the optimizer from the model's parameters after wrapping it, or pass the right one"
         )
+        for name, weight in zip(self._factor_names(), self.weights(), strict=True):
+            if not weight.is_contiguous():
+                raise ValueError(
+                    f"{name} has strides {weight.stride()}, and its rows have to follow each other in memory: give the "
+                    "adapter's weights back their layout (memory_format=torch.contiguous_format)"
+                )
         self._layout_at_attach = self._current_layout()
 
     def weights(self) -> list[Tensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
+import weakref
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +25,8 @@ from .gradients import Loss
 from .initialize import initialize_lora_sb, initialize_lora_xs
 from .layer import LoraXSLinear
 
+logger = logging.getLogger(__name__)
+
 
 class LoRASBCallback(TrainerCallback):
     """Initializes the adapters at the beginning of training, from the Trainer's own batches, under every engine.
@@ -39,6 +43,7 @@ class LoRASBCallback(TrainerCallback):
         self._loss = loss
         self.config = config if isinstance(config, LoRASBConfig) else LoRASBConfig(**config)
         self._report: Report | None = None
+        self._initialized: weakref.WeakSet[LoraXSLinear] = weakref.WeakSet()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -51,12 +56,15 @@ class LoRASBCallback(TrainerCallback):
                 load_checkpoint(folder, model, optimizer)
             else:
                 load_frozen(model, folder)
+        elif self._initialized and self._initialized >= {*_layers(model)}:
+            logger.warning("the adapters were initialized for an earlier train(): training goes on from what they are")
         elif self.config.method == "lora-xs":
             initialize_lora_xs(model, optimizer, self.config)
         else:
             config = dataclasses.replace(self.config, learning_rate=self.first_learning_rate(args, state))
             batches = _first_batches(kwargs["train_dataloader"], config.num_batches)
             initialize_lora_sb(model, optimizer, batches, config, loss=self._loss)
+        self._initialized.update(_layers(model))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self._report is not None
@@ -97,8 +105,9 @@ class LoRASBCallback(TrainerCallback):
 
 def _describe(model: Any, optimizer: Any, method: str, steps: int) -> Report:
     engine = find_training_engine(model, optimizer)
-    layers = [module for module in model.modules() if isinstance(module, LoraXSLinear)]
-    ranks = Counter(layer.r[adapter] for layer in layers for adapter in layer.active_adapters if adapter in layer.r)
+    ranks = Counter(
+        layer.r[adapter] for layer in _layers(model) for adapter in layer.active_adapters if adapter in layer.r
+    )
     return Report(
         method=method,
         engine=engine.name,
@@ -112,6 +121,10 @@ def _describe(model: Any, optimizer: Any, method: str, steps: int) -> Report:
         applied_steps=steps,
         skipped_pairs=0,
     )
+
+
+def _layers(model: Any) -> list[LoraXSLinear]:
+    return [module for module in model.modules() if isinstance(module, LoraXSLinear)]
 
 
 def _first_batches(loader: Any, count: int) -> list[Any]:

@@ -25,20 +25,43 @@ ensure_environment() {
         say "Installing torch (TORCH_INDEX_URL names another index, for example that of the CPU builds)"
         "$PYTHON" -m pip install "${constraints[@]}" ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch
     fi
-    if ! "$PYTHON" - "$repository/pyproject.toml" "$extras" <<'PY' 2>/dev/null
-import sys
-from importlib import metadata
-from packaging.requirements import Requirement
-import tomllib
-project = tomllib.load(open(sys.argv[1], "rb"))["project"]
-wanted = project["dependencies"] + [r for e in sys.argv[2].split(",") for r in project["optional-dependencies"][e]]
-for requirement in map(Requirement, wanted):
-    assert metadata.version(requirement.name) in requirement.specifier, requirement
-PY
-    then
+    local pins
+    pins=$(mktemp)
+    if ! missing_packages "$extras" >"$pins"; then
         say "Installing reflora_dist with [$extras]"
-        "$PYTHON" -m pip install "${constraints[@]}" -e "${repository}[$extras]"
+        "$PYTHON" -m pip install -c "$pins" -e "${repository}[$extras]"
     fi
+    rm -f "$pins"
+}
+
+# Fails if a package is missing or too old, and then prints the versions of constraints.txt of all but those packages that
+# are there and will do: a CUDA build of torch is not replaced because something else is missing.
+missing_packages() {
+    "$PYTHON" - "$repository" "$1" <<'PY'
+import sys, tomllib
+from importlib import metadata
+from pathlib import Path
+try:
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+except ImportError:  # a new environment, which has nothing but pip
+    from pip._vendor.packaging.requirements import Requirement
+    from pip._vendor.packaging.utils import canonicalize_name
+
+installed = {canonicalize_name(found.name): found.version for found in metadata.distributions()}
+
+repository, extras = Path(sys.argv[1]), sys.argv[2].split(",")
+project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+wanted = project["dependencies"] + [r for extra in extras for r in project["optional-dependencies"][extra]]
+wanted = {canonicalize_name(requirement.name): requirement.specifier for requirement in map(Requirement, wanted)}
+missing = {name for name, versions in wanted.items() if name not in installed or installed[name] not in versions}
+constraints = repository / "constraints.txt"
+for line in constraints.read_text().splitlines() if constraints.is_file() else []:
+    name = canonicalize_name(line.partition("==")[0])
+    if name in missing or name not in installed:
+        print(line)
+sys.exit(bool(missing))
+PY
 }
 
 # Processes, threads and accelerator of a launch: all GPUs, or two processes on the CPU. PROCESSES overrides.

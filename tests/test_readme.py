@@ -31,6 +31,13 @@ def test_named_files_exist() -> None:
     assert named and not missing
 
 
+def test_the_example_of_a_method_is_its_code() -> None:
+    page = (ROOT / "reflora_dist" / "methods" / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    code = (ROOT / "reflora_dist" / "methods" / "scaled_gd.py").read_text()
+    assert example == re.sub(r'    """.*?"""\n\n', "", code[code.index("class ") :], flags=re.DOTALL)
+
+
 def _snippets() -> list[str]:
     return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
@@ -44,7 +51,7 @@ def _model() -> LlamaForCausalLM:
 def _run_loop_and_checkpoint_snippets(rank: int, world_size: int, folder: str) -> str:
     import os
 
-    rite, latent, loop, *_, checkpoint = _snippets()
+    loop, _, rite, latent, *_, checkpoint = _snippets()
     names = {"base_model": _model()}
     exec(loop, names)
     model, optimizer, handle = (names[key] for key in ("model", "optimizer", "handle"))
@@ -86,7 +93,7 @@ def test_trainer_snippet(tmp_path: Path) -> None:
     rows = [{"input_ids": list(range(16)), "labels": list(range(16))}] * 4
     arguments = TrainingArguments(str(tmp_path), max_steps=2, report_to="none", use_cpu=True, save_strategy="no")
     names = {"peft_model": model, "args": arguments, "data": Dataset.from_list(rows)}
-    exec(_snippets()[3], names)
+    exec(_snippets()[1], names)
     handle = next(c.handle for c in names["trainer"].callback_handler.callbacks if hasattr(c, "handle"))
     assert handle.report().steps == 2
     names["args"] = TrainingArguments(

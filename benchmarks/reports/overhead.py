@@ -40,10 +40,11 @@ def headline(record: dict[str, Any]) -> str:
     reflora, gather = run["variants"]["reflora"], run["variants"]["gather-coalesced"]
     backend = f" over {arguments['backend']}" if arguments["backend"] else ""
     return (
-        f"- LLaMA {arguments['model'].upper()}'s layers, {run['num_pairs']} adapters, r = {run['lora_rank']}, "
-        f"{record['world_size']} ranks of {arguments['engine']} on one {record['hardware']}{backend}: "
-        f"{reflora['added_step_ms']:.1f} ms more per optimizer step, {reflora['report']['bytes_per_step']:,} bytes "
-        f"sent (whole factors gathered first: {gather['added_step_ms']:.1f} ms more)."
+        f"- {record['results']['shape']['num_layers']} layers of LLaMA {arguments['model'].upper()}, r = "
+        f"{run['lora_rank']}, {arguments['engine']} on {record['world_size']} ranks that share one "
+        f"{record['hardware']}{backend}: {reflora['added_step_ms']:.1f} ms more per optimizer step, "
+        f"{reflora['report']['bytes_per_step'] / 1e6:.1f} MB sent per rank (whole factors gathered first: "
+        f"{gather['added_step_ms']:.1f} ms more)."
     )
 
 

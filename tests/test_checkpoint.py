@@ -31,7 +31,7 @@ from tests.engines_under_test.common import Wrapped, _train_on, mean_over_ranks
 from tests.engines_under_test.zero import _zero
 from tests.workloads import Factors, Workload, build_model, synthetic_workload, worst_factor_error, worst_loss_error
 
-OWN_LOOP = [name for name in ENGINES if not name.endswith("-trainer")]
+OWN_LOOP = [name for name, engine in ENGINES.items() if not engine.takes_callback]
 ZERO = ("zero1", "zero2", "zero3", "zero3-two-groups", "zero1-bf16")
 SAVED_AT, STEPS = 3, 5
 SCHEDULE: dict[str, Any] = {"warmup_steps": 1, "interval": 2}

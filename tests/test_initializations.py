@@ -144,8 +144,10 @@ def test_the_function_survives_start_resume_and_export(
         assert all(factor.abs().max() > 0 for factor in run.initial.values())
         assert (run.start_logits - expected).abs().max() < LOGIT_TOLERANCE
     resumed = run_ranks(_run, world_size, engine_name, init, str(tmp_path), True)
-    # ZeRO-2 cuts its first buckets differently and sums in another order, which RefLoRA passes on
-    tolerance = 1e-5 if engine_name == "zero2" else 0.0
+    # ZeRO-2 and DDP cut their first buckets differently, so that gradients are summed in another order, which RefLoRA
+    # passes on; of two ranks DDP's sum has one order only
+    reordered = engine_name == "zero2" or (engine_name == "ddp" and world_size > 2)
+    tolerance = 1e-5 if reordered else 0.0
     for before, after in zip(whole, resumed, strict=True):
         assert after.start.after == before.start.after and after.start.mark == before.start.mark
         assert after.losses == pytest.approx(before.losses[STEPS // 2 :], rel=tolerance, abs=0)

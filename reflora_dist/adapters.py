@@ -96,11 +96,19 @@ def find_pairs(model: nn.Module) -> list[AdapterPair]:
     owners: dict[int, str] = {}
     for pair in pairs:
         for factor in (pair.lora_a, pair.lora_b):
-            # PEFT's ensure_weight_tying makes parameters of their own on one memory; what is sharded has no address
-            first = owners.setdefault(factor.data_ptr() or id(factor), pair.name)
+            first = owners.setdefault(_identity(factor), pair.name)
             if first != pair.name:
                 raise ValueError(f"adapters {first} and {pair.name} share a factor; tied factors have no own S")
     return pairs
+
+
+def _identity(factor: torch.Tensor) -> int:
+    """By its memory, since PEFT's ensure_weight_tying makes two parameters on one; where it has none, by itself.
+
+    Sharded parameters have no address, and views of a buffer that FSDP1 has freed only look as if they had one.
+    """
+    address = factor.data_ptr()
+    return address if address and factor.untyped_storage().nbytes() else id(factor)
 
 
 def lora_layers(model: nn.Module) -> list[LoraLayer]:

@@ -167,6 +167,18 @@ def test_unknown_variants_are_refused() -> None:
         find_pairs(model)
 
 
+def test_factors_in_freed_buffers_are_not_tied() -> None:
+    """FSDP1 leaves views of a flat buffer on modules when it frees the buffer: same places, other buffers."""
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0", "1"]))
+    for layer in model.base_model.model:
+        flat = torch.zeros(40)
+        for start, side in ((8, layer.lora_A), (16, layer.lora_B)):
+            weight = side["default"].weight
+            weight.data = flat[start : start + 8].view(weight.shape)
+        flat.untyped_storage().resize_(0)
+    assert len(find_pairs(model)) == 2
+
+
 def test_names_do_not_show_wrappers() -> None:
     assert clean_name("module._orig_mod.base.layers.0._checkpoint_wrapped_module.q") == "base.layers.0.q"
     assert clean_name("_fsdp_wrapped_module.base.module.q") == "base.module.q"

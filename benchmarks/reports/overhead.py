@@ -38,12 +38,13 @@ def headline(record: dict[str, Any]) -> str:
     """What RefLoRA adds to the optimizer step under an engine, beside whole factors gathered first."""
     arguments, run = record["arguments"], record["results"]["runs"][0]
     reflora, gather = run["variants"]["reflora"], run["variants"]["gather-coalesced"]
-    backend = f" over {arguments['backend']}" if arguments["backend"] else ""
+    ranks, hardware = record["world_size"], record["hardware"]
+    shared = arguments["backend"] == "gloo"
+    where = f"{ranks} ranks that share one {hardware} over gloo" if shared else f"{ranks} ranks, {hardware}"
     return (
         f"- {record['results']['shape']['num_layers']} layers of LLaMA {arguments['model'].upper()}, r = "
-        f"{run['lora_rank']}, {arguments['engine']} on {record['world_size']} ranks that share one "
-        f"{record['hardware']}{backend}: {reflora['added_step_ms']:.1f} ms more per optimizer step, "
-        f"{reflora['report']['bytes_per_step'] / 1e6:.1f} MB sent per rank (whole factors gathered first: "
+        f"{run['lora_rank']}, {arguments['engine']} on {where}: {reflora['added_step_ms']:.1f} ms more per optimizer "
+        f"step, {reflora['report']['bytes_per_step'] / 1e6:.1f} MB sent per rank (whole factors gathered first: "
         f"{gather['added_step_ms']:.1f} ms more)."
     )
 

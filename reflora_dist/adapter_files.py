@@ -153,11 +153,17 @@ def find_peft_model(model: nn.Module) -> PeftModel:
 
     Raises:
         TypeError: there is none.
+        ValueError: there are several.
     """
-    peft_model = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
-    if peft_model is None:
+    found = {clean_name(name): module for name, module in model.named_modules() if isinstance(module, PeftModel)}
+    if not found:
         raise TypeError(f"{type(model).__name__} contains no PeftModel: wrap the model with peft.get_peft_model(...)")
-    return peft_model
+    if len(found) > 1:
+        raise ValueError(
+            f"{type(model).__name__} contains {len(found)} PEFT models ({', '.join(found)}), and an adapter's files "
+            "are of one: save and load each by itself"
+        )
+    return next(iter(found.values()))
 
 
 def _entries(peft_model: PeftModel, owners: Mapping[str, Owner]) -> dict[str, _Entry]:

@@ -209,7 +209,7 @@ class BlockSet:
 
     def _store(self, product: Tensor, tensors: list[Tensor], parts: list[Tensor] | None = None) -> None:
         """Write a product into its blocks; ``parts`` are its views of each, where there are any already."""
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" and len({tensor.dtype for tensor in tensors}) == 1:
             product = product.to(tensors[0])  # rounded in one kernel, since copies of one dtype are one kernel, too
         torch._foreach_copy_(tensors, parts or list(product.unbind()))
 

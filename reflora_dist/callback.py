@@ -11,11 +11,13 @@ from typing import Any
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, ExportableState
+from transformers.trainer_utils import SaveStrategy
 
-from .adapter_files import load_adapter, save_adapter
+from .adapter_files import find_peft_model, load_adapter, save_adapter
 from .checkpoint import load_checkpoint, save_into
 from .config import RefLoRAConfig
-from .integrate import Handle, attach, schedule_state
+from .handle_state import handle_state
+from .integrate import Handle, attach
 from .report import Report
 from .start_files import mark_of, require_same_start, write_start
 
@@ -56,6 +58,8 @@ class RefLoRACallback(TrainerCallback, ExportableState):
         if state.global_step and isinstance(kwargs["model"], FullyShardedDataParallel):
             load_checkpoint(resumed_checkpoint(args, state), kwargs["model"], kwargs["optimizer"])
         self.handle = attach(kwargs["model"], kwargs["optimizer"], self.config, state_dict=saved)
+        if args.save_strategy != SaveStrategy.NO and self.handle.report().engine.startswith("fsdp"):
+            find_peft_model(kwargs["model"])  # without which on_save could not write an adapter
         assert self.config.warmup_steps is not None
         if self.config.method != "lora" and 0 < state.max_steps <= self.config.warmup_steps:
             _warn(
@@ -74,7 +78,10 @@ class RefLoRACallback(TrainerCallback, ExportableState):
             RuntimeError: training has not begun.
         """
         if self.handle is None:
-            raise RuntimeError("report() before training: the method is attached in on_train_begin")
+            raise RuntimeError(
+                "report() before training: the method is attached in on_train_begin (of the callback that Trainer "
+                "makes itself, if restore_callback_states_from_checkpoint=True)"
+            )
         return self.handle.report()
 
     def on_log(
@@ -122,11 +129,10 @@ class RefLoRACallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What Trainer writes into ``trainer_state.json``."""
-        handle_state = self.handle.state_dict() if self.handle is not None else None
         return {
             "args": {"config": self.config.as_dict()},
             "attributes": {},
-            "handle": handle_state,
+            "handle": self.handle.state_dict() if self.handle is not None else None,
             "start": self._start,
         }
 
@@ -134,13 +140,13 @@ class RefLoRACallback(TrainerCallback, ExportableState):
         return self._saved_entry(state).get("start")
 
     def _saved_state(self, state: TrainerState) -> dict[str, Any]:
-        handle_state = self._saved_entry(state).get("handle")
-        if handle_state:
-            return handle_state
+        saved = self._saved_entry(state).get("handle")
+        if saved:
+            return saved
         logger.warning(
             "the checkpoint was written without RefLoRA; its %d steps count as plain LoRA steps", state.global_step
         )
-        return schedule_state(self.config, state.global_step)
+        return handle_state(self.config, state.global_step)
 
     def _saved_entry(self, state: TrainerState) -> dict[str, Any]:
         callbacks = state.stateful_callbacks

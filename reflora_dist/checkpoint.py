@@ -39,6 +39,7 @@ from .adapter_files import agreed, is_first_rank, load_adapter, load_frozen, sav
 from .adapters import clean_name
 from .engines import Engine
 from .files import file_sizes, require_files, write_json
+from .handle_state import check_adapters
 from .integrate import Handle
 from .start_files import mark_of, require_same_start
 from .trained import find_training_engine
@@ -128,8 +129,8 @@ def load_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any) ->
 
     Raises:
         FileNotFoundError, ValueError, RuntimeError: on every rank and before anything is changed; there is no
-            complete checkpoint, it belongs to another engine or another number of ranks, or DeepSpeed would mix up
-            its parameters.
+            complete checkpoint, it belongs to another engine, other adapters or another number of ranks, or DeepSpeed
+            would mix up its parameters. RuntimeError, too, where the state in it does not fit.
 
     Communication: the engine's own and two all-gathers of small objects; every rank must call.
     """
@@ -140,6 +141,7 @@ def load_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any) ->
         universal = _is_deepspeed(engine) and bool(model.load_universal_checkpoint())  # type: ignore[operator]
         record = _read_record(folder)
         _require_same_engine(record, engine, folder)
+        check_adapters(record["handle"], engine.pairs, str(folder))
         require_same_start(model, record.get("start"), folder)
         if universal:
             _require_converted(folder)
@@ -147,7 +149,7 @@ def load_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any) ->
         else:
             require_files(folder, record["files"])
             _require_loadable_on(world_size(), record, engine, folder)
-    with agreed("loading the checkpoint"):
+    with agreed("loading the checkpoint"), _named_load_errors(folder):
         if _is_deepspeed(engine):
             tag = _UNIVERSAL if universal else _STATE
             model.load_checkpoint(str(folder), tag=tag, load_module_strict=False)  # type: ignore[operator]
@@ -191,7 +193,7 @@ class _Planner(DefaultLoadPlanner):
 
 def _training_state(model: nn.Module, engine: Engine) -> dict[str, Any]:
     """The state dictionaries of what is trained, as DCP saves it and as it loads into. Sharded, nothing is gathered."""
-    with _without_step_hooks(engine.optimizer):
+    with _without_empty_groups(engine.optimizer):
         if _is_no_shard(engine):
             # torch loses parameters in an FSDP1 NO_SHARD model's own state_dict(); they are whole on every rank
             weights = {clean_name(name): p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -201,7 +203,7 @@ def _training_state(model: nn.Module, engine: Engine) -> dict[str, Any]:
 
 
 def _set_training_state(model: nn.Module, engine: Engine, state: dict[str, Any]) -> None:
-    with _without_step_hooks(engine.optimizer):
+    with _without_empty_groups(engine.optimizer):
         if _is_no_shard(engine):
             # the weights were loaded in place
             set_optimizer_state_dict(model, engine.optimizer, state["optimizer"])
@@ -213,6 +215,18 @@ def _set_training_state(model: nn.Module, engine: Engine, state: dict[str, Any])
             optim_state_dict=state["optimizer"],
             options=_TRAINABLE_ONLY,
         )
+
+
+@contextlib.contextmanager
+def _without_empty_groups(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """torch's state dictionaries have no place for groups without parameters, of which PEFT's LoRA+ makes two."""
+    groups = optimizer.param_groups
+    optimizer.param_groups = [group for group in groups if group["params"]]
+    try:
+        yield
+    finally:
+        others = iter(optimizer.param_groups)
+        optimizer.param_groups = [next(others) if group["params"] else group for group in groups]
 
 
 def _restore_groups(engine: Engine, record: Mapping[str, Any]) -> None:
@@ -364,18 +378,20 @@ def _named_write_errors(folder: Path) -> Iterator[None]:
         raise RuntimeError(_write_error(folder, {rank: error})) from error
 
 
+@contextlib.contextmanager
+def _named_load_errors(folder: Path) -> Iterator[None]:
+    """Of DCP, whose exception is none that programs catch, and of engines, which say what differs but not why."""
+    try:
+        yield
+    except (CheckpointException, Exception) as error:
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        raise RuntimeError(
+            f"{folder} does not fit this run ({type(cause).__name__}: {cause}): make the adapter, the optimizer and "
+            "its groups as in the run that saved it, and learning-rate schedulers after loading"
+        ) from error
+
+
 def _write_error(folder: Path, failures: Mapping[int, BaseException]) -> str:
     causes = ", ".join(f"on rank {rank}: {type(error).__name__}: {error}" for rank, error in failures.items())
     free = shutil.disk_usage(folder).free / 2**20
     return f"saving the checkpoint to {folder}, with {free:,.1f} MiB free there, failed {causes}"
-
-
-@contextlib.contextmanager
-def _without_step_hooks(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """torch fills an empty optimizer state by a step of size zero, and on some ranks only: no training step."""
-    hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
-    optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = type(hooks[0])(), type(hooks[1])()
-    try:
-        yield
-    finally:
-        optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = hooks

@@ -10,6 +10,7 @@ METHODS = ("lora", "reflora", "reflora-s", "scaled-gd", "lora-pro", "lora-rite")
 # PEFT starts with lora_B = 0, where these methods do nothing and Adam meets gradients of another scale. The others have
 # an answer there.
 _DEFAULT_WARMUP_STEPS = {"reflora": 100, "reflora-s": 100, "lora-pro": 100}
+_DEFAULT_DAMPING = 1e-2
 _FORMED_FROM_WEIGHTS = ("reflora", "scaled-gd")
 
 
@@ -40,7 +41,7 @@ class RefLoRAConfig:
     warmup_steps: int | None = None
     interval: int = 1
     overlap: bool = False
-    damping: float = 1e-2
+    damping: float = _DEFAULT_DAMPING
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -51,8 +52,12 @@ class RefLoRAConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
-        if not 0 <= self.damping < float("inf"):
-            raise ValueError(f"damping={self.damping!r} must be at least 0, and finite")
+        if not isinstance(self.overlap, bool):
+            raise ValueError(f"overlap={self.overlap!r} must be True or False")
+        if not isinstance(self.damping, int | float) or not 0 <= self.damping < float("inf"):
+            raise ValueError(f"damping={self.damping!r} must be a number of at least 0, and finite")
+        if self.damping != _DEFAULT_DAMPING and self.method != "scaled-gd":
+            raise ValueError(f"damping={self.damping!r} means nothing to method={self.method!r}: leave it out")
         if self.method == "lora-rite" and (self.warmup_steps or self.interval != 1):
             raise ValueError(
                 f"method='lora-rite' is the optimizer itself and acts in every step: leave out "

@@ -41,7 +41,7 @@ from .universal import conversion, model_states, refuse_round_robin
 
 CONFIG_NAME = "adapter_config.json"
 _PREFIX = "base_model.model."
-_OF_MODEL = re.compile(rf"(model\.|module\.)*{re.escape(_PREFIX)}")  # and not optimizer.state.(...)
+_OF_MODEL = re.compile(rf"(?!optim)(\w+\.)*{re.escape(_PREFIX)}")  # and not optimizer.state.(...)
 _RANK = re.compile(r"(.*zero_pp_rank_)(\d+)(_mp_rank_\d+_optim_states\.pt)")
 # by name: which tensors are wanted, and what they are called in PEFT's file
 _Choose = Callable[[Iterable[str]], dict[str, str]]
@@ -270,6 +270,9 @@ def _peft_key(path: str, config: Mapping[str, Any], adapter: str) -> str | None:
     magnitude = re.fullmatch(rf"(.+\.lora_magnitude_vector)\.{own}(\.weight)?", path)
     if magnitude:
         return magnitude[1]
+    tokens = re.fullmatch(rf"(.+\.token_adapter\.trainable_tokens_delta)\.{own}", path)
+    if tokens:
+        return tokens[1]
     factor = re.fullmatch(rf"(.+\.lora_\w+)\.{own}(\.\w+)?", path)
     if factor:
         return f"{factor[1]}{factor[2] or ''}"
@@ -312,7 +315,8 @@ def _complete(tensors: dict[str, Tensor], config: Mapping[str, Any], folder: Pat
     beside: set[str] = set()
     if path.is_file():
         with readable(path), safe_open(path, "pt") as file:
-            trained = (".lora_", *(f".{name}." for name in config.get("modules_to_save") or ()))
+            modules = config.get("modules_to_save") or ()
+            trained = (".lora_", ".trainable_tokens_delta", *(f".{name}." for name in modules))
             beside = {key for key in file.keys() if any(part in key for part in trained)}  # noqa: SIM118
             frozen = [key for key in beside if re.search(r"\.lora_xs_[AB]\.", key)]
             tensors |= {key: file.get_tensor(key) for key in frozen if key not in tensors}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Mapping
@@ -12,15 +14,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .adapter_files import agreed
 from .adapters import active_adapters, find_pairs, lora_layers
 from .agreement import agree
 from .communication import Communicator
 from .config import RefLoRAConfig
 from .engines import Engine, find_engine
 from .figures import Stopwatch, balance_figures, gram_figures
+from .handle_state import changed_settings, check_state, handle_state
 from .lora_rite import LoRARite
 from .methods import GRADIENT_METHODS, RESCALING_METHODS
-from .optimizers import check_optimizer
+from .optimizers import check_optimizer, pairs_without_solution
 from .report import Report
 from .retile import Retiler
 from .solving import message_values
@@ -28,7 +32,8 @@ from .step import GradientStep, RescalingStep
 from .tiling import LocalShard
 from .update import RiteStep
 
-_STATE_VERSION = 1
+logger = logging.getLogger(__name__)
+
 _attached: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
@@ -56,18 +61,24 @@ def attach(
             pair or optimizer that cannot be handled, an optimizer that does not own the factors, an option of the
             engine that is not supported, or ranks that disagree.
 
-    Communication: one all-gather of small objects; for "reflora-s" with ``warmup_steps=0`` also the first rescaling.
+    Communication: one all-gather of small objects, for "lora-rite" two; for "reflora-s" with ``warmup_steps=0`` also
+    the first rescaling.
     """
     engine, error = None, None
     try:
         engine = _find(model, optimizer, config)
         if state_dict is not None:
-            _check_state(state_dict, config)
+            check_state(state_dict, config, engine.pairs)
     except Exception as caught:  # whatever it is: the other ranks must hear of it
         engine, error = None, caught
     state = "" if state_dict is None else json.dumps(dict(state_dict), sort_keys=True, default=str)
     shards, resumed = agree(engine, config, state, error)
     assert engine is not None
+    if hopeless := pairs_without_solution(engine.pairs, config):
+        _warn(
+            f"r is above in or out of {len(hopeless)} of {len(engine.pairs)} adapters ({hopeless[0].name}, ...), where "
+            f"{config.method} does not exist: they are plain LoRA throughout; a lower r there (rank_pattern) mends it"
+        )
     handle = Handle(model, config, engine, shards)
     if state_dict is not None:
         handle.load_state_dict(state_dict)
@@ -90,8 +101,10 @@ class Handle:
         self._applied_steps = 0
         self._skipped_pairs = torch.zeros((), dtype=torch.int64, device=self._comm.device)
         self._checked = False
+        self._is_no_step = False
         self._stopwatch = Stopwatch(self._comm.device)
         self._sent_bytes = 0
+        self._scalings: list[float] | None = None  # where the method uses them
         self._gradient_step: GradientStep | None = None
         self._rescaling_step: RescalingStep | None = None
         self._rite_step: RiteStep | None = None
@@ -102,6 +115,8 @@ class Handle:
             wire_dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
             if config.method in GRADIENT_METHODS:
                 kind = GRADIENT_METHODS[config.method]
+                if kind.uses_gradients:
+                    self._scalings = [pair.scaling for pair in engine.pairs]
                 method = kind(config, _scaling(engine, self._comm.device) if kind.uses_gradients else {})
                 messages = None if kind.uses_gradients else message_values
                 retiler = Retiler(shapes, shards, self._comm, wire_dtype, messages)
@@ -111,15 +126,18 @@ class Handle:
                 assert isinstance(engine.optimizer, LoRARite)
                 retiler = Retiler(shapes, shards, self._comm, wire_dtype)
                 self._rite_step = RiteStep(engine.optimizer, engine, retiler, self._comm, shards[self._comm.rank])
+                with agreed("reading the optimizer's state"):
+                    self._rite_step.refuse_foreign_state()
                 engine.optimizer.connect(self._rite_step)
+        # a compiled step would be traced into the hooks, and not see that kernels change gradients by their addresses
         self._hooks = [
-            engine.optimizer.register_step_pre_hook(self._before_update),
-            engine.optimizer.register_step_post_hook(self._after_update),
+            engine.optimizer.register_step_pre_hook(torch.compiler.disable(self._before_update)),
+            engine.optimizer.register_step_post_hook(torch.compiler.disable(self._after_update)),
         ]
         # DeepSpeed's weights are loaded on one rank, and copies: what is formed ahead is of the masters
         if config.overlap and not engine.name.startswith("zero"):
             modules: list[Any] = list(self._layers)
-            self._hooks += [module.register_load_state_dict_post_hook(self._after_load) for module in modules]
+            self._hooks += [module.register_load_state_dict_post_hook(_OnLoad(self)) for module in modules]
         _attached.add(engine.optimizer)
 
     def report(self) -> Report:
@@ -171,15 +189,18 @@ class Handle:
         """What a checkpoint has to keep, JSON-ready and the same on all ranks."""
         if self._gradient_step is not None:
             self._gradient_step.check()
-        return schedule_state(self.config, self._steps, self._applied_steps, int(self._skipped_pairs))
+        skipped_pairs = int(self._skipped_pairs)
+        return handle_state(self.config, self._steps, self._applied_steps, skipped_pairs, self._engine.pairs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue a run's schedule. The factors and the optimizer's state are the engine's to load.
 
         Raises:
-            ValueError: the state was written by another version, or for another method.
+            ValueError: the state was written by another version, for another method or other adapters.
         """
-        _check_state(state_dict, self.config)
+        check_state(state_dict, self.config, self._engine.pairs)
+        if changed := changed_settings(state_dict, self.config):
+            _warn(f"the run goes on with other settings than it was saved with: {changed}")
         self.weights_changed()
         self._steps = int(state_dict["steps"])
         self._applied_steps = int(state_dict["applied_steps"])
@@ -214,11 +235,16 @@ class Handle:
                 "optimizer.step(closure) computes gradients after they would be refactored: call backward() first, "
                 "then step() without a closure"
             )
+        self._is_no_step = not optimizer.state and _fills_state()
+        if self._is_no_step:
+            return
         if not self._checked:
             self._engine.check()
             self._checked = True
         if active_adapters(self._layers) != self._active_adapters:
             raise RuntimeError("the active adapters changed after attach(): detach, then attach again")
+        if self._scalings is not None and self._scalings != [pair.scaling for pair in self._engine.pairs]:
+            raise RuntimeError("the adapters' scaling changed after attach(): detach, then attach again")
         firing = self._engine.firing()
         if firing.first:
             for communicator in self._communicators:
@@ -235,6 +261,8 @@ class Handle:
 
     @torch.no_grad()
     def _after_update(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._is_no_step:
+            return
         if self._rite_step is not None:
             self._stopwatch.stop()
         last = self._engine.firing().last
@@ -254,9 +282,6 @@ class Handle:
             self._applied_steps += 1
         self._sent_bytes = sum(comm.bytes for comm in self._communicators) or self._sent_bytes
 
-    def _after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
-        self.weights_changed()
-
     @property
     def _communicators(self) -> list[Communicator]:
         return [self._comm] if self._gradient_step is None else self._gradient_step.communicators
@@ -273,15 +298,18 @@ class Handle:
         self._stopwatch.stop()
 
 
-def schedule_state(config: RefLoRAConfig, steps: int, applied_steps: int = 0, skipped_pairs: int = 0) -> dict[str, Any]:
-    """A handle's state dictionary; by itself that of a run whose steps so far were plain LoRA."""
-    return {
-        "version": _STATE_VERSION,
-        "config": config.as_dict(),
-        "steps": steps,
-        "applied_steps": applied_steps,
-        "skipped_pairs": skipped_pairs,
-    }
+class _OnLoad:
+    """Drops what was formed ahead when a layer's weights are loaded; in copies of the layer it does nothing."""
+
+    def __init__(self, handle: Handle | None = None) -> None:
+        self._handle = handle
+
+    def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
+        if self._handle is not None:
+            self._handle.weights_changed()
+
+    def __reduce__(self) -> tuple[type[_OnLoad], tuple[()]]:
+        return _OnLoad, ()
 
 
 def _find(model: nn.Module, optimizer: Any, config: RefLoRAConfig) -> Engine:
@@ -301,9 +329,17 @@ def _scaling(engine: Engine, device: torch.device) -> dict[int, torch.Tensor]:
     return {r: torch.tensor(values, dtype=torch.float64, device=device) for r, values in scaling.items()}
 
 
-def _check_state(state_dict: Mapping[str, Any], config: RefLoRAConfig) -> None:
-    if state_dict.get("version") != _STATE_VERSION:
-        raise ValueError(f"version={state_dict.get('version')!r} of the saved state is not {_STATE_VERSION}")
-    saved_method = state_dict["config"]["method"]
-    if saved_method != config.method:
-        raise ValueError(f"the checkpoint was written with method={saved_method!r}, this is {config.method!r}")
+def _fills_state() -> bool:
+    """Whether torch.distributed.checkpoint is filling an empty optimizer state, by a step of size zero.
+
+    A first step of a learning-rate warm-up looks the same from here, and torch does it on some ranks only.
+    """
+    frame = sys._getframe()
+    while frame is not None and frame.f_code.co_name != "_init_optim_state":
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
+
+
+def _warn(text: str) -> None:
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        logger.warning(text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -76,11 +76,16 @@ class LoRARite(torch.optim.Optimizer):
         apply_escape: bool = False,
         balance_param: bool = False,
     ) -> None:
+        numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "update_capping": update_capping}
+        numbers |= {"clip_unmagnified_grad": clip_unmagnified_grad, "update_skipping": update_skipping}
+        for name, number in numbers.items():
+            _require(isinstance(number, int | float | Tensor), name, number, "a number")
         for name, value in (("lr", lr), ("weight_decay", weight_decay), ("update_capping", update_capping)):
             _require(value >= 0, name, value, "at least 0")
         for name, value in (("clip_unmagnified_grad", clip_unmagnified_grad), ("update_skipping", update_skipping)):
             _require(value >= 0, name, value, "at least 0 (0: off)")
-        _require(all(0 <= beta < 1 for beta in betas), "betas", betas, "in [0, 1)")
+        two = isinstance(betas, Sequence) and len(betas) == 2
+        _require(two and all(0 <= beta < 1 for beta in betas), "betas", betas, "two numbers in [0, 1)")
         _require(eps > 0, "eps", eps, "above 0")
         self.settings = RiteSettings(
             eps=eps,
@@ -132,7 +137,7 @@ class LoRARite(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if "exp_avg" not in state:
                     dtype = _state_dtype(parameter)
-                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
                     for key in ("exp_avg", "exp_avg_sq"):
                         state[key] = torch.zeros_like(parameter, dtype=dtype)
 

@@ -59,6 +59,10 @@ def _by_iteration(gram: Tensor, eye: Tensor) -> Tensor:
     """The sign of ``G - RCOND^2 I`` is 1 on the directions to keep, and is its orthogonal polar factor."""
     sign, _ = polar(gram - RCOND**2 * eye)
     projector = 0.5 * (eye + symmetric(sign))
+    # Close to the threshold the sign is good to 1e-5 only, which the root of the small directions would magnify. A step
+    # P <- 3 P^2 - 2 P^3 (McWeeny, Rev. Mod. Phys. 32, 1960) squares what is missing to a projector.
+    square = projector @ projector
+    projector = symmetric(square @ (3 * eye - 2 * projector))
     _, inverse_root = _roots(symmetric(projector @ gram @ projector) + (eye - projector))
     return symmetric(projector @ inverse_root @ projector)
 

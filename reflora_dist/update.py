@@ -66,6 +66,24 @@ class RiteStep:
         self._skipped = torch.zeros((), dtype=torch.int64, device=communicator.device)
         self.grams: Matrices = {}
 
+    def refuse_foreign_state(self) -> None:
+        """Make sure that the optimizer's moments, if it was given any, are LoRA-RITE's. Local, no communication.
+
+        Raises:
+            ValueError: second moments go on where LoRA-RITE keeps nothing: an elementwise optimizer's.
+        """
+        heads = self._packed.heads()
+        for factor, state in enumerate(self._engine.moments()):
+            second = state.get("exp_avg_sq")
+            if second is None:
+                continue
+            own = sum(int(second.view(-1)[part].count_nonzero()) for part in heads.get(factor, []))
+            if int(second.count_nonzero()) > own:
+                raise ValueError(
+                    "the optimizer's state is that of another optimizer (AdamW keeps moments of the same names): start "
+                    "LoRARite without it, or continue with the optimizer that wrote it"
+                )
+
     def others(self, parameter: Tensor) -> list[tuple[int, int]]:
         """See :class:`reflora_dist.lora_rite.FactorUpdate`."""
         if not self._stretches:
@@ -192,6 +210,13 @@ class _Packed:
         """``[2, P_r, r (r + 1) / 2 + 1]``: where each pair's numbers are in the vector."""
         starts = torch.tensor([[self._starts[2 * pair + side] for pair in pairs] for side in (0, 1)])
         return starts[..., None] + torch.arange(packed_size(lora_rank))
+
+    def heads(self) -> dict[int, list[slice]]:
+        """By factor where in this rank's shard the numbers are; factors of which it has none are left out."""
+        heads: dict[int, list[slice]] = {}
+        for factor, start, _, numel in self._runs:
+            heads.setdefault(factor, []).append(slice(start, start + numel))
+        return heads
 
     def read(self, seconds: Sequence[Tensor]) -> Tensor:
         """This rank's part of the vector, zero elsewhere, float64."""

@@ -22,7 +22,11 @@ def save_base(workload: Workload, folder: Path) -> None:
 def quantized_base(folder: Path) -> Any:
     """As finetune.py loads it with ``--load_in_4bit``."""
     base = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=quantization_config(torch.float32), attn_implementation="eager"
+        folder,
+        dtype=torch.float32,
+        quantization_config=quantization_config(torch.float32),
+        attn_implementation="eager",
+        device_map={"": "cpu"},  # where there is a GPU transformers would take it
     )
     keep_weight_layout(base)
     return base

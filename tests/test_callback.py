@@ -58,10 +58,10 @@ def test_a_run_within_the_warm_up_is_named(
 
 
 def test_a_run_that_skipped_every_adapter_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """r is above what the layers have, so S exists nowhere."""
+    """lora_B is zero at its only step, so S exists nowhere."""
     with caplog.at_level(logging.WARNING, "reflora_dist"):
-        _trained(tmp_path, LoraConfig(r=48, target_modules=["q_proj"]), RefLoRACallback(RefLoRAConfig(warmup_steps=1)))
-    assert "reflora skipped every adapter in each of its 3 steps" in caplog.text
+        _trained(tmp_path, _lora(), RefLoRACallback(RefLoRAConfig(warmup_steps=0)), max_steps=1)
+    assert "reflora skipped every adapter in each of its 1 steps" in caplog.text
 
 
 @pytest.mark.parametrize(("stopped", "left"), [(False, {"checkpoint-1"}), (True, {"checkpoint-1", "checkpoint-3"})])

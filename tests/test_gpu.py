@@ -43,6 +43,19 @@ def no_waiting() -> Iterator[None]:
     assert not slept.query(), "the host has waited for the device"
 
 
+def test_a_model_that_is_moved_after_attach_is_refused() -> None:
+    """The step would go on where the model was."""
+    workload = synthetic_workload(steps=1)
+    model = build_model(workload)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    attach(model, optimizer, RefLoRAConfig(warmup_steps=0))
+    model.to(CUDA)
+    batch = workload.batches[0].to(CUDA)
+    model(input_ids=batch, labels=batch).loss.backward()
+    with pytest.raises(RuntimeError, match=r"sharded or moved after attach\(\)"):
+        optimizer.step()
+
+
 def _blocks(dtype: torch.dtype, seed: int) -> tuple[list[BlockSpec], list[int], list[Tensor | None]]:
     """Blocks of every size that a program has to pad or cut, some absent, one beginning off a 16-byte boundary."""
     rng = random.Random(seed)

@@ -348,6 +348,8 @@ def test_mistakes_are_refused() -> None:
         initialize_lora_sb(model, optimizer, batches, LoRASBConfig(num_batches=9, learning_rate=1.0))
     with pytest.raises(ValueError, match=r"q_proj: the matrix has less than rank=4 .* use more batches"):
         initialize_lora_sb(model, optimizer, batches, CONFIG, loss=lambda model, batch: torch.zeros(()))
+    with pytest.raises(ValueError, match="the loss of a batch is None: give batches with labels, or loss="):
+        initialize_lora_sb(model, optimizer, batches, CONFIG, loss=lambda model, batch: None)  # type: ignore[arg-type, return-value]
     assert all(p.requires_grad == ("lora_xs_R" in n) for n, p in model.named_parameters())
     model.merge_adapter()
     with pytest.raises(ValueError, match="is merged or disabled"):

@@ -128,7 +128,7 @@ def test_scaled_gd_without_damping_leaves_a_singular_pair_plain() -> None:
 
 @pytest.mark.parametrize("damping", [-1e-3, float("inf"), float("nan")])
 def test_damping_is_checked(damping: float) -> None:
-    with pytest.raises(ValueError, match=r"damping=.* must be at least 0, and finite"):
+    with pytest.raises(ValueError, match=r"damping=.* must be a number of at least 0, and finite"):
         RefLoRAConfig(method="scaled-gd", damping=damping)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from reflora_dist import roots
+from reflora_dist import refactor, roots
 from tests.test_methods import _positive
 from tests.test_refactor import factor, relative
 
@@ -55,6 +57,23 @@ def test_inverse_roots_near_the_threshold(condition: float) -> None:
     gram = tall.mT @ tall
     for root in _both_paths(gram):
         assert relative(root @ gram @ root, torch.eye(6, dtype=torch.float64)) < 1e-15 * condition**2 * 100
+
+
+@pytest.mark.parametrize("lora_rank", [16, 64])
+@pytest.mark.parametrize("smallest", [10**-5.5, 10**-5.95, 1e-8])
+def test_what_counts_is_split_from_what_does_not(
+    lora_rank: int, smallest: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Singular values on both sides of the threshold and close to it, in as many steps as on a GPU: N G N is a
+    projector, to what is left of an eigenvalue of 1e-12 in a Gram that is good to 1e-16."""
+    monkeypatch.setattr(refactor, "NEARLY_ORTHOGONAL", -1.0)
+    torch.manual_seed(0)
+    basis, _ = torch.linalg.qr(torch.randn(lora_rank, lora_rank, dtype=torch.float64))
+    values = torch.logspace(0, math.log10(smallest), lora_rank, dtype=torch.float64)
+    gram = (basis * values.square()) @ basis.mT
+    for root in _both_paths(gram):
+        projector = root @ gram @ root
+        assert torch.linalg.matrix_norm(projector @ projector - projector) < 1e-3
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5])

@@ -113,6 +113,8 @@ def _refuse_frozen(pairs: Sequence[AdapterPair]) -> None:
             for side, factor in (("lora_A", pair.lora_a), ("lora_B", pair.lora_b))
             if isinstance(factor, nn.Parameter) and not factor.requires_grad
         ]
+        if pair.layer.disable_adapters:
+            raise ValueError(f"{pair.name} is switched off: call enable_adapter_layers() on the model first")
         if frozen:
             raise ValueError(
                 f"{' and '.join(frozen)} of {pair.name} is frozen, S refactors both factors of a pair: set "

@@ -57,14 +57,15 @@ class ParameterEngine(Engine):
     def check(self) -> None:
         if self._current_layout() != self._layout_at_attach:
             raise RuntimeError(
-                "the model was sharded after attach(): call attach(model, optimizer, config) with what "
+                "the model was sharded or moved after attach(): call attach(model, optimizer, config) with what "
                 "fully_shard / FSDP / deepspeed.initialize / accelerator.prepare returned"
             )
         self._check_ownership(RuntimeError, "the optimizer was rebuilt after attach(): detach, then attach again")
 
-    def _current_layout(self) -> list[tuple[type, torch.Size]]:
+    def _current_layout(self) -> list[tuple[type, torch.Size, torch.device]]:
         return [
-            (type(factor.data), weight.shape) for factor, weight in zip(self._factors(), self.weights(), strict=True)
+            (type(factor.data), weight.shape, weight.device)
+            for factor, weight in zip(self._factors(), self.weights(), strict=True)
         ]
 
     def _check_ownership(self, error: type[Exception], remedy: str) -> None:
@@ -125,12 +126,21 @@ class FSDP2Engine(ParameterEngine):
 
     @torch.no_grad()  # in which to_local() takes no part in autograd, and costs nothing
     def weights(self) -> list[Tensor]:
-        return [factor.to_local() for factor in self._factors()]  # type: ignore[attr-defined]
+        return [factor.to_local() for factor in self._sharded()]
 
     @torch.no_grad()
     def gradients(self) -> list[Tensor | None]:
-        gradients = [factor.grad for factor in self._factors()]
+        gradients = [factor.grad for factor in self._sharded()]
         return [None if gradient is None else gradient.to_local() for gradient in gradients]  # type: ignore[attr-defined]
+
+    def _sharded(self) -> list[DTensor]:
+        factors = self._factors()
+        if not all(isinstance(factor, DTensor) for factor in factors):
+            raise RuntimeError(
+                "the factors are gathered: a forward without gradients ran after backward() and left FSDP2's root unit "
+                "so; call model.reshard() before optimizer.step(), or evaluate after it"
+            )
+        return factors  # type: ignore[return-value]
 
     @torch.no_grad()
     def moments(self) -> list[dict[str, Tensor]]:

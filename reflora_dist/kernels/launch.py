@@ -78,7 +78,7 @@ def fits(tensor: Tensor, device: torch.device, dtypes: Container[torch.dtype]) -
 
 def send_addresses(addresses: list[int], device: torch.device) -> Tensor:
     """A table of them on the device. Asynchronous from pinned memory, which the allocator keeps until it is done."""
-    return torch.tensor(addresses, dtype=torch.int64).pin_memory().to(device, non_blocking=True)
+    return torch.tensor(addresses, dtype=torch.int64, device="cpu").pin_memory().to(device, non_blocking=True)
 
 
 class TiledBlocks:

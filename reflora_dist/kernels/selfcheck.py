@@ -35,7 +35,7 @@ def block_error(lora_rank: int, device: torch.device, aligned: bool) -> float:
     for pair, rows in enumerate((304, 4112)):  # less and more than one program's share
         for side in (SIDE_A, SIDE_B):
             specs.append(BlockSpec(pair, side, (lora_rank, rows) if side == SIDE_A else (rows, lora_rank)))
-            flat = torch.randn(lora_rank * rows + 1, device=device, generator=generator)
+            flat = torch.randn(lora_rank * rows + 1, dtype=torch.float32, device=device, generator=generator)
             blocks.append(flat[offset:][: lora_rank * rows].view(specs[-1].shape))
     plain, fused = (BlockSet(specs, [lora_rank] * 2, device, use_kernels=use) for use in (False, True))
     expected, grams = plain.grams(blocks)[lora_rank], fused.grams(blocks)[lora_rank]
@@ -69,7 +69,8 @@ def inverse_error(lora_rank: int, device: torch.device) -> float:
 def per_tensor_error(device: torch.device) -> float:
     """The largest relative difference in sums over tensors, and in their products with numbers."""
     generator = torch.Generator(device).manual_seed(0)
-    tensors = [torch.randn(n, device=device, generator=generator)[n % 2 :] for n in (7, 40_000, 1024, 200, 200)]
+    sizes, dtype = (7, 40_000, 1024, 200, 200), torch.float32
+    tensors = [torch.randn(n, dtype=dtype, device=device, generator=generator)[n % 2 :] for n in sizes]
     tensors[3:] = tensors[3].bfloat16(), tensors[4].half()
     on_the_host, ours = PerTensor(torch.device("cpu")), PerTensor(device)
     copies = [tensor.cpu() for tensor in tensors]
@@ -79,7 +80,7 @@ def per_tensor_error(device: torch.device) -> float:
     ours.scale_("tensors", tensors, factors.to(device))
     on_the_host.scale_("tensors", copies, factors)
     pairs = zip([*results, *tensors], [*expected, *copies], strict=True)
-    return _largest([_relative(value.double(), exact.to(device).double()) for value, exact in pairs])
+    return _largest([_relative(value.double(), other.to(device).double()) for value, other in pairs])
 
 
 def _largest(errors: list[float]) -> float:

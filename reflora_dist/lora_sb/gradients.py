@@ -75,6 +75,10 @@ def _calls_of(module: nn.Module, layers: Sequence[nn.Module], batch: Any, loss: 
     try:
         with torch.enable_grad():
             value = loss(module, batch)
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"the loss of a batch is {value!r}: give batches with labels, or loss=... that computes it"
+                )
             if value.requires_grad:  # if not, this batch reaches none of the layers
                 value.backward()
     finally:

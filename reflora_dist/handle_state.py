@@ -1,0 +1,87 @@
+"""What a checkpoint keeps of a handle, and whether it fits the run that continues."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .adapters import AdapterPair
+from .config import RefLoRAConfig
+
+_VERSION = 1
+_MAY_CHANGE = {"method", "overlap"}  # the first is refused, the second changes no result
+
+
+def handle_state(
+    config: RefLoRAConfig,
+    steps: int,
+    applied_steps: int = 0,
+    skipped_pairs: int = 0,
+    pairs: Sequence[AdapterPair] | None = None,
+) -> dict[str, Any]:
+    """A handle's state dictionary; by itself that of a run whose steps so far were plain LoRA on unknown adapters."""
+    state = {
+        "version": _VERSION,
+        "config": config.as_dict(),
+        "steps": steps,
+        "applied_steps": applied_steps,
+        "skipped_pairs": skipped_pairs,
+    }
+    return state if pairs is None else {**state, "adapters": describe_adapters(pairs)}
+
+
+def describe_adapters(pairs: Sequence[AdapterPair]) -> dict[str, str]:
+    """By r and scaling how many there are, and a digest of their names: all that changes when LoraConfig does."""
+    names: dict[str, list[str]] = {}
+    for pair in pairs:
+        names.setdefault(f"r={pair.lora_rank}, scaling={pair.scaling:g}", []).append(pair.name)
+    digests = {kind: hashlib.sha256("\n".join(of_kind).encode()).hexdigest()[:12] for kind, of_kind in names.items()}
+    return {kind: f"{len(names[kind])} adapters, names {digests[kind]}" for kind in sorted(names)}
+
+
+def check_adapters(state: Mapping[str, Any], pairs: Sequence[AdapterPair], saved: str = "the saved state") -> None:
+    """Make sure that a run continues with the adapters that it had.
+
+    Raises:
+        ValueError: others, or another r or scaling (lora_alpha, use_rslora).
+    """
+    before, now = state.get("adapters"), describe_adapters(pairs)
+    if before is not None and before != now:
+        raise ValueError(
+            f"{saved} is of {_listed(before)}, and this model has {_listed(now)}: give LoraConfig the r, lora_alpha, "
+            "use_rslora and target_modules of that run"
+        )
+
+
+def check_state(state: Mapping[str, Any], config: RefLoRAConfig, pairs: Sequence[AdapterPair]) -> None:
+    """Make sure that a handle can continue from a state.
+
+    Raises:
+        ValueError: it is no handle's, of another version or method, or of other adapters.
+    """
+    if not state:
+        raise ValueError("state_dict is empty: the checkpoint was saved without a handle, so leave state_dict out")
+    if state.get("version") != _VERSION:
+        raise ValueError(f"version={state.get('version')!r} of the saved state is not {_VERSION}")
+    saved = state["config"]
+    if saved["method"] != config.method:
+        raise ValueError(
+            f"the checkpoint was written with method={saved['method']!r}, this is {config.method!r}: continue with "
+            "that method, or start a new run from the adapter (PeftModel.from_pretrained)"
+        )
+    check_adapters(state, pairs)
+
+
+def changed_settings(state: Mapping[str, Any], config: RefLoRAConfig) -> str:
+    """What of the method's settings is not as it was in the run that goes on; empty if nothing is."""
+    saved = state["config"]
+    return ", ".join(
+        f"{name}={value!r} in place of {saved[name]!r}"
+        for name, value in config.as_dict().items()
+        if name not in _MAY_CHANGE and name in saved and saved[name] != value
+    )
+
+
+def _listed(adapters: Mapping[str, str]) -> str:
+    return "; ".join(f"{names} ({kind})" for kind, names in adapters.items())

@@ -87,7 +87,7 @@ def test_another_optimizer_is_named(tmp_path: Path) -> None:
     optimizer: torch.optim.Optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
     train_small(model, optimizer, small_batches(1))
     save_checkpoint(tmp_path / "checkpoint", model, optimizer)
-    with pytest.raises(RuntimeError, match="does not fit this run .*optimizer and its groups as in the run"):
+    with pytest.raises(RuntimeError, match=r"does not fit this run .*optimizer and its groups as in the run"):
         load_checkpoint(tmp_path / "checkpoint", model, _adamw(model))
 
 

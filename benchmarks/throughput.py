@@ -30,10 +30,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from transformers import HfArgumentParser
 
 from benchmarks import common, variants
 from benchmarks.interleaved import flattened, run_step
+from benchmarks.options import parse, require_known, require_positive
 from benchmarks.reports.throughput import markdown
 from benchmarks.workloads import TrainingStep
 
@@ -82,18 +82,14 @@ class Arguments:
     output: str | None = dataclasses.field(default=None, metadata={"help": "JSON file to write"})
 
     def __post_init__(self) -> None:
-        for name, choices in (("model", tuple(common.SHAPES)), ("engine", common.ENGINES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"--{name} {getattr(self, name)} is unknown; choose one of {', '.join(choices)}")
+        require_known(self, model=common.SHAPES, engine=common.ENGINES)
         on_gpu = torch.cuda.is_available()
         if self.seq_len is None:
             self.seq_len = 1024 if on_gpu else 128
         if self.accumulation_steps is None:
             self.accumulation_steps = 2 if on_gpu and not self.engine.startswith("zero") else 1
-        for name in ("num_layers", "lora_rank", "seq_len", "micro_batch_size", "accumulation_steps", "blocks", "steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} {value} must be at least 1")
+        require_positive(self, "num_layers", "lora_rank", "seq_len", "micro_batch_size", "accumulation_steps")
+        require_positive(self, "blocks", "steps", "peak_tflops")
         if self.accumulation_steps > 1 and self.engine.startswith("zero"):
             raise ValueError("--accumulation_steps is not for DeepSpeed here; raise --micro_batch_size instead")
         if self.engine == "single" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -109,7 +105,7 @@ class Arguments:
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    arguments = parse(Arguments)
     device = common.start()
     results = measure(arguments, device)
     common.publish("throughput", arguments, device, results, markdown)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -39,16 +40,22 @@ from benchmarks.workloads import TrainingStep
 
 VARIANTS = (*variants.METHODS, "loop")
 
-# Dense bfloat16 rates of NVIDIA's data sheets in FLOP/s, without sparsity, by a part of the device's name; the first
-# that fits counts.
-PEAK_FLOPS = {
+# Dense bfloat16 rates of NVIDIA's data sheets in FLOP/s, without sparsity (half of the rate with it), by whole words of
+# the device's name; the first that fits counts.
+PEAK_FLOPS: dict[str, float | None] = {
+    "MIG": None,  # a slice of a GPU
     "H100 PCIe": 756e12,  # "NVIDIA H100 Tensor Core GPU" data sheet, PCIe column
+    "H100 NVL": 835e12,  # same, NVL column
     "H100": 989e12,  # same, SXM column
-    "H200": 989e12,  # "NVIDIA H200 Tensor Core GPU" data sheet
+    "GH200": 989e12,  # "NVIDIA GH200 Grace Hopper Superchip" data sheet
+    "H200 NVL": 835e12,  # "NVIDIA H200 Tensor Core GPU" data sheet, NVL column
+    "H200": 989e12,  # same, SXM column
     "B200": 2250e12,  # "NVIDIA DGX B200" data sheet, per GPU
+    "GB200": 2500e12,  # "NVIDIA GB200 NVL72" data sheet, per GPU
     "A100": 312e12,  # "NVIDIA A100 Tensor Core GPU" data sheet
     "L40S": 362e12,  # "NVIDIA L40S" data sheet
     "A10": 125e12,  # "NVIDIA A10 Tensor Core GPU" data sheet
+    "A10G": 70e12,  # "NVIDIA A10G" data sheet
 }
 _WARM_UP_STEPS = 2  # in every block, not timed
 # Relative difference of first losses. Nothing is updated before them, but RefLoRA-S rescales factors, which leaves
@@ -208,8 +215,8 @@ def peak_flops(device: torch.device, given_tflops: float | None) -> float | None
         return given_tflops * 1e12
     if device.type == "cpu":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((rate for part, rate in PEAK_FLOPS.items() if part in name), None)
+    words = set(re.split("[ -]", torch.cuda.get_device_name(device)))  # "NVIDIA A100-SXM4-80GB"
+    return next((rate for part, rate in PEAK_FLOPS.items() if words.issuperset(part.split())), None)
 
 
 def _figures(

@@ -101,6 +101,34 @@ def test_the_formula_counts_what_torch_counts() -> None:
     assert counted == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA A100X", None),
+        ("NVIDIA GB10", None),
+    ],
+)
+def test_the_peak_rate_is_that_of_the_whole_name(
+    name: str, tflops: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    gpu = torch.device("cuda")
+    assert throughput.peak_flops(gpu, None) == (None if tflops is None else tflops * 1e12)
+    assert throughput.peak_flops(gpu, 0.5) == 0.5e12
+
+
 def _starting_losses(rank: int, world_size: int, scale: float) -> str:
     workload = TrainingStep("single", SHAPE, 4, torch.device("cpu"), micro_batch_size=2, seq_len=8)
     plain = variants._BASELINES["loop"]

@@ -229,12 +229,12 @@ def _figures(
 ) -> dict[str, Any]:
     step = common.spread(flattened(blocks))
     tokens_per_second = 1e3 * tokens / step["median"]
+    # to lora's block of the same round: what slows the machine for a while slows both
     ratios = [plain[0] / own[0] for own, plain in zip(blocks, plain_blocks, strict=True)]
     return {
         "step_ms": step,
         "tokens_per_second_per_device": tokens_per_second,
         "mfu": None if peak is None else tokens_per_second * flops_per_token / peak,
-        "throughput_ratio": common.spread(flattened(plain_blocks))["median"] / step["median"],
         "throughput_ratio_by_block": common.spread(ratios),
         "peak_allocated_bytes": peak_bytes,
     }

@@ -70,8 +70,9 @@ class Gather:
         engine: one that cuts factors into pieces that follow each other in the order of ranks, or lora_A into equal
             blocks of columns.
         each: one all-gather per adapter, with its four pieces (two factors, two gradients), solved pair by pair as
-            published. That is the least that ``GatheredParameters`` or ``full_tensor()`` on adapter after adapter
-            can cost. Otherwise one all-gather of everything, and batched products.
+            published. That is the least that whole tensors by ``GatheredParameters`` or ``full_tensor()`` on adapter
+            after adapter can cost; grad_B, refactored row by row, could stay where it is. Otherwise one all-gather of
+            everything, and batched products.
 
     Raises:
         ValueError: the engine holds factors whole, or updates them in several calls of the optimizer.

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -39,6 +38,7 @@ from benchmarks.convergence_runs import (
     sweep,
 )
 from benchmarks.convergence_statistics import summarize
+from benchmarks.options import parse, require_known, require_positive
 from benchmarks.reports.convergence import markdown
 from launchers.cache import default_cache_dir
 
@@ -90,15 +90,11 @@ class Arguments:
                 raise ValueError(f"{name}={values} must hold at least one value, and each only once")
         if min(self.learning_rates) <= 0:
             raise ValueError(f"learning_rates={self.learning_rates} must all be above 0")
-        if self.start not in STARTS:
-            raise ValueError(f"start={self.start!r} is unknown; choose one of {', '.join(STARTS)}")
+        require_known(self, start=STARTS)
         for name in ("warmup_steps", "lr_warmup_steps"):
             if not 0 <= getattr(self, name) < self.steps:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below steps={self.steps}")
-        for name in ("batch_size", "lora_rank", "latent_rank", "eval_every", "max_eval_records", "workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        require_positive(self, "batch_size", "lora_rank", "latent_rank", "eval_every", "max_eval_records", "workers")
         if self.eval_dataset and not self.dataset:
             raise ValueError(f"eval_dataset={self.eval_dataset} needs --dataset; the embedded records bring their own")
 
@@ -113,7 +109,7 @@ class Arguments:
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    arguments = parse(Arguments)
     device = common.single_process_device("start it without a launcher and give --workers")
     if device.type == "cpu":
         torch.set_num_threads(1)  # as in the workers: timing and runs see the same

@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import common, links
 from benchmarks.cost_events import Constants, Counts, Topology, all_gather, all_reduce, all_to_all, scaled, seconds
 from benchmarks.cost_retiling import GRAM_BYTES, LAYOUTS, Adapters, Retiling, retiling
+from benchmarks.options import parse, require_positive
 
 WAYS = ("gather", "retile", "grams", "backward")
 
@@ -183,9 +184,7 @@ class Scenario:
         unknown = [model for model in self.models if model not in common.SHAPES]
         if unknown:
             raise ValueError(f"--models {' '.join(unknown)} unknown; choose from {', '.join(common.SHAPES)}")
-        for name in ("model_rank", "tokens_per_gpu", "micro_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+        require_positive(self, "model_rank", "tokens_per_gpu", "micro_batches")
         if not self.gpus or min(self.gpus) < 1:
             raise ValueError(f"--gpus {self.gpus} must be one or more positive numbers")
 
@@ -247,12 +246,9 @@ def _rows(scenario: Scenario, model: str, name: str, cluster: links.Cluster, gpu
 
 
 def main() -> None:
-    from transformers import HfArgumentParser
-
     from benchmarks.reports.scaling import predictions_markdown
 
-    (scenario,) = HfArgumentParser(Scenario).parse_args_into_dataclasses()
-    print(predictions_markdown(predict(scenario)))
+    print(predictions_markdown(predict(parse(Scenario))))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
 from benchmarks.launches import launch_ranks
+from benchmarks.options import parse, require_known, require_positive
 
 VARIANTS = ("training", "by group", "all at once")
 _RANKS_SCRIPT = Path(__file__).with_name("lora_sb_memory_ranks.py")
@@ -44,21 +45,16 @@ class Arguments:
     output: str | None = dataclasses.field(default=None, metadata={"help": "file for the JSON record"})
 
     def __post_init__(self) -> None:
-        if self.shape not in common.SHAPES:
-            raise ValueError(f"--shape {self.shape} is unknown; choose one of {', '.join(common.SHAPES)}")
-        for name in ("lora_rank", "batches", "batch_size", "seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+        require_known(self, shape=common.SHAPES)
+        require_positive(self, "lora_rank", "batches", "batch_size", "seq_len")
         if not self.ranks or min(self.ranks) < 1:
             raise ValueError(f"--ranks {self.ranks} must be one or more positive numbers")
 
 
 def main() -> None:
-    from transformers import HfArgumentParser
-
     from benchmarks.reports.lora_sb_memory import markdown
 
-    (arguments,) = HfArgumentParser([Arguments]).parse_args_into_dataclasses()
+    arguments = parse(Arguments)
     device = common.single_process_device("start it without a launcher: it starts its ranks itself")
     common.publish("lora_sb_memory", arguments, device, run(arguments), markdown)
 

@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
+from benchmarks.options import parse, require_positive
 from benchmarks.reports.matrix_factorization import markdown
 from reflora_dist.refactor import solve_refactorization
 from reflora_dist.reference import refactored
@@ -81,8 +81,7 @@ class Arguments:
     def __post_init__(self) -> None:
         if not 1 <= self.lora_rank <= self.size:
             raise ValueError(f"lora_rank={self.lora_rank} must lie between 1 and size={self.size}")
-        if self.iterations < 1:
-            raise ValueError(f"iterations={self.iterations} must be at least 1")
+        require_positive(self, "iterations")
         if not 0 < self.target < 1:
             raise ValueError(f"target={self.target} must lie between 0 and 1")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -92,7 +91,7 @@ class Arguments:
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    arguments = parse(Arguments)
     device = common.single_process_device("the whole benchmark takes seconds: run it without a launcher")
     checks = check(arguments, device)
     results = {"checks": checks, "problems": [measure(problem, arguments, device) for problem in PROBLEMS]}

@@ -30,7 +30,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from transformers import HfArgumentParser
 
 from benchmarks import common, variants
 from benchmarks.breakdown import BASELINE_PHASES, PHASES, timed_phases
@@ -44,6 +43,7 @@ from benchmarks.interleaved import (
     record_collectives,
     run_step,
 )
+from benchmarks.options import parse, require_known, require_positive
 from benchmarks.reports.overhead import markdown
 from benchmarks.workloads import STEP_ENGINES, OptimizerStep, TrainingStep, Workload
 
@@ -79,13 +79,8 @@ class Arguments:
     output: str | None = dataclasses.field(default=None, metadata={"help": "JSON file to write"})
 
     def __post_init__(self) -> None:
-        for name, choices in (("model", tuple(common.SHAPES)), ("scope", SCOPES), ("engine", common.ENGINES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"--{name} {getattr(self, name)} is unknown; choose one of {', '.join(choices)}")
-        for name in ("num_layers", "micro_batch_size", "seq_len", "blocks", "steps", "block_seconds"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"--{name} {value} must be positive")
+        require_known(self, model=common.SHAPES, scope=SCOPES, engine=common.ENGINES, backend=common.BACKENDS)
+        require_positive(self, "num_layers", "micro_batch_size", "seq_len", "blocks", "steps", "block_seconds")
         if not self.lora_ranks or min(self.lora_ranks) < 1:
             raise ValueError(f"--lora_ranks {self.lora_ranks} must be one or more positive numbers")
         if self.scope == "step" and self.engine not in STEP_ENGINES:
@@ -107,7 +102,7 @@ class Arguments:
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    arguments = parse(Arguments)
     device = common.start(arguments.backend)
     results = measure(arguments, device)
     common.publish("overhead", arguments, device, results, markdown)

@@ -22,7 +22,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image
-from transformers import HfArgumentParser
+
+from benchmarks.options import parse
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -39,8 +40,7 @@ class Arguments:
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    if arguments.check:
+    if parse(Arguments).check:
         wrong = list(outdated())
         if wrong:
             raise SystemExit("not what the records give; run python benchmarks/report.py:\n" + "\n".join(wrong))

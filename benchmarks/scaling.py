@@ -25,6 +25,7 @@ import torch
 
 from benchmarks import common, cost_events, cost_model
 from benchmarks.launches import launch_ranks
+from benchmarks.options import parse, require_known, require_positive
 
 _RANKS_SCRIPT = Path(__file__).with_name("scaling_ranks.py")
 
@@ -54,11 +55,8 @@ class Arguments(cost_model.Scenario):
         unknown = [engine for engine in self.engines if engine not in ("ddp", "fsdp2", "zero2", "zero3")]
         if unknown or not self.engines:
             raise ValueError(f"--engines {' '.join(unknown)} unknown; choose from ddp, fsdp2, zero2, zero3")
-        if self.shape not in common.SHAPES:
-            raise ValueError(f"--shape {self.shape} is unknown; choose one of {', '.join(common.SHAPES)}")
-        for name in ("lora_rank", "batch_size", "seq_len", "blocks", "steps", "fit_rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+        require_known(self, shape=common.SHAPES)
+        require_positive(self, "lora_rank", "batch_size", "seq_len", "blocks", "steps", "fit_rounds")
         self._check_ranks()
 
     def _check_ranks(self) -> None:
@@ -86,11 +84,9 @@ class Arguments(cost_model.Scenario):
 
 
 def main() -> None:
-    from transformers import HfArgumentParser
-
     from benchmarks.reports.scaling import markdown
 
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    arguments = parse(Arguments)
     record = run(arguments, common.single_process_device("start it without a launcher: it starts its ranks itself"))
     print(markdown(record))
     if arguments.output is not None:

@@ -20,9 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from transformers import HfArgumentParser
-
 from benchmarks import common
+from benchmarks.options import parse, require_known, require_positive
 from benchmarks.reports.shaped_link import markdown
 from benchmarks.two_hosts import Host, run_on, two_hosts
 
@@ -53,18 +52,14 @@ class Arguments:
     output: str | None = dataclasses.field(default=None, metadata={"help": "JSON file to write"})
 
     def __post_init__(self) -> None:
-        if self.model not in common.SHAPES:
-            raise ValueError(f"--model {self.model} is unknown; choose one of {', '.join(common.SHAPES)}")
+        require_known(self, model=common.SHAPES)
         if not self.mbits or min(self.mbits) < 0:
             raise ValueError(f"--mbits {self.mbits} must be one or more rates, 0 for an unshaped link")
-        for name in ("num_layers", "lora_rank", "blocks", "steps", "timeout"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"--{name} {value} must be positive")
+        require_positive(self, "num_layers", "lora_rank", "blocks", "steps", "timeout")
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    arguments = parse(Arguments)
     device = common.single_process_device("it makes its hosts and their ranks itself")
     results = measure(arguments)
     common.publish("shaped_link", arguments, device, results, markdown, world_size=RANKS)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,25 +31,31 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from transformers import HfArgumentParser
 
 from benchmarks import common, variants
 from benchmarks.interleaved import flattened, run_step
+from benchmarks.options import parse, require_known, require_positive
 from benchmarks.reports.throughput import markdown
 from benchmarks.workloads import TrainingStep
 
 VARIANTS = (*variants.METHODS, "loop")
 
-# Dense bfloat16 rates of NVIDIA's data sheets in FLOP/s, without sparsity, by a part of the device's name; the first
-# that fits counts.
-PEAK_FLOPS = {
+# Dense bfloat16 rates of NVIDIA's data sheets in FLOP/s, without sparsity (half of the rate with it), by whole words of
+# the device's name; the first that fits counts.
+PEAK_FLOPS: dict[str, float | None] = {
+    "MIG": None,  # a slice of a GPU
     "H100 PCIe": 756e12,  # "NVIDIA H100 Tensor Core GPU" data sheet, PCIe column
+    "H100 NVL": 835e12,  # same, NVL column
     "H100": 989e12,  # same, SXM column
-    "H200": 989e12,  # "NVIDIA H200 Tensor Core GPU" data sheet
+    "GH200": 989e12,  # "NVIDIA GH200 Grace Hopper Superchip" data sheet
+    "H200 NVL": 835e12,  # "NVIDIA H200 Tensor Core GPU" data sheet, NVL column
+    "H200": 989e12,  # same, SXM column
     "B200": 2250e12,  # "NVIDIA DGX B200" data sheet, per GPU
+    "GB200": 2500e12,  # "NVIDIA GB200 NVL72" data sheet, per GPU
     "A100": 312e12,  # "NVIDIA A100 Tensor Core GPU" data sheet
     "L40S": 362e12,  # "NVIDIA L40S" data sheet
     "A10": 125e12,  # "NVIDIA A10 Tensor Core GPU" data sheet
+    "A10G": 70e12,  # "NVIDIA A10G" data sheet
 }
 _WARM_UP_STEPS = 2  # in every block, not timed
 # Relative difference of first losses. Nothing is updated before them, but RefLoRA-S rescales factors, which leaves
@@ -82,18 +89,14 @@ class Arguments:
     output: str | None = dataclasses.field(default=None, metadata={"help": "JSON file to write"})
 
     def __post_init__(self) -> None:
-        for name, choices in (("model", tuple(common.SHAPES)), ("engine", common.ENGINES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"--{name} {getattr(self, name)} is unknown; choose one of {', '.join(choices)}")
+        require_known(self, model=common.SHAPES, engine=common.ENGINES)
         on_gpu = torch.cuda.is_available()
         if self.seq_len is None:
             self.seq_len = 1024 if on_gpu else 128
         if self.accumulation_steps is None:
             self.accumulation_steps = 2 if on_gpu and not self.engine.startswith("zero") else 1
-        for name in ("num_layers", "lora_rank", "seq_len", "micro_batch_size", "accumulation_steps", "blocks", "steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} {value} must be at least 1")
+        require_positive(self, "num_layers", "lora_rank", "seq_len", "micro_batch_size", "accumulation_steps")
+        require_positive(self, "blocks", "steps", "peak_tflops")
         if self.accumulation_steps > 1 and self.engine.startswith("zero"):
             raise ValueError("--accumulation_steps is not for DeepSpeed here; raise --micro_batch_size instead")
         if self.engine == "single" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -109,7 +112,7 @@ class Arguments:
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    arguments = parse(Arguments)
     device = common.start()
     results = measure(arguments, device)
     common.publish("throughput", arguments, device, results, markdown)
@@ -212,8 +215,8 @@ def peak_flops(device: torch.device, given_tflops: float | None) -> float | None
         return given_tflops * 1e12
     if device.type == "cpu":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((rate for part, rate in PEAK_FLOPS.items() if part in name), None)
+    words = set(re.split("[ -]", torch.cuda.get_device_name(device)))  # "NVIDIA A100-SXM4-80GB"
+    return next((rate for part, rate in PEAK_FLOPS.items() if words.issuperset(part.split())), None)
 
 
 def _figures(
@@ -226,12 +229,12 @@ def _figures(
 ) -> dict[str, Any]:
     step = common.spread(flattened(blocks))
     tokens_per_second = 1e3 * tokens / step["median"]
+    # to lora's block of the same round: what slows the machine for a while slows both
     ratios = [plain[0] / own[0] for own, plain in zip(blocks, plain_blocks, strict=True)]
     return {
         "step_ms": step,
         "tokens_per_second_per_device": tokens_per_second,
         "mfu": None if peak is None else tokens_per_second * flops_per_token / peak,
-        "throughput_ratio": common.spread(flattened(plain_blocks))["median"] / step["median"],
         "throughput_ratio_by_block": common.spread(ratios),
         "peak_allocated_bytes": peak_bytes,
     }

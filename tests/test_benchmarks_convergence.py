@@ -222,8 +222,8 @@ def test_each_method_is_tuned_on_its_own_and_an_edge_is_said_to_be_one() -> None
         ({"learning_rates": [0.0, 1e-3]}, "learning_rates=.*above 0"),
         ({"seeds": [1, 1]}, "seeds=.*only once"),
         ({"warmup_steps": 250}, "warmup_steps=250 must be .* below steps=250"),
-        ({"start": "ones"}, "start='ones' is unknown; choose one of zero, drawn"),
-        ({"workers": 0}, "workers=0 must be at least 1"),
+        ({"start": "ones"}, "--start ones is unknown; choose one of zero, drawn"),
+        ({"workers": 0}, "--workers 0 must be positive"),
         ({"eval_dataset": ["x.json"]}, "needs --dataset"),
     ],
 )

@@ -116,7 +116,7 @@ def test_the_script_writes_a_record_that_the_report_renders(tmp_path: Path) -> N
     "changes, message",
     [
         ({"lora_rank": 13}, "lora_rank=13 must lie between 1 and size=12"),
-        ({"iterations": 0}, "iterations=0"),
+        ({"iterations": 0}, "--iterations 0 must be positive"),
         ({"target": 1.0}, r"target=1\.0"),
         ({"seeds": [0, 0]}, r"seeds=\[0, 0\]"),
         ({"learning_rates": [-0.1]}, "learning_rates="),

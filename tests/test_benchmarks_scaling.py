@@ -71,6 +71,8 @@ def test_bytes_of_llama_7b_follow_the_closed_formula(ranks: int, retile_mb: floa
     assert sent["retile"].mean() == pytest.approx(retile)
     assert sent["retile"].mean() / 1e6 == pytest.approx(retile_mb, abs=0.05)
     assert sent["gather"][0] / 1e6 == pytest.approx(gather_mb, abs=0.05)
+    baseline = 4 * (ranks - 1) / ranks * 2 * (sum_a + sum_b)  # what ``Gather`` moves: both factors and both gradients
+    assert sent["gather"] == pytest.approx((1 - 0.27) * baseline, rel=0.005)
 
 
 def test_with_more_ranks_than_pairs_the_owners_send_the_most() -> None:

@@ -47,7 +47,7 @@ def test_one_process_writes_a_record(record: dict[str, Any]) -> None:
         assert figures["tokens_per_second_per_device"] == pytest.approx(rate)
         assert figures["mfu"] == pytest.approx(rate * results["model_flops_per_token"] / 0.5e12)
         assert figures["step_ms"]["count"] == 2
-    assert results["variants"]["lora"]["throughput_ratio"] == 1
+    assert results["variants"]["lora"]["throughput_ratio_by_block"]["median"] == 1
     assert results["peak_resident_bytes"] > 2**20
 
 
@@ -72,7 +72,8 @@ def test_the_script_runs_from_anywhere_and_explains_itself(tmp_path: Path) -> No
         ({"model": "9b"}, "--model 9b is unknown"),
         ({"engine": "zero9"}, "--engine zero9 is unknown"),
         ({"engine": "fsdp2", "variants": ["loop"]}, "--variants loop is unknown or impossible here"),
-        ({"steps": 0}, "--steps 0 must be at least 1"),
+        ({"steps": 0}, "--steps 0 must be positive"),
+        ({"peak_tflops": 0.0}, "--peak_tflops 0.0 must be positive"),
         ({"engine": "zero3", "accumulation_steps": 2}, "raise --micro_batch_size instead"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
@@ -98,6 +99,34 @@ def test_the_formula_counts_what_torch_counts() -> None:
     # and the first layer's input, which comes from a frozen embedding, needs no gradient through q, k and v
     expected -= 2 * sum((inputs * outputs + 4 * inputs) for _, inputs, outputs in SHAPE.adapted_linears()[:3])
     assert counted == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA A100X", None),
+        ("NVIDIA GB10", None),
+    ],
+)
+def test_the_peak_rate_is_that_of_the_whole_name(
+    name: str, tflops: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    gpu = torch.device("cuda")
+    assert throughput.peak_flops(gpu, None) == (None if tflops is None else tflops * 1e12)
+    assert throughput.peak_flops(gpu, 0.5) == 0.5e12
 
 
 def _starting_losses(rank: int, world_size: int, scale: float) -> str:
@@ -138,6 +167,19 @@ def test_the_report_holds_the_records_figures(record: dict[str, Any]) -> None:
         figures |= {"mfu": None, "peak_allocated_bytes": 3 * 2**30}
     text = report.markdown(on_gpu)
     assert "peak memory, GiB" in text and "| 3.000 |" in text and "no peak rate is known" in text
+
+
+def test_throughput_beside_lora_is_the_median_of_rounds(record: dict[str, Any]) -> None:
+    """In the table, in the headline and above the bars, whatever the quotient of the medians is."""
+    pytest.importorskip("matplotlib")
+    disagreeing = copy.deepcopy(record)
+    for figures in disagreeing["results"]["variants"].values():
+        figures["throughput_ratio_by_block"] = {"median": 0.875, "q1": 0.75, "q3": 1.125, "count": 3}
+        figures["peak_allocated_bytes"] = 3 * 2**30
+    assert "| 87.50% (75.00% to 112.50%) |" in report.markdown(disagreeing)
+    assert report.headline(disagreeing).count("87.50%") == 2
+    (axes,) = report.plot(disagreeing).axes
+    assert {text.get_text() for text in axes.texts} == {"87.5%"}
 
 
 def test_the_plot_can_be_written(record: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Collection
 from typing import Any, TypeVar
@@ -13,8 +14,10 @@ _Options = TypeVar("_Options")
 
 def parse(kind: type[_Options]) -> _Options:
     """The command line as a dataclass; what it refuses is told in one line, with exit code 2 as argparse has."""
+    parser = HfArgumentParser(kind)  # type: ignore[arg-type]
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     try:
-        (options,) = HfArgumentParser(kind).parse_args_into_dataclasses()  # type: ignore[arg-type]
+        options, *_ = parser.parse_args_into_dataclasses()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None  # a traceback would hide the line

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.options import parse
+from benchmarks.overhead import Arguments
+
 SCRIPTS = Path(__file__).resolve().parents[1] / "benchmarks"
 # one mistake each, and what names it
 MISTAKES = {
@@ -39,3 +42,8 @@ def test_a_mistake_is_one_line(
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
+
+
+def test_what_deepspeeds_launcher_adds_is_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks/overhead.py", "--local_rank=0", "--steps", "3"])
+    assert parse(Arguments).steps == 3

@@ -34,7 +34,8 @@ def check_optimizer(where: str, loaded: Any, options: DoctorOptions, findings: F
                 where,
                 "offload_optimizer without an optimizer section: deepspeed.initialize refuses optimizers but "
                 "DeepSpeedCPUAdam, for which accelerate and Trainer exchange AdamW",
-                'name the optimizer, or set "zero_force_ds_cpu_optimizer": false',
+                "in DeepSpeed's JSON (accelerate's deepspeed_config_file) name the optimizer, or set "
+                '"zero_force_ds_cpu_optimizer": false',
             )
         return
     if options.method == "lora-rite":
@@ -90,6 +91,8 @@ def check_scheduler(where: str, loaded: Any, findings: Findings) -> None:
     from deepspeed.runtime import lr_schedules
 
     name = loaded.scheduler_name
-    if name is not None and not hasattr(lr_schedules, name) and not hasattr(torch.optim.lr_scheduler, name):
+    if name is None:
+        return
+    if not isinstance(name, str) or not (hasattr(lr_schedules, name) or hasattr(torch.optim.lr_scheduler, name)):
         known = ", ".join(lr_schedules.VALID_LR_SCHEDULES)
         findings.error(where, f"scheduler.type={name!r} is neither DeepSpeed's nor torch's", f"use one of {known}")

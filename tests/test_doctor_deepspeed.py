@@ -51,6 +51,14 @@ def test_batch_sizes_that_do_not_work_out(batch: dict[str, int], tmp_path: Path)
     assert "does not fit the options" in error.message and "--micro_batch_size" in error.remedy
 
 
+def _optimizer(kind: str | None = "AdamW", **params: Any) -> dict[str, Any]:
+    return zero3({"optimizer": {"params": params, **({"type": kind} if kind else {})}})
+
+
+def _scheduler(kind: str, **section: Any) -> dict[str, Any]:
+    return zero3({"scheduler": {"type": kind, **section}})
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     (zero3({"tensor_parallel": {"autotp_size": "2"}}), "tensor_parallel.autotp_size=2"),
     (zero3({"scheduler": {"type": 5}}), "scheduler.type=5 is neither"),
@@ -58,6 +66,17 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (zero3({"sequence_parallel_size": 2, "data_parallel_size": 2}), "sequence parallelism is not supported"),
     (zero3({"sequence_parallel_size": 1, "data_parallel_size": 2}), "data_parallel_size=2 x sequence_parallel_size=1"),
     (zero3({"sequence_parallel_size": "two"}), "sequence_parallel_size: 'two' is no whole number"),
+    (zero3({"data_types": {"grad_accum_dtype": "fp31"}}), "data_types.grad_accum_dtype: 'fp31' is unknown"),
+    (_optimizer(None, lr=1e-3), "optimizer without type"),
+    (_optimizer(learning_rate=1e-3), "optimizer.params.learning_rate: adamw has no such parameter"),
+    (_optimizer("Adam", max_grad_norm=1.0), "optimizer.params.max_grad_norm: adam has no such parameter"),
+    (_optimizer("Lion", eps=1e-8), "optimizer.params.eps: lion has no such parameter"),
+    (_optimizer(lr="1e-3"), "optimizer.params.lr: '1e-3' is no number"),
+    (_optimizer(betas=[0.9, "0.999"]), "optimizer.params.betas[1]: '0.999' is no number"),
+    (_scheduler("WarmupLR"), "scheduler without params"),
+    (_scheduler("WarmupLR", params={"warmup_steps": 10}), "scheduler.params.warmup_steps: WarmupLR has no such"),
+    (_scheduler("WarmupDecayLR", params={}), "scheduler.params.total_num_steps is absent"),
+    (_scheduler("StepLR", params={"gamma": 0.5}), "scheduler.params.step_size is absent"),
 ]
 
 
@@ -72,6 +91,13 @@ RIGHT: list[dict[str, Any]] = [
     zero3({"sequence_parallel_size": 1}),
     zero3({"sequence_parallel_size": 1, "data_parallel_size": 4}),
     zero3({"tensor_parallel": {"autotp_size": 1}}),
+    _optimizer(lr="auto", betas="auto", eps="auto", weight_decay="auto", torch_adam=True, fused=True),
+    _optimizer("Adam", lr=1e-3, adam_w_mode=False, bias_correction=True, fp32_optimizer_states=True),
+    _optimizer("Adagrad", lr=1e-3, lr_decay=0.1),
+    zero3({"optimizer": {"type": "AdamW"}}),
+    _scheduler("WarmupLR", params={"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"}),
+    _scheduler("WarmupDecayLR", params={"total_num_steps": "auto", "warmup_num_steps": 10}),
+    _scheduler("StepLR", params={"step_size": 10}),
 ]
 
 
@@ -79,6 +105,14 @@ RIGHT: list[dict[str, Any]] = [
 def test_what_deepspeed_takes_is_left_alone(config: dict[str, Any], tmp_path: Path) -> None:
     findings = diagnose([written(tmp_path, config)], DoctorOptions(world_size=4)).findings
     assert not [finding for finding in findings if finding.level != "note"], findings
+
+
+@pytest.mark.parametrize("name", ["fp32", "float32", "torch.float32"])
+def test_every_spelling_of_float32(name: str, tmp_path: Path) -> None:
+    """Which has DeepSpeed take another engine for ZeRO-1 in bf16."""
+    config = zero3({"data_types": {"grad_accum_dtype": name}}, stage=1)
+    diagnosis = diagnose([written(tmp_path, config)], DoctorOptions(world_size=4))
+    assert diagnosis.setup is not None and diagnosis.setup.engine == "zero1 (BF16_Optimizer)"
 
 
 def test_a_size_of_data_parallelism_alone_has_no_effect(tmp_path: Path) -> None:

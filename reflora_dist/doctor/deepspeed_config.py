@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..universal import is_round_robin
-from .deepspeed_optimizer import check_optimizer, check_scheduler, count_moments
+from .deepspeed_optimizer import check_optimizer, check_optimizer_params, check_scheduler, count_moments
 from .findings import Findings
 from .options import DoctorOptions
 from .setup import Setup
@@ -99,7 +99,10 @@ def deepspeed_setup(
         return None
     world_size, num_nodes = size
     _check_zero(where, filled, loaded, size, findings)
+    if "optimizer" in filled and loaded.optimizer_name is None:
+        findings.error(where, "optimizer without type: DeepSpeed makes none", 'give its "type", or remove the section')
     check_optimizer(where, loaded, options, findings)
+    check_optimizer_params(where, loaded, findings)
     check_scheduler(where, loaded, findings)
     if "gradient_clipping" not in config:
         findings.warning(
@@ -196,7 +199,7 @@ def _fill(
         return None
     finally:
         unset_hf_deepspeed_config()  # or transformers would partition the models that it builds from here on
-    if "train_batch_size" in number:
+    if "train_batch_size" in number:  # DeepSpeed would derive them from the ranks that are not there
         filled.config.setdefault("train_micro_batch_size_per_gpu", micro_batch_size)
         filled.config.setdefault("gradient_accumulation_steps", accumulation)
     return filled.config
@@ -206,9 +209,13 @@ def _batch(number: dict[str, Any], options: DoctorOptions, ranks: int) -> tuple[
     """Micro batch and accumulation: the options', else the file's, else what its train_batch_size leaves for them."""
     micro_batch_size = options.micro_batch_size or number.get("train_micro_batch_size_per_gpu")
     accumulation = options.gradient_accumulation_steps or number.get("gradient_accumulation_steps")
-    of_each = int(number.get("train_batch_size", 0)) // ranks
-    micro_batch_size = micro_batch_size or of_each // (accumulation or 1) or 1
-    return micro_batch_size, accumulation or int(of_each // micro_batch_size) or 1
+    together = number.get("train_batch_size")
+    of_each = together // ranks if isinstance(together, int) else 0
+    if micro_batch_size is None:
+        micro_batch_size = of_each // (accumulation or 1) or 1
+    if accumulation is None:
+        accumulation = of_each // (micro_batch_size or 1) or 1
+    return micro_batch_size, accumulation
 
 
 def _precision(config: dict[str, Any], options: DoctorOptions) -> str:
@@ -250,7 +257,7 @@ def _optimizer_values(config: dict[str, Any]) -> dict[str, Any]:
 
 def _load(where: str, filled: dict[str, Any], findings: Findings) -> Any:
     """What DeepSpeed makes of it; None if it refuses."""
-    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 
     # the ranks that DeepSpeed would multiply with are not there; transformers has compared the product
     config = _Asked({key: value for key, value in filled.items() if key != "train_batch_size"})
@@ -260,6 +267,13 @@ def _load(where: str, filled: dict[str, Any], findings: Findings) -> Any:
     except Exception as error:  # pydantic's, AssertionError, ValueError, TypeError
         findings.error(where, f"DeepSpeed refuses it: {error}".replace("\n", " "), "correct or remove that key")
         return None
+    if loaded.grad_accum_dtype is not None:
+        try:
+            loaded.grad_accum_dtype = DtypeEnum(loaded.grad_accum_dtype).name  # which has several spellings
+        except ValueError:
+            message = f"data_types.grad_accum_dtype: {loaded.grad_accum_dtype!r} is unknown to DeepSpeed"
+            findings.error(where, message, "fp32, bf16 or fp16")
+            return None
     if config.asked.isdisjoint(filled):
         findings.error(
             where,

@@ -171,13 +171,12 @@ def load_model(name: str, options: Options) -> Any:
     """
     arguments, dtype = options.training, options.model.model_dtype
     if dtype == "auto":
-        dtype = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32"
+        dtype = computed_dtype(arguments) or "float32"
     if options.classification.active:
         return classification.load_model(name, options, getattr(torch, dtype))
     settings: dict[str, Any] = {}
     if options.model.load_in_4bit:
-        computed = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else getattr(torch, dtype)
-        settings["quantization_config"] = quantization_config(computed)
+        settings["quantization_config"] = quantization_config(getattr(torch, computed_dtype(arguments) or dtype))
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=getattr(torch, dtype), attn_implementation=options.model.attn_implementation, **settings
@@ -186,6 +185,13 @@ def load_model(name: str, options: Options) -> Any:
         raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
     keep_weight_layout(model)
     return model
+
+
+def computed_dtype(arguments: Any) -> str | None:
+    """The 16-bit dtype that training computes in, if any: by --bf16 and --fp16, else by accelerate's configuration."""
+    if arguments.deepspeed and not (arguments.bf16 or arguments.fp16):
+        return None  # transformers fills in the file by these options alone
+    return {"bf16": "bfloat16", "fp16": "float16"}.get(arguments.mixed_precision)
 
 
 def add_adapter(model: Any, options: Options) -> Any:

@@ -40,7 +40,7 @@ class ModelOptions:
     tokenizer: str | None = _option(None, "Hub name or local path of the tokenizer. Default: the model's own.")
     model_dtype: str = _option(
         "auto",
-        "dtype of the frozen base; auto: that of --bf16 or --fp16, else float32.",
+        "dtype of the frozen base; auto: that of --bf16, --fp16 or accelerate's mixed_precision, else float32.",
         choices=MODEL_DTYPES,
     )
     load_in_4bit: bool = _option(False, "Keep the frozen base in 4 bits (NF4, double quantization), as QLoRA does.")

@@ -49,7 +49,8 @@ ZERO3: dict[str, Any] = {
     "bf16": {"enabled": True},
     "zero_optimization": {"stage": 3},
 }
-FSDP2 = {"distributed_type": "FSDP", "num_processes": 4, "fsdp_config": {"fsdp_version": 2}}
+WRAPPED = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+FSDP2 = {"distributed_type": "FSDP", "num_processes": 4, "fsdp_config": WRAPPED}
 FSDP1 = {"distributed_type": "FSDP", "num_processes": 4, "fsdp_config": {"fsdp_version": 1}}
 
 

@@ -202,7 +202,11 @@ def predicted(folder: Path, engine_name: str, method: str, world_size: int, load
         "distributed_type": "FSDP",
         "num_processes": world_size,
         "mixed_precision": "no",
-        "fsdp_config": {"fsdp_version": int(engine_name[4]), "fsdp_use_orig_params": "flat" not in engine_name},
+        "fsdp_config": {
+            "fsdp_version": int(engine_name[4]),
+            "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "fsdp_use_orig_params": "flat" not in engine_name,
+        },
     }
     if "hsdp" in engine_name:
         content["parallelism_config"] = {

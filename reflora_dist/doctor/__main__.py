@@ -23,13 +23,14 @@ def main(argv: list[str] | None = None) -> int:
     """Print a diagnosis; on rank 0 only. Returns 1 if the run could not work, 2 for a wrong command line."""
     try:
         configs, options = parse_options(argv)
+        together = launched()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     _be_quiet()
-    device = join() if launched() else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = join() if together else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with contextlib.redirect_stdout(sys.stderr):  # libraries print, too: --json must stay readable
-        diagnosis = _together(configs, options, device) if launched() else _alone(configs, options, device)
+        diagnosis = _together(configs, options, device) if together else _alone(configs, options, device)
     if int(os.environ.get("RANK", "0")) == 0:
         print(to_json(diagnosis) if options.json else text(diagnosis), flush=True)
     if dist.is_initialized():

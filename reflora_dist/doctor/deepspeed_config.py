@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import copy
 import difflib
-import json
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from ..universal import is_round_robin
-from .deepspeed_optimizer import check_optimizer, check_scheduler, count_moments
+from .deepspeed_optimizer import check_optimizer, check_optimizer_params, check_scheduler, count_moments
 from .findings import Findings
 from .options import DoctorOptions
 from .setup import Setup
-from .values import check_sections, one_line
+from .values import count, is_number, one_line
 
 _TRAINER_CLIPS_AT = 1.0  # TrainingArguments.max_grad_norm
 _STAGE_NAMES = {1: "zero1", 2: "zero2", 3: "zero3"}
-_SECTIONS = [
-    *((name,) for name in ("fp16", "bf16", "zero_optimization", "optimizer", "scheduler", "tensor_parallel")),
-    ("optimizer", "params"),
-    ("scheduler", "params"),
-]
 # Trainer fills these in by the model's size and the number of steps.
 _NEED_MODEL = {
     *(f"zero_optimization.{name}" for name in ("reduce_bucket_size", "stage3_prefetch_bucket_size")),
@@ -58,29 +51,6 @@ class _Asked(dict):
 
     def __copy__(self) -> _Asked:
         return self
-
-
-def read(path: str) -> dict[str, Any]:
-    """The file's contents.
-
-    Raises:
-        ValueError: it cannot be read, is no JSON object, has a key twice, or a section is no object.
-    """
-    try:
-        config = json.loads(Path(path).read_text(), object_pairs_hook=_once)
-    except OSError as error:
-        raise ValueError(error.strerror) from error
-    if not isinstance(config, dict):
-        raise ValueError(f"a DeepSpeed configuration is a JSON object, this is a {type(config).__name__}")
-    check_sections(config, _SECTIONS)
-    return config
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    for key, _ in pairs:
-        if sum(other == key for other, _ in pairs) > 1:
-            raise ValueError(f"the key {key!r} is there twice")
-    return dict(pairs)
 
 
 def deepspeed_setup(
@@ -129,7 +99,10 @@ def deepspeed_setup(
         return None
     world_size, num_nodes = size
     _check_zero(where, filled, loaded, size, findings)
+    if "optimizer" in filled and loaded.optimizer_name is None:
+        findings.error(where, "optimizer without type: DeepSpeed makes none", 'give its "type", or remove the section')
     check_optimizer(where, loaded, options, findings)
+    check_optimizer_params(where, loaded, findings)
     check_scheduler(where, loaded, findings)
     if "gradient_clipping" not in config:
         findings.warning(
@@ -189,8 +162,9 @@ def _fill(
     """Replace "auto" as Trainer does, which also compares what is not "auto" with its own arguments."""
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_hf_deepspeed_config
 
-    number = {key: value for key, value in config.items() if _is_number(value)}
+    number = {key: value for key, value in config.items() if is_number(value)}
     precision = _precision(config, options)
+    micro_batch_size, accumulation = _batch(number, options, size[0])
     try:
         optimizer_values = _optimizer_values(config)
     except ValueError as error:
@@ -198,8 +172,8 @@ def _fill(
         return None
     arguments = SimpleNamespace(
         world_size=size[0],
-        per_device_train_batch_size=options.micro_batch_size or number.get("train_micro_batch_size_per_gpu", 1),
-        gradient_accumulation_steps=options.gradient_accumulation_steps or number.get("gradient_accumulation_steps", 1),
+        per_device_train_batch_size=micro_batch_size,
+        gradient_accumulation_steps=accumulation,
         max_grad_norm=number.get("gradient_clipping", _TRAINER_CLIPS_AT),
         fp16=precision == "fp16",
         bf16=precision == "bf16",
@@ -217,14 +191,31 @@ def _fill(
         elif filled.mismatches:
             raise ValueError("; ".join(filled.mismatches))
     except ValueError as error:
-        findings.error(where, f"does not fit the options: {error}".replace("\n", " "), 'set these values to "auto"')
+        remedy = 'set these values to "auto", or give theirs: --micro_batch_size, --gradient_accumulation_steps'
+        findings.error(where, f"does not fit the options: {error}".replace("\n", " "), remedy)
         return None
     except Exception as error:  # whatever it does with values of another type
         findings.error(where, f"transformers refuses it: {one_line(error)}", "correct that key")
         return None
     finally:
         unset_hf_deepspeed_config()  # or transformers would partition the models that it builds from here on
+    if "train_batch_size" in number:  # DeepSpeed would derive them from the ranks that are not there
+        filled.config.setdefault("train_micro_batch_size_per_gpu", micro_batch_size)
+        filled.config.setdefault("gradient_accumulation_steps", accumulation)
     return filled.config
+
+
+def _batch(number: dict[str, Any], options: DoctorOptions, ranks: int) -> tuple[int, int]:
+    """Micro batch and accumulation: the options', else the file's, else what its train_batch_size leaves for them."""
+    micro_batch_size = options.micro_batch_size or number.get("train_micro_batch_size_per_gpu")
+    accumulation = options.gradient_accumulation_steps or number.get("gradient_accumulation_steps")
+    together = number.get("train_batch_size")
+    of_each = together // ranks if isinstance(together, int) else 0
+    if micro_batch_size is None:
+        micro_batch_size = of_each // (accumulation or 1) or 1
+    if accumulation is None:
+        accumulation = of_each // (micro_batch_size or 1) or 1
+    return micro_batch_size, accumulation
 
 
 def _precision(config: dict[str, Any], options: DoctorOptions) -> str:
@@ -239,10 +230,6 @@ def _precision(config: dict[str, Any], options: DoctorOptions) -> str:
 def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
     section = config.get(name)
     return section if isinstance(section, dict) else {}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _optimizer_values(config: dict[str, Any]) -> dict[str, Any]:
@@ -270,7 +257,7 @@ def _optimizer_values(config: dict[str, Any]) -> dict[str, Any]:
 
 def _load(where: str, filled: dict[str, Any], findings: Findings) -> Any:
     """What DeepSpeed makes of it; None if it refuses."""
-    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 
     # the ranks that DeepSpeed would multiply with are not there; transformers has compared the product
     config = _Asked({key: value for key, value in filled.items() if key != "train_batch_size"})
@@ -280,6 +267,22 @@ def _load(where: str, filled: dict[str, Any], findings: Findings) -> Any:
     except Exception as error:  # pydantic's, AssertionError, ValueError, TypeError
         findings.error(where, f"DeepSpeed refuses it: {error}".replace("\n", " "), "correct or remove that key")
         return None
+    if loaded.grad_accum_dtype is not None:
+        try:
+            loaded.grad_accum_dtype = DtypeEnum(loaded.grad_accum_dtype).name  # which has several spellings
+        except ValueError:
+            message = f"data_types.grad_accum_dtype: {loaded.grad_accum_dtype!r} is unknown to DeepSpeed"
+            findings.error(where, message, "fp32, bf16 or fp16")
+            return None
+    if config.asked.isdisjoint(filled):
+        findings.error(
+            where,
+            "there is no key that DeepSpeed knows",
+            "give DeepSpeed's or accelerate's configuration; a model's config.json goes after --model",
+        )
+        return None
+    if "sequence_parallel_size" in filled:  # deepspeed.initialize asks for these, for both or none
+        config.asked |= {"sequence_parallel_size", "data_parallel_size"}
     for key in sorted(set(dict.keys(config)) - config.asked):
         close = difflib.get_close_matches(key, config.asked, n=1)
         findings.warning(
@@ -312,16 +315,10 @@ def _check_zero(where: str, filled: dict[str, Any], loaded: Any, size: tuple[int
             "checkpoint.load_universal with round_robin_gradients: DeepSpeed mixes up the parameters as it loads them",
             "remove round_robin_gradients",
         )
-    parallel = _section(filled, "tensor_parallel")
-    if parallel.get("autotp_size", 0) > 1:
-        findings.error(
-            where,
-            f"tensor_parallel.autotp_size={parallel['autotp_size']}: attach refuses tensor parallelism",
-            "remove it",
-        )
     if zero.offload_param is not None and zero.offload_param.device != "none" and stage != 3:
         findings.warning(where, f"offload_param means nothing to stage {stage}", "remove it, or set stage 3")
     _check_hierarchy(where, zero, stage, size, findings)
+    _check_parallelism(where, filled, loaded, size[0], findings)
     if zero.zero_quantized_weights or zero.zero_quantized_gradients or zero.zero_quantized_nontrainable_weights:
         findings.warning(where, "zero_quantized_*: needs CUDA kernels that DeepSpeed compiles, and rounds", "")
     masters = (
@@ -350,6 +347,22 @@ def _check_hierarchy(where: str, zero: Any, stage: int, size: tuple[int, int], f
             f"zero_hpz_partition_size={secondary}, but a machine has {world_size // num_nodes} ranks: the second copy "
             "pays where it lies within one",
             f"set {world_size // num_nodes}",
+        )
+
+
+def _check_parallelism(where: str, filled: dict[str, Any], loaded: Any, ranks: int, findings: Findings) -> None:
+    tensor = loaded.tensor_parallel_config.autotp_size
+    if tensor > 1:
+        findings.error(where, f"tensor_parallel.autotp_size={tensor}: attach refuses tensor parallelism", "remove it")
+    sequence = count(where, filled, "sequence_parallel_size", findings)
+    data = count(where, filled, "data_parallel_size", findings)
+    if sequence is not None and sequence > 1:
+        findings.error(
+            where, f"sequence_parallel_size={sequence}: sequence parallelism is not supported", "remove it, or set 1"
+        )
+    elif sequence == 1 and data not in (None, ranks):
+        findings.error(
+            where, f"data_parallel_size={data} x sequence_parallel_size=1, but there are {ranks} ranks", "remove both"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -9,10 +10,11 @@ import torch
 from ..optimizers import _ADAM_FAMILY, _ELEMENTWISE
 from .findings import Findings
 from .options import OPTIMIZERS, DoctorOptions
-from .values import one_line
+from .values import is_number, one_line
 
 # DeepSpeed's names, in lower case, of optimizers that are not torch's.
 _OWN_OPTIMIZERS = {"adam": "FusedAdam", "adamw": "FusedAdam", "adagrad": "DeepSpeedCPUAdagrad", "lion": "FusedLion"}
+_TAKEN_OUT = ("torch_adam", "adam_w_mode")  # of their parameters, by DeepSpeed itself
 _OWN_MOMENTS = {"FusedAdam": 2, "DeepSpeedCPUAdagrad": 1, "FusedLion": 1}
 
 
@@ -34,7 +36,8 @@ def check_optimizer(where: str, loaded: Any, options: DoctorOptions, findings: F
                 where,
                 "offload_optimizer without an optimizer section: deepspeed.initialize refuses optimizers but "
                 "DeepSpeedCPUAdam, for which accelerate and Trainer exchange AdamW",
-                'name the optimizer, or set "zero_force_ds_cpu_optimizer": false',
+                "in DeepSpeed's JSON (accelerate's deepspeed_config_file) name the optimizer, or set "
+                '"zero_force_ds_cpu_optimizer": false',
             )
         return
     if options.method == "lora-rite":
@@ -85,11 +88,66 @@ def count_moments(where: str, loaded: Any, options: DoctorOptions, findings: Fin
     return moments
 
 
+def check_optimizer_params(where: str, loaded: Any, findings: Findings) -> None:
+    """Whether one of DeepSpeed's own optimizers takes the file's; torch's are made to count their moments."""
+    kinds = _own_classes().get(loaded.optimizer_name)
+    params = loaded.optimizer_params or {}
+    if kinds is None:
+        return
+    known = {*_TAKEN_OUT, *(name for kind in kinds for name in _parameters(kind))}
+    _check_names(where, "optimizer", loaded.optimizer_name, params, known, findings)
+    numbers = {name: params[name] for name in ("lr", "eps", "weight_decay") if name in params}
+    numbers |= {f"betas[{index}]": value for index, value in enumerate(params.get("betas", ()))}
+    for name, value in numbers.items():
+        if not is_number(value):
+            findings.error(where, f"optimizer.params.{name}: {value!r} is no number", "correct it")
+
+
+def _own_classes() -> dict[str, list[type]]:
+    """What DeepSpeed may make of its names, by device and offload."""
+    from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+    from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
+
+    adam = [torch.optim.AdamW, FusedAdam, DeepSpeedCPUAdam]
+    return {
+        "adam": adam,
+        "adamw": adam,
+        "adagrad": [torch.optim.Adagrad, DeepSpeedCPUAdagrad],
+        "lion": [FusedLion, DeepSpeedCPULion],
+    }
+
+
+def _parameters(kind: Any) -> dict[str, inspect.Parameter]:
+    """What a constructor takes beside what is optimized, or beside the optimizer."""
+    return dict(list(inspect.signature(kind).parameters.items())[1:])
+
+
+def _check_names(
+    where: str, section: str, kind: str, params: dict[str, Any], known: set[str], findings: Findings
+) -> None:
+    for name in sorted(set(params) - known):
+        findings.error(
+            where, f"{section}.params.{name}: {kind} has no such parameter", f"it has {', '.join(sorted(known))}"
+        )
+
+
 def check_scheduler(where: str, loaded: Any, findings: Findings) -> None:
-    """Whether the engine finds the scheduler that the file names."""
+    """Whether the engine finds the scheduler that the file names, and can make it."""
     from deepspeed.runtime import lr_schedules
 
-    name = loaded.scheduler_name
-    if name is not None and not hasattr(lr_schedules, name) and not hasattr(torch.optim.lr_scheduler, name):
+    name, params = loaded.scheduler_name, loaded.scheduler_params
+    if name is None:
+        return
+    kind = getattr(lr_schedules, str(name), None) or getattr(torch.optim.lr_scheduler, str(name), None)
+    if not isinstance(kind, type):
         known = ", ".join(lr_schedules.VALID_LR_SCHEDULES)
         findings.error(where, f"scheduler.type={name!r} is neither DeepSpeed's nor torch's", f"use one of {known}")
+        return
+    if params is None:
+        findings.error(where, "scheduler without params: DeepSpeed fails on it", '"params": {}')
+    parameters = _parameters(kind)
+    _check_names(where, "scheduler", name, params or {}, set(parameters), findings)
+    needed = {key for key, parameter in parameters.items() if parameter.default is parameter.empty}
+    for key in sorted(needed - set(params or {})):
+        findings.error(where, f"scheduler.params.{key} is absent, and {name} needs it", "give it")

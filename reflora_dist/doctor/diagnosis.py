@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from . import accelerate_config, deepspeed_config
+from . import accelerate_config
 from .accelerate_config import accelerate_setup
 from .activations import activation_bytes
-from .base_model import MetaModel, build, describe, load_config
+from .base_model import MetaModel, build, describe, layer_classes, load_config
 from .deepspeed_config import deepspeed_setup
+from .files import is_for_accelerate, read
 from .findings import Findings
 from .four_bit import four_bit, pack
 from .held import BYTES, Item, Shards, factor_shards, memory, persisted
@@ -93,20 +94,20 @@ def diagnose(configs: Sequence[str], options: DoctorOptions) -> Diagnosis:
     findings = Findings()
     files = _read(configs, findings)
     result = Diagnosis(files, findings, options)
-    yamls = [path for path in files if not path.endswith(".json")]
-    jsons = [path for path in files if path.endswith(".json")]
-    for paths in (yamls, jsons):
+    for_accelerate = [path for path in files if is_for_accelerate(files[path])]
+    for_deepspeed = [path for path in files if path not in for_accelerate]
+    for paths in (for_accelerate, for_deepspeed):
         if len(paths) > 1:
             compare("configuration files", {path: files[path] for path in paths}, findings)
-    result.versions = check_versions(findings, {"deepspeed"} if jsons else set())
+    result.versions = check_versions(findings, {"deepspeed"} if for_deepspeed else set())
     model_config = None
     if options.model is not None:
         try:
             model_config = load_config(options.model)
         except ValueError as error:
             findings.error("--model", str(error), "give a hub name, a folder or a config.json")
-    if len(files) == len(configs):
-        result.setup = _setup(yamls[:1], jsons[:1], files, model_config, options, findings)
+    if len(files) == len(set(configs)):
+        result.setup = _setup(for_accelerate[:1], for_deepspeed[:1], files, model_config, options, findings)
     if result.setup is not None and model_config is not None:
         _estimate(result, result.setup, model_config)
     return result
@@ -115,46 +116,47 @@ def diagnose(configs: Sequence[str], options: DoctorOptions) -> Diagnosis:
 def _read(configs: Sequence[str], findings: Findings) -> dict[str, Any]:
     files = {}
     for path in configs:
-        reader = deepspeed_config.read if path.endswith(".json") else accelerate_config.read
         try:
-            files[path] = reader(path)
+            files[path] = read(path)
         except ValueError as error:
-            findings.error(path, str(error), "give DeepSpeed's .json or accelerate's .yaml")
+            findings.error(path, str(error), "give DeepSpeed's JSON or accelerate's YAML")
     return files
 
 
 def _setup(
-    yamls: list[str],
-    jsons: list[str],
+    for_accelerate: list[str],
+    for_deepspeed: list[str],
     files: dict[str, Any],
     model_config: Any,
     options: DoctorOptions,
     findings: Findings,
 ) -> Setup | None:
     arguments = None
-    path = yamls[0] if yamls else ""
+    path = for_accelerate[0] if for_accelerate else ""
     size = _size(path, files.get(path, {}), options, findings)
     if size is None:
         return None
-    if yamls:
+    if for_accelerate:
         arguments = accelerate_config.launch_arguments(path, files[path], findings)
-        if arguments is None or not accelerate_config.check_distributed_type(path, files[path], arguments, findings):
+        if arguments is None:
             return None
-        if arguments.use_deepspeed and not jsons:
+        if not accelerate_config.check_distributed_type(path, files[path], arguments, size[0], findings):
+            return None
+        if arguments.use_deepspeed and not for_deepspeed:
             contents = accelerate_config.deepspeed_contents(path, arguments, options, findings)
             if contents is None:
                 return None
             return deepspeed_setup(path, contents, model_config, options, size, findings)
-        if jsons and not arguments.use_deepspeed:
+        if for_deepspeed and not arguments.use_deepspeed:
             kind = files[path].get("distributed_type")
             findings.error(
-                path, f"distributed_type: {kind}, beside DeepSpeed's {jsons[0]}", "distributed_type: DEEPSPEED"
+                path, f"distributed_type: {kind}, beside DeepSpeed's {for_deepspeed[0]}", "distributed_type: DEEPSPEED"
             )
             return None
-    if jsons:
-        return deepspeed_setup(jsons[0], files[jsons[0]], model_config, options, size, findings)
-    if yamls:
-        return accelerate_setup(yamls[0], arguments, options, size, findings)
+    if for_deepspeed:
+        return deepspeed_setup(for_deepspeed[0], files[for_deepspeed[0]], model_config, options, size, findings)
+    if for_accelerate:
+        return accelerate_setup(for_accelerate[0], arguments, options, size, findings)
     world_size, num_nodes = size
     return Setup(
         engine="ddp" if world_size > 1 else "single",
@@ -176,6 +178,8 @@ def _size(path: str, config: dict[str, Any], options: DoctorOptions, findings: F
     processes, machines = (count(path, config, name, findings) for name in ("num_processes", "num_machines"))
     if len(findings) > before:
         return None
+    if config.get("distributed_type") == "NO":
+        processes = processes or 1  # as accelerate fills it in
     launched = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else None
     nodes = options.num_nodes
     if nodes is None and launched:
@@ -198,10 +202,12 @@ def _estimate(result: Diagnosis, setup: Setup, model_config: Any) -> None:
     options, findings = result.options, result.findings
     dtype = getattr(torch, PRECISIONS[setup.precision])
     try:
-        model = describe(build(model_config, options, dtype))
+        built = build(model_config, options, dtype)
+        model = describe(built)
     except Exception as error:  # the libraries', by what is wrong in the model's configuration or is not installed
         findings.error("--model", *_why_not_built(model_config, options, error))
         return
+    _check_class_names(built, setup, findings)
     config = options.reflora_config()
     shapes = [shape for pair in model.pairs for shape in (pair.shape_a, pair.shape_b)]
     shards = factor_shards(setup, shapes)
@@ -239,6 +245,17 @@ def _why_not_built(model_config: Any, options: DoctorOptions, error: Exception) 
         )
     remedy = "--attn_implementation sdpa" if isinstance(error, ImportError) and options.attn_implementation else ""
     return f"no adapter can be put into it: {one_line(error)}", remedy or "--target_modules, or correct its config.json"
+
+
+def _check_class_names(model: torch.nn.Module, setup: Setup, findings: Findings) -> None:
+    unknown = sorted(set(setup.class_names) - {type(module).__name__ for module in model.modules()})
+    if unknown:
+        own = ", ".join(sorted(layer_classes(model)))
+        findings.error(
+            "fsdp_transformer_layer_cls_to_wrap",
+            f"the model has no modules of {', '.join(map(repr, unknown))}",
+            f"leave it out, or name {own}" if own else "leave it out",
+        )
 
 
 def _pair_rows(setup: Setup, model: MetaModel, shards: list[Shards]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 from dataclasses import field
 
@@ -54,8 +55,8 @@ class DoctorOptions:
         for name in ("lora_r", "sequence_length", "micro_batch_size", "gradient_accumulation_steps", "world_size",
                      "num_nodes", "gpu_memory_gib", "host_memory_gib", "bandwidth_gbit"):  # fmt: skip
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"--{name} {value} must be above 0")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"--{name} {value} must be a finite number above 0")
         if self.world_size and self.num_nodes and self.world_size % self.num_nodes:
             raise ValueError(f"--world_size {self.world_size} is not a multiple of --num_nodes {self.num_nodes}")
         self.reflora_config()
@@ -85,5 +86,16 @@ def parse_options(argv: list[str] | None = None) -> tuple[list[str], DoctorOptio
 
 
 def launched() -> bool:
-    """Whether a launcher started this process: torchrun, accelerate and DeepSpeed all set these."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """Whether a launcher started this process: torchrun, accelerate and DeepSpeed all set these.
+
+    Raises:
+        ValueError: a launcher's variables are there in part.
+    """
+    if not ("RANK" in os.environ and "WORLD_SIZE" in os.environ):
+        return False
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise ValueError(
+                f"RANK is set but {name} is not: run this under torchrun, deepspeed or accelerate launch, or unset RANK"
+            )
+    return True

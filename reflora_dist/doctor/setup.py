@@ -27,6 +27,7 @@ class Setup:
         sub_group_elements: ZeRO-3: elements of this rank's that the optimizer updates at a time; 0 for all.
         round_robin: ZeRO-1/2: parameters are dealt out in turn.
         alignment: ZeRO-1/2: elements to a multiple of which parameters are padded.
+        class_names: FSDP: of the modules that the file has wrapped; empty for the model's own choice.
         moments: tensors of a factor's size that the optimizer of DeepSpeed's file keeps; None if it names none.
     """
 
@@ -49,6 +50,7 @@ class Setup:
     sub_group_elements: int = 0
     round_robin: bool = False
     alignment: int = 1
+    class_names: list[str] = dataclasses.field(default_factory=list)
     moments: int | None = None
 
     @property

@@ -50,3 +50,13 @@ def count(where: str, config: dict[str, Any], name: str, findings: Findings) -> 
 def one_line(error: Exception) -> str:
     """The first line of what a library says."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def is_number(value: object) -> bool:
+    """Of any kind; switches are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def truth(value: object) -> bool:
+    """Whether a switch of accelerate's is on, as a boolean or in words."""
+    return str(value).lower() in ("true", "1", "yes")

@@ -1,0 +1,56 @@
+"""Configuration files; what is in them says which library they are for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .values import check_sections
+
+ACCELERATE_SECTIONS = ("fsdp_config", "deepspeed_config", "parallelism_config")
+_ACCELERATE_KEYS = ("distributed_type", "compute_environment")
+_DEEPSPEED_SECTIONS = [
+    *((name,) for name in ("fp16", "bf16", "zero_optimization", "optimizer", "scheduler", "tensor_parallel")),
+    ("optimizer", "params"),
+    ("scheduler", "params"),
+]
+
+
+def is_for_accelerate(config: dict[str, Any]) -> bool:
+    """Whether these are contents for accelerate, not for DeepSpeed."""
+    return any(key in config for key in _ACCELERATE_KEYS)
+
+
+def read(path: str) -> dict[str, Any]:
+    """The file's contents.
+
+    Raises:
+        ValueError: it cannot be read, is for neither library, has a key twice, or it or a section is no mapping.
+    """
+    try:
+        text = Path(path).read_text()
+        is_json = path.endswith(".json") or text.lstrip().startswith("{")
+        config = json.loads(text, object_pairs_hook=_once) if is_json else yaml.safe_load(text)
+    except OSError as error:
+        raise ValueError(error.strerror) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(str(error).replace("\n", " ")) from error
+    if not isinstance(config, dict):
+        raise ValueError(f"a configuration is a mapping, this is a {type(config).__name__}")
+    if is_for_accelerate(config):
+        check_sections(config, [(name,) for name in ACCELERATE_SECTIONS])
+    elif is_json:
+        check_sections(config, _DEEPSPEED_SECTIONS)
+    else:
+        raise ValueError("there is no distributed_type, as accelerate needs it, and DeepSpeed reads JSON only")
+    return config
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for key, _ in pairs:
+        if sum(other == key for other, _ in pairs) > 1:
+            raise ValueError(f"the key {key!r} is there twice")
+    return dict(pairs)

@@ -1,0 +1,152 @@
+"""FSDP by accelerate's configuration."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .findings import Findings
+from .setup import Setup
+from .values import count, truth
+
+_STRATEGIES = {"1": "FULL_SHARD", "2": "SHARD_GRAD_OP", "3": "NO_SHARD", "4": "HYBRID_SHARD"}
+# What does the same under FSDP2.
+_FSDP2_STRATEGIES = {
+    "SHARD_GRAD_OP": "fsdp_reshard_after_forward: false",
+    "NO_SHARD": "distributed_type: MULTI_GPU",
+    "HYBRID_SHARD": "parallelism_config with dp_replicate_size and dp_shard_size",
+    "HYBRID_SHARD_ZERO2": "parallelism_config with both sizes, and fsdp_reshard_after_forward: false",
+}
+_OTHER_PARALLELISM = {"tp": "tensor", "cp": "context", "sp": "sequence"}
+
+
+def plugin_accepts(path: str, arguments: Any, findings: Findings) -> bool:
+    """Whether accelerate's plugin can be made of the variables that its launcher would set."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.utils import patch_environment
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    version = arguments.fsdp_version
+    if str(version) not in ("1", "2"):
+        findings.error(path, f"fsdp_version: {version!r} is unknown to accelerate", "fsdp_version: 2")
+        return False
+    # one machine and any port: the launcher would look whether the port is free
+    launched = {**vars(arguments), "num_machines": 1, "main_process_port": 0, "mixed_precision": "no"}
+    try:
+        environment = prepare_multi_gpu_env(argparse.Namespace(**launched))
+        variables = {name: value for name, value in environment.items() if name.startswith("FSDP_")}
+        # with these the plugin would look for the accelerator to broadcast on
+        variables |= {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_SYNC_MODULE_STATES": "false"}
+        with patch_environment(**variables):
+            FullyShardedDataParallelPlugin()
+    except Exception as error:  # KeyError, ValueError and others, by what is wrong
+        message = f"accelerate refuses it with fsdp_version: {version}: {type(error).__name__}: {error}"
+        findings.error(path, message.replace("\n", " "), "correct or remove that key")
+        return False
+    return True
+
+
+def _strategy(arguments: Any) -> str:
+    strategy = str(arguments.fsdp_sharding_strategy or "FULL_SHARD").upper()
+    return _STRATEGIES.get(strategy, strategy)
+
+
+def _class_names(arguments: Any) -> list[str]:
+    named = arguments.fsdp_transformer_layer_cls_to_wrap
+    return str(named).split(",") if named else []
+
+
+def fsdp1(path: str, arguments: Any, setup: Setup, findings: Findings) -> None:
+    """Fill in what FSDP1 does; Trainer wraps by PEFT's policy, whatever the file's is."""
+    strategy = _strategy(arguments)
+    setup.class_names = _class_names(arguments)
+    setup.shard_size = setup.world_size
+    if strategy.startswith(("HYBRID", "_HYBRID")):
+        setup.shard_size = setup.ranks_per_node
+    if strategy == "NO_SHARD":
+        setup.shard_size = 1
+    setup.reshard_after_forward = strategy in ("FULL_SHARD", "HYBRID_SHARD")
+    original = truth(arguments.fsdp_use_orig_params)
+    if strategy == "NO_SHARD" and not original:
+        findings.error(path, "NO_SHARD without fsdp_use_orig_params: attach refuses it", "fsdp_use_orig_params: true")
+    if setup.offload_params:
+        findings.warning(path, "FSDP1 with fsdp_offload_params is not tested", "use FSDP2")
+
+
+def fsdp2(path: str, arguments: Any, setup: Setup, findings: Findings) -> None:
+    """Fill in what FSDP2 does."""
+    reshard = arguments.fsdp_reshard_after_forward
+    setup.reshard_after_forward = reshard is None or str(reshard).lower() not in ("false", "0", "no")
+    setup.shard_size = setup.world_size
+    strategy = _strategy(arguments)
+    if strategy != "FULL_SHARD":
+        findings.warning(
+            path,
+            f"fsdp_sharding_strategy: {strategy} has no effect: accelerate reads it for fsdp_version 1 only",
+            _FSDP2_STRATEGIES.get(strategy, "remove it"),
+        )
+    _wrap(path, arguments, setup, findings)
+    if getattr(arguments, "use_parallelism_config", False):
+        _mesh(path, arguments, setup, findings)
+
+
+def _wrap(path: str, arguments: Any, setup: Setup, findings: Findings) -> None:
+    """What is gathered at a time. Without a policy layers belong to the root, which stays gathered for the backward."""
+    policy = str(arguments.fsdp_auto_wrap_policy or "NO_WRAP").upper()
+    remedy = "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"
+    if policy == "TRANSFORMER_BASED_WRAP":
+        setup.class_names = _class_names(arguments)
+    elif policy == "SIZE_BASED_WRAP":
+        findings.warning(
+            path, f"fsdp_auto_wrap_policy: {policy}: the sizes below assume that decoder layers are the units", remedy
+        )
+    else:
+        setup.reshard_after_forward = False
+        findings.warning(
+            path,
+            "FSDP2 without fsdp_auto_wrap_policy (NO_WRAP): layers are no units, so every rank gathers the whole model",
+            remedy,
+        )
+        if truth(arguments.fsdp_activation_checkpointing):
+            findings.error(
+                path, "fsdp_activation_checkpointing without fsdp_auto_wrap_policy: accelerate fails on it", remedy
+            )
+
+
+def _mesh(path: str, arguments: Any, setup: Setup, findings: Findings) -> None:
+    sizes = {
+        name: count(path, vars(arguments), f"parallelism_config_{name}_size", findings) or 1
+        for name in ("dp_replicate", "dp_shard", *_OTHER_PARALLELISM)
+    }
+    for name, kind in _OTHER_PARALLELISM.items():
+        if sizes[name] > 1:
+            findings.error(
+                path,
+                f"parallelism_config_{name}_size={sizes[name]}: {kind} parallelism is not supported",
+                "leave it out, or set 1",
+            )
+    if sizes["dp_shard"] == 1 and setup.world_size > 1:
+        findings.error(
+            path,
+            "dp_shard_size is 1, which leaves FSDP nothing to shard across: accelerate refuses it",
+            "a dp_shard_size above 1, or distributed_type: MULTI_GPU",
+        )
+        return
+    total = sizes["dp_replicate"] * sizes["dp_shard"]
+    if total != setup.world_size:
+        findings.error(
+            path,
+            f"dp_replicate_size {sizes['dp_replicate']} x dp_shard_size {sizes['dp_shard']} is {total}, but there are "
+            f"{setup.world_size} ranks",
+            f"dp_shard_size: the ranks of a machine, {setup.ranks_per_node}; dp_replicate_size: the machines, "
+            f"{setup.num_nodes}; or --world_size {total}",
+        )
+    elif sizes["dp_replicate"] > 1:
+        setup.shard_size = sizes["dp_shard"]
+        if setup.ranks_per_node % sizes["dp_shard"]:
+            findings.warning(
+                path,
+                f"dp_shard_size {sizes['dp_shard']} does not divide the {setup.ranks_per_node} ranks of a machine: "
+                "parameters are gathered between machines",
+                f"dp_shard_size: {setup.ranks_per_node}",
+            )

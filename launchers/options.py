@@ -96,6 +96,10 @@ class LoraOptions:
             raise ValueError(f"lora_sb_batches={self.lora_sb_batches} must be at least 1")
         if self.lora_sb_learning_rate is not None and self.lora_sb_learning_rate <= 0:
             raise ValueError(f"lora_sb_learning_rate={self.lora_sb_learning_rate} must be above 0")
+        if self.scaled_gd_damping != RefLoRAConfig.damping and self.method != "scaled-gd":
+            raise ValueError(
+                f"scaled_gd_damping={self.scaled_gd_damping} means nothing to --method {self.method}: drop it"
+            )
         if self.latent:
             self._check_latent()
         elif self.lora_alpha is None:

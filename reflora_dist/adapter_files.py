@@ -149,21 +149,27 @@ def _read(adapter_dir: str | Path, entries: Mapping[str, _Entry]) -> dict[str, T
 
 
 def find_peft_model(model: nn.Module) -> PeftModel:
-    """The PEFT model inside of any wrappers.
+    """The PEFT model inside of any wrappers; beside a trained one those that are frozen (references) do not count.
 
     Raises:
         TypeError: there is none.
         ValueError: there are several.
     """
     found = {clean_name(name): module for name, module in model.named_modules() if isinstance(module, PeftModel)}
+    if len(found) > 1:
+        found = {name: module for name, module in found.items() if _is_trained(module)} or found
     if not found:
         raise TypeError(f"{type(model).__name__} contains no PeftModel: wrap the model with peft.get_peft_model(...)")
     if len(found) > 1:
         raise ValueError(
             f"{type(model).__name__} contains {len(found)} PEFT models ({', '.join(found)}), and an adapter's files "
-            "are of one: save and load each by itself"
+            "and a checkpoint are of one: give save_adapter and load_adapter each by itself"
         )
     return next(iter(found.values()))
+
+
+def _is_trained(model: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in model.parameters())
 
 
 def _entries(peft_model: PeftModel, owners: Mapping[str, Owner]) -> dict[str, _Entry]:

@@ -23,7 +23,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_local_load_plan
 from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.state_dict import (
@@ -35,8 +34,17 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from .adapter_files import agreed, is_first_rank, load_adapter, load_frozen, save_adapter, world_size
+from .adapter_files import (
+    agreed,
+    find_peft_model,
+    is_first_rank,
+    load_adapter,
+    load_frozen,
+    save_adapter,
+    world_size,
+)
 from .adapters import clean_name
+from .checkpoint_errors import named_load_errors, named_write_errors
 from .engines import Engine
 from .files import file_sizes, require_files, write_json
 from .handle_state import check_adapters
@@ -97,6 +105,7 @@ def save_into(folder: Path, model: nn.Module, optimizer: Any, handle: Handle | N
     with agreed("preparing to save the checkpoint"):
         engine = find_training_engine(model, optimizer)
         _require_wrapped(model, engine)
+        find_peft_model(model)
         if is_first_rank():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / _RECORD).unlink(missing_ok=True)  # from here on until the end it is no checkpoint
@@ -104,7 +113,7 @@ def save_into(folder: Path, model: nn.Module, optimizer: Any, handle: Handle | N
                 shutil.rmtree(folder / stale, ignore_errors=True)
     save_adapter(model, folder)
     # not agreed upon: a rank that leaves an engine's collectives early cannot tell the others by another collective
-    with _named_write_errors(folder):
+    with named_write_errors(folder):
         if _is_deepspeed(engine):
             model.save_checkpoint(str(folder), tag=_STATE, exclude_frozen_parameters=True)  # type: ignore[operator]
         else:
@@ -149,7 +158,7 @@ def load_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any) ->
         else:
             require_files(folder, record["files"])
             _require_loadable_on(world_size(), record, engine, folder)
-    with agreed("loading the checkpoint"), _named_load_errors(folder):
+    with agreed("loading the checkpoint"), named_load_errors(folder):
         if _is_deepspeed(engine):
             tag = _UNIVERSAL if universal else _STATE
             model.load_checkpoint(str(folder), tag=tag, load_module_strict=False)  # type: ignore[operator]
@@ -199,6 +208,9 @@ def _training_state(model: nn.Module, engine: Engine) -> dict[str, Any]:
             weights = {clean_name(name): p.detach() for name, p in model.named_parameters() if p.requires_grad}
             return {"model": weights, "optimizer": get_optimizer_state_dict(model, engine.optimizer)}
         weights, state = get_state_dict(model, engine.optimizer, options=_TRAINABLE_ONLY)  # type: ignore[assignment]
+    # torch leaves out what is frozen under one of its names only, and a tied embedding has two
+    frozen = {clean_name(name) for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    weights = {name: weight for name, weight in weights.items() if clean_name(name) not in frozen}
     return {"model": weights, "optimizer": state}
 
 
@@ -360,38 +372,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-# --- ranks ---
-
-
-@contextlib.contextmanager
-def _named_write_errors(folder: Path) -> Iterator[None]:
-    """Say which rank could not write and how much space there is: torch tells neither of a full disk."""
-    try:
-        yield
-    except CheckpointException as error:  # of DCP, on every rank alike
-        failures = {rank: failure[0] for rank, failure in error.failures.items()}
-        raise RuntimeError(_write_error(folder, failures)) from error
-    except (OSError, RuntimeError) as error:
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        raise RuntimeError(_write_error(folder, {rank: error})) from error
-
-
-@contextlib.contextmanager
-def _named_load_errors(folder: Path) -> Iterator[None]:
-    """Of DCP, whose exception is none that programs catch, and of engines, which say what differs but not why."""
-    try:
-        yield
-    except (CheckpointException, Exception) as error:
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        raise RuntimeError(
-            f"{folder} does not fit this run ({type(cause).__name__}: {cause}): make the adapter, the optimizer and "
-            "its groups as in the run that saved it, and learning-rate schedulers after loading"
-        ) from error
-
-
-def _write_error(folder: Path, failures: Mapping[int, BaseException]) -> str:
-    causes = ", ".join(f"on rank {rank}: {type(error).__name__}: {error}" for rank, error in failures.items())
-    free = shutil.disk_usage(folder).free / 2**20
-    return f"saving the checkpoint to {folder}, with {free:,.1f} MiB free there, failed {causes}"

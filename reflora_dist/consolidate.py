@@ -244,9 +244,11 @@ def _chosen(names: list[str], config: Mapping[str, Any], adapter: str, state: Pa
     """What of a state belongs to the adapter, and PEFT's name for each.
 
     Raises:
-        ValueError: nothing does.
+        ValueError: nothing does, or it is of several models.
     """
     plain = {name: _plain_name(name) for name in names if _OF_MODEL.match(clean_name(name))}
+    if len(set(plain.values())) < len(plain):
+        raise ValueError(f"{state} holds several PEFT models ({', '.join(_prefixes(plain))}), and an adapter is of one")
     if any(re.search(r"\.lora_(A|embedding_A|xs_R)(\.weight)?$", path) for path in plain.values()):
         return plain  # accelerate wrote what PEFT had selected and named
     chosen = {name: key for name, path in plain.items() if (key := _peft_key(path, config, adapter)) is not None}
@@ -254,6 +256,10 @@ def _chosen(names: list[str], config: Mapping[str, Any], adapter: str, state: Pa
         others = sorted({match[1] for path in plain.values() if (match := re.search(r"\.lora_\w+\.(\w+)", path))})
         raise ValueError(f"{state} holds nothing of the adapter {adapter!r}; it has {', '.join(others) or 'none'}")
     return chosen
+
+
+def _prefixes(plain: Mapping[str, str]) -> list[str]:
+    return sorted({clean_name(name).removesuffix(path).rstrip(".") for name, path in plain.items()})
 
 
 def _plain_name(name: str) -> str:

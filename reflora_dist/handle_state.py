@@ -10,6 +10,7 @@ from .adapters import AdapterPair
 from .config import RefLoRAConfig
 
 _VERSION = 1
+_PEFT_PREFIX = "base_model.model."
 _MAY_CHANGE = {"method", "overlap"}  # the first is refused, the second changes no result
 
 
@@ -31,13 +32,13 @@ def handle_state(
     return state if pairs is None else {**state, "adapters": describe_adapters(pairs)}
 
 
-def describe_adapters(pairs: Sequence[AdapterPair]) -> dict[str, str]:
+def describe_adapters(pairs: Sequence[AdapterPair]) -> dict[str, list[Any]]:
     """By r and scaling how many there are, and a digest of their names: all that changes when LoraConfig does."""
     names: dict[str, list[str]] = {}
     for pair in pairs:
-        names.setdefault(f"r={pair.lora_rank}, scaling={pair.scaling:g}", []).append(pair.name)
-    digests = {kind: hashlib.sha256("\n".join(of_kind).encode()).hexdigest()[:12] for kind, of_kind in names.items()}
-    return {kind: f"{len(names[kind])} adapters, names {digests[kind]}" for kind in sorted(names)}
+        inside = max(0, pair.name.find(_PEFT_PREFIX))  # of modules around the PEFT model, which need not be there again
+        names.setdefault(f"r={pair.lora_rank}, scaling={pair.scaling:g}", []).append(pair.name[inside:])
+    return {kind: [len(of_kind), _digest(of_kind)] for kind, of_kind in sorted(names.items())}
 
 
 def check_adapters(state: Mapping[str, Any], pairs: Sequence[AdapterPair], saved: str = "the saved state") -> None:
@@ -47,11 +48,17 @@ def check_adapters(state: Mapping[str, Any], pairs: Sequence[AdapterPair], saved
         ValueError: others, or another r or scaling (lora_alpha, use_rslora).
     """
     before, now = state.get("adapters"), describe_adapters(pairs)
-    if before is not None and before != now:
+    if before is None or before == now:
+        return
+    if _listed(before) == _listed(now):
         raise ValueError(
-            f"{saved} is of {_listed(before)}, and this model has {_listed(now)}: give LoraConfig the r, lora_alpha, "
-            "use_rslora and target_modules of that run"
+            f"{saved} is of adapters of other layers, or with other names, than this model's ({pairs[0].name}, ...): "
+            "give LoraConfig the target_modules of that run, and activate its adapters"
         )
+    raise ValueError(
+        f"{saved} is of {_listed(before)}, and this model has {_listed(now)}: give LoraConfig the r, lora_alpha, "
+        "use_rslora and target_modules of that run"
+    )
 
 
 def check_state(state: Mapping[str, Any], config: RefLoRAConfig, pairs: Sequence[AdapterPair]) -> None:
@@ -83,5 +90,9 @@ def changed_settings(state: Mapping[str, Any], config: RefLoRAConfig) -> str:
     )
 
 
-def _listed(adapters: Mapping[str, str]) -> str:
-    return "; ".join(f"{names} ({kind})" for kind, names in adapters.items())
+def _listed(adapters: Mapping[str, Sequence[Any]]) -> str:
+    return "; ".join(f"{count} adapters ({kind})" for kind, (count, _) in adapters.items())
+
+
+def _digest(names: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:12]

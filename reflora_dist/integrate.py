@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import sys
@@ -43,7 +44,8 @@ def attach(
     """Make an optimizer refactor the model's LoRA adapters. Call on every rank, after wrapping.
 
     Gradients are changed in place: like any training loop, clear them after every step. A step that GradScaler leaves
-    out because of an overflow is not counted, unless a fused optimizer hides that from its hooks.
+    out because of an overflow is not counted, unless a fused optimizer hides that from its hooks. An optimizer's step
+    that is compiled goes on without the hooks in its graph, so not with ``fullgraph=True``.
 
     Args:
         model: the PEFT model, bare or as DDP, fully_shard, FSDP, deepspeed.initialize or accelerator.prepare
@@ -130,9 +132,10 @@ class Handle:
                     self._rite_step.refuse_foreign_state()
                 engine.optimizer.connect(self._rite_step)
         # a compiled step would be traced into the hooks, and not see that kernels change gradients by their addresses
+        untraced = functools.partial(torch.compiler.disable, reason="reflora_dist's hooks cannot be part of a graph")
         self._hooks = [
-            engine.optimizer.register_step_pre_hook(torch.compiler.disable(self._before_update)),
-            engine.optimizer.register_step_post_hook(torch.compiler.disable(self._after_update)),
+            engine.optimizer.register_step_pre_hook(untraced(self._before_update)),
+            engine.optimizer.register_step_post_hook(untraced(self._after_update)),
         ]
         # DeepSpeed's weights are loaded on one rank, and copies: what is formed ahead is of the masters
         if config.overlap and not engine.name.startswith("zero"):

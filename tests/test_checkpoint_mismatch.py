@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft.optimizers import create_loraplus_optimizer
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from reflora_dist import LoRARite, RefLoRAConfig, attach
 from reflora_dist.checkpoint import load_checkpoint, save_checkpoint
+from reflora_dist.checkpoint_errors import named_load_errors
 from tests.cluster import run_ranks
 from tests.engines_under_test import ENGINES
 from tests.engines_under_test.common import _train_on
@@ -52,11 +55,43 @@ def test_another_adapter_does_not_continue_a_run(other: dict[str, Any], tmp_path
     model = small_model(seed=5, **other)
     optimizer = _adamw(model)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"checkpoint is of 2 adapters, names \w+ \(r=3, scaling=2\), and this model"):
+    message = (
+        "other layers" if other == {"target_modules": ["first", "head"]} else r"2 adapters \(r=3, scaling=2\), and"
+    )
+    with pytest.raises(ValueError, match=f"checkpoint is of .*{message}"):
         load_checkpoint(tmp_path / "checkpoint", model, optimizer)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    with pytest.raises(ValueError, match="give LoraConfig the r, lora_alpha"):
+    with pytest.raises(ValueError, match=r"give LoraConfig the .*target_modules"):
         attach(model, optimizer, CONFIG, state_dict=state)
+
+
+class _Around(torch.nn.Module):
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+def test_a_module_around_the_model_is_no_other_adapter(tmp_path: Path) -> None:
+    """Whether attach, or saving, was given the model or what it is in."""
+    model = small_model()
+    optimizer = _adamw(model)
+    handle = attach(model, optimizer, CONFIG)
+    save_checkpoint(tmp_path / "checkpoint", _Around(model), optimizer, handle)
+    handle.detach()
+    state = load_checkpoint(tmp_path / "checkpoint", _Around(model), optimizer)
+    attach(_Around(model), optimizer, CONFIG, state_dict=state)
+
+
+def test_the_order_of_adapters_does_not_matter() -> None:
+    model = small_model()
+    model.add_adapter("other", model.peft_config["default"])
+    states = []
+    for order in (["default", "other"], ["other", "default"]):
+        model.base_model.set_adapter(order)
+        optimizer = _adamw(model.double())
+        handle = attach(model, optimizer, RefLoRAConfig(), state_dict=states[0] if states else None)
+        states.append(handle.state_dict())
+        handle.detach()
 
 
 def test_other_settings_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -89,6 +124,16 @@ def test_another_optimizer_is_named(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "checkpoint", model, optimizer)
     with pytest.raises(RuntimeError, match=r"does not fit this run .*optimizer and its groups as in the run"):
         load_checkpoint(tmp_path / "checkpoint", model, _adamw(model))
+
+
+def test_what_cannot_be_read_keeps_its_name(tmp_path: Path) -> None:
+    """It is no matter of adapters and optimizers."""
+    for kind in (OSError, torch.OutOfMemoryError):
+        with pytest.raises(kind, match="disk"), named_load_errors(tmp_path):
+            raise kind("disk")
+        failure = (kind("disk"), traceback.StackSummary.from_list([]))
+        with pytest.raises(kind, match="disk"), named_load_errors(tmp_path):
+            raise CheckpointException("", {0: failure})
 
 
 def test_lora_plus_continues(tmp_path: Path) -> None:

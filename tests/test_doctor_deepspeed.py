@@ -71,6 +71,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (_optimizer(learning_rate=1e-3), "optimizer.params.learning_rate: adamw has no such parameter"),
     (_optimizer("Adam", max_grad_norm=1.0), "optimizer.params.max_grad_norm: adam has no such parameter"),
     (_optimizer("Lion", eps=1e-8), "optimizer.params.eps: lion has no such parameter"),
+    (_optimizer(adamw_mode=True), "optimizer.params.adamw_mode: adamw has no such parameter"),
+    (_optimizer("Adagrad", torch_adam=True), "optimizer.params.torch_adam: adagrad has no such parameter"),
     (_optimizer(lr="1e-3"), "optimizer.params.lr: '1e-3' is no number"),
     (_optimizer(betas=[0.9, "0.999"]), "optimizer.params.betas[1]: '0.999' is no number"),
     (_scheduler("WarmupLR"), "scheduler without params"),

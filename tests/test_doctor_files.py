@@ -128,6 +128,7 @@ def test_what_accelerate_does_otherwise(
     "config",
     [
         {"distributed_type": "NO"},
+        {"distributed_type": False, "num_processes": 1},  # what YAML makes of NO
         {"distributed_type": "MULTI_GPU", "num_processes": 4, "use_cpu": True},
         {"distributed_type": "MULTI_CPU", "num_processes": 4, "mpirun_config": {"mpirun_hostfile": "hosts"}},
         _fsdp2(**{**WRAPPED, "fsdp_sharding_strategy": "FULL_SHARD", "fsdp_activation_checkpointing": True}),
@@ -163,3 +164,11 @@ def test_classes_to_wrap_are_the_models(version: int, name: str, small_model: st
     told = [finding for finding in diagnosis.findings if finding.where == "fsdp_transformer_layer_cls_to_wrap"]
     assert diagnosis.findings.failed == bool(told) == (name != "LlamaDecoderLayer"), diagnosis.findings
     assert all(finding.remedy == "leave it out, or name LlamaDecoderLayer" for finding in told)
+
+
+def test_an_empty_class_name_is_passed_over_under_fsdp1(small_model: str, tmp_path: Path) -> None:
+    """By PEFT's policy, by which Trainer wraps."""
+    section = {**WRAPPED, "fsdp_version": 1, "fsdp_transformer_layer_cls_to_wrap": "LlamaDecoderLayer,"}
+    config = {**FSDP2, "fsdp_config": section}
+    options = DoctorOptions(model=small_model, mixed_precision="bf16")
+    assert not diagnose([written(tmp_path, config)], options).findings.failed

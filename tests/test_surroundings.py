@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -19,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from reflora_dist import LoRARite, RefLoRAConfig, attach
 from reflora_dist.blocks import BlockSet
-from reflora_dist.checkpoint import save_adapter, save_checkpoint
+from reflora_dist.checkpoint import load_checkpoint, save_adapter, save_checkpoint
 from reflora_dist.consolidate import consolidate_adapter
 from tests.cluster import run_ranks
 from tests.small import backward, small_batches, small_model, train_small, trainable
@@ -133,8 +135,38 @@ class _Two(nn.Module):
 
 
 def test_two_models_are_not_saved_as_one(tmp_path: Path) -> None:
+    model = _Two()
     with pytest.raises(ValueError, match=r"contains 2 PEFT models \(query, document\)"):
-        save_adapter(_Two(), tmp_path)
+        save_adapter(model, tmp_path)
+    state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    dcp.save({"model": state}, checkpoint_id=tmp_path / "state")
+    config = tmp_path / "config"
+    model.query.save_pretrained(config)
+    with pytest.raises(ValueError, match=r"holds several PEFT models \(model.document, model.query\)"):
+        consolidate_adapter(tmp_path / "state", tmp_path / "exported", adapter_config=config)
+
+
+def test_a_frozen_reference_is_not_what_is_saved(tmp_path: Path) -> None:
+    model = _Two()
+    model.document.requires_grad_(False)
+    save_adapter(model, tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    factors = [p for name, p in model.query.named_parameters() if "lora_" in name]
+    assert len(saved) == len(factors) and all(any(torch.equal(p, q) for q in saved.values()) for p in factors)
+
+
+def test_a_tied_base_is_not_in_a_checkpoint(tmp_path: Path) -> None:
+    """Under neither of its names."""
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=2, target_modules=["q_proj"]))
+    optimizer = _adamw(model)
+    save_checkpoint(tmp_path / "checkpoint", model, optimizer)
+    keys = dcp.FileSystemReader(tmp_path / "checkpoint" / "state").read_metadata().state_dict_metadata
+    assert keys and all("lora_" in key for key in keys if key.startswith("model."))
+    load_checkpoint(tmp_path / "checkpoint", model, optimizer)
 
 
 class _WithValueHead(nn.Module):

@@ -14,7 +14,9 @@ from .values import is_number, one_line
 
 # DeepSpeed's names, in lower case, of optimizers that are not torch's.
 _OWN_OPTIMIZERS = {"adam": "FusedAdam", "adamw": "FusedAdam", "adagrad": "DeepSpeedCPUAdagrad", "lion": "FusedLion"}
-_TAKEN_OUT = ("torch_adam", "adam_w_mode")  # of their parameters, by DeepSpeed itself
+_ADAMS = ("adam", "adamw")
+_TAKEN_OUT = {"torch_adam", "adam_w_mode"}  # of Adam's parameters, by DeepSpeed itself
+_PASSED_ON = {"adamw_mode"}  # by DeepSpeed to its DeepSpeedCPUAdam, so that nobody else may
 _OWN_MOMENTS = {"FusedAdam": 2, "DeepSpeedCPUAdagrad": 1, "FusedLion": 1}
 
 
@@ -94,7 +96,9 @@ def check_optimizer_params(where: str, loaded: Any, findings: Findings) -> None:
     params = loaded.optimizer_params or {}
     if kinds is None:
         return
-    known = {*_TAKEN_OUT, *(name for kind in kinds for name in _parameters(kind))}
+    known = {name for kind in kinds for name in _parameters(kind)} - _PASSED_ON
+    if loaded.optimizer_name in _ADAMS:
+        known |= _TAKEN_OUT
     _check_names(where, "optimizer", loaded.optimizer_name, params, known, findings)
     numbers = {name: params[name] for name in ("lr", "eps", "weight_decay") if name in params}
     numbers |= {f"betas[{index}]": value for index, value in enumerate(params.get("betas", ()))}

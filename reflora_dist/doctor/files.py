@@ -40,6 +40,8 @@ def read(path: str) -> dict[str, Any]:
         raise ValueError(str(error).replace("\n", " ")) from error
     if not isinstance(config, dict):
         raise ValueError(f"a configuration is a mapping, this is a {type(config).__name__}")
+    if config.get("distributed_type") is False:
+        config["distributed_type"] = "NO"  # which YAML takes for a truth value
     if is_for_accelerate(config):
         check_sections(config, [(name,) for name in ACCELERATE_SECTIONS])
     elif is_json:

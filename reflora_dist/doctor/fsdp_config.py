@@ -59,7 +59,7 @@ def _class_names(arguments: Any) -> list[str]:
 def fsdp1(path: str, arguments: Any, setup: Setup, findings: Findings) -> None:
     """Fill in what FSDP1 does; Trainer wraps by PEFT's policy, whatever the file's is."""
     strategy = _strategy(arguments)
-    setup.class_names = _class_names(arguments)
+    setup.class_names = [name for name in _class_names(arguments) if name]  # which PEFT's policy passes over
     setup.shard_size = setup.world_size
     if strategy.startswith(("HYBRID", "_HYBRID")):
         setup.shard_size = setup.ranks_per_node

@@ -115,7 +115,8 @@ def save_into(folder: Path, model: nn.Module, optimizer: Any, handle: Handle | N
     # not agreed upon: a rank that leaves an engine's collectives early cannot tell the others by another collective
     with named_write_errors(folder):
         if _is_deepspeed(engine):
-            model.save_checkpoint(str(folder), tag=_STATE, exclude_frozen_parameters=True)  # type: ignore[operator]
+            with _frozen_left_out(model.module):  # type: ignore[arg-type]
+                model.save_checkpoint(str(folder), tag=_STATE, exclude_frozen_parameters=True)  # type: ignore[operator]
         else:
             dcp.save(_training_state(model, engine), checkpoint_id=folder / _STATE)
     with agreed("completing the checkpoint"):
@@ -208,10 +209,30 @@ def _training_state(model: nn.Module, engine: Engine) -> dict[str, Any]:
             weights = {clean_name(name): p.detach() for name, p in model.named_parameters() if p.requires_grad}
             return {"model": weights, "optimizer": get_optimizer_state_dict(model, engine.optimizer)}
         weights, state = get_state_dict(model, engine.optimizer, options=_TRAINABLE_ONLY)  # type: ignore[assignment]
-    # torch leaves out what is frozen under one of its names only, and a tied embedding has two
-    frozen = {clean_name(name) for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    frozen = _frozen_names(model)
     weights = {name: weight for name, weight in weights.items() if clean_name(name) not in frozen}
     return {"model": weights, "optimizer": state}
+
+
+def _frozen_names(model: nn.Module) -> set[str]:
+    """All of them: torch and DeepSpeed leave out what is frozen under its first name only; a tied embedding has two."""
+    return {clean_name(name) for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
+@contextlib.contextmanager
+def _frozen_left_out(module: nn.Module) -> Iterator[None]:
+    """Keep them out of the module's state dictionary."""
+    frozen = _frozen_names(module)
+
+    def leave_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for name in [name for name in state if clean_name(name) in frozen]:
+            del state[name]
+
+    hook = module.register_state_dict_post_hook(leave_out)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _set_training_state(model: nn.Module, engine: Engine, state: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from reflora_dist.blocks import BlockSet
 from reflora_dist.checkpoint import load_checkpoint, save_adapter, save_checkpoint
 from reflora_dist.consolidate import consolidate_adapter
 from tests.cluster import run_ranks
+from tests.engines_under_test import ENGINES
 from tests.small import backward, small_batches, small_model, train_small, trainable
 from tests.workloads import synthetic_workload
 
@@ -155,18 +156,27 @@ def test_a_frozen_reference_is_not_what_is_saved(tmp_path: Path) -> None:
     assert len(saved) == len(factors) and all(any(torch.equal(p, q) for q in saved.values()) for p in factors)
 
 
-def test_a_tied_base_is_not_in_a_checkpoint(tmp_path: Path) -> None:
+def _tied(rank: int, world_size: int, engine_name: str, folder: Path) -> list[str]:
+    """The names in the training state of a model whose embedding is the head's."""
+    workload = synthetic_workload(steps=1)
+    workload.llama["tie_word_embeddings"] = True
+    base = LlamaForCausalLM(LlamaConfig(**workload.llama))
+    model = get_peft_model(base, LoraConfig(**workload.lora))
+    micro_batch_size = workload.batches.shape[1] // world_size
+    wrapped = ENGINES[engine_name].wrap(model, workload.settings, micro_batch_size)
+    save_checkpoint(folder, wrapped.model, wrapped.optimizer)
+    load_checkpoint(folder, wrapped.model, wrapped.optimizer)
+    states = sorted(folder.rglob("*model_states.pt"))
+    if states:
+        return [name for state in states for name in torch.load(state, weights_only=False)["module"]]
+    return list(dcp.FileSystemReader(folder / "state").read_metadata().state_dict_metadata)
+
+
+@pytest.mark.parametrize("engine_name", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_a_tied_base_is_not_in_a_checkpoint(engine_name: str, tmp_path: Path) -> None:
     """Under neither of its names."""
-    config = LlamaConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32,
-        tie_word_embeddings=True,
-    )  # fmt: skip
-    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=2, target_modules=["q_proj"]))
-    optimizer = _adamw(model)
-    save_checkpoint(tmp_path / "checkpoint", model, optimizer)
-    keys = dcp.FileSystemReader(tmp_path / "checkpoint" / "state").read_metadata().state_dict_metadata
-    assert keys and all("lora_" in key for key in keys if key.startswith("model."))
-    load_checkpoint(tmp_path / "checkpoint", model, optimizer)
+    for names in run_ranks(_tied, 2, engine_name, tmp_path / "checkpoint"):
+        assert any("lora_A" in name for name in names) and not any("lm_head" in name for name in names)
 
 
 class _WithValueHead(nn.Module):

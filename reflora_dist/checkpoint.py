@@ -105,7 +105,7 @@ def save_into(folder: Path, model: nn.Module, optimizer: Any, handle: Handle | N
     with agreed("preparing to save the checkpoint"):
         engine = find_training_engine(model, optimizer)
         _require_wrapped(model, engine)
-        find_peft_model(model)
+        find_peft_model(model)  # refuses several, before anything is removed
         if is_first_rank():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / _RECORD).unlink(missing_ok=True)  # from here on until the end it is no checkpoint

@@ -76,17 +76,13 @@ class LoRARite(torch.optim.Optimizer):
         apply_escape: bool = False,
         balance_param: bool = False,
     ) -> None:
-        numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "update_capping": update_capping}
-        numbers |= {"clip_unmagnified_grad": clip_unmagnified_grad, "update_skipping": update_skipping}
-        for name, number in numbers.items():
-            _require(isinstance(number, int | float | Tensor), name, number, "a number")
         for name, value in (("lr", lr), ("weight_decay", weight_decay), ("update_capping", update_capping)):
-            _require(value >= 0, name, value, "at least 0")
+            _require(_is_number(value) and value >= 0, name, value, "a number of at least 0")
         for name, value in (("clip_unmagnified_grad", clip_unmagnified_grad), ("update_skipping", update_skipping)):
-            _require(value >= 0, name, value, "at least 0 (0: off)")
+            _require(_is_number(value) and value >= 0, name, value, "a number of at least 0 (0: off)")
         two = isinstance(betas, Sequence) and len(betas) == 2
         _require(two and all(0 <= beta < 1 for beta in betas), "betas", betas, "two numbers in [0, 1)")
-        _require(eps > 0, "eps", eps, "above 0")
+        _require(_is_number(eps) and eps > 0, "eps", eps, "a number above 0")
         self.settings = RiteSettings(
             eps=eps,
             clip_unmagnified_grad=clip_unmagnified_grad,
@@ -186,6 +182,10 @@ class LoRARite(torch.optim.Optimizer):
                 if part is not weight:
                     part.copy_(weight)
         state["step"] += 1
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | Tensor)
 
 
 def _require(fulfilled: bool, name: str, value: object, condition: str) -> None:

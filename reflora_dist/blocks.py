@@ -1,7 +1,7 @@
 """Whole rows of tall factors, batched by shape. Plain tensor work: no ranks, no engines.
 
-A *tall* factor is ``A^T`` ``[in, r]`` or ``B`` ``[out, r]``. A *block* is a set of whole rows of one, as it lies
-in memory: ``[r, columns]`` of lora_A, ``[rows, r]`` of lora_B. All that RefLoRA and its relatives do to the
+A *tall* factor X is ``A^T`` ``[in, r]`` or ``B`` ``[out, r]``. A *block* is a set of whole rows of one. In memory it is
+``[rows, r]``, or ``[r, rows]`` where lora_A is stored as PEFT does. All that RefLoRA and its relatives do to the
 factors is ``X^T X`` over blocks (a sum over rows) and ``X M`` with an r x r matrix (local to a row).
 """
 
@@ -44,20 +44,33 @@ def stack_view(tensors: Sequence[Tensor]) -> Tensor | None:
 
 
 class BlockSpec(NamedTuple):
-    """Place of a block: its pair, its side (SIDE_A or SIDE_B) and its shape in memory."""
+    """Place of a block.
+
+    Attributes:
+        pair, side: whose factor it is a part of; SIDE_A or SIDE_B.
+        shape: in memory.
+        columns: whether the tall factor's rows are its columns, ``[r, rows]``.
+    """
 
     pair: int
     side: int
     shape: tuple[int, int]
+    columns: bool
+
+    @property
+    def rows(self) -> int:
+        """Rows of the tall factor."""
+        return self.shape[1] if self.columns else self.shape[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Batch:
-    """Blocks of one side and shape that are computed together."""
+    """Blocks of one side, shape and orientation that are computed together."""
 
     side: int
     lora_rank: int
     shape: tuple[int, int]
+    columns: bool
     members: tuple[int, ...]  # positions in the list of blocks
 
 
@@ -124,28 +137,28 @@ class BlockSet:
         products = []
         for batch in plan.batches:
             stacked = self._load(batch, _tensors(batch, blocks))
-            products.append(stacked @ stacked.mT if batch.side == SIDE_A else stacked.mT @ stacked)
+            products.append(stacked @ stacked.mT if batch.columns else stacked.mT @ stacked)
         return self._sum(plan, products, 1)
 
-    def multiply_(self, blocks: Sequence[Tensor | None], left: Matrices, right: Matrices) -> None:
-        """Multiply blocks in place: ``A <- left A`` on lora_A's side and ``B <- B right`` on lora_B's.
+    def multiply_(self, blocks: Sequence[Tensor | None], matrices: Matrices) -> None:
+        """Multiply blocks in place: ``X <- X M``.
 
         Args:
             blocks: tensors in the order of ``specs`` (gradients, say); None is left out.
-            left, right: ``{r: [P_r, r, r]}``.
+            matrices: ``{r: [2, P_r, r, r]}`` float64, for lora_A's side and for lora_B's.
 
         Products are formed in float64 and rounded once to the block's dtype: a gradient of lora_A is small just
         where S^-1 is large, and in float32 that product loses two digits at cond(B) = 1e4.
         """
         if self._tiled is not None and (located := self._tiled.locate("products", blocks)) is not None:
-            self._tiled.multiply_(located, left, right)
+            self._tiled.multiply_(located, matrices)
             return
         plan = self._plan(blocks)
-        for batch, matrices in zip(plan.batches, _matrices(plan, left, right), strict=True):
+        for batch, factors in zip(plan.batches, _matrices(plan, matrices), strict=True):
             tensors = _tensors(batch, blocks)
             stacked = self._load(batch, tensors)
             product, parts = self._room(1, batch)
-            torch.bmm(*((matrices, stacked) if batch.side == SIDE_A else (stacked, matrices)), out=product)
+            torch.bmm(*((factors.mT, stacked) if batch.columns else (stacked, factors)), out=product)
             self._store(product, tensors, parts)
 
     def stacked_grams(self, streams: Sequence[Sequence[Tensor | None]]) -> Matrices:
@@ -162,32 +175,31 @@ class BlockSet:
         products = []
         for batch in plan.batches:
             stacked = self._side_by_side(streams, batch)
-            products.append(stacked @ stacked.mT if batch.side == SIDE_A else stacked.mT @ stacked)
+            products.append(stacked @ stacked.mT if batch.columns else stacked.mT @ stacked)
         return self._sum(plan, products, len(streams))
 
     def combine_(
-        self, streams: Sequence[Sequence[Tensor | None]], outputs: Sequence[int], left: Matrices, right: Matrices
+        self, streams: Sequence[Sequence[Tensor | None]], outputs: Sequence[int], matrices: Matrices
     ) -> None:
         """Replace tall matrices by combinations of several, ``[X_1, X_2, ...] M``, formed in float64.
 
         Args:
             streams: k lists of blocks; where a block of the first output is None, nothing is done.
             outputs: which m of the streams are overwritten.
-            left: ``{r: [P_r, m r, k r]}`` for lora_A's side, ``[A; grad_A; ...]``.
-            right: ``{r: [P_r, k r, m r]}`` for lora_B's.
+            matrices: ``{r: [2, P_r, k r, m r]}`` float64.
         """
         plan = self._plan(streams[outputs[0]])
-        for batch, matrices in zip(plan.batches, _matrices(plan, left, right), strict=True):
+        for batch, factors in zip(plan.batches, _matrices(plan, matrices), strict=True):
             stacked = self._side_by_side(streams, batch)
-            product = matrices @ stacked if batch.side == SIDE_A else stacked @ matrices
-            parts = product.split(batch.lora_rank, dim=1 if batch.side == SIDE_A else 2)
+            product = factors.mT @ stacked if batch.columns else stacked @ factors
+            parts = product.split(batch.lora_rank, dim=1 if batch.columns else 2)
             for output, part in zip(outputs, parts, strict=True):
                 self._store(part, _tensors(batch, streams[output]))
 
     def _side_by_side(self, streams: Sequence[Sequence[Tensor | None]], batch: _Batch) -> Tensor:
         """``[blocks, k r, columns]`` or ``[blocks, rows, k r]``, float64."""
         shape = batch.shape
-        dim = 1 if batch.side == SIDE_A else 2
+        dim = 1 if batch.columns else 2
         whole = [len(batch.members), *shape]
         whole[dim] *= len(streams)
         side_by_side = torch.empty(whole, dtype=torch.float64, device=self.device)
@@ -262,13 +274,13 @@ class BlockSet:
         by_shape: dict[tuple[Any, ...], list[int]] = {}
         for position, spec in enumerate(self.specs):
             if devices[position] is not None:
-                key = (self._lora_ranks[spec.pair], spec.side, spec.shape, devices[position])
+                key = (self._lora_ranks[spec.pair], spec.side, spec.shape, spec.columns, devices[position])
                 by_shape.setdefault(key, []).append(position)
         elements = _STACKED_ELEMENTS.get(self.device.type, _STACKED_ELEMENTS_ELSEWHERE)
-        for (lora_rank, side, shape, _), positions in by_shape.items():
+        for (lora_rank, side, shape, columns, _), positions in by_shape.items():
             size = max(1, elements // (shape[0] * shape[1]))
             for start in range(0, len(positions), size):
-                yield _Batch(side, lora_rank, shape, tuple(positions[start : start + size]))
+                yield _Batch(side, lora_rank, shape, columns, tuple(positions[start : start + size]))
 
 
 def _tensors(batch: _Batch, blocks: Sequence[Tensor | None]) -> list[Tensor]:
@@ -277,11 +289,10 @@ def _tensors(batch: _Batch, blocks: Sequence[Tensor | None]) -> list[Tensor]:
     return [block if block.shape == batch.shape else block.view(batch.shape) for block in present]
 
 
-def _matrices(plan: _Plan, left: Matrices, right: Matrices) -> Iterator[Tensor]:
+def _matrices(plan: _Plan, matrices: Matrices) -> Iterator[Tensor]:
     """For every batch the matrices of its pairs, ``[blocks, ...]``."""
     for (lora_rank, side), slots in plan.slots.items():
-        matrices = (left if side == SIDE_A else right)[lora_rank].index_select(0, slots)
-        yield from matrices.split(plan.sizes(lora_rank, side))
+        yield from matrices[lora_rank][side].index_select(0, slots).split(plan.sizes(lora_rank, side))
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

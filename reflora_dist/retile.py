@@ -97,11 +97,11 @@ class Retiler:
 
     @property
     def direct_specs(self) -> list[BlockSpec]:
-        return [BlockSpec(place.factor // 2, place.factor % 2, place.shape) for place in self._direct]
+        return [_spec(place.factor, place.shape) for place in self._direct]
 
     @property
     def received_specs(self) -> list[BlockSpec]:
-        return [BlockSpec(factor // 2, factor % 2, shape) for factor, shape in self._received]
+        return [_spec(factor, shape) for factor, shape in self._received]
 
     def direct(self, tensors: Channel, present: Sequence[bool]) -> list[Tensor | None]:
         """The direct blocks of a channel, None where a factor does not take part."""
@@ -220,6 +220,10 @@ class _Place(NamedTuple):
     shape: tuple[int, int]
     offset: int  # of its first element in the local piece
     whole: bool  # it is all of the local piece
+
+
+def _spec(factor: int, shape: tuple[int, int]) -> BlockSpec:
+    return BlockSpec(factor // 2, factor % 2, shape, columns=factor % 2 == 0)
 
 
 def _view(place: _Place, tensor: Tensor | None) -> Tensor | None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .blocks import BlockSet, BlockSpec, Matrices
+from .blocks import BlockSet, Matrices
 from .communication import Communicator
 from .exchange import Channel
 from .grams import from_triangles, reduce_grams, triangles
@@ -55,7 +55,7 @@ class Everywhere:
 
     def apply(self, solution: Solution, gradients: Channel, present: Sequence[bool]) -> None:
         """Change the gradients that are present."""
-        self._blocks.multiply_(self._retiler.direct(gradients, present), solution.whole.left, solution.whole.right)
+        self._blocks.multiply_(self._retiler.direct(gradients, present), solution.whole.matrices)
 
     def solve_and_apply(
         self, weights: Channel, gradients: Channel, present: Sequence[bool], communicator: Communicator
@@ -92,7 +92,7 @@ class AtOwners:
         self._device = device
         self._direct = BlockSet(retiler.direct_specs, lora_ranks, device)
         places = {pair: place for place, pair in enumerate(retiler.owned)}
-        received = [BlockSpec(places[spec.pair], spec.side, spec.shape) for spec in retiler.received_specs]
+        received = [spec._replace(pair=places[spec.pair]) for spec in retiler.received_specs]
         self._received = BlockSet(received, [lora_ranks[pair] for pair in retiler.owned], device)
         self._num_direct, self._num_blocks = len(retiler.direct_specs), len(retiler.specs)
         self._everything = (True,) * (2 * len(lora_ranks))
@@ -119,9 +119,9 @@ class AtOwners:
         """Change the gradients that are present."""
         assert solution.owned is not None
         (blocks,) = self._retiler.to_blocks([gradients], [present])
-        self._received.multiply_(blocks[self._num_direct :], solution.owned.left, solution.owned.right)
+        self._received.multiply_(blocks[self._num_direct :], solution.owned.matrices)
         self._retiler.from_blocks([blocks], [gradients], [present])
-        self._direct.multiply_(blocks[: self._num_direct], solution.whole.left, solution.whole.right)
+        self._direct.multiply_(blocks[: self._num_direct], solution.whole.matrices)
 
     def solve_and_apply(
         self, weights: Channel, gradients: Channel, present: Sequence[bool], communicator: Communicator
@@ -139,13 +139,13 @@ class AtOwners:
         streams = self._retiler.to_blocks(channels, [self._everything + messages, *present], communicator)
         owned = self._answer(streams[0])
         for blocks in streams[1:]:
-            self._received.multiply_(blocks[self._num_direct : self._num_blocks], owned.left, owned.right)
+            self._received.multiply_(blocks[self._num_direct : self._num_blocks], owned.matrices)
         streams[0][: self._num_blocks] = [None] * self._num_blocks  # weights stay as they are
         nothing = (False,) * len(self._everything)
         self._retiler.from_blocks(streams, channels, [nothing + messages, *present], communicator)
         whole, grams = self._read_answers()
         for blocks in streams[1:]:
-            self._direct.multiply_(blocks[: self._num_direct], whole.left, whole.right)
+            self._direct.multiply_(blocks[: self._num_direct], whole.matrices)
         return Solution(whole, owned, grams)
 
     def _write_partial_grams(self, weights: Channel) -> None:
@@ -169,23 +169,23 @@ class AtOwners:
             grams[r] = received[r] + from_triangles(halves, r)
         transform = self._method.solve(grams)
         for r, of_ranks in messages.items():
-            matrices = [*grams[r], transform.right[r], *([transform.left[r]] if self._retiler.keeps_a else [])]
+            of_a, of_b = transform.matrices[r]
+            matrices = [*grams[r], of_b, *([of_a] if self._retiler.keeps_a else [])]
             halves = triangles(torch.stack(matrices)).transpose(0, 1).flatten(1)
             answer = torch.cat([transform.solved[r].to(halves.dtype)[:, None], halves], dim=1)
             of_ranks[:, :, : answer.shape[1]] = answer
         return transform
 
     def _read_answers(self) -> tuple[Transform, Matrices]:
-        whole, grams = Transform({}, {}, {}), {}
+        whole, grams = Transform({}, {}), {}
         for r, values in self._values.items():
             count, size = 4 if self._retiler.keeps_a else 3, r * (r + 1) // 2
             _, place = self._places[r]
             answers = values.to(self._device).index_select(0, place)
             halves = answers[:, 1 : 1 + count * size].unflatten(1, (count, size)).transpose(0, 1)
             matrices = from_triangles(halves, r)
-            grams[r], whole.right[r] = matrices[:2].clone(), matrices[2]  # a view would keep all of them until then
-            if self._retiler.keeps_a:
-                whole.left[r] = matrices[3]
+            grams[r] = matrices[:2].clone()  # a view would keep all of them until then
+            whole.matrices[r] = torch.stack([matrices[-1], matrices[2]])
             whole.solved[r] = answers[:, 0] > 0
         return whole, grams
 

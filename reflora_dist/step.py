@@ -101,7 +101,7 @@ class GradientStep:
         for r, both in grams.items():
             both[..., :r, :r] = self.grams[r]
         transform = self._method.solve(grams)
-        self._blocks.combine_(streams, [1], transform.left, transform.right)
+        self._blocks.combine_(streams, [1], transform.matrices)
         self._retiler.from_blocks(streams[1:], [gradients], [firing.present])
         return _count_unsolved(transform.solved) if firing.first else None
 

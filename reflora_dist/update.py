@@ -133,9 +133,7 @@ class RiteStep:
         self.grams = {r: both[..., :r, :r].clone() for r, both in grams.items()}  # a view would keep nine times as much
         groups = self._read_settings(steps)
         update = rite_update(grams, self._packed.unpack(packed), groups, self._optimizer.settings)
-        left = {r: matrices[0].mT for r, matrices in update.matrices.items()}
-        right = {r: matrices[1] for r, matrices in update.matrices.items()}
-        self._blocks.combine_(streams, [_FACTORS, _MOMENTS], left, right)
+        self._blocks.combine_(streams, [_FACTORS, _MOMENTS], update.matrices)
         changed = [streams[_FACTORS], streams[_MOMENTS]]
         self._retiler.from_blocks(changed, [weights, moments], [self._everything] * 2)
         self._packed.write(self._packed.pack(update.moments), seconds)

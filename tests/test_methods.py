@@ -109,8 +109,8 @@ def test_scaled_gd_without_damping_leaves_a_deficient_pair_plain() -> None:
     gram_a = torch.stack([regular.mT @ regular] * 2)
     transform = ScaledGD(config, {}).solve({3: torch.stack([gram_a, gram_b])})
     assert transform.solved[3].tolist() == [False, True]
-    assert torch.equal(transform.left[3][0], torch.eye(3, dtype=torch.float64))
-    torch.testing.assert_close(transform.left[3][1] @ gram_b[1], torch.eye(3, dtype=torch.float64))
+    assert torch.equal(transform.matrices[3][0][0], torch.eye(3, dtype=torch.float64))
+    torch.testing.assert_close(transform.matrices[3][0][1] @ gram_b[1], torch.eye(3, dtype=torch.float64))
 
 
 def test_scaled_gd_without_damping_leaves_a_singular_pair_plain() -> None:
@@ -151,11 +151,12 @@ class Pair:
             both = torch.cat([tall, grad], dim=1)
             grams.append((both.mT @ both)[None])
         scalings = {r: torch.tensor([scaling], dtype=torch.float64)}
-        left, right, solved = lora_pro.LoRAPro(IMMEDIATELY, scalings).solve({r: torch.stack(grams)})
+        matrices, solved = lora_pro.LoRAPro(IMMEDIATELY, scalings).solve({r: torch.stack(grams)})
+        of_a, of_b = matrices[r][:, 0]
         self.solved = bool(solved[r])
         self.new = (
-            left[r][0] @ torch.cat([self.lora_a, self.old[0]]),
-            torch.cat([self.lora_b, self.old[1]], dim=1) @ right[r][0],
+            of_a.mT @ torch.cat([self.lora_a, self.old[0]]),
+            torch.cat([self.lora_b, self.old[1]], dim=1) @ of_b,
         )
 
     def product(self, grads: tuple[Tensor, Tensor]) -> Tensor:

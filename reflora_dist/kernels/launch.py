@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..blocks import SIDE_A, SIDE_B, BlockSpec, Matrices
+from ..blocks import BlockSpec, Matrices
 from . import padded
 from .solve import invert_kernel, solve_kernel
 from .tiles import gram_kernel, multiply_kernel, sum_kernel
@@ -27,9 +27,10 @@ Pattern = tuple[torch.dtype | None, ...]
 
 @dataclasses.dataclass(frozen=True)
 class _Launch:
-    """Blocks of one side, lora_rank and dtype, and the tiles that programs work on."""
+    """Blocks of one side, orientation, lora_rank and dtype, and the tiles that programs work on."""
 
     side: int
+    columns: bool
     lora_rank: int
     dtype: torch.dtype
     members: tuple[int, ...]  # positions in the list of blocks
@@ -151,24 +152,23 @@ class TiledBlocks:
             r, settings = launch.lora_rank, _SETTINGS[padded(launch.lora_rank)]
             gram_kernel[(len(launch.tiles),)](
                 located.table, launch.tiles, partials[r], first[r], r, padded(r), settings.gram_width,
-                launch.side == SIDE_A, _TRITON_DTYPES[launch.dtype], aligned,
+                launch.columns, _TRITON_DTYPES[launch.dtype], aligned,
                 num_warps=settings.gram_warps, num_stages=3,
             )  # fmt: skip
             first[r] += len(launch.tiles)
         return {lora_rank: self._sum(lora_rank, sums.get(lora_rank), partials) for lora_rank in self._num_pairs}
 
-    def multiply_(self, located: Located, left: Matrices, right: Matrices) -> None:
+    def multiply_(self, located: Located, matrices: Matrices) -> None:
         """As :meth:`reflora_dist.blocks.BlockSet.multiply_`: one launch per side, dtype and lora_rank."""
         with torch.cuda.device(self._device):
-            self._multiply_(located, left, right)
+            self._multiply_(located, matrices)
 
-    def _multiply_(self, located: Located, left: Matrices, right: Matrices) -> None:
+    def _multiply_(self, located: Located, matrices: Matrices) -> None:
         for launch, aligned in zip(located.plan.launches, located.aligned, strict=True):
             r, settings = launch.lora_rank, _SETTINGS[padded(launch.lora_rank)]
-            matrices = (left if launch.side == SIDE_A else right)[r].contiguous()
             multiply_kernel[(len(launch.tiles),)](
-                located.table, launch.tiles, matrices, r, padded(r), settings.product_width, min(padded(r), 32),
-                launch.side == SIDE_A, _TRITON_DTYPES[launch.dtype], aligned,
+                located.table, launch.tiles, matrices[r][launch.side].contiguous(), r, padded(r), settings.product_width, min(padded(r), 32),
+                launch.columns, _TRITON_DTYPES[launch.dtype], aligned,
                 num_warps=settings.product_warps, num_stages=settings.product_stages,
             )  # fmt: skip
 
@@ -193,22 +193,23 @@ class TiledBlocks:
         return self._plans[purpose, pattern]
 
     def _plan_launches(self, purpose: str, pattern: Pattern) -> Iterator[_Launch]:
-        groups: dict[tuple[int, int, torch.dtype], list[int]] = {}
+        groups: dict[tuple[int, bool, int, torch.dtype], list[int]] = {}
         for position, (spec, dtype) in enumerate(zip(self._specs, pattern, strict=True)):
             if dtype is not None:
-                groups.setdefault((spec.side, self._lora_ranks[spec.pair], dtype), []).append(position)
-        for (side, lora_rank, dtype), members in groups.items():
+                key = (spec.side, spec.columns, self._lora_ranks[spec.pair], dtype)
+                groups.setdefault(key, []).append(position)
+        for (side, columns, lora_rank, dtype), members in groups.items():
             rows = _PRODUCT_ROWS if purpose == "products" else _gram_rows(lora_rank)
-            lengths = [self._specs[member].shape[1 - side] for member in members]
+            lengths = [self._specs[member].rows for member in members]
             tiles = [
                 (member, start, min(start + rows, length), length, self._slots[self._specs[member].pair])
                 for member, length in zip(members, lengths, strict=True)
                 for start in range(0, length, rows)
             ]
-            rows_aligned = side == SIDE_B or all(length * dtype.itemsize % 16 == 0 for length in lengths)
+            rows_aligned = not columns or all(length * dtype.itemsize % 16 == 0 for length in lengths)
             table = torch.tensor(tiles, dtype=torch.int32).to(self._device)
             slots = tuple(tile[4] for tile in tiles)
-            yield _Launch(side, lora_rank, dtype, tuple(members), table, slots, rows_aligned)
+            yield _Launch(side, columns, lora_rank, dtype, tuple(members), table, slots, rows_aligned)
 
     def _plan_sums(self, launches: Sequence[_Launch]) -> dict[int, _Sum]:
         tiles_of: dict[int, list[list[int]]] = {}

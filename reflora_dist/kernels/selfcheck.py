@@ -33,16 +33,15 @@ def block_error(lora_rank: int, device: torch.device, aligned: bool) -> float:
     offset = 0 if aligned else 1
     specs, blocks = [], []
     for pair, rows in enumerate((304, 4112)):  # less and more than one program's share
-        for side in (SIDE_A, SIDE_B):
-            specs.append(BlockSpec(pair, side, (lora_rank, rows) if side == SIDE_A else (rows, lora_rank)))
+        for side, columns in ((SIDE_A, True), (SIDE_A, False), (SIDE_B, False)):
+            specs.append(BlockSpec(pair, side, (lora_rank, rows) if columns else (rows, lora_rank), columns))
             flat = torch.randn(lora_rank * rows + 1, dtype=torch.float32, device=device, generator=generator)
             blocks.append(flat[offset:][: lora_rank * rows].view(specs[-1].shape))
     plain, fused = (BlockSet(specs, [lora_rank] * 2, device, use_kernels=use) for use in (False, True))
     expected, grams = plain.grams(blocks)[lora_rank], fused.grams(blocks)[lora_rank]
     copies = [block.clone() for block in blocks]
-    left, right = {lora_rank: expected[0]}, {lora_rank: expected[1]}
-    plain.multiply_(copies, left, right)
-    fused.multiply_(blocks, left, right)
+    plain.multiply_(copies, {lora_rank: expected})
+    fused.multiply_(blocks, {lora_rank: expected})
     return _largest([_relative(x, y) for x, y in zip([grams, *blocks], [expected, *copies], strict=True)])
 
 

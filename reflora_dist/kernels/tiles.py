@@ -15,9 +15,9 @@ import triton.language as tl
 
 
 @triton.jit
-def _offsets(rows, columns, length, lora_rank: tl.constexpr, side_a: tl.constexpr):
-    """Element (i, c) of a block, c being the row of the tall factor: lora_A is [r, length], lora_B [length, r]."""
-    if side_a:
+def _offsets(rows, columns, length, lora_rank: tl.constexpr, as_columns: tl.constexpr):
+    """Element (i, c) of a block, c being the row of the tall factor: it is [r, length] in memory, or [length, r]."""
+    if as_columns:
         return rows.to(tl.int64)[:, None] * length + columns[None, :]
     else:
         return columns.to(tl.int64)[None, :] * lora_rank + rows[:, None]
@@ -43,9 +43,9 @@ def gram_kernel(
     lora_rank: tl.constexpr,
     padded: tl.constexpr,  # lora_rank, rounded up to a power of two of at least 16
     width: tl.constexpr,  # rows of the tall factor that are loaded at a time
-    side_a: tl.constexpr,
+    as_columns: tl.constexpr,
     dtype: tl.constexpr,
-    aligned: tl.constexpr,  # every block begins on a 16-byte boundary, and so does every row of lora_A's
+    aligned: tl.constexpr,  # every block begins on a 16-byte boundary, and so does every row of one [r, length]
 ):
     """``X^T X`` over each tile's rows of the tall factor, one partial Gram per program."""
     program = tl.program_id(0)
@@ -56,7 +56,7 @@ def gram_kernel(
     length = tl.load(tile + 3)
     if aligned:
         start = tl.multiple_of(start, 16)
-        if side_a:
+        if as_columns:
             length = tl.multiple_of(length, 128 // dtype.primitive_bitwidth)
             stop = tl.multiple_of(stop, 128 // dtype.primitive_bitwidth)
     base = _base(addresses, block, dtype, aligned)
@@ -65,7 +65,7 @@ def gram_kernel(
     for first in range(start, stop, width):
         columns = first + tl.arange(0, width)
         mask = (rows[:, None] < lora_rank) & (columns[None, :] < stop)
-        x = tl.load(base + _offsets(rows, columns, length, lora_rank, side_a), mask=mask, other=0.0).to(tl.float64)
+        x = tl.load(base + _offsets(rows, columns, length, lora_rank, as_columns), mask=mask, other=0.0).to(tl.float64)
         gram = tl.dot(x, tl.trans(x), gram, out_dtype=tl.float64)
     inside = (rows[:, None] < lora_rank) & (rows[None, :] < lora_rank)
     out = partials + (first_partial + program).to(tl.int64) * (lora_rank * lora_rank)
@@ -103,11 +103,11 @@ def multiply_kernel(
     padded: tl.constexpr,
     width: tl.constexpr,
     depth: tl.constexpr,  # of the r terms of a product, how many are loaded at a time
-    side_a: tl.constexpr,
+    as_columns: tl.constexpr,
     dtype: tl.constexpr,
     aligned: tl.constexpr,
 ):
-    """lora_A's side: ``X <- M X``; lora_B's: ``X <- X M``. Products in float64, rounded once."""
+    """``X <- X M`` over each tile's rows of the tall factor. Products in float64, rounded once."""
     tile = tiles + tl.program_id(0) * 5
     block = tl.load(tile)
     start = tl.load(tile + 1)
@@ -116,7 +116,7 @@ def multiply_kernel(
     slot = tl.load(tile + 4).to(tl.int64)
     if aligned:
         start = tl.multiple_of(start, 16)
-        if side_a:
+        if as_columns:
             length = tl.multiple_of(length, 128 // dtype.primitive_bitwidth)
             stop = tl.multiple_of(stop, 128 // dtype.primitive_bitwidth)
     base = _base(addresses, block, dtype, aligned)
@@ -126,15 +126,12 @@ def multiply_kernel(
     for first in range(start, stop, width):
         columns = first + tl.arange(0, width)
         product = tl.zeros([padded, width], dtype=tl.float64)
-        # M is symmetric on both sides here (S and its inverse), but M X and X M are formed as they are written
+        # formed as M^T X^T, whatever the orientation of the block
         for k in tl.static_range(0, padded, depth):
             x_mask = ((k + inner)[:, None] < lora_rank) & (columns[None, :] < stop)
-            x = tl.load(base + _offsets(k + inner, columns, length, lora_rank, side_a), mask=x_mask, other=0.0)
+            x = tl.load(base + _offsets(k + inner, columns, length, lora_rank, as_columns), mask=x_mask, other=0.0)
             m_mask = (rows[:, None] < lora_rank) & ((k + inner)[None, :] < lora_rank)
-            if side_a:
-                m = tl.load(matrix + rows[:, None] * lora_rank + (k + inner)[None, :], mask=m_mask, other=0.0)
-            else:
-                m = tl.load(matrix + rows[:, None] + (k + inner)[None, :] * lora_rank, mask=m_mask, other=0.0)
+            m = tl.load(matrix + rows[:, None] + (k + inner)[None, :] * lora_rank, mask=m_mask, other=0.0)
             product = tl.dot(m, x.to(tl.float64), product, out_dtype=tl.float64)
         mask = (rows[:, None] < lora_rank) & (columns[None, :] < stop)
-        tl.store(base + _offsets(rows, columns, length, lora_rank, side_a), product.to(dtype), mask=mask)
+        tl.store(base + _offsets(rows, columns, length, lora_rank, as_columns), product.to(dtype), mask=mask)

@@ -16,18 +16,17 @@ from ..config import RefLoRAConfig
 
 
 class Transform(NamedTuple):
-    """Gradients become ``left grad_A`` and ``grad_B right``.
+    """Gradients, written tall, become ``grad_X M``.
 
-    A method that ``uses_gradients`` multiplies ``[A; grad_A]`` and ``[B, grad_B]`` instead, with matrices
-    ``[P_r, r, 2 r]`` and ``[P_r, 2 r, r]``.
+    A method that ``uses_gradients`` multiplies ``[X, grad_X]`` instead, with matrices ``[2, P_r, 2 r, r]``.
 
     Attributes:
-        left, right: ``{r: [P_r, r, r]}`` float64, symmetric (but for a method that ``uses_gradients``).
+        matrices: ``{r: [2, P_r, r, r]}`` float64, for lora_A's side and for lora_B's; symmetric (but for a method that
+            ``uses_gradients``).
         solved: ``{r: [P_r]}`` bool; False where the pair is left as plain LoRA in this step.
     """
 
-    left: Matrices
-    right: Matrices
+    matrices: Matrices
     solved: dict[int, Tensor]
 
 
@@ -56,8 +55,8 @@ class GradientMethod(abc.ABC):
         Args:
             grams: ``{r: [2, P_r, r, r]}`` float64, ``A A^T`` and ``B^T B``. For a method that ``uses_gradients``
                 ``{r: [2, P_r, 2 r, 2 r]}``, of ``[A^T, grad_A^T]`` and ``[B, grad_B]``. There lora_A's and lora_B's
-                gradients may not be known at the same time: ``left`` must not depend on ``grad_B``, nor ``right`` on
-                ``grad_A``, nor either on the Gram of gradients with themselves.
+                gradients may not be known at the same time: the matrix of one side must not depend on the other side's
+                gradient, nor on the Gram of gradients with themselves.
         """
 
 

@@ -29,14 +29,15 @@ class LoRAPro(GradientMethod):
     uses_gradients = True
 
     def solve(self, grams: Matrices) -> Transform:
-        transform = Transform({}, {}, {})
+        transform = Transform({}, {})
         for lora_rank, both in grams.items():
-            left, right, solved = _solve(both, self.scaling[lora_rank])
-            transform.left[lora_rank], transform.right[lora_rank], transform.solved[lora_rank] = left, right, solved
+            matrices, solved = _solve(both, self.scaling[lora_rank])
+            transform.matrices[lora_rank], transform.solved[lora_rank] = matrices, solved
         return transform
 
 
-def _solve(grams: Tensor, scaling: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _solve(grams: Tensor, scaling: Tensor) -> tuple[Tensor, Tensor]:
+    """``[2, P, 2 r, r]`` and ``solved``, of Grams ``[2, P, 2 r, 2 r]`` of ``[A^T, grad_A^T]`` and ``[B, grad_B]``."""
     r = grams.shape[-1] // 2
     eye = torch.eye(r, dtype=grams.dtype, device=grams.device)
     chol, full_rank_each = cholesky(grams[..., :r, :r], eye)
@@ -51,12 +52,10 @@ def _solve(grams: Tensor, scaling: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x, residual = solve_sylvester(gram_b.expand_as(scaled), gram_a.expand_as(scaled), scaled)
     solved = full_rank & (residual < _LARGEST_RESIDUAL).all(dim=0)  # NaN compares False
 
-    left = torch.cat([x[0], inverse_b / squared], dim=2)
-    right = torch.cat([scaled[1] @ inverse_a - x[1], inverse_a / squared], dim=1)
-    nothing = torch.zeros_like(eye)
-    left = torch.where(solved[:, None, None], left, torch.cat([nothing, eye], dim=1))
-    right = torch.where(solved[:, None, None], right, torch.cat([nothing, eye], dim=0))
-    return left, right, solved
+    of_a = torch.cat([x[0].mT, inverse_b / squared], dim=1)
+    of_b = torch.cat([scaled[1] @ inverse_a - x[1], inverse_a / squared], dim=1)
+    unchanged = torch.cat([torch.zeros_like(eye), eye])
+    return torch.where(solved[:, None, None], torch.stack([of_a, of_b]), unchanged), solved
 
 
 def solve_sylvester(p: Tensor, q: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:

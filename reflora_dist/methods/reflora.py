@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..blocks import Matrices
 from ..refactor import solve_refactorization
 from .base import GradientMethod, Transform
@@ -11,8 +13,8 @@ class RefLoRA(GradientMethod):
     """``grad_A <- S^-1 grad_A`` and ``grad_B <- grad_B S`` with ``S (A A^T) S = B^T B``."""
 
     def solve(self, grams: Matrices) -> Transform:
-        transform = Transform({}, {}, {})
+        transform = Transform({}, {})
         for lora_rank, (gram_a, gram_b) in grams.items():
             s, s_inv, solved = solve_refactorization(gram_a, gram_b)
-            transform.left[lora_rank], transform.right[lora_rank], transform.solved[lora_rank] = s_inv, s, solved
+            transform.matrices[lora_rank], transform.solved[lora_rank] = torch.stack([s_inv, s]), solved
         return transform

@@ -16,12 +16,12 @@ class ScaledGD(GradientMethod):
     """
 
     def solve(self, grams: Matrices) -> Transform:
-        transform = Transform({}, {}, {})
+        transform = Transform({}, {})
         for lora_rank, both in grams.items():
             eye = torch.eye(lora_rank, dtype=both.dtype, device=both.device)
             factors, full_rank = cholesky(both + self.config.damping * eye, eye)
             solved = full_rank.all(dim=0)
-            inverse_a, inverse_b = torch.where(solved[:, None, None], inverse_from_cholesky(factors, eye), eye)
-            transform.left[lora_rank], transform.right[lora_rank] = inverse_b, inverse_a
-            transform.solved[lora_rank] = solved
+            inverses = torch.where(solved[:, None, None], inverse_from_cholesky(factors, eye), eye)
+            # lora_A's gradient meets the inverse of lora_B's Gram, and the reverse
+            transform.matrices[lora_rank], transform.solved[lora_rank] = inverses.flip(0), solved
         return transform

@@ -10,6 +10,7 @@ from .initialization import convert_adapter, export_adapter, initialize_adapters
 from .integrate import Handle, attach
 from .lora_rite import LoRARite
 from .report import Report
+from .tall import tall_adapters
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "initialize_adapters",
     "lora_sb",
     "replay_initialization",
+    "tall_adapters",
 ]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .adapters import clean_name
 from .engines.zero import ZeroEngine
 from .start_files import require_same_start, saved_mark, write_start
+from .tall import TALL_NAME, TallLinear, peft_key, transposed
 from .trained import find_training_engine
 from .whole import Owner, gather, owned_tensors, scatter
 
@@ -32,6 +33,7 @@ class _Entry(NamedTuple):
     lookup_key: str  # in the state dictionary that PEFT is given
     file: str  # below the folder of the adapter
     file_key: str
+    is_tall: bool  # the model stores it transposed
 
 
 def save_adapter(model: nn.Module, output_dir: str | Path) -> None:
@@ -63,7 +65,11 @@ def save_adapter(model: nn.Module, output_dir: str | Path) -> None:
     gathered: dict[str, Tensor] = {}
     for name, tensor in gather(model, owners, entries):
         # one parameter whole at a time, kept where it will be written
-        gathered[entries[name].lookup_key] = tensor.detach().to("cpu", copy=True) if is_first_rank() else torch.empty(0)
+        value = torch.empty(0)
+        if is_first_rank():
+            value = tensor.detach().to("cpu", copy=True)
+            value = transposed(value) if entries[name].is_tall else value
+        gathered[entries[name].lookup_key] = value
     with agreed("saving the adapter"), tempfile.TemporaryDirectory() as elsewhere:
         target = tempfile.mkdtemp(prefix=".adapter-", dir=folder) if is_first_rank() else elsewhere
         try:
@@ -145,7 +151,8 @@ def _read(adapter_dir: str | Path, entries: Mapping[str, _Entry]) -> dict[str, T
         missing = [entry.file_key for entry in entries.values() if entry.file_key not in files[entry.file]]
         if missing:
             raise ValueError(f"{adapter_dir} lacks {len(missing)} of the model's parameters ({missing[0]}, ...)")
-        return {name: files[entry.file][entry.file_key] for name, entry in entries.items()}
+        values = {name: files[entry.file][entry.file_key] for name, entry in entries.items()}
+        return {name: transposed(value) if entries[name].is_tall else value for name, value in values.items()}
 
 
 def find_peft_model(model: nn.Module) -> PeftModel:
@@ -190,7 +197,9 @@ def _entries(peft_model: PeftModel, owners: Mapping[str, Owner]) -> dict[str, _E
         file = SAFETENSORS_WEIGHTS_NAME if adapter == "default" else f"{adapter}/{SAFETENSORS_WEIGHTS_NAME}"
         for key, stand_in in kept.items():
             name = names[id(stand_in)]
-            entries[name] = _Entry(keys[name], file, clean_name(key))
+            module, attribute = owners[name]
+            is_tall = isinstance(module, TallLinear) and attribute == TALL_NAME
+            entries[name] = _Entry(keys[name], file, clean_name(key), is_tall)
     return entries
 
 
@@ -209,7 +218,7 @@ def _lookup_keys(peft_model: PeftModel, names: Iterable[str]) -> dict[str, str]:
         layer = name
         while layer and layer not in paths:
             layer = layer.rpartition(".")[0]
-        keys[name] = paths[layer] + name.removeprefix(layer) if layer else name
+        keys[name] = peft_key(paths[layer] + name.removeprefix(layer) if layer else name)
     return keys
 
 

@@ -12,6 +12,10 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper
 from torch import nn
 
+from .blocks import SIDE_A, SIDE_B
+from .tall import TALL_NAME, is_tall
+from .tiling import Layout
+
 # Wrappers put their own attribute into a module's path; names without them agree between engines.
 _WRAPPER_SEGMENTS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
 
@@ -21,7 +25,7 @@ _SUPPORTED_VARIANTS = ("DoraLinearVariant", "DoraEmbeddingVariant", "DoraConv", 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterPair:
-    """One LoRA adapter: ``lora_A`` ``[r, in]`` and ``lora_B`` ``[out, r]``.
+    """One LoRA adapter: ``lora_A`` ``[r, in]``, or ``[in, r]`` if it is stored tall, and ``lora_B`` ``[out, r]``.
 
     A convolution's ``lora_A`` ``[r, channels, *kernel]`` counts as ``[r, channels * prod(kernel)]`` and
     its 1 x 1 ``lora_B`` as ``[out, r]``: the update is their product all the same. An embedding's update is
@@ -39,11 +43,11 @@ class AdapterPair:
 
     @property
     def lora_a(self) -> torch.Tensor:
-        return self._factor("A")
+        return self._factor(SIDE_A)
 
     @property
     def lora_b(self) -> torch.Tensor:
-        return self._factor("B")
+        return self._factor(SIDE_B)
 
     @property
     def scaling(self) -> float:
@@ -52,7 +56,7 @@ class AdapterPair:
 
     @property
     def shape_a(self) -> tuple[int, int]:
-        """Whole shape of lora_A, ``(r, in)``."""
+        """Whole shape of lora_A as PEFT stores it, ``(r, in)``."""
         return (self.lora_rank, self.in_features)
 
     @property
@@ -60,16 +64,28 @@ class AdapterPair:
         """Whole shape of lora_B, ``(out, r)``."""
         return (self.out_features, self.lora_rank)
 
-    def _factor(self, side: str) -> torch.Tensor:
-        if isinstance(self.layer, Embedding):
-            return getattr(self.layer, f"lora_embedding_{side}")[self.adapter]
-        return getattr(self.layer, f"lora_{side}")[self.adapter].weight
+    @property
+    def stored_tall(self) -> bool:
+        """Whether lora_A is stored as ``[in, r]`` (``tall_adapters``)."""
+        return is_tall(self.factor_modules()[0])
+
+    def whole(self, side: int) -> Layout:
+        """How the factor of a side (SIDE_A or SIDE_B) is stored, all of it in one piece."""
+        columns = side == SIDE_A and not self.stored_tall
+        rows = self.in_features if side == SIDE_A else self.out_features
+        return Layout(rows, self.lora_rank, columns, chunk=rows * self.lora_rank)
+
+    def _factor(self, side: int) -> torch.Tensor:
+        module, name = self.owners()[side]
+        return getattr(module, name)
 
     def owners(self) -> tuple[tuple[nn.Module, str], tuple[nn.Module, str]]:
         """Where lora_A and lora_B are registered: their modules, and their names in these."""
         module_a, module_b = self.factor_modules()
-        name = self.adapter if isinstance(self.layer, Embedding) else "weight"
-        return (module_a, name), (module_b, name)
+        if isinstance(self.layer, Embedding):
+            return (module_a, self.adapter), (module_b, self.adapter)
+        module_a = getattr(module_a, "_fsdp_wrapped_module", module_a) if self.stored_tall else module_a
+        return (module_a, TALL_NAME if self.stored_tall else "weight"), (module_b, "weight")
 
     def factor_modules(self) -> tuple[nn.Module, nn.Module]:
         """The modules that own lora_A and lora_B (for an embedding both are its LoRA layer's dictionaries)."""

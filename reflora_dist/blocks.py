@@ -178,9 +178,7 @@ class BlockSet:
             products.append(stacked @ stacked.mT if batch.columns else stacked.mT @ stacked)
         return self._sum(plan, products, len(streams))
 
-    def combine_(
-        self, streams: Sequence[Sequence[Tensor | None]], outputs: Sequence[int], matrices: Matrices
-    ) -> None:
+    def combine_(self, streams: Sequence[Sequence[Tensor | None]], outputs: Sequence[int], matrices: Matrices) -> None:
         """Replace tall matrices by combinations of several, ``[X_1, X_2, ...] M``, formed in float64.
 
         Args:

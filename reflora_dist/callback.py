@@ -8,18 +8,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from transformers.trainer_utils import SaveStrategy
 
 from .adapter_files import find_peft_model, load_adapter, save_adapter
+from .adapters import lora_layers
 from .checkpoint import load_checkpoint, save_into
 from .config import RefLoRAConfig
 from .handle_state import handle_state
 from .integrate import Handle, attach
 from .report import Report
 from .start_files import mark_of, require_same_start, write_start
+from .tall import tall_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -35,15 +39,26 @@ class RefLoRACallback(TrainerCallback, ExportableState):
 
     Args:
         config: the method and its schedule, or its settings as a dictionary.
+        tall: whether lora_A is stored tall (:func:`reflora_dist.tall_adapters`) before Trainer wraps the model; by
+            default under FSDP and DeepSpeed. It has to be as it was in a run that is resumed.
 
     Attributes:
         handle: of the training that runs or ran last; None before the first.
     """
 
-    def __init__(self, config: RefLoRAConfig | Mapping[str, Any]) -> None:
+    def __init__(self, config: RefLoRAConfig | Mapping[str, Any], tall: bool | None = None) -> None:
         self.config = config if isinstance(config, RefLoRAConfig) else RefLoRAConfig(**config)
+        self.tall = tall
         self.handle: Handle | None = None
         self._start: str | None = None
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Store lora_A tall, while the model is bare and has no optimizer."""
+        wanted = _is_sharded() if self.tall is None else self.tall
+        model = kwargs.get("model")
+        if wanted and model is not None and kwargs.get("optimizer") is None and lora_layers(model):
+            count = tall_adapters(model)
+            logger.debug("%d lora_A are stored tall", count)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -130,7 +145,7 @@ class RefLoRACallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What Trainer writes into ``trainer_state.json``."""
         return {
-            "args": {"config": self.config.as_dict()},
+            "args": {"config": self.config.as_dict(), "tall": self.tall},
             "attributes": {},
             "handle": self.handle.state_dict() if self.handle is not None else None,
             "start": self._start,
@@ -152,6 +167,14 @@ class RefLoRACallback(TrainerCallback, ExportableState):
         callbacks = state.stateful_callbacks
         entry = callbacks.get(type(self).__name__) if isinstance(callbacks, dict) else None
         return entry if isinstance(entry, dict) else {}
+
+
+def _is_sharded() -> bool:
+    """Whether accelerate, which Trainer has set up, shards with FSDP or DeepSpeed."""
+    if not AcceleratorState._shared_state:
+        return False
+    state = AcceleratorState()
+    return state.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def _warn(state: TrainerState, text: str) -> None:

@@ -47,9 +47,11 @@ from .adapters import clean_name
 from .checkpoint_errors import named_load_errors, named_write_errors
 from .engines import Engine
 from .files import file_sizes, require_files, write_json
-from .handle_state import check_adapters
+from .handle_state import check_adapters, check_storage, describe_storage
 from .integrate import Handle
+from .lora_rite import LoRARite
 from .start_files import mark_of, require_same_start
+from .tall import peft_key, transposed
 from .trained import find_training_engine
 from .universal import conversion, is_round_robin, refuse_round_robin, was_round_robin
 
@@ -152,6 +154,7 @@ def load_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any) ->
         record = _read_record(folder)
         _require_same_engine(record, engine, folder)
         check_adapters(record["handle"], engine.pairs, str(folder))
+        _require_same_storage(record, engine, folder)
         require_same_start(model, record.get("start"), folder)
         if universal:
             _require_converted(folder)
@@ -170,7 +173,8 @@ def load_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any) ->
             dcp.load(state, checkpoint_id=folder / _STATE, planner=_Planner())
             _set_training_state(model, engine, state)
     load_frozen(model, folder)
-    return record["handle"]
+    handle = record["handle"]
+    return {**handle, "stored_tall": describe_storage(engine.pairs)} if handle else handle
 
 
 def complete_state(folder: str | Path) -> Path | None:
@@ -211,7 +215,32 @@ def _training_state(model: nn.Module, engine: Engine) -> dict[str, Any]:
         weights, state = get_state_dict(model, engine.optimizer, options=_TRAINABLE_ONLY)  # type: ignore[assignment]
     frozen = _frozen_names(model)
     weights = {name: weight for name, weight in weights.items() if clean_name(name) not in frozen}
+    if _in_peft_form(engine):
+        optimizer_state: dict[str, Any] = state  # type: ignore[assignment]
+        state = _renamed_state(optimizer_state, {name: peft_key(name) for name in optimizer_state["state"]})
     return {"model": weights, "optimizer": state}
+
+
+def _in_peft_form(engine: Engine) -> bool:
+    """Whether a checkpoint has lora_A as ``[r, in]``, its moments too, however the model stores it.
+
+    FSDP1 and DeepSpeed save by parameters' names and shapes.
+    """
+    return engine.name in ("single", "ddp", "fsdp2")
+
+
+def _renamed_state(state: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The optimizer's state dictionary with parameters under other names, and transposed where the name changes."""
+    entries = {
+        names[name]: entry
+        if names[name] == name
+        else {key: transposed(value) if isinstance(value, Tensor) else value for key, value in entry.items()}
+        for name, entry in state["state"].items()
+    }
+    groups = [
+        {**group, "params": [names.get(name, name) for name in group["params"]]} for group in state["param_groups"]
+    ]
+    return {"state": entries, "param_groups": groups}
 
 
 def _frozen_names(model: nn.Module) -> set[str]:
@@ -241,6 +270,10 @@ def _set_training_state(model: nn.Module, engine: Engine, state: dict[str, Any])
             # the weights were loaded in place
             set_optimizer_state_dict(model, engine.optimizer, state["optimizer"])
             return
+        if _in_peft_form(engine):
+            own = {peft_key(name): name for name in map(clean_name, dict(model.named_parameters()))}
+            saved: dict[str, Any] = state["optimizer"]
+            state["optimizer"] = _renamed_state(saved, {name: own.get(name, name) for name in saved["state"]})
         set_state_dict(
             model,
             engine.optimizer,
@@ -304,6 +337,7 @@ def _write_record(folder: Path, engine: Engine, handle: Handle | None, start: st
         "packages": {name: _version(name) for name in _PACKAGES},
         "handle": {} if handle is None else handle.state_dict(),
         "start": start,
+        "stored_tall": describe_storage(engine.pairs),
         "param_groups": _group_settings(engine),
         "files": written,
     }
@@ -337,6 +371,13 @@ def _require_same_engine(record: Mapping[str, Any], engine: Engine, folder: Path
             f"{folder} was written under {record['engine']} and this is {engine.name}: continue under "
             f"{record['engine']}, or start a new run from the adapter (PeftModel.from_pretrained)"
         )
+
+
+def _require_same_storage(record: Mapping[str, Any], engine: Engine, folder: Path) -> None:
+    """Where the state is not brought into PEFT's form, lora_A has to be stored as it was."""
+    if not _in_peft_form(engine) or isinstance(engine.optimizer, LoRARite):  # whose moments are packed
+        written = {"adapters": (), "stored_tall": record.get("stored_tall", describe_storage([]))}
+        check_storage(written, engine.pairs, str(folder))
 
 
 def _require_loadable_on(present: int, record: Mapping[str, Any], engine: Engine, folder: Path) -> None:

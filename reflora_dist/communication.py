@@ -8,6 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+Counts = dict[int, int]
+"""How many elements go to a rank of the group, or come from it: ascending, without zeros."""
+
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+
 
 class Communicator:
     """Collectives over the ranks that together hold one copy of every factor.
@@ -23,33 +28,9 @@ class Communicator:
         self.world_size = dist.get_world_size(group) if group is not None else 1
         self.rank = dist.get_rank(group) if group is not None else 0
         self.shard_device = shard_device
-        self.device = _communication_device(group, shard_device) if self.world_size > 1 else shard_device
+        self.device = communication_device(group, shard_device) if self.world_size > 1 else shard_device
         self.calls: dict[str, int] = {}
         self.bytes = 0
-
-    def twin(self) -> Communicator:
-        """The same ranks with a process group of their own, for collectives that run beside others.
-
-        Communication: creates process groups; all ranks of the job must call.
-        """
-        if self.world_size == 1:
-            return Communicator(None, self.shard_device)
-        own = dist.get_process_group_ranks(self.group)
-        everyone: list[list[int]] = [[]] * dist.get_world_size()
-        dist.all_gather_object(everyone, own)
-        # every rank takes part in making every group, in one order: HSDP has one per shard group
-        groups = {
-            ranks: dist.new_group(list(ranks), backend=dist.get_backend_config(self.group))
-            for ranks in sorted({tuple(ranks) for ranks in everyone})
-        }
-        twin = Communicator(groups[tuple(own)], self.shard_device)
-        assert twin.rank == self.rank
-        return twin
-
-    def close(self) -> None:
-        """Give the process group back, which nobody else may use."""
-        if self.group is not None:
-            dist.destroy_process_group(self.group)
 
     def start_step(self) -> None:
         """Set the counts of calls and bytes back to zero."""
@@ -77,13 +58,38 @@ class Communicator:
             self._count("reduce", 0 if self.rank == owner else tensor.numel() * tensor.element_size())
         return tensor
 
-    def all_to_all(
-        self, send: Tensor, send_counts: list[int], receive_counts: list[int], out: Tensor | None = None
-    ) -> Tensor:
-        """Exchange slices of a 1-D tensor; counts the bytes that go to other ranks."""
-        received = send.new_empty(sum(receive_counts)) if out is None else out
-        dist.all_to_all_single(received, send, receive_counts, send_counts, group=self.group)
-        self._count("all_to_all", (send.numel() - send_counts[self.rank]) * send.element_size())
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """``[N, *shape]``: every rank's tensor, all of one shape. Counts N - 1 times its own, what a ring sends."""
+        gathered = tensor.new_empty(self.world_size, *tensor.shape)
+        _all_gather(gathered.view(-1), tensor.reshape(-1), group=self.group)
+        self._count("all_gather", (self.world_size - 1) * tensor.numel() * tensor.element_size())
+        return gathered
+
+    def all_to_all(self, send: Tensor, send_counts: Counts, receive_counts: Counts) -> Tensor:
+        """Exchange parts of a 1-D tensor, in the order of ranks; counts the bytes that go to other ranks."""
+        received = send.new_empty(sum(receive_counts.values()))
+        ranks = range(self.world_size)
+        sizes_in, sizes_out = ([counts.get(rank, 0) for rank in ranks] for counts in (receive_counts, send_counts))
+        dist.all_to_all_single(received, send, sizes_in, sizes_out, group=self.group)
+        self._count("all_to_all", (send.numel() - send_counts.get(self.rank, 0)) * send.element_size())
+        return received
+
+    def between_neighbours(self, send: Tensor, send_counts: Counts, receive_counts: Counts) -> Tensor:
+        """The same where few ranks are named: point to point, and nothing on a rank that names no other."""
+        received = send.new_empty(sum(receive_counts.values()))
+        sent_to = dict(zip(send_counts, send.split(list(send_counts.values())), strict=True))
+        received_from = dict(zip(receive_counts, received.split(list(receive_counts.values())), strict=True))
+        if self.rank in sent_to:
+            received_from.pop(self.rank).copy_(sent_to.pop(self.rank))
+        operations = [
+            dist.P2POp(operation, part, group=self.group, group_peer=peer)
+            for operation, parts in ((dist.isend, sent_to), (dist.irecv, received_from))
+            for peer, part in parts.items()
+        ]
+        if operations:
+            for request in dist.batch_isend_irecv(operations):
+                request.wait()
+            self._count("send_recv", sum(part.numel() for part in sent_to.values()) * send.element_size())
         return received
 
     def _count(self, kind: str, sent_bytes: int) -> None:
@@ -91,7 +97,8 @@ class Communicator:
         self.bytes += sent_bytes
 
 
-def _communication_device(group: dist.ProcessGroup | None, shard_device: torch.device) -> torch.device:
+def communication_device(group: dist.ProcessGroup | None, shard_device: torch.device) -> torch.device:
+    """Where a group's collectives want their tensors, if those to be sent lie on ``shard_device``."""
     # "cpu:gloo,cuda:nccl" -> {"cpu": "gloo", "cuda": "nccl"}
     backends = dict(entry.split(":") for entry in str(dist.get_backend_config(group)).split(","))
     accelerator = torch.accelerator.current_accelerator()

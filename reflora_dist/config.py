@@ -11,7 +11,6 @@ METHODS = ("lora", "reflora", "reflora-s", "scaled-gd", "lora-pro", "lora-rite")
 # an answer there.
 _DEFAULT_WARMUP_STEPS = {"reflora": 100, "reflora-s": 100, "lora-pro": 100}
 _DEFAULT_DAMPING = 1e-2
-_FORMED_FROM_WEIGHTS = ("reflora", "scaled-gd")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,10 +26,6 @@ class RefLoRAConfig:
         warmup_steps: optimizer steps of plain LoRA before the method's first. By default 100 for "reflora",
             "reflora-s" and "lora-pro", which do not exist at PEFT's start with ``lora_B = 0``; else 0.
         interval: act at every ``interval``-th optimizer step after the warm-up.
-        overlap: "reflora" and "scaled-gd" only; form the Grams of the next step and solve for S right after an update,
-            on a GPU beside the next forward, so that a step only waits for the gradients of lora_A to be re-tiled.
-            Takes a second communicator, and changes no result. Where the optimizer is offloaded to the CPU and factors
-            are cut, the forward waits for it all the same.
         damping: "scaled-gd" only; delta, which is added to the Grams' diagonal. 1e-2 is PEFT's ``reg``.
 
     Raises:
@@ -40,7 +35,6 @@ class RefLoRAConfig:
     method: str = "reflora"
     warmup_steps: int | None = None
     interval: int = 1
-    overlap: bool = False
     damping: float = _DEFAULT_DAMPING
 
     def __post_init__(self) -> None:
@@ -52,8 +46,6 @@ class RefLoRAConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
-        if not isinstance(self.overlap, bool):
-            raise ValueError(f"overlap={self.overlap!r} must be True or False")
         if not isinstance(self.damping, int | float) or not 0 <= self.damping < float("inf"):
             raise ValueError(f"damping={self.damping!r} must be a number of at least 0, and finite")
         if self.damping != _DEFAULT_DAMPING and self.method != "scaled-gd":
@@ -62,11 +54,6 @@ class RefLoRAConfig:
             raise ValueError(
                 f"method='lora-rite' is the optimizer itself and acts in every step: leave out "
                 f"warmup_steps={self.warmup_steps} and interval={self.interval}"
-            )
-        if self.overlap and self.method not in _FORMED_FROM_WEIGHTS:
-            raise ValueError(
-                f"overlap=True means nothing to method={self.method!r}: only {' and '.join(_FORMED_FROM_WEIGHTS)} "
-                "need the weights alone"
             )
 
     def is_due(self, completed_steps: int) -> bool:

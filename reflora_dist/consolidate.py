@@ -37,6 +37,7 @@ from .lora_sb.config import LoraXSType
 from .output_folder import new_folder, require_empty
 from .start_files import FILE_NAME as START_FILE
 from .start_files import convert_adapter, find_start, is_mark, read_config, readable
+from .tall import in_peft_form
 from .universal import conversion, model_states, refuse_round_robin
 
 CONFIG_NAME = "adapter_config.json"
@@ -124,7 +125,8 @@ def _read_state(folder: Path, choose: _Choose) -> dict[str, Tensor]:
     if kind is None:
         raise FileNotFoundError(f"{folder} is missing or holds no shards: the checkpoint is incomplete")
     tensors = readers[kind](folder, choose)
-    return {key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()}
+    # a lora_A that was stored tall has the parameter's own name where an engine saves by names (ZeRO, FSDP1)
+    return {key: tensor.detach().clone().contiguous() for key, tensor in in_peft_form(tensors).items()}
 
 
 def _read_dcp(folder: Path, choose: _Choose) -> dict[str, Tensor]:
@@ -249,7 +251,7 @@ def _chosen(names: list[str], config: Mapping[str, Any], adapter: str, state: Pa
     plain = {name: _plain_name(name) for name in names if _OF_MODEL.match(clean_name(name))}
     if len(set(plain.values())) < len(plain):
         raise ValueError(f"{state} holds several PEFT models ({', '.join(_prefixes(plain))}), and an adapter is of one")
-    if any(re.search(r"\.lora_(A|embedding_A|xs_R)(\.weight)?$", path) for path in plain.values()):
+    if any(re.search(r"\.lora_(A|embedding_A|xs_R)(\.weight|\.tall)?$", path) for path in plain.values()):
         return plain  # accelerate wrote what PEFT had selected and named
     chosen = {name: key for name, path in plain.items() if (key := _peft_key(path, config, adapter)) is not None}
     if not chosen:

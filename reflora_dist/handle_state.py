@@ -11,7 +11,7 @@ from .config import RefLoRAConfig
 
 _VERSION = 1
 _PEFT_PREFIX = "base_model.model."
-_MAY_CHANGE = {"method", "overlap"}  # the first is refused, the second changes no result
+_MAY_CHANGE = {"method"}  # which is refused
 
 
 def handle_state(
@@ -29,15 +29,49 @@ def handle_state(
         "applied_steps": applied_steps,
         "skipped_pairs": skipped_pairs,
     }
-    return state if pairs is None else {**state, "adapters": describe_adapters(pairs)}
+    if pairs is None:
+        return state
+    return {**state, "adapters": describe_adapters(pairs), "stored_tall": describe_storage(pairs)}
+
+
+def describe_storage(pairs: Sequence[AdapterPair]) -> list[Any]:
+    """How many lora_A are stored as ``[in, r]``, and a digest of which."""
+    tall = [_peft_name(pair) for pair in pairs if pair.stored_tall]
+    return [len(tall), _digest(tall)]
+
+
+def check_storage(state: Mapping[str, Any], pairs: Sequence[AdapterPair], saved: str = "the saved state") -> None:
+    """Make sure that factors, moments and flat buffers of a run are read as they were written.
+
+    Args:
+        state: of a handle. Those of releases that stored no factor tall do not say.
+
+    Raises:
+        ValueError: they would be read transposed: in silence where an engine keeps flat buffers.
+    """
+    if "adapters" not in state:  # a run whose steps so far were plain LoRA on unknown adapters
+        return
+    before, now = state.get("stored_tall", describe_storage([])), describe_storage(pairs)
+    if list(before) != now:
+        remedy = (
+            "call reflora_dist.tall_adapters(model) before wrapping (RefLoRACallback(config, tall=True), "
+            "finetune.py --tall_adapters True)"
+            if before[0] > now[0]
+            else "leave reflora_dist.tall_adapters out (RefLoRACallback(config, tall=False), "
+            "finetune.py --tall_adapters False)"
+        )
+        raise ValueError(
+            f"{saved} is of a run that stored {before[0]} lora_A tall, as [in, r], and this model stores {now[0]} of "
+            f"{len(pairs)} so: their optimizer state would be read transposed. To continue, {remedy}; or start a new "
+            "run from the adapter, whose files are the same either way (PeftModel.from_pretrained)"
+        )
 
 
 def describe_adapters(pairs: Sequence[AdapterPair]) -> dict[str, list[Any]]:
     """By r and scaling how many there are, and a digest of their names: all that changes when LoraConfig does."""
     names: dict[str, list[str]] = {}
     for pair in pairs:
-        inside = max(0, pair.name.find(_PEFT_PREFIX))  # of modules around the PEFT model, which need not be there again
-        names.setdefault(f"r={pair.lora_rank}, scaling={pair.scaling:g}", []).append(pair.name[inside:])
+        names.setdefault(f"r={pair.lora_rank}, scaling={pair.scaling:g}", []).append(_peft_name(pair))
     return {kind: [len(of_kind), _digest(of_kind)] for kind, of_kind in sorted(names.items())}
 
 
@@ -65,7 +99,7 @@ def check_state(state: Mapping[str, Any], config: RefLoRAConfig, pairs: Sequence
     """Make sure that a handle can continue from a state.
 
     Raises:
-        ValueError: it is no handle's, of another version or method, or of other adapters.
+        ValueError: it is no handle's, of another version or method, or of other adapters or ones stored otherwise.
     """
     if not state:
         raise ValueError("state_dict is empty: the checkpoint was saved without a handle, so leave state_dict out")
@@ -78,6 +112,7 @@ def check_state(state: Mapping[str, Any], config: RefLoRAConfig, pairs: Sequence
             "that method, or start a new run from the adapter (PeftModel.from_pretrained)"
         )
     check_adapters(state, pairs)
+    check_storage(state, pairs)
 
 
 def changed_settings(state: Mapping[str, Any], config: RefLoRAConfig) -> str:
@@ -88,6 +123,11 @@ def changed_settings(state: Mapping[str, Any], config: RefLoRAConfig) -> str:
         for name, value in config.as_dict().items()
         if name not in _MAY_CHANGE and name in saved and saved[name] != value
     )
+
+
+def _peft_name(pair: AdapterPair) -> str:
+    """Without modules around the PEFT model, which need not be there again."""
+    return pair.name[max(0, pair.name.find(_PEFT_PREFIX)) :]
 
 
 def _listed(adapters: Mapping[str, Sequence[Any]]) -> str:

@@ -66,6 +66,8 @@ def initialize_adapters(model: nn.Module, init: str, *, lora_ga_config: Any = No
     """
     with agreed("preparing the initialization"):
         pairs = _prepared(model, init)
+        if any(pair.stored_tall for pair in pairs):
+            raise ValueError("the adapters are stored tall already: call initialize_adapters before tall_adapters")
         if init == "lora_ga":
             _require_gradients(pairs, lora_ga_config)
     before = base_checksums(pairs)

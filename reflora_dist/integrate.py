@@ -7,7 +7,6 @@ import json
 import logging
 import sys
 import weakref
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,20 +16,19 @@ from torch import nn
 
 from .adapter_files import agreed
 from .adapters import active_adapters, find_pairs, lora_layers
-from .agreement import agree
+from .agreement import compare_ranks, differ_between_replicas
 from .communication import Communicator
 from .config import RefLoRAConfig
 from .engines import Engine, find_engine
 from .figures import Stopwatch, balance_figures, gram_figures
 from .handle_state import changed_settings, check_state, handle_state
 from .lora_rite import LoRARite
-from .methods import GRADIENT_METHODS, RESCALING_METHODS
+from .methods import GRADIENT_METHODS, RESCALING_METHODS, GradientMethod
 from .optimizers import check_optimizer, pairs_without_solution
 from .report import Report
 from .retile import Retiler
-from .solving import message_values
+from .solving import Solver
 from .step import GradientStep, RescalingStep
-from .tiling import LocalShard
 from .update import RiteStep
 
 logger = logging.getLogger(__name__)
@@ -63,8 +61,9 @@ def attach(
             pair or optimizer that cannot be handled, an optimizer that does not own the factors, an option of the
             engine that is not supported, or ranks that disagree.
 
-    Communication: one all-gather of small objects, for "lora-rite" two; for "reflora-s" with ``warmup_steps=0`` also
-    the first rescaling.
+    Communication: one all-gather of a few numbers, for "lora-rite" also one of small objects; for "reflora-s" with
+    ``warmup_steps=0`` also the first rescaling. At the first step, where ranks hold factors whole, one all-reduce of
+    two numbers.
     """
     engine, error = None, None
     try:
@@ -74,14 +73,15 @@ def attach(
     except Exception as caught:  # whatever it is: the other ranks must hear of it
         engine, error = None, caught
     state = "" if state_dict is None else json.dumps(dict(state_dict), sort_keys=True, default=str)
-    shards, resumed = agree(engine, config, state, error)
+    resumed = compare_ranks(engine, config, state, error)
     assert engine is not None
     if hopeless := pairs_without_solution(engine.pairs, config):
         _warn(
             f"r is above in or out of {len(hopeless)} of {len(engine.pairs)} adapters ({hopeless[0].name}, ...), where "
             f"{config.method} does not exist: they are plain LoRA throughout; a lower r there (rank_pattern) mends it"
         )
-    handle = Handle(model, config, engine, shards)
+    _tell_what_flat_adapters_cost(engine, config)
+    handle = Handle(model, config, engine)
     if state_dict is not None:
         handle.load_state_dict(state_dict)
     elif not resumed:
@@ -92,7 +92,7 @@ def attach(
 class Handle:
     """The link between a model's adapters and their optimizer. Made by :func:`attach`."""
 
-    def __init__(self, model: nn.Module, config: RefLoRAConfig, engine: Engine, shards: list[list[LocalShard]]) -> None:
+    def __init__(self, model: nn.Module, config: RefLoRAConfig, engine: Engine) -> None:
         self.config = config
         self._engine = engine
         self._layers = lora_layers(model)
@@ -113,21 +113,13 @@ class Handle:
         if config.method in RESCALING_METHODS:
             self._rescaling_step = RescalingStep(RESCALING_METHODS[config.method](), engine, self._comm)
         elif config.method != "lora":
-            shapes = [shape for pair in engine.pairs for shape in (pair.shape_a, pair.shape_b)]
             wire_dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
+            retiler = Retiler(engine.layouts(), self._comm, wire_dtype)
             if config.method in GRADIENT_METHODS:
-                kind = GRADIENT_METHODS[config.method]
-                if kind.uses_gradients:
-                    self._scalings = [pair.scaling for pair in engine.pairs]
-                method = kind(config, _scaling(engine, self._comm.device) if kind.uses_gradients else {})
-                messages = None if kind.uses_gradients else message_values
-                retiler = Retiler(shapes, shards, self._comm, wire_dtype, messages)
-                ahead = self._comm.twin() if config.overlap else None
-                self._gradient_step = GradientStep(method, engine, retiler, self._comm, ahead)
+                self._gradient_step = self._make_gradient_step(GRADIENT_METHODS[config.method], retiler)
             else:
                 assert isinstance(engine.optimizer, LoRARite)
-                retiler = Retiler(shapes, shards, self._comm, wire_dtype)
-                self._rite_step = RiteStep(engine.optimizer, engine, retiler, self._comm, shards[self._comm.rank])
+                self._rite_step = RiteStep(engine.optimizer, engine, retiler, self._comm)
                 with agreed("reading the optimizer's state"):
                     self._rite_step.refuse_foreign_state()
                 engine.optimizer.connect(self._rite_step)
@@ -137,16 +129,18 @@ class Handle:
             engine.optimizer.register_step_pre_hook(untraced(self._before_update)),
             engine.optimizer.register_step_post_hook(untraced(self._after_update)),
         ]
-        # DeepSpeed's weights are loaded on one rank, and copies: what is formed ahead is of the masters
-        if config.overlap and not engine.name.startswith("zero"):
-            modules: list[Any] = list(self._layers)
-            self._hooks += [module.register_load_state_dict_post_hook(_OnLoad(self)) for module in modules]
         _attached.add(engine.optimizer)
+
+    def _make_gradient_step(self, kind: type[GradientMethod], retiler: Retiler) -> GradientStep:
+        scalings = [pair.scaling for pair in self._engine.pairs]
+        if kind.uses_gradients:
+            self._scalings = scalings
+        lora_ranks = [pair.lora_rank for pair in self._engine.pairs]
+        solver = Solver(kind, self.config, scalings, lora_ranks, self._comm)
+        return GradientStep(self._engine, retiler, self._comm, solver, kind.uses_gradients)
 
     def report(self) -> Report:
         """Figures of this rank so far. Waits for the device; local, no communication."""
-        if self._gradient_step is not None:
-            self._gradient_step.check()
         lora_ranks: dict[int, int] = {}
         for pair in self._engine.pairs:
             lora_ranks[pair.lora_rank] = lora_ranks.get(pair.lora_rank, 0) + 1
@@ -157,8 +151,8 @@ class Handle:
             world_size=dist.get_world_size() if dist.is_initialized() else 1,
             num_pairs=len(self._engine.pairs),
             lora_ranks=lora_ranks,
-            collectives_per_step=dict(sum((Counter(comm.calls) for comm in self._communicators), Counter())),
-            bytes_per_step=sum(comm.bytes for comm in self._communicators),
+            collectives_per_step=dict(self._comm.calls),
+            bytes_per_step=self._comm.bytes,
             steps=self._steps,
             applied_steps=self._applied_steps,
             skipped_pairs=int(self._skipped_pairs),
@@ -190,8 +184,6 @@ class Handle:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint has to keep, JSON-ready and the same on all ranks."""
-        if self._gradient_step is not None:
-            self._gradient_step.check()
         skipped_pairs = int(self._skipped_pairs)
         return handle_state(self.config, self._steps, self._applied_steps, skipped_pairs, self._engine.pairs)
 
@@ -204,18 +196,9 @@ class Handle:
         check_state(state_dict, self.config, self._engine.pairs)
         if changed := changed_settings(state_dict, self.config):
             _warn(f"the run goes on with other settings than it was saved with: {changed}")
-        self.weights_changed()
         self._steps = int(state_dict["steps"])
         self._applied_steps = int(state_dict["applied_steps"])
         self._skipped_pairs.fill_(int(state_dict["skipped_pairs"]))
-
-    def weights_changed(self) -> None:
-        """Form S anew. With ``overlap``, call this on every rank after changing factors between two steps.
-
-        The model's ``load_state_dict`` needs no call (but under DeepSpeed), nor does that of this handle.
-        """
-        if self._gradient_step is not None:
-            self._gradient_step.drop()
 
     def detach(self) -> None:
         """Take the hooks off the optimizer: training goes on as plain LoRA, but LoRARite's does not. On every rank."""
@@ -225,9 +208,6 @@ class Handle:
             _attached.discard(self._engine.optimizer)
             if isinstance(self._engine.optimizer, LoRARite):
                 self._engine.optimizer.connect(None)
-            if self._gradient_step is not None:
-                self._gradient_step.close()
-                self._gradient_step.check()
         self._hooks = []
 
     @torch.no_grad()
@@ -243,6 +223,7 @@ class Handle:
             return
         if not self._checked:
             self._engine.check()
+            self._refuse_gradients_that_nobody_reduces()
             self._checked = True
         if active_adapters(self._layers) != self._active_adapters:
             raise RuntimeError("the active adapters changed after attach(): detach, then attach again")
@@ -250,8 +231,7 @@ class Handle:
             raise RuntimeError("the adapters' scaling changed after attach(): detach, then attach again")
         firing = self._engine.firing()
         if firing.first:
-            for communicator in self._communicators:
-                communicator.start_step()
+            self._comm.start_step()
         acts_now = self._gradient_step is not None and self.config.is_due(self._steps)
         if acts_now or self._rite_step is not None:
             self._stopwatch.start(new_step=firing.first)
@@ -276,18 +256,20 @@ class Handle:
         if self._rite_step is not None:
             self._skipped_pairs += self._rite_step.take_skipped()
             self._applied_steps += 1
-        if self._gradient_step is not None and self.config.overlap and self.config.is_due(self._steps):
-            self._stopwatch.start(new_step=False)
-            self._gradient_step.form_ahead()
-            self._stopwatch.stop()
         if self._rescaling_step is not None and self.config.is_due(self._steps):
             self._rescale(in_step=True)
             self._applied_steps += 1
-        self._sent_bytes = sum(comm.bytes for comm in self._communicators) or self._sent_bytes
+        self._sent_bytes = self._comm.bytes or self._sent_bytes
 
-    @property
-    def _communicators(self) -> list[Communicator]:
-        return [self._comm] if self._gradient_step is None else self._gradient_step.communicators
+    def _refuse_gradients_that_nobody_reduces(self) -> None:
+        """Where every rank holds the factors whole, something has to keep them equal. On every rank."""
+        engine = self._engine
+        if engine.group is None and differ_between_replicas(engine, engine.gradients()):
+            raise RuntimeError(
+                "the gradients of the factors differ between ranks: nobody reduces them, and every rank would train an "
+                "adapter of its own. Wrap the model (DistributedDataParallel, fully_shard, FSDP, deepspeed.initialize, "
+                "accelerator.prepare); under fully_shard make the adapter first (get_peft_model), then shard"
+            )
 
     @torch.no_grad()
     def _rescale_before_first_step(self) -> None:
@@ -301,20 +283,6 @@ class Handle:
         self._stopwatch.stop()
 
 
-class _OnLoad:
-    """Drops what was formed ahead when a layer's weights are loaded; in copies of the layer it does nothing."""
-
-    def __init__(self, handle: Handle | None = None) -> None:
-        self._handle = handle
-
-    def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
-        if self._handle is not None:
-            self._handle.weights_changed()
-
-    def __reduce__(self) -> tuple[type[_OnLoad], tuple[()]]:
-        return _OnLoad, ()
-
-
 def _find(model: nn.Module, optimizer: Any, config: RefLoRAConfig) -> Engine:
     if not isinstance(config, RefLoRAConfig):
         raise TypeError(f"config is a {type(config).__name__}; pass RefLoRAConfig(method=..., warmup_steps=...)")
@@ -325,11 +293,18 @@ def _find(model: nn.Module, optimizer: Any, config: RefLoRAConfig) -> Engine:
     return engine
 
 
-def _scaling(engine: Engine, device: torch.device) -> dict[int, torch.Tensor]:
-    scaling: dict[int, list[float]] = {}
-    for pair in engine.pairs:
-        scaling.setdefault(pair.lora_rank, []).append(pair.scaling)
-    return {r: torch.tensor(values, dtype=torch.float64, device=device) for r, values in scaling.items()}
+def _tell_what_flat_adapters_cost(engine: Engine, config: RefLoRAConfig) -> None:
+    """Once, before training."""
+    acts = config.method in GRADIENT_METHODS or config.method == "lora-rite"
+    flat = [layout for layout in engine.layouts() if layout.moves and layout.columns]
+    if acts and flat:
+        megabytes = 4e-6 * sum(layout.numel for layout in flat)
+        _warn(
+            f"{len(flat)} of {len(engine.pairs)} lora_A are stored as [r, in] and cut by {engine.name}: {megabytes:.1f} "
+            "MB of them and of their gradients move between ranks in every step, in messages to every rank. Call "
+            "reflora_dist.tall_adapters(model) after get_peft_model and before wrapping and the optimizer: then only "
+            "Grams are sent (RefLoRACallback does so by itself if it is given to Trainer(callbacks=[...]))"
+        )
 
 
 def _fills_state() -> bool:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ahead import Ahead
 from .blocks import BlockSet, Matrices
 from .communication import Communicator
 from .engines import Engine, Firing
+from .exchange import Channel
 from .grams import reduce_grams
-from .methods import GradientMethod, RescalingMethod
+from .methods import RescalingMethod
+from .methods.base import Transform
 from .per_tensor import PerTensor
 from .retile import Retiler
-from .solving import AtOwners, Everywhere, Solution
+from .solving import Solver, count_unsolved
 
 # Where Adam's variants keep what scales like 1 / factor, and like 1 / factor^2.
 _FIRST_MOMENTS = ("exp_avg",)
@@ -24,42 +25,33 @@ _NEEDED = {"exp_avg", "exp_avg_sq"}
 class GradientStep:
     """Applies a GradientMethod to the gradients that an engine is about to use.
 
-    Communication per step: if factors are cut two all-to-alls per firing, otherwise one all-reduce of the Grams; for a
-    method that uses gradients both, the all-reduce once per firing. None if every rank holds the factors whole. Formed
-    ahead, the solution takes two all-to-alls, or the all-reduce, of its own.
+    Rows that are cut are made whole, Grams are summed, the method answers with small matrices, gradients are multiplied
+    by them where they lie, and rows that were cut go back.
+
+    Communication per step: one all-reduce of the Grams, for a method that uses gradients one per firing; the solver's
+    all-gather; and where factors move, two exchanges per firing. None if every rank holds the factors whole.
 
     Args:
-        retiler: with messages of ``message_values`` if ``method`` does not use gradients.
-        ahead: forms S ahead; None to form it in the step.
+        engine, retiler, communicator: over the same ranks.
+        solver: of the method.
+        uses_gradients: whether the method needs Grams of ``[X, grad_X]``.
 
     Attributes:
         grams: ``{r: [2, P_r, r, r]}``, of the factors before the last step; empty before the first.
     """
 
     def __init__(
-        self,
-        method: GradientMethod,
-        engine: Engine,
-        retiler: Retiler,
-        communicator: Communicator,
-        ahead: Communicator | None = None,
+        self, engine: Engine, retiler: Retiler, communicator: Communicator, solver: Solver, uses_gradients: bool
     ) -> None:
-        self._method = method
         self._engine = engine
         self._retiler = retiler
         self._comm = communicator
-        lora_ranks = [pair.lora_rank for pair in engine.pairs]
-        self._solver: Everywhere | AtOwners
-        if method.uses_gradients:
-            self._blocks = BlockSet(retiler.specs, lora_ranks, communicator.device)
-        elif retiler.cut:
-            self._solver = AtOwners(method, retiler, lora_ranks, communicator)
-        else:
-            self._solver = Everywhere(method, retiler, lora_ranks, communicator.device)
+        self._solver = solver
+        self._uses_gradients = uses_gradients
+        self._blocks = BlockSet(retiler.specs, [pair.lora_rank for pair in engine.pairs], communicator.device)
         self._everything = (True,) * (2 * len(engine.pairs))
-        self._solution: Solution | None = None
+        self._transform: Transform | None = None
         self.grams: Matrices = {}
-        self._ahead = Ahead(ahead) if ahead is not None else None
 
     def __call__(self, firing: Firing) -> Tensor | None:
         """Replace the gradients of this firing.
@@ -67,30 +59,30 @@ class GradientStep:
         Returns:
             The number of pairs left as plain LoRA, a 0-dim tensor, on the first firing of a step; then None.
         """
-        if self._method.uses_gradients:
-            return self._with_gradients(firing)
+        act = self._with_gradients if self._uses_gradients else self._with_weights
+        transform = act(firing)
+        return count_unsolved(transform.solved) if firing.first else None
+
+    def _with_weights(self, firing: Firing) -> Transform:
         gradients = self._engine.gradients()
-        skipped = None
         if firing.first:
             self.grams = {}  # not kept beside new ones
             # The weights of all sub-groups are still those of before the step only now, so S is formed once.
-            weights = self._engine.weights()
-            solution = self._ahead.take(weights, self._engine.versions()) if self._ahead is not None else None
-            if solution is None:
-                solution = self._solver.solve_and_apply(weights, gradients, firing.present, self._comm)
-            else:
-                self._solver.apply(solution, gradients, firing.present)
-            self._solution = solution
-            self.grams = solution.grams
-            skipped = _count_unsolved(solution.whole.solved)
+            weights: Channel = self._engine.weights()
+            of_weights, blocks = self._retiler.to_blocks([weights, gradients], [self._everything, firing.present])
+            self.grams = reduce_grams(self._blocks.grams(of_weights), self._comm)
+            self._transform = self._solver(self.grams)
         else:
-            assert self._solution is not None
-            self._solver.apply(self._solution, gradients, firing.present)
+            (blocks,) = self._retiler.to_blocks([gradients], [firing.present])
+        transform = self._transform
+        assert transform is not None
+        self._blocks.multiply_(blocks, transform.matrices)
+        self._retiler.from_blocks([blocks], [gradients], [firing.present])
         if firing.last:
-            self._solution = None
-        return skipped
+            self._transform = None
+        return transform
 
-    def _with_gradients(self, firing: Firing) -> Tensor | None:
+    def _with_gradients(self, firing: Firing) -> Transform:
         weights, gradients = self._engine.weights(), self._engine.gradients()
         # the other side's factor may have been updated by an earlier firing; its Gram of before the step is kept
         present = self._everything if firing.first else firing.present
@@ -100,40 +92,10 @@ class GradientStep:
             self.grams = {r: both[..., :r, :r].clone() for r, both in grams.items()}
         for r, both in grams.items():
             both[..., :r, :r] = self.grams[r]
-        transform = self._method.solve(grams)
+        transform = self._solver(grams)
         self._blocks.combine_(streams, [1], transform.matrices)
         self._retiler.from_blocks(streams[1:], [gradients], [firing.present])
-        return _count_unsolved(transform.solved) if firing.first else None
-
-    def form_ahead(self) -> None:
-        """Right after an update: form the next step's S, on a GPU beside the forward that follows."""
-        if self._ahead is not None:
-            weights = self._engine.weights()
-            with self._ahead.forming(weights, self._engine.versions()) as communicator:
-                self._ahead.keep(self._solver.solve(weights, communicator))
-
-    def drop(self) -> None:
-        """Forget what was formed ahead: the weights have changed. Every rank must call."""
-        if self._ahead is not None:
-            self._ahead.drop()
-
-    def close(self) -> None:
-        """Take part in no further step. Every rank must call."""
-        if self._ahead is not None:
-            self._ahead.close()
-
-    @property
-    def communicators(self) -> list[Communicator]:
-        return [self._comm] if self._ahead is None else [self._comm, self._ahead.communicator]
-
-    def check(self) -> None:
-        """Make sure that no S that was formed ahead met weights changed unseen.
-
-        Raises:
-            RuntimeError: one did.
-        """
-        if self._ahead is not None:
-            self._ahead.check()
+        return transform
 
 
 class RescalingStep:
@@ -177,8 +139,3 @@ class RescalingStep:
                 moments = [state.get(key) for state in states]
                 if any(moment is not None for moment in moments):  # AMSGrad's are rarely there
                     self._per_tensor.scale_(key, moments, powers)
-
-
-def _count_unsolved(solved: dict[int, Tensor]) -> Tensor:
-    first, *others = [(~flags).sum() for flags in solved.values()]
-    return sum(others, first)

@@ -1,38 +1,97 @@
-"""Who computes on which rows of a tall factor: planning only, no communication.
+"""Which rows of a tall factor each rank computes on: planning only, no communication.
 
-Engines cut a parameter into flat row-major pieces. A piece of lora_B ``[out, r]`` is rows of the tall factor but
-for a row cut at either end; a piece of lora_A ``[r, in]`` cuts every column, that is every row of ``A^T``. Every
-pair has an owner, a rank to which the pieces of lora_A, and the cut rows of lora_B, are given.
+Every engine cuts a stored factor into flat row-major pieces. A piece of one that is stored tall, ``[rows, r]``, is
+whole rows but for a row cut at either end: the rank that holds most of a cut row gets the rest of it. A piece of one
+that is stored as PEFT's lora_A, ``[r, rows]``, cuts every row of the tall factor: all of it goes to one rank, its owner.
 """
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from .blocks import SIDE_A
-
 Shape = tuple[int, int]
-FOLLOWING = -1  # as a shard's start: right behind those of the ranks before
 
 
-class LocalShard(NamedTuple):
-    """What one rank holds of one factor: ``numel`` elements.
+class Piece(NamedTuple):
+    """Elements ``[start, start + numel)`` of a stored factor."""
 
-    A flat piece begins at element ``start`` of the row-major whole factor; ``follow_each_other`` fills in FOLLOWING. A
-    ``tall`` shard is whole rows of the tall factor already (columns of lora_A, rows of lora_B) and stays where
-    it is.
-    """
-
+    start: int
     numel: int
-    start: int = 0
-    tall: bool = False
 
     @property
     def stop(self) -> int:
         return self.start + self.numel
+
+
+class Layout(NamedTuple):
+    """How a factor is stored, and how ranks cut it.
+
+    Rank k holds elements ``[k * chunk - offset, (k + 1) * chunk - offset)``, as far as there are such: of the stored
+    tensor, row by row, or with ``by_rows`` of the tall factor.
+
+    Attributes:
+        rows: of the tall factor, in or out.
+        lora_rank: r.
+        columns: whether it is stored ``[r, rows]``.
+        chunk: elements.
+        offset: of the factor's first element in what is cut, a flat buffer that begins with other parameters.
+        by_rows: pieces are whole rows of the tall factor, however they are stored.
+    """
+
+    rows: int
+    lora_rank: int
+    columns: bool
+    chunk: int
+    offset: int = 0
+    by_rows: bool = False
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.lora_rank
+
+    @property
+    def shape(self) -> Shape:
+        """As it is stored."""
+        return (self.lora_rank, self.rows) if self.columns else (self.rows, self.lora_rank)
+
+    def piece(self, rank: int) -> Piece:
+        """What a rank holds."""
+        start = min(max(rank * self.chunk - self.offset, 0), self.numel)
+        stop = min(max((rank + 1) * self.chunk - self.offset, start), self.numel)
+        return Piece(start, stop - start)
+
+    def holder(self, element: int) -> int:
+        """The rank that holds an element."""
+        return (element + self.offset) // self.chunk
+
+    def overlaps(self, start: int, stop: int) -> Iterator[Run]:
+        """What each rank holds of elements ``[start, stop)``: its number, the first one's place in these, how many."""
+        for rank in range(self.holder(start), self.holder(stop - 1) + 1):
+            piece = self.piece(rank)
+            first, last = max(piece.start, start), min(piece.stop, stop)
+            yield Run(rank, first - start, last - first)
+
+    @property
+    def moves(self) -> bool:
+        """Whether any rank has to send any of it before rows are whole."""
+        if self.by_rows:
+            return False
+        bounds = self._inner_bounds()
+        if self.columns:
+            return bool(bounds)
+        return any(bound % self.lora_rank for bound in bounds)
+
+    def _inner_bounds(self) -> list[int]:
+        """The first places inside of the factor at which it is cut: of equal chunks the first two tell all."""
+        first = (self.offset // self.chunk + 1) * self.chunk - self.offset
+        return [bound for bound in (first, first + self.chunk) if bound < self.numel]
+
+    def owner(self, pair: int, world_size: int) -> int:
+        """Who gets all of it, if it is stored as columns: who holds more than half, else ranks take turns."""
+        middle = self.holder(self.numel // 2)
+        return middle if 2 * self.piece(middle).numel > self.numel else pair % world_size
 
 
 class Run(NamedTuple):
@@ -54,159 +113,75 @@ class Tiling:
     """One factor as one rank sees it.
 
     Attributes:
-        exchanged: whether any rank sends any element of this factor (the same on all ranks).
         direct: ``(first element, shape)`` of the block that lies in this rank's piece, or None.
-        sent: what the owner, possibly this rank, computes on after the exchange, in the piece's order.
+        sent: what other ranks, or this one, compute on after the exchange, in the piece's order.
         received: shape of the block that the exchange brings, or None.
         arriving: where that block's elements come from, in the block's order.
     """
 
-    exchanged: bool = False
     direct: tuple[int, Shape] | None = None
     sent: tuple[Run, ...] = ()
     received: Shape | None = None
     arriving: tuple[Run, ...] = ()
 
 
-def follow_each_other(shards: Sequence[Sequence[LocalShard]]) -> list[list[LocalShard]]:
-    """Give pieces without a start the place behind those of the ranks before, as FSDP lays them out."""
-    placed = []
-    positions = [0] * len(shards[0])
-    for rank_shards in shards:
-        placed.append(
-            [
-                LocalShard(shard.numel, position, shard.tall) if shard.start == FOLLOWING else shard
-                for shard, position in zip(rank_shards, positions, strict=True)
-            ]
-        )
-        positions = [position + shard.numel for position, shard in zip(positions, rank_shards, strict=True)]
-    return placed
-
-
-def choose_owners(shapes: Sequence[Shape], shards: Sequence[Sequence[LocalShard]]) -> list[int]:
-    """The owner of every pair: who holds more than half of lora_A, else who has least to do so far.
-
-    Args:
-        shapes: of whole factors, ``(r, in)`` and ``(out, r)`` alternating.
-        shards: ``shards[rank][factor]``.
-    """
-    owners, elements = [], [0] * len(shards)
-    for factor in range(0, len(shapes), 2):
-        numel = shapes[factor][0] * shapes[factor][1]
-        held = [rank_shards[factor] for rank_shards in shards]
-        most = max(range(len(shards)), key=lambda rank: held[rank].numel)
-        keeps = 2 * held[most].numel > numel and not held[most].tall
-        owner = most if keeps else min(range(len(shards)), key=elements.__getitem__)
-        owners.append(owner)
-        elements[owner] += numel
-    return owners
-
-
-def tile(side: int, shape: Shape, shards: Sequence[LocalShard], rank: int, owner: int) -> Tiling:
+def tile(layout: Layout, rank: int, owner: int) -> Tiling:
     """Plan one factor.
 
     Args:
-        side: SIDE_A or SIDE_B.
-        shape: of the whole factor, ``(r, in)`` or ``(out, r)``.
-        shards: what each rank holds.
         rank: whose view to return.
-        owner: of the pair.
-
-    Raises:
-        ValueError: the shards do not tile the factor exactly.
+        owner: of a factor that is stored as columns.
     """
-    _check_tiling(shape, shards)
-    mine = shards[rank]
-    lora_rank = shape[side]
-    if mine.tall or (not mine.numel and any(shard.tall for shard in shards)):
-        rows = mine.numel // lora_rank
-        local_shape = (lora_rank, rows) if side == SIDE_A else (rows, lora_rank)
-        return Tiling(direct=(0, local_shape) if rows else None)
-    tile_side = _tile_columns if side == SIDE_A else _tile_rows
-    return tile_side(shape, shards, rank, owner)
+    piece = layout.piece(rank)
+    if layout.columns and not layout.by_rows:
+        return _tile_columns(layout, piece, rank, owner)
+    if layout.columns:
+        rows = piece.numel // layout.lora_rank
+        return Tiling(direct=(0, (layout.lora_rank, rows)) if rows else None)
+    return _tile_rows(layout, piece, rank)
 
 
-def _tile_columns(shape: Shape, shards: Sequence[LocalShard], rank: int, owner: int) -> Tiling:
-    """lora_A: whole on its owner, unless a rank holds it whole anyway."""
-    numel = shape[0] * shape[1]
-    if any(shard.numel == numel for shard in shards):
-        return Tiling(direct=(0, shape) if shards[rank].numel else None)
-    sent = (Run(owner, 0, shards[rank].numel),) if shards[rank].numel else ()
+def _tile_columns(layout: Layout, piece: Piece, rank: int, owner: int) -> Tiling:
+    if not layout.moves:
+        return Tiling(direct=(0, layout.shape) if piece.numel else None)
+    sent = (Run(owner, 0, piece.numel),) if piece.numel else ()
     if rank != owner:
-        return Tiling(True, None, sent)
-    arriving = [Run(holder, shards[holder].start, shards[holder].numel) for holder in _by_start(shards)]
-    return Tiling(True, None, sent, shape, tuple(arriving))
+        return Tiling(sent=sent)
+    return Tiling(None, sent, layout.shape, tuple(layout.overlaps(0, layout.numel)))
 
 
-def _cut(first: int, last: int, bounds: Sequence[int], holders: Sequence[int]) -> Iterator[Run]:
-    """``[first, last)`` cut at ascending bounds; ``holders[i]`` holds what begins at ``bounds[i]``."""
-    position = first
-    while position < last:
-        index = bisect.bisect_right(bounds, position) - 1
-        end = min(bounds[index + 1], last) if index + 1 < len(bounds) else last
-        yield Run(holders[index], position - first, end - position)
-        position = end
+def _tile_rows(layout: Layout, piece: Piece, rank: int) -> Tiling:
+    if not piece.numel:
+        return Tiling()
+    width = layout.lora_rank
+    first = min(-(-piece.start // width) * width, piece.stop)
+    last = max(piece.stop // width * width, first)
+    direct = (first - piece.start, ((last - first) // width, width)) if last > first else None
+    sent: list[Run] = []
+    arriving: list[Run] = []
+    for start, stop in ((piece.start, first), (last, piece.stop)):
+        if stop > start:
+            row = start // width * width
+            parts = list(layout.overlaps(row, row + width))
+            keeper = max(parts, key=lambda part: part.numel).peer  # of equal ones the first
+            sent.append(Run(keeper, start - piece.start, stop - start))
+            if keeper == rank:
+                offset = sum(run.numel for run in arriving)
+                arriving += [Run(part.peer, offset + part.start, part.numel) for part in parts]
+    received = (sum(run.numel for run in arriving) // width, width) if arriving else None
+    return Tiling(direct, tuple(sent), received, tuple(arriving))
 
 
-def _tile_rows(shape: Shape, shards: Sequence[LocalShard], rank: int, owner: int) -> Tiling:
-    """lora_B: whole rows stay, rows that are cut between ranks go to the owner."""
-    width = shape[1]
-    holders = _by_start(shards)
-    starts = [shards[holder].start for holder in holders]
-    cut_rows = sorted({start // width for start in starts if start % width})
-    direct, sent = None, []
-    mine = shards[rank]
-    if mine.numel:
-        first = min(-(-mine.start // width) * width, mine.stop)
-        last = max(mine.stop // width * width, first)
-        if last > first:
-            direct = (first - mine.start, ((last - first) // width, width))
-        ends = [(mine.start, first), (last, mine.stop)]
-        sent = [Run(owner, start - mine.start, stop - start) for start, stop in ends if stop > start]
-    if rank != owner or not cut_rows:
-        return Tiling(bool(cut_rows), direct, tuple(sent))
-    arriving = [
-        Run(run.peer, place * width + run.start, run.numel)
-        for place, row in enumerate(cut_rows)
-        for run in _cut(row * width, (row + 1) * width, starts, holders)
-    ]
-    return Tiling(True, direct, tuple(sent), (len(cut_rows), width), tuple(arriving))
-
-
-def _by_start(shards: Sequence[LocalShard]) -> list[int]:
-    return sorted((rank for rank, shard in enumerate(shards) if shard.numel), key=lambda rank: shards[rank].start)
-
-
-def _check_tiling(shape: Shape, shards: Sequence[LocalShard]) -> None:
-    numel = shape[0] * shape[1]
-    if any(shard.tall for shard in shards):
-        if sum(shard.numel for shard in shards) != numel:
-            raise ValueError(f"the ranks hold {[s.numel for s in shards]} elements of a factor of shape {shape}")
-        return
-    position = 0
-    for rank in _by_start(shards):
-        if shards[rank].start != position:
-            break
-        position = shards[rank].stop
-    if position != numel:
-        pieces = [(shard.start, shard.stop) for shard in shards]
-        raise ValueError(f"the ranks' pieces {pieces} do not tile a factor of shape {shape} ({numel} elements)")
-
-
-def head(side: int, shape: Shape, shard: LocalShard, count: int) -> list[tuple[int, int, int]]:
-    """Which of a factor's first ``count`` elements, row by row, lie in a shard: (place there, place, how many).
-
-    Args:
-        shard: with its start filled in; a tall one of lora_A is whole columns.
-    """
-    columns = shape[1]
-    if side != SIDE_A or not shard.tall:
-        numel = min(shard.stop, count) - shard.start
-        return [(0, shard.start, numel)] if numel > 0 else []
-    width, first = shard.numel // shape[0], shard.start // shape[0]
+def head(layout: Layout, rank: int, count: int) -> list[tuple[int, int, int]]:
+    """Which of a factor's first ``count`` elements, as it is stored, a rank holds: (place there, place, how many)."""
+    piece = layout.piece(rank)
+    if not (layout.columns and layout.by_rows):
+        numel = min(piece.stop, count) - piece.start
+        return [(0, piece.start, numel)] if numel > 0 and piece.numel else []
+    width, first = piece.numel // layout.lora_rank, piece.start // layout.lora_rank
     runs = []
-    for row in range(-(-count // columns)):
-        numel = min(row * columns + first + width, count) - (row * columns + first)
-        if numel > 0:
-            runs.append((row * width, row * columns + first, numel))
+    for row in range(-(-count // layout.rows)):
+        numel = min(row * layout.rows + first + width, count) - (row * layout.rows + first)
+        if numel > 0 and width:
+            runs.append((row * width, row * layout.rows + first, numel))
     return runs

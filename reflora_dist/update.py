@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .blocks import SIDE_A, BlockSet, Matrices
+from .blocks import BlockSet, Matrices
 from .communication import Communicator
 from .engines import Engine
 from .grams import reduce_grams_and
 from .lora_rite import LoRARite
 from .methods.lora_rite import Groups, Moments, bias_corrected, rite_update
 from .retile import Retiler
-from .tiling import LocalShard, head
+from .tiling import head
 
 _FACTORS, _MOMENTS = 0, 2  # streams that change
 
@@ -28,13 +28,12 @@ class RiteStep:
     """Steps the factors of a LoRARite optimizer.
 
     Communication per step: one all-reduce of the Grams of ``[X, grad, moment]`` together with the second moments, of
-    which every rank keeps a part; and two all-to-alls if factors are cut. None if every rank holds the factors whole.
+    which every rank keeps a part; and two exchanges if factors move. None if every rank holds the factors whole.
 
     Args:
         optimizer: holds hyperparameters and state.
         engine: of the optimizer.
         retiler, communicator: over the engine's group.
-        shards: what this rank holds of every factor, their starts filled in.
 
     Attributes:
         grams: ``{r: [2, P_r, r, r]}``, of the factors before the last step; empty before the first.
@@ -46,7 +45,6 @@ class RiteStep:
         engine: Engine,
         retiler: Retiler,
         communicator: Communicator,
-        shards: Sequence[LocalShard],
     ) -> None:
         self._optimizer = optimizer
         self._engine = engine
@@ -54,7 +52,7 @@ class RiteStep:
         self._comm = communicator
         self._blocks = BlockSet(retiler.specs, [pair.lora_rank for pair in engine.pairs], communicator.device)
         self._everything = (True,) * (2 * len(engine.pairs))
-        self._packed = _Packed(engine, shards, self._blocks.pairs_by_rank, communicator.device)
+        self._packed = _Packed(engine, self._blocks.pairs_by_rank, communicator)
         self._rows = self._per_factor(
             [float(size) for pair in engine.pairs for size in (pair.in_features, pair.out_features)]
         )
@@ -183,21 +181,19 @@ class _Packed:
     def __init__(
         self,
         engine: Engine,
-        shards: Sequence[LocalShard],
         pairs_by_rank: dict[int, list[int]],
-        device: torch.device,
+        communicator: Communicator,
     ) -> None:
-        self._device = device
+        self._device = device = communicator.device
         self._runs: list[tuple[int, int, int, int]] = []  # factor, in the shard, in the vector, how many
         self._starts: list[int] = []
         size = 0
-        for factor, shard in enumerate(shards):
-            pair, side = engine.pairs[factor // 2], factor % 2
-            shape = pair.shape_a if side == SIDE_A else pair.shape_b
+        for factor, layout in enumerate(engine.layouts()):
+            count = packed_size(layout.lora_rank)
             self._starts.append(size)
-            for start, position, numel in head(side, shape, shard, packed_size(pair.lora_rank)):
+            for start, position, numel in head(layout, communicator.rank, count):
                 self._runs.append((factor, start, size + position, numel))
-            size += packed_size(pair.lora_rank)
+            size += count
         self._size = size
         self.first = {factor for factor, _, position, _ in self._runs if position == self._starts[factor]}
         held = [torch.arange(position, position + numel) for _, _, position, numel in self._runs]

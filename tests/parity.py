@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from reflora_dist import Handle, RefLoRACallback, RefLoRAConfig, attach
+from reflora_dist import Handle, RefLoRACallback, RefLoRAConfig, attach, tall_adapters
 from tests.engines_under_test import ENGINES
 from tests.oracles import trained_in_float64
 from tests.recorder import CollectiveRecorder, check_collectives
@@ -31,10 +31,16 @@ class Run:
     accumulate: bool = False
     bare: bool = False
     clip: float = 0.0
+    tall: bool = False
 
     @property
     def label(self) -> str:
-        suffixes = {"accumulated": self.accumulate, "bare model": self.bare, "clipped": self.clip}
+        suffixes = {
+            "accumulated": self.accumulate,
+            "bare model": self.bare,
+            "clipped": self.clip,
+            "tall": self.tall,
+        }
         return " ".join([self.method or self.case, *(suffix for suffix, present in suffixes.items() if present)])
 
 
@@ -54,7 +60,8 @@ class Outcome:
 class _Attached:
     """Attaches a case's method and records its collectives; an attach function and, for Trainer, a callback."""
 
-    def __init__(self, case: dict[str, Any]) -> None:
+    def __init__(self, case: dict[str, Any], tall: bool) -> None:
+        self.tall = tall
         schedule = {"warmup_steps": case.get("warmup", 0), "interval": case.get("interval", 1)}
         self.config = RefLoRAConfig(method=case["method"], **schedule)
         self.recorder: CollectiveRecorder | None = None
@@ -74,7 +81,7 @@ class _Attached:
                 attached.handle = self.handle
                 attached.recorder = CollectiveRecorder(self.handle)
 
-        return Recorded(self.config)
+        return Recorded(self.config, tall=self.tall)
 
     def check_collectives(self, steps: int) -> None:
         assert self.recorder is not None and self.handle is not None
@@ -98,16 +105,19 @@ def _train_one(reference: Reference, engine_name: str, world_size: int, run: Run
     )
     if run.method:
         case["method"] = run.method
-    attached = _Attached(case)
+    expected_losses, expected_factors = case["losses"], reference.factors[run.case]
+    attached = _Attached(case, run.tall)
+    model = build_model(reference, dtype=engine.model_dtype)
+    if run.tall and not engine.takes_callback:
+        assert tall_adapters(model) == len(expected_factors) // 2
     losses, factors = engine.train(
-        build_model(reference, dtype=engine.model_dtype),
+        model,
         reference.batches,
         settings,
         attached.callback() if engine.takes_callback else attached,
         hand_over_bare=run.bare,
     )
     attached.check_collectives(len(reference.batches))
-    expected_losses, expected_factors = case["losses"], reference.factors[run.case]
     if run.method:
         expected_losses, expected_factors = trained_in_float64(reference, settings, attached.config)
     elif run.clip:  # the reference has no such case

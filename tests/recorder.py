@@ -9,18 +9,32 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reflora_dist import Handle
-from reflora_dist.solving import message_values
+from reflora_dist.solving import shares_out
 
-_KINDS = {"allreduce_": "all_reduce", "alltoall_base_": "all_to_all"}
+_KINDS = {
+    "allreduce_": "all_reduce",
+    "alltoall_base_": "all_to_all",
+    "_allgather_base_": "all_gather",
+    "send": "send_recv",
+    "recv_": "send_recv",
+}
 
 
 @dataclasses.dataclass
 class Step:
-    """The collectives of one optimizer step: how many of each kind, and the bytes that this rank sent."""
+    """The collectives of one optimizer step: how many of each kind, and the bytes that this rank sent.
+
+    Of messages from rank to rank not how many there are, but with whom.
+    """
 
     calls: dict[str, int] = dataclasses.field(default_factory=dict)
+    peers: set[int] = dataclasses.field(default_factory=set)
     bytes: int = 0
     exchanged_elements: int = 0
+
+    @property
+    def kinds(self) -> set[str]:
+        return {*self.calls, *(["send_recv"] if self.peers else [])}
 
 
 class CollectiveRecorder(TorchDispatchMode):
@@ -56,47 +70,61 @@ class CollectiveRecorder(TorchDispatchMode):
             name = func._schema.name.split("::")[1]
             step = self.steps[-1]
             kind = _KINDS.get(name, name)
-            step.calls[kind] = step.calls.get(kind, 0) + 1
-            self._count_bytes(step, kind, args)
+            if kind == "send_recv":
+                step.peers.add(args[2])
+            else:
+                step.calls[kind] = step.calls.get(kind, 0) + 1
+            self._count_bytes(step, name, args)
         return func(*args, **(kwargs or {}))
 
-    def _count_bytes(self, step: Step, kind: str, args: tuple) -> None:
+    def _count_bytes(self, step: Step, name: str, args: tuple) -> None:
         world_size, rank = dist.get_world_size(self._group), dist.get_rank(self._group)
-        if kind == "all_reduce":
+        if name == "allreduce_":
             step.bytes += sum(2 * (world_size - 1) * t.numel() * t.element_size() // world_size for t in args[0])
-        elif kind == "all_to_all":
+        elif name == "_allgather_base_":
+            step.bytes += (world_size - 1) * args[1].numel() * args[1].element_size()
+        elif name == "alltoall_base_":
             sent, send_counts = args[1], args[4]
             elements = sum(count for other, count in enumerate(send_counts) if other != rank)
             step.exchanged_elements += elements
             step.bytes += elements * sent.element_size()
+        elif name == "send":
+            step.exchanged_elements += sum(t.numel() for t in args[0])
+            step.bytes += sum(t.numel() * t.element_size() for t in args[0])
 
 
 def check_collectives(handle: Handle, steps: list[Step]) -> None:
     """What was seen equals what ``handle.report()`` says, and is no more than a step may issue.
 
-    Two all-to-alls per firing where factors are cut, for LoRA-RITE two in all; one all-reduce where they are not, for
-    LoRA-RITE in any case, for LoRA-Pro one per firing of the optimizer; nothing at all where ranks hold them whole;
-    never another kind (an all-gather above all). The exchange carries at most 3 numel(A) / N elements per rank (weights
-    and gradients, and gradients back; LoRA-RITE its moments both ways, and weights back, too), give or take one lora_A,
-    the rows of B that are cut, and messages about all pairs, there and back.
+    One all-reduce, for LoRA-Pro one per firing of the optimizer, where ranks share the factors; nothing at all where
+    they hold them whole. An all-gather only where the solve is shared out. With lora_A stored tall no all-to-all: two
+    exchanges per firing (for LoRA-RITE in all) with neighbours, of rows that are cut; never where whole rows are
+    sharded. With lora_A flat two all-to-alls in their place, of at most 3 numel(A) / N elements per rank (weights and
+    gradients, and gradients back; LoRA-RITE its moments both ways, and weights back, too), give or take one lora_A and
+    the rows that are cut. Never another kind.
     """
     report, engine, method = handle.report(), handle._engine, handle.config.method
-    assert steps[-1].calls == report.collectives_per_step, (method, steps[-1].calls, report)
-    assert steps[-1].bytes == report.bytes_per_step
+    reported = dict(report.collectives_per_step)
     firings = len(getattr(engine, "_buffers", [])) if engine.name.startswith("zero") else 1
-    if "BF16" in engine.name:
-        firings = 1
-    allowed = {
-        "all_reduce": firings if method == "lora-pro" else 1,
-        "all_to_all": 2 if method == "lora-rite" else 2 * firings,
-    }
+    firings = 1 if "BF16" in engine.name else firings
+    exchanges = 2 if method == "lora-rite" else 2 * firings
+    assert steps[-1].kinds == reported.keys(), (method, steps[-1], report)
+    assert reported.pop("send_recv", 0) <= exchanges
+    assert steps[-1].calls == reported, (method, steps[-1].calls, report)
+    assert steps[-1].bytes == report.bytes_per_step
+    allowed = {"all_reduce": firings if method == "lora-pro" else 1}
     if engine.group is None or report.world_size == 1:
         allowed = {}
-    elif engine.layout == "tall" or method == "reflora-s":
-        del allowed["all_to_all"]
+    elif method not in ("lora-rite", "reflora-s") and shares_out(
+        [pair.lora_rank for pair in engine.pairs], handle._comm.world_size, handle._comm.device
+    ):
+        allowed["all_gather"] = allowed["all_reduce"]
+    if engine.layout == "flat" and method != "reflora-s":
+        allowed["all_to_all"] = exchanges
+    may_cut_rows = engine.name != "fsdp2" and method != "reflora-s"
     for step in steps:
-        assert len(step.calls) <= 1 or method in ("lora-pro", "lora-rite"), step.calls
         assert all(count <= allowed.get(kind, 0) for kind, count in step.calls.items()), step.calls
+        assert not step.peers or (may_cut_rows and len(step.peers) <= 2), step
     applied = [step for step in steps if step.calls]
     assert not allowed or len(applied) == report.applied_steps
     _check_exchanged_elements(handle, report.world_size, steps, channels=5 if method == "lora-rite" else 3)
@@ -104,15 +132,13 @@ def check_collectives(handle: Handle, steps: list[Step]) -> None:
 
 def _check_exchanged_elements(handle: Handle, world_size: int, steps: list[Step], channels: int) -> None:
     engine = handle._engine
-    shards = [shard.numel for shard in engine.shards()]
-    # What a rank holds of all lora_A; under ZeRO and FSDP1 this is 1 / N of them, give or take a piece.
-    held_a = sum(shards[0::2])
-    whole_a = sum(pair.lora_rank * pair.in_features for pair in engine.pairs)
-    cut_rows = 2 * sum(pair.lora_rank for pair in engine.pairs) * channels
-    largest_a = max(pair.lora_rank * pair.in_features for pair in engine.pairs)
-    limit = channels * max(held_a, -(-whole_a // world_size) + largest_a) + cut_rows
-    if handle.config.method not in ("lora-pro", "lora-rite"):
-        # 8 bytes in elements of 4; an owner answers all ranks but itself
-        messages = sum(2 * message_values(pair.lora_rank, True) for pair in engine.pairs)
-        limit += messages + (world_size - 1) * (messages // world_size + messages // len(engine.pairs))
+    rank = dist.get_rank(engine.group) if engine.group is not None else 0
+    layouts = engine.layouts()
+    # at either end of each factor's piece a row may be cut
+    limit = 2 * channels * sum(layout.lora_rank for layout in layouts)
+    if engine.layout == "flat":
+        # What a rank holds of all lora_A; under ZeRO and FSDP1 this is 1 / N of them, give or take a piece.
+        columns = [layout for layout in layouts if layout.columns]
+        held, whole = sum(layout.piece(rank).numel for layout in columns), sum(layout.numel for layout in columns)
+        limit += channels * max(held, -(-whole // world_size) + max(layout.numel for layout in columns))
     assert all(step.exchanged_elements <= limit for step in steps)

@@ -210,6 +210,14 @@ def named_factors(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {plain_name(name): parameter for name, parameter in model.named_parameters() if is_factor(name)}
 
 
+def as_peft_names_them(factors: Factors) -> Factors:
+    """Those that a model stores tall, under the name ``tall`` and transposed, as PEFT has them."""
+    return {
+        name.replace(".tall", ".weight"): factor.t() if name.endswith(".tall") else factor
+        for name, factor in factors.items()
+    }
+
+
 def plain_name(name: str) -> str:
     """PEFT's name of a parameter, without what DDP, FSDP1 and activation checkpointing insert."""
     for inserted in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
@@ -241,7 +249,7 @@ def train_single(
         optimizer.step()
         optimizer.zero_grad()
         losses.append(sum(micro_losses) / len(micro_losses))
-    return losses, {name: factor.detach().clone() for name, factor in named_factors(model).items()}
+    return losses, as_peft_names_them({name: f.detach().clone() for name, f in named_factors(model).items()})
 
 
 def worst_factor_error(factors: Factors, expected: Factors) -> float:

@@ -88,7 +88,7 @@ def _fsdp1_engine(
         return ReplicatedEngine(pairs, optimizer, "fsdp1")
     engine: Engine
     if all(unit._use_orig_params for unit in units):
-        engine = FSDP1Engine(pairs, optimizer, group)
+        engine = FSDP1Engine(pairs, optimizer, units, group)
     else:
         engine = flat_parameter_engine(pairs, optimizer, units, group)
     engine.replicas = getattr(units[0], "_inter_node_pg", None)  # HYBRID_SHARD

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..adapters import AdapterPair
-from ..tiling import LocalShard
+from ..tiling import Layout
 
 
 class Firing(NamedTuple):
@@ -32,7 +32,7 @@ class Engine(abc.ABC):
 
     Attributes:
         name: for reports.
-        layout: "whole", "tall" (whole rows of the tall factors) or "flat" (flat row-major pieces).
+        layout: "whole", "tall" (rows of the tall factors) or "flat" (flat pieces, some of lora_A stored ``[r, in]``).
         optimizer: the innermost torch optimizer, whose hooks run right around the update.
         group: the ranks that together hold one copy of every factor; None if each rank holds them whole.
         replicas: the ranks that hold the same part of every factor; None if there are none, or unknown.
@@ -51,19 +51,12 @@ class Engine(abc.ABC):
         self._owners = [owner for pair in self.pairs for owner in pair.owners()]
 
     @abc.abstractmethod
-    def shards(self) -> list[LocalShard]:
-        """What this rank holds of every factor. ``start`` is FOLLOWING where pieces lie in the order of ranks."""
+    def layouts(self) -> list[Layout]:
+        """How every factor is stored and cut: the same on all ranks of the group, and true of this one's pieces."""
 
     @abc.abstractmethod
     def weights(self) -> list[Tensor]:
         """The local part of every factor, as the optimizer updates it (the fp32 masters where there are any)."""
-
-    def versions(self) -> list[tuple[int, int]]:
-        """Where every local part lies and how often torch has changed it in place: equal if nothing happened to it.
-
-        Nothing can happen to an empty part, though optimizers count steps on it.
-        """
-        return [(weight.data_ptr(), weight._version) if weight.numel() else (0, 0) for weight in self.weights()]
 
     @abc.abstractmethod
     def gradients(self) -> list[Tensor | None]:
@@ -99,6 +92,21 @@ class Engine(abc.ABC):
         Raises:
             RuntimeError: the model was sharded, or its optimizer replaced, in the meantime.
         """
+
+    def _check_pieces(self) -> None:
+        """Make sure that this rank holds what the layouts say.
+
+        Raises:
+            ValueError: it does not.
+        """
+        rank = dist.get_rank(self.group) if self.group is not None else 0
+        for name, weight, layout in zip(self._factor_names(), self.weights(), self.layouts(), strict=True):
+            piece = layout.piece(rank)
+            if weight.numel() != piece.numel:
+                raise ValueError(
+                    f"{name} has {weight.numel()} elements on this rank, {self.name} should give it {piece.numel} of "
+                    f"{layout.numel} ({layout}): pass the model and the optimizer as the engine returned them"
+                )
 
     def _factors(self) -> list[Tensor]:
         # Looked up in every step, since accelerate and FSDP2 replace parameters; in the dictionary where nn.Module's

@@ -10,23 +10,39 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..adapters import AdapterPair
-from ..tiling import LocalShard
+from ..tiling import Layout
 from .base import Engine
 
 
 class Piece(NamedTuple):
-    """The part of a factor in one of the rank's flat buffers; ``numel`` may be 0."""
+    """The part of a parameter in one of the rank's flat buffers; ``numel`` may be 0.
+
+    Attributes:
+        buffer: its number.
+        offset: of the part's first element in the buffer.
+        start: of the same element in the row-major parameter.
+        numel: elements.
+        chunk, before: how all ranks cut it: as ``chunk`` and ``offset`` of a Layout.
+    """
 
     buffer: int
-    offset: int  # of its first element in the buffer
-    start: int  # of the same element in the row-major factor
+    offset: int
+    start: int
     numel: int
+    chunk: int
+    before: int = 0
+
+
+def piece_of_buffer(buffer: int, rank: int, size: int, position: int, numel: int) -> Piece:
+    """The part of a parameter that begins at ``position`` of a buffer of which each rank has ``size`` elements."""
+    first = max(position, rank * size)
+    last = max(first, min(position + numel, (rank + 1) * size))
+    offset = first - rank * size if last > first else 0
+    return Piece(buffer, offset, min(first - position, numel), last - first, size, position)
 
 
 class BufferEngine(Engine):
     """Factors are slices of 1-D buffers, each of which is one parameter of the optimizer."""
-
-    layout = "flat"
 
     def __init__(
         self,
@@ -42,9 +58,14 @@ class BufferEngine(Engine):
         self.group = group
         self._buffers = buffers
         self._pieces = pieces
+        self.layout = "flat" if any(layout.columns for layout in self.layouts()) else "tall"
+        self._check_pieces()
 
-    def shards(self) -> list[LocalShard]:
-        return [LocalShard(piece.numel, piece.start) for piece in self._pieces]
+    def layouts(self) -> list[Layout]:
+        return [
+            self.pairs[factor // 2].whole(factor % 2)._replace(chunk=piece.chunk, offset=piece.before)
+            for factor, piece in enumerate(self._pieces)
+        ]
 
     def weights(self) -> list[Tensor]:
         return [_slice(self._buffers[piece.buffer].detach(), piece) for piece in self._pieces]

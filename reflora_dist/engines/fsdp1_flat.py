@@ -1,15 +1,16 @@
-"""FSDP1 with ``use_orig_params=False``: the optimizer holds FlatParameters (PEFT's own wrap policy does this)."""
+"""FSDP1's FlatParameters. With ``use_orig_params=False``, which PEFT's wrap policy needs, the optimizer holds them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ..adapters import AdapterPair
-from .buffers import BufferEngine, Piece
+from .buffers import BufferEngine, piece_of_buffer
 
 
 def flat_parameter_engine(
@@ -31,21 +32,16 @@ def flat_parameter_engine(
     handles = [unit._handle for unit in units if unit._handle is not None]
     buffers = [handle.flat_param for handle in handles if id(handle.flat_param) in owned]
     rank = dist.get_rank(group)
-    places = {}
-    for index, buffer in enumerate(buffers):
-        shard_start, position = rank * buffer.numel(), 0
-        for info, numel in zip(buffer._param_infos, buffer._numels, strict=True):
-            first = max(position, shard_start)
-            last = max(first, min(position + numel, shard_start + buffer.numel()))
-            key = (id(info.module), info.param_name)
-            places[key] = Piece(index, first - shard_start if last > first else 0, first - position, last - first)
-            position += numel
-
+    places = {
+        key: piece_of_buffer(index, rank, buffer.numel(), position, numel)
+        for index, buffer in enumerate(buffers)
+        for key, (position, numel) in positions(buffer).items()
+    }
     pieces = []
     for pair in pairs:
-        for module in pair.factor_modules():
+        for module, name in pair.owners():
             inner = getattr(module, "_fsdp_wrapped_module", module)
-            piece = places.get((id(inner), "weight"))
+            piece = places.get((id(inner), name))
             if piece is None:
                 raise ValueError(
                     f"{type(optimizer).__name__} does not hold the FlatParameter of {pair.name}: create the "
@@ -53,3 +49,15 @@ def flat_parameter_engine(
                 )
             pieces.append(piece)
     return BufferEngine(pairs, optimizer, "fsdp1", group, buffers, pieces)
+
+
+def positions(flat_parameter: Any) -> dict[tuple[int, str], tuple[int, int]]:
+    """Where parameters begin in a whole FlatParameter, and their sizes, by module and name."""
+    placed, position = {}, 0
+    infos = iter(flat_parameter._param_infos)
+    for is_padding, numel in zip(flat_parameter._is_padding_mask, flat_parameter._numels_with_padding, strict=True):
+        if not is_padding:
+            info = next(infos)
+            placed[id(info.module), info.param_name] = (position, numel)
+        position += numel
+    return placed

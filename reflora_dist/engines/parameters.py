@@ -7,11 +7,14 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..adapters import AdapterPair
-from ..tiling import FOLLOWING, LocalShard
+from ..blocks import SIDE_A, SIDE_B
+from ..tiling import Layout
 from .base import Engine
+from .fsdp1_flat import positions
 
 
 class ParameterEngine(Engine):
@@ -32,13 +35,6 @@ class ParameterEngine(Engine):
 
     def weights(self) -> list[Tensor]:
         return self._factors()
-
-    def versions(self) -> list[tuple[int, int]]:
-        # an operation on a DTensor is counted there, not on its local part
-        return [
-            (weight.data_ptr(), weight._version + factor._version) if weight.numel() else (0, 0)
-            for factor, weight in zip(self._factors(), self.weights(), strict=True)
-        ]
 
     def gradients(self) -> list[Tensor | None]:
         return [factor.grad for factor in self._factors()]
@@ -94,17 +90,17 @@ class ReplicatedEngine(ParameterEngine):
         if dist.is_initialized() and dist.get_world_size() > 1:
             self.replicas = dist.group.WORLD
 
-    def shards(self) -> list[LocalShard]:
-        return [LocalShard(factor.numel(), tall=True) for factor in self._factors()]
+    def layouts(self) -> list[Layout]:
+        return [pair.whole(side) for pair in self.pairs for side in (SIDE_A, SIDE_B)]
 
 
 class FSDP2Engine(ParameterEngine):
-    """``fully_shard``: DTensors, sharded by rows (the default) or, for lora_A, by columns.
+    """``fully_shard``: DTensors, sharded by rows (the default) or, for lora_A ``[r, in]``, by columns.
 
-    | placement | lora_A ``[r, in]`` | lora_B ``[out, r]`` |
+    | placement | lora_A ``[in, r]``, lora_B ``[out, r]`` | lora_A ``[r, in]`` |
     |---|---|---|
-    | Shard(0) | some of the r rows: flat piece | whole rows: tall |
-    | Shard(1) | whole columns: tall | refused |
+    | Shard(0) | whole rows of the tall factor | some of the r rows: a flat piece |
+    | Shard(1) | refused | whole columns: rows of the tall factor |
     """
 
     name = "fsdp2"
@@ -114,15 +110,23 @@ class FSDP2Engine(ParameterEngine):
         self._shard_dims = [
             _shard_dim(name, factor) for name, factor in zip(self._factor_names(), self._factors(), strict=True)
         ]
-        for name, dim in zip(self._factor_names()[1::2], self._shard_dims[1::2], strict=True):
-            if dim != 0:
-                raise ValueError(f"{name} is sharded on dim {dim}; shard lora_B on dim 0, so that rows stay whole")
+        wholes = [pair.whole(side) for pair in self.pairs for side in (SIDE_A, SIDE_B)]
+        for name, dim, whole in zip(self._factor_names(), self._shard_dims, wholes, strict=True):
+            if dim != 0 and not (whole.columns and dim == 1):
+                raise ValueError(
+                    f"{name} of shape {whole.shape} is sharded on dim {dim}; shard it on dim 0, so that rows stay whole"
+                )
         mesh = self._factors()[0].device_mesh  # type: ignore[attr-defined]
         if any(factor.device_mesh != mesh for factor in self._factors()):  # type: ignore[attr-defined]
             raise ValueError("the factors lie on different device meshes; shard all adapters on one mesh")
         self.group = mesh.get_group(mesh.ndim - 1)
         self.replicas = mesh.get_group(0) if mesh.ndim == 2 else None
-        self.layout = "tall" if all(dim == 1 for dim in self._shard_dims[0::2]) else "flat"
+        self._layouts = [
+            whole._replace(chunk=_chunk(factor, dim, mesh.size(mesh.ndim - 1)), by_rows=dim == 1)
+            for factor, dim, whole in zip(self._factors(), self._shard_dims, wholes, strict=True)
+        ]
+        self.layout = "flat" if any(layout.columns and not layout.by_rows for layout in self._layouts) else "tall"
+        self._check_pieces()
 
     @torch.no_grad()  # in which to_local() takes no part in autograd, and costs nothing
     def weights(self) -> list[Tensor]:
@@ -146,31 +150,46 @@ class FSDP2Engine(ParameterEngine):
     def moments(self) -> list[dict[str, Tensor]]:
         return [{key: _local(value) for key, value in state.items()} for state in super().moments()]
 
-    def shards(self) -> list[LocalShard]:
-        return [
-            LocalShard(weight.numel(), start=FOLLOWING, tall=side == 1 or dim == 1)
-            for weight, dim, side in zip(self.weights(), self._shard_dims, [0, 1] * len(self.pairs), strict=True)
-        ]
+    def layouts(self) -> list[Layout]:
+        return self._layouts
 
 
 class FSDP1Engine(ParameterEngine):
     """``FullyShardedDataParallel(use_orig_params=True)``: parameters are pieces of the rank's flat shard."""
 
     name = "fsdp1"
-    layout = "flat"
 
     def __init__(
-        self, pairs: Sequence[AdapterPair], optimizer: torch.optim.Optimizer, group: dist.ProcessGroup
+        self,
+        pairs: Sequence[AdapterPair],
+        optimizer: torch.optim.Optimizer,
+        units: Sequence[FullyShardedDataParallel],
+        group: dist.ProcessGroup,
     ) -> None:
         super().__init__(pairs, optimizer)
         self.group = group
+        flats = [unit._handle.flat_param for unit in units if unit._handle is not None]
+        places = {key: (flat, position) for flat in flats for key, (position, _) in positions(flat).items()}
+        self._layouts = []
+        for factor, (module, name) in enumerate(self._owners):
+            flat, position = places[id(getattr(module, "_fsdp_wrapped_module", module)), name]
+            whole = self.pairs[factor // 2].whole(factor % 2)
+            self._layouts.append(whole._replace(chunk=flat._sharded_size.numel(), offset=position))
+        self.layout = "flat" if any(layout.columns for layout in self._layouts) else "tall"
+        self._check_pieces()
 
-    def shards(self) -> list[LocalShard]:
-        return [LocalShard(factor.numel(), start=FOLLOWING) for factor in self._factors()]
+    def layouts(self) -> list[Layout]:
+        return self._layouts
 
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _chunk(factor: Tensor, dim: int, world_size: int) -> int:
+    """Elements of a rank's part, the last ones' may be smaller: torch cuts a dimension into equal parts, rounded up."""
+    size = factor.shape[dim]
+    return -(-size // world_size) * (factor.numel() // size)
 
 
 def _shard_dim(name: str, factor: Tensor) -> int:

@@ -2,7 +2,7 @@
 
 DeepSpeed has no public way to the gradient that the optimizer is about to read (``safe_get_local_grad`` is stale and
 ``safe_set_local_grad`` without effect there), so this reads the buffers themselves. Where the pieces of a factor lie is
-computed from the layout; attach() checks that all ranks' pieces together tile it.
+computed from the layout; attach() checks it against what each rank has.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..adapters import AdapterPair
 from .base import Firing
-from .buffers import BufferEngine, Piece
+from .buffers import BufferEngine, Piece, piece_of_buffer
 
 _STAGE_3 = "DeepSpeedZeroOptimizer_Stage3"
 _STAGE_1_2 = "DeepSpeedZeroOptimizer"
@@ -156,7 +156,7 @@ def _places_stage_3(zero: Any, rank: int) -> dict[int, Piece]:
         for parameter in parameters:
             numel = parameter.partition_numel()
             start = min(rank * numel, parameter.ds_numel)
-            places[id(parameter)] = Piece(index, offset, start, min(numel, parameter.ds_numel - start))
+            places[id(parameter)] = Piece(index, offset, start, min(numel, parameter.ds_numel - start), chunk=numel)
             offset += numel
     return places
 
@@ -174,10 +174,7 @@ def _places_stage_1_2(
         size = flat.numel() // world_size
         for parameter in parameters:
             position = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
-            first = max(position, rank * size)
-            last = max(first, min(position + parameter.numel(), (rank + 1) * size))
-            offset = first - rank * size if last > first else 0
-            places[id(parameter)] = Piece(index, offset, min(first - position, parameter.numel()), last - first)
+            places[id(parameter)] = piece_of_buffer(index, rank, size, position, parameter.numel())
     return places
 
 

@@ -167,8 +167,8 @@ class TiledBlocks:
         for launch, aligned in zip(located.plan.launches, located.aligned, strict=True):
             r, settings = launch.lora_rank, _SETTINGS[padded(launch.lora_rank)]
             multiply_kernel[(len(launch.tiles),)](
-                located.table, launch.tiles, matrices[r][launch.side].contiguous(), r, padded(r), settings.product_width, min(padded(r), 32),
-                launch.columns, _TRITON_DTYPES[launch.dtype], aligned,
+                located.table, launch.tiles, matrices[r][launch.side].contiguous(), r, padded(r),
+                settings.product_width, min(padded(r), 32), launch.columns, _TRITON_DTYPES[launch.dtype], aligned,
                 num_warps=settings.product_warps, num_stages=settings.product_stages,
             )  # fmt: skip
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.workloads import Attach, Factors, Settings, named_factors
+from tests.workloads import Attach, Factors, Settings, as_peft_names_them, named_factors
 
 Trained = tuple[list[float], Factors]
 
@@ -140,7 +140,7 @@ def optimizer_of(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
 
 def on_the_host(factors: Factors) -> Factors:
     """To be compared with a reference."""
-    return {name: factor.cpu() for name, factor in factors.items()}
+    return {name: factor.cpu() for name, factor in as_peft_names_them(factors).items()}
 
 
 def copied(factors: dict[str, nn.Parameter]) -> Factors:

@@ -23,9 +23,7 @@ from launchers.recorder import METRICS_FILE
 from reflora_dist.lora_sb import METHODS as LATENT_METHODS
 
 # What may differ between runs that are compared; anything else would make the comparison unfair.
-METHOD_SETTINGS = frozenset(
-    ("method", "reflora_warmup_steps", "reflora_interval", "reflora_overlap", "scaled_gd_damping", "optim_args")
-)
+METHOD_SETTINGS = frozenset(("method", "reflora_warmup_steps", "reflora_interval", "scaled_gd_damping", "optim_args"))
 # What only these read, or read otherwise: they train an r x r matrix between frozen factors.
 LATENT_SETTINGS = frozenset(("lora_r", "lora_alpha", "lora_sb_batches", "lora_sb_learning_rate"))
 START_TOLERANCE = 1e-3  # relative; the untrained adapter is zero, so only the order of sums differs

@@ -124,7 +124,7 @@ def method_callback(options: Options) -> tuple[TrainerCallback, int | None]:
     reflora_config = lora.reflora_config()
     assert reflora_config.warmup_steps is not None
     first_step = reflora_config.warmup_steps + 1 if reflora_config.method != "lora" else None
-    return RefLoRACallback(reflora_config), first_step
+    return RefLoRACallback(reflora_config, tall=None if lora.tall_adapters else False), first_step
 
 
 def shared_once(arguments: Any, make: Any, *args: Any, **kwargs: Any) -> Any:

@@ -62,7 +62,11 @@ class LoraOptions:
     )
     reflora_interval: int = _option(1, "Act at every n-th optimizer step after the warm-up.")
     scaled_gd_damping: float = _option(RefLoRAConfig.damping, "delta of --method scaled-gd.")
-    reflora_overlap: bool = _option(False, "Form the next step's S beside the next forward (a second communicator).")
+    tall_adapters: bool = _option(
+        True,
+        "Under FSDP and DeepSpeed store lora_A as [in, r], so that only Grams are sent. Files are the same; a run "
+        "resumes as it began.",
+    )
     lora_r: int = _option(16, "LoRA rank r.")
     lora_alpha: float | None = _option(
         None, "LoRA alpha; the update is scaled by alpha / r. Default: 32, for lora-sb and lora-xs r."
@@ -119,7 +123,7 @@ class LoraOptions:
             ("init_lora_weights", "default"),
             ("reflora_warmup_steps", None),
             ("reflora_interval", 1),
-            ("reflora_overlap", False),
+            ("tall_adapters", True),
         ):
             if getattr(self, name) != default:
                 raise ValueError(f"{name}={getattr(self, name)!r} means nothing to --method {self.method}: drop it")
@@ -138,7 +142,6 @@ class LoraOptions:
             method="lora" if self.latent else self.method,
             warmup_steps=self.reflora_warmup_steps,
             interval=self.reflora_interval,
-            overlap=self.reflora_overlap,
             damping=self.scaled_gd_damping,
         )
 

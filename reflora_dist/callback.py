@@ -171,10 +171,8 @@ class RefLoRACallback(TrainerCallback, ExportableState):
 
 def _is_sharded() -> bool:
     """Whether accelerate, which Trainer has set up, shards with FSDP or DeepSpeed."""
-    if not AcceleratorState._shared_state:
-        return False
-    state = AcceleratorState()
-    return state.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    kind = AcceleratorState._shared_state.get("distributed_type")
+    return kind in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def _warn(state: TrainerState, text: str) -> None:

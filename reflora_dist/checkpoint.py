@@ -274,6 +274,12 @@ def _set_training_state(model: nn.Module, engine: Engine, state: dict[str, Any])
             own = {peft_key(name): name for name in map(clean_name, dict(model.named_parameters()))}
             saved: dict[str, Any] = state["optimizer"]
             state["optimizer"] = _renamed_state(saved, {name: own.get(name, name) for name in saved["state"]})
+            # torch finds wrappers' prefixes for parameters' own names only, and leaves others out without a word
+            weights: dict[str, Tensor] = state["model"]
+            state["model"] = {
+                own.get(name, name): transposed(weight) if own.get(name, name) != name else weight
+                for name, weight in weights.items()
+            }
         set_state_dict(
             model,
             engine.optimizer,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import gc
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 TALL_NAME = "tall"
+_OF_DEEPSPEED = ("_z3_optimizer", "_zero_optimizer", "_hp_mapping")
 _RAW_KEY = re.compile(rf"(.*\.lora_A(?:\.[^.]+)?)\.{TALL_NAME}")
 
 
@@ -96,6 +97,7 @@ def tall_adapters(model: nn.Module) -> int:
         raise TypeError(
             f"{type(model).__name__} has no LoRA layer: call peft.get_peft_model(model, LoraConfig(...)) first"
         )
+    _refuse_deepspeeds(layers)
     found = [(layer, adapter, linear) for layer in layers for adapter, linear in _convertible(layer)]
     uses: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
@@ -143,6 +145,18 @@ def _convertible(layer: LoraLayer) -> Iterator[tuple[str, nn.Linear]]:
         plain = type(module) is nn.Linear and module.bias is None and not hasattr(module.weight, "ds_id")
         if plain and module.weight.requires_grad:
             yield adapter, module
+
+
+def _refuse_deepspeeds(layers: Iterable[LoraLayer]) -> None:
+    """Parameters of which deepspeed.initialize has made masters; what ``zero.Init`` alone has met is fine."""
+    for layer in layers:
+        for module in layer.lora_A.values():
+            held = [name for name in _OF_DEEPSPEED for p in module.parameters() if hasattr(p, name)]
+            if held and not isinstance(module, TallLinear):
+                raise ValueError(
+                    "tall_adapters() comes too late: deepspeed.initialize holds the adapters' parameters. Call it "
+                    "before deepspeed.initialize / accelerator.prepare"
+                )
 
 
 def _refuse_too_late(model: nn.Module, replaced: set[int]) -> None:

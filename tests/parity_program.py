@@ -3,7 +3,8 @@
     torchrun ... tests/parity_program.py ENGINE FOLDER CASE...
 
 ENGINE is a name of ``ENGINES``, or "as-launched": ZeRO-3 by the configuration of ``accelerate launch``. A case of the
-form CASE:METHOD is trained with that method, as its oracle does. With ``REFLORA_TEST_DEVICE=cuda`` on GPUs: over NCCL
+form CASE:METHOD is trained with that method, as its oracle does; one that ends in ":tall" with lora_A stored tall.
+With ``REFLORA_TEST_DEVICE=cuda`` on GPUs: over NCCL
 where each rank has one of its own, else over gloo.
 """
 
@@ -43,7 +44,7 @@ def main() -> None:
             backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=5))
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    runs = [Run(*case.split(":")) for case in cases]
+    runs = [_run(case) for case in cases]
     outcomes = train_all(rank, world_size, engine, runs)
     written = {
         "host": socket.gethostname(),
@@ -58,6 +59,11 @@ def main() -> None:
     # gloo's workers may abort if ranks leave at different times
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _run(case: str) -> Run:
+    name, *others = case.split(":")
+    return Run(name, method=next((other for other in others if other != "tall"), ""), tall="tall" in others)
 
 
 if __name__ == "__main__":

@@ -22,16 +22,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from reflora_dist import RefLoRAConfig, attach
+from reflora_dist import RefLoRAConfig, attach, tall_adapters
 from reflora_dist.checkpoint import load_checkpoint, save_adapter, save_checkpoint
 from reflora_dist.universal import was_round_robin
 from tests.cluster import run_ranks
-from tests.engines_under_test import ENGINES
+from tests.engines_under_test import ENGINES, WITHOUT_TALL
 from tests.engines_under_test.common import Wrapped, _train_on, mean_over_ranks
 from tests.engines_under_test.zero import _zero
-from tests.workloads import Factors, Workload, build_model, synthetic_workload, worst_factor_error, worst_loss_error
+from tests.workloads import (
+    Factors,
+    Workload,
+    as_peft_names_them,
+    build_model,
+    synthetic_workload,
+    worst_factor_error,
+    worst_loss_error,
+)
 
+# "+tall": lora_A stored tall
 OWN_LOOP = [name for name, engine in ENGINES.items() if not engine.takes_callback]
+OWN_LOOP += [f"{name}+tall" for name in OWN_LOOP if name not in WITHOUT_TALL]
 ZERO = ("zero1", "zero2", "zero3", "zero3-two-groups", "zero1-bf16")
 SAVED_AT, STEPS = 3, 5
 SCHEDULE: dict[str, Any] = {"warmup_steps": 1, "interval": 2}
@@ -54,10 +64,13 @@ def _wrap(
     engine_name: str, world_size: int, universal: bool = False, method: str = "reflora"
 ) -> tuple[Workload, Wrapped]:
     workload = synthetic_workload(steps=STEPS)
+    engine_name, _, tall = engine_name.partition("+")
     engine = ENGINES[engine_name]
     rite = {"apply_escape": True} if method == "lora-rite" else None
     settings = dataclasses.replace(workload.settings, clip=0.5, rite=rite)
     model = build_model(workload, dtype=engine.model_dtype)
+    if tall:
+        assert tall_adapters(model) == len(workload.initial_factors) // 2
     wrap = engine.wrap
     if universal:
         assert isinstance(wrap, functools.partial) and wrap.func is _zero
@@ -80,9 +93,10 @@ def _train_and_save(
     for step, batch in enumerate(workload.batches):
         if step == saved_at:
             save_checkpoint(folder, wrapped.model, wrapped.optimizer, handle)
-            at_checkpoint = wrapped.factors()
+            at_checkpoint = as_peft_names_them(wrapped.factors())
         losses.append(_train_on(wrapped, batch))
-    return Outcome(mean_over_ranks(losses)[saved_at:], at_checkpoint, wrapped.factors(), handle.state_dict())
+    factors = as_peft_names_them(wrapped.factors())
+    return Outcome(mean_over_ranks(losses)[saved_at:], at_checkpoint, factors, handle.state_dict())
 
 
 def _resume(
@@ -100,9 +114,9 @@ def _resume(
     if hasattr(wrapped.model, "micro_steps"):
         wrapped.model.micro_steps = wrapped.model.global_steps  # DeepSpeed starts it anew; the harness compares
     handle = attach(wrapped.model, wrapped.optimizer, _config(method), state_dict=state)
-    at_checkpoint = wrapped.factors()
+    at_checkpoint = as_peft_names_them(wrapped.factors())
     losses = [_train_on(wrapped, batch) for batch in workload.batches[saved_at:]]
-    return Outcome(mean_over_ranks(losses), at_checkpoint, wrapped.factors(), handle.state_dict())
+    return Outcome(mean_over_ranks(losses), at_checkpoint, as_peft_names_them(wrapped.factors()), handle.state_dict())
 
 
 _CHOSEN_GRADIENT_METHODS = {("fsdp2", "scaled-gd"), ("zero3", "lora-pro")}
@@ -112,16 +126,20 @@ def _engines_with_ranks() -> Iterator[Any]:
     """Every raw engine once; without the option a selection of different kinds, methods taking turns."""
     default = {"single", "ddp", "fsdp2", "fsdp2-hsdp-shard1", "fsdp1-full", "fsdp1-flat", "fsdp1-no-shard"}
     default |= {"zero1", "zero2-two-groups", "zero3-subgroups", "zero3-persist-none", "zero1-bf16"}
+    default |= {f"{name}+tall" for name in ("ddp", "fsdp2", "fsdp1-full", "fsdp1-flat", "zero2", "zero3")}
     for index, name in enumerate(OWN_LOOP):
         for turn, saved_at in enumerate((SAVED_AT, 1)):  # 1: at the end of the warm-up
             method = ("reflora", "reflora-s")[(index + turn) % 2]
             marks = [] if name in default and saved_at == SAVED_AT else [pytest.mark.all_ranks]
-            world_size = ENGINES[name].world_sizes[index % len(ENGINES[name].world_sizes)]
+            world_sizes = ENGINES[name.partition("+")[0]].world_sizes
+            world_size = world_sizes[index % len(world_sizes)]
             yield pytest.param(name, method, world_size, saved_at, marks=marks, id=f"{name}-{method}-after{saved_at}")
     default = {"single", "ddp", "fsdp2", "fsdp1-full", "fsdp1-flat", "zero1", "zero2-two-groups", "zero3-subgroups"}
+    default |= {"fsdp2+tall", "zero3+tall"}
     for index, name in enumerate(OWN_LOOP):
-        world_size = ENGINES[name].world_sizes[(index + 1) % len(ENGINES[name].world_sizes)]
-        methods = ["scaled-gd", "lora-pro"] if name.endswith("cpu-adam") else ["scaled-gd", "lora-pro", "lora-rite"]
+        world_sizes = ENGINES[name.partition("+")[0]].world_sizes
+        world_size = world_sizes[(index + 1) % len(world_sizes)]
+        methods = ["scaled-gd", "lora-pro"] if "cpu-adam" in name else ["scaled-gd", "lora-pro", "lora-rite"]
         for method in methods:
             chosen = name in default if method == "lora-rite" else (name, method) in _CHOSEN_GRADIENT_METHODS
             marks = [] if chosen else [pytest.mark.all_ranks]
@@ -193,14 +211,16 @@ def test_the_search_for_the_base_finds_it(dtype: torch.dtype, tmp_path: Path) ->
 
 def _other_numbers_of_ranks() -> Iterator[Any]:
     default = {("fsdp2", 2, 3), ("zero3", 4, 2), ("zero3-two-groups", 2, 3), ("zero2", 2, 3)}
-    for name in ("fsdp2", "fsdp2-offload", "ddp", *ZERO):
+    default |= {("fsdp2+tall", 2, 3), ("zero3+tall", 4, 2), ("zero2+tall", 2, 3)}
+    tall = [f"{name}+tall" for name in ("fsdp2", *ZERO)]
+    for name in ("fsdp2", "fsdp2-offload", "ddp", *ZERO, *tall):
         for index, (before, after) in enumerate(((2, 3), (4, 2))):
             marks = [] if (name, before, after) in default else [pytest.mark.all_ranks]
             method = ("reflora", "reflora-s")[index]
             yield pytest.param(name, method, before, after, marks=marks, id=f"{name}-{method}-{before}to{after}")
     # a tall shard of lora_A holds its part of the second moment elsewhere than a flat one
-    default = {("fsdp2", 2, 3), ("fsdp2-shard1", 4, 2), ("zero2", 2, 3), ("zero3", 2, 3)}
-    for name in ("fsdp2", "fsdp2-offload", "fsdp2-shard1", "ddp", *ZERO):
+    default = {("fsdp2", 2, 3), ("fsdp2-shard1", 4, 2), ("zero2", 2, 3), ("zero3", 2, 3), ("fsdp2+tall", 2, 3)}
+    for name in ("fsdp2", "fsdp2-offload", "fsdp2-shard1", "ddp", *ZERO, *tall):
         for before, after in ((2, 4), (4, 2)) if name == "fsdp2-shard1" else ((2, 3), (4, 2)):
             marks = [] if (name, before, after) in default else [pytest.mark.all_ranks]
             yield pytest.param(name, "lora-rite", before, after, marks=marks, id=f"{name}-lora-rite-{before}to{after}")
@@ -216,7 +236,7 @@ def test_training_resumes_on_another_number_of_ranks(
     """
     folder = str(tmp_path / "checkpoint")
     expected = run_ranks(_train_and_save, before, engine_name, method, folder)[0]
-    universal = engine_name in ZERO
+    universal = engine_name.partition("+")[0] in ZERO
     if universal:
         with pytest.raises(RuntimeError, match=rf"written by {before} ranks .*ds_to_universal .*load_universal"):
             run_ranks(_resume, after, engine_name, method, folder)

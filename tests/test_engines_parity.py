@@ -7,13 +7,14 @@ One launch per engine and number of ranks trains all cases in turn, on a new mod
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from tests.cluster import run_ranks
-from tests.engines_under_test import ENGINES
+from tests.engines_under_test import ENGINES, WITHOUT_TALL
 from tests.parity import Run, train_all
 from tests.workloads import FACTOR_TOLERANCE, LOSS_TOLERANCE, needs_reference, reference_cases
 
@@ -41,7 +42,24 @@ _DEFAULT = {
 _NEEDS_ADAM = ("zero2-offload-cpu-adam", "zero3-offload-cpu-adam")
 
 
-def _runs(engine_name: str) -> list[Run]:
+# Engines under which every rank holds the factors whole: how lora_A is stored makes no difference to what is sent.
+_WHOLE = ("single", "ddp", "ddp-accelerate", "ddp-trainer", "ddp-sft", "fsdp1-no-shard")
+# What runs by default with the storage that users do not get by themselves.
+_SOME = ("lora", "reflora", "reflora-clip", "lora-rite", "scaled-gd", "lora-pro accumulated clipped")
+
+
+def _runs(engine_name: str, all_of_them: bool) -> list[Run]:
+    """With lora_A stored tall, as the package does where factors are sharded, and as PEFT stores it.
+
+    Both in full where ``all_of_them``, else some of the second.
+    """
+    runs = _runs_of_one_storage(engine_name)
+    tall = [] if engine_name in WITHOUT_TALL else [dataclasses.replace(run, tall=True) for run in runs]
+    most, fewer = (runs, tall) if engine_name in (*_WHOLE, *WITHOUT_TALL) else (tall, runs)
+    return most + [run for run in fewer if all_of_them or run.label.removesuffix(" tall") in _SOME]
+
+
+def _runs_of_one_storage(engine_name: str) -> list[Run]:
     cases = list(reference_cases())
     if engine_name in _NEEDS_ADAM:
         cases.remove("lora-rite")
@@ -71,7 +89,7 @@ def _combinations() -> Iterator[Any]:
 
 @needs_reference
 @pytest.mark.parametrize(("engine_name", "world_size"), _combinations())
-def test_engine_follows_the_reference(engine_name: str, world_size: int) -> None:
+def test_engine_follows_the_reference(engine_name: str, world_size: int, request: pytest.FixtureRequest) -> None:
     """Factors and losses of every case agree with the reference on every rank, and the check can fail.
 
     In the same runs the collectives are counted below the package, and must be what its report says and few enough.
@@ -83,7 +101,8 @@ def test_engine_follows_the_reference(engine_name: str, world_size: int) -> None
     factor_tolerance = engine.bf16_factor_tolerance or FACTOR_TOLERANCE
     loss_tolerance = engine.bf16_loss_tolerance or LOSS_TOLERANCE
     wrong = []
-    for rank, outcomes in enumerate(run_ranks(train_all, world_size, engine_name, _runs(engine_name), timeout=500)):
+    runs = _runs(engine_name, request.config.getoption("--all-ranks"))
+    for rank, outcomes in enumerate(run_ranks(train_all, world_size, engine_name, runs, timeout=500)):
         for outcome in outcomes:
             if not (outcome.factor_error <= factor_tolerance and outcome.loss_error <= loss_tolerance):
                 wrong.append(f"rank {rank}: {outcome}")

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from reflora_dist import kernels
-from tests.engines_under_test import ENGINES
+from tests.engines_under_test import ENGINES, WITHOUT_TALL
 from tests.launched import launched
 from tests.workloads import FACTOR_TOLERANCE, LOSS_TOLERANCE, needs_reference, reference_cases
 
@@ -67,6 +67,8 @@ def _combinations() -> Iterator[Any]:
 @pytest.mark.parametrize(("engine_name", "ranks"), _combinations())
 def test_engine_follows_the_reference_on_a_gpu(engine_name: str, ranks: int, tmp_path: Path) -> None:
     cases = [*reference_cases(), *_METHODS]
+    if engine_name not in WITHOUT_TALL:
+        cases += [f"{case}:tall" for case in cases]
     command: list[str | Path] = [
         sys.executable,
         "-m",

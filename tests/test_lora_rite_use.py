@@ -121,7 +121,6 @@ def test_values_are_checked(settings: dict[str, Any]) -> None:
     [
         ({"warmup_steps": 1}, "is the optimizer itself and acts in every step: leave out warmup_steps=1"),
         ({"interval": 2}, "interval=2"),
-        ({"overlap": True}, "overlap=True means nothing to method='lora-rite'"),
     ],
 )
 def test_schedules_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -50,7 +50,6 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
         ({"interval": 1.5}, "interval=1.5"),
         ({"warmup_steps": -1}, "warmup_steps=-1"),
         ({"warmup_steps": True}, "warmup_steps=True"),
-        ({"overlap": "False"}, "overlap='False' must be True or False"),
         ({"method": "scaled-gd", "damping": "0.1"}, "damping='0.1' must be a number"),
         ({"damping": 0.5}, "damping=0.5 means nothing to method='reflora'"),
     ],

@@ -15,8 +15,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from reflora_dist import LoRARite, RefLoRAConfig, attach
@@ -59,19 +57,6 @@ def test_a_compiled_step_does_not_trace_into_the_method() -> None:
     assert handle.report().applied_steps == 2
     for one, other in zip(trainable(model), trainable(expected), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-
-
-def _averaged(rank: int, world_size: int) -> bool:
-    model = DistributedDataParallel(small_model())
-    handle = attach(model, _adamw(model), RefLoRAConfig(warmup_steps=0, overlap=True))
-    average = AveragedModel(model.module)
-    average.module.load_state_dict(average.module.state_dict())  # of the copy, which concerns nobody
-    return handle.report().steps == 0
-
-
-def test_a_model_is_copied_with_overlap() -> None:
-    """As an average of weights does."""
-    assert run_ranks(_averaged, 2) == [True, True]
 
 
 def _evaluate_before_the_step(rank: int, world_size: int, method: str) -> str:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from reflora_dist.communication import Communicator
+from reflora_dist.communication import Communicator, Counts
 
 
 class ThreadRank(Communicator):
-    """A rank whose all-to-all goes through the process's memory.
+    """A rank whose collectives go through the process's memory.
 
     Args:
         sent: where every rank leaves what it sends, shared by all.
@@ -30,17 +30,37 @@ class ThreadRank(Communicator):
         assert self._barrier is not None, "for planning only"
         self._barrier.wait()
 
-    def all_to_all(
-        self, send: Tensor, send_counts: list[int], receive_counts: list[int], out: Tensor | None = None
-    ) -> Tensor:
-        self._sent[self.rank] = send.split(send_counts)
+    def all_to_all(self, send: Tensor, send_counts: Counts, receive_counts: Counts) -> Tensor:
+        return self._exchange("all_to_all", send, send_counts, receive_counts)
+
+    def between_neighbours(self, send: Tensor, send_counts: Counts, receive_counts: Counts) -> Tensor:
+        return self._exchange("send_recv", send, send_counts, receive_counts)
+
+    def all_reduce(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """In the order of ranks on every rank, so with the same bits."""
+        everyone = self._all(list(tensors))
+        self._count("all_reduce", 0)
+        return [sum(parts[1:], parts[0].clone()) for parts in zip(*everyone, strict=True)]
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        everyone = self._all(tensor)
+        self._count("all_gather", 0)
+        return torch.stack(everyone)
+
+    def _exchange(self, kind: str, send: Tensor, send_counts: Counts, receive_counts: Counts) -> Tensor:
+        everyone = self._all(dict(zip(send_counts, send.split(list(send_counts.values())), strict=True)))
+        received = {rank: parts[self.rank] for rank, parts in enumerate(everyone) if self.rank in parts}
+        assert {rank: part.numel() for rank, part in received.items()} == receive_counts
+        self._count(kind, (send.numel() - send_counts.get(self.rank, 0)) * send.element_size())
+        return torch.cat([send[:0], *received.values()])
+
+    def _all(self, value: Any) -> list[Any]:
+        """What every rank has put here."""
+        self._sent[self.rank] = value
         self.meet()
-        received = [parts[self.rank] for parts in self._sent]
-        assert [part.numel() for part in received] == receive_counts
-        arrived = torch.cat(received)
-        self.meet()  # before anyone uses its memory again
-        self._count("all_to_all", (send.numel() - send_counts[self.rank]) * send.element_size())
-        return arrived if out is None else out.copy_(arrived)
+        everyone = list(self._sent)
+        self.meet()  # before anyone puts something else
+        return everyone
 
 
 def run_threads(function: Callable[[ThreadRank], Any], world_size: int, device: torch.device) -> list[Any]:

@@ -12,4 +12,7 @@ ENGINES: dict[str, Engine] = {
     engine.name: engine for module in (replicated, fsdp, zero, accelerated, trainer) for engine in module.ENGINES
 }
 
-__all__ = ["ENGINES", "Engine"]
+# Their lora_A is sharded by columns, which one that is stored tall has not.
+WITHOUT_TALL = ("fsdp2-shard1", "fsdp2-hsdp-shard1")
+
+__all__ = ["ENGINES", "WITHOUT_TALL", "Engine"]

@@ -4,8 +4,7 @@
 
 ENGINE is a name of ``ENGINES``, or "as-launched": ZeRO-3 by the configuration of ``accelerate launch``. A case of the
 form CASE:METHOD is trained with that method, as its oracle does; one that ends in ":tall" with lora_A stored tall.
-With ``REFLORA_TEST_DEVICE=cuda`` on GPUs: over NCCL
-where each rank has one of its own, else over gloo.
+With ``REFLORA_TEST_DEVICE=cuda`` on GPUs: over NCCL where each rank has one of its own, else over gloo.
 """
 
 from __future__ import annotations

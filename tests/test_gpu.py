@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from reflora_dist import LoRARite, RefLoRAConfig, attach
-from reflora_dist.blocks import SIDE_A, SIDE_B, BlockSet, BlockSpec
+from reflora_dist.blocks import BlockSet
 from reflora_dist.communication import Communicator, Counts
 from reflora_dist.engines import Firing
 from reflora_dist.methods import GRADIENT_METHODS
@@ -23,6 +22,7 @@ from reflora_dist.retile import Retiler
 from reflora_dist.solving import Solver
 from reflora_dist.step import GradientStep
 from reflora_dist.tiling import Layout
+from tests.test_kernels_interpreted import blocks_of_all_sizes
 from tests.test_refactor import factor, relative
 from tests.test_solving import stepped
 from tests.workloads import build_model, named_factors, synthetic_workload, worst_factor_error
@@ -61,32 +61,10 @@ def test_a_model_that_is_moved_after_attach_is_refused() -> None:
         optimizer.step()
 
 
-def _blocks(dtype: torch.dtype, seed: int) -> tuple[list[BlockSpec], list[int], list[Tensor | None]]:
-    """Blocks of every size that a program has to pad or cut, some absent, one beginning off a 16-byte boundary."""
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
-    lora_ranks = [16, 16, 5, 32, 16, 64, 128, 8]
-    specs: list[BlockSpec] = []
-    blocks: list[Tensor | None] = []
-    for pair, lora_rank in enumerate(lora_ranks):
-        for side in (SIDE_A, SIDE_B):
-            rows = rng.choice([1, 7, 33, 64, 130, 5000, 9001])
-            columns = side == SIDE_A and pair % 3 > 0  # lora_A as PEFT stores it, or tall
-            shape = (lora_rank, rows) if columns else (rows, lora_rank)
-            specs.append(BlockSpec(pair, side, shape, columns))
-            start = rng.choice([0, 0, 1])
-            flat = torch.randn(start + lora_rank * rows, device=CUDA, dtype=torch.float64).to(dtype)
-            blocks.append(flat[start:].view(shape))
-    specs.append(BlockSpec(0, SIDE_B, (1, 16), columns=False))  # a second block of one factor
-    blocks.append(torch.randn(1, 16, device=CUDA).to(dtype))
-    blocks[3] = None
-    return specs, lora_ranks, blocks
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("seed", range(3))
 def test_kernels_compute_what_torch_computes(dtype: torch.dtype, seed: int) -> None:
-    specs, lora_ranks, blocks = _blocks(dtype, seed)
+    specs, lora_ranks, blocks = blocks_of_all_sizes(dtype, seed, CUDA)
     plain = BlockSet(specs, lora_ranks, CUDA, use_kernels=False)
     fused = BlockSet(specs, lora_ranks, CUDA, use_kernels=True)
     assert fused._tiled is not None
@@ -108,7 +86,7 @@ def test_kernels_compute_what_torch_computes(dtype: torch.dtype, seed: int) -> N
 
 def test_equal_factors_have_bit_equal_grams() -> None:
     """Replicas solve by themselves, so a sum in a random order would let them drift apart."""
-    specs, lora_ranks, blocks = _blocks(torch.float32, 0)
+    specs, lora_ranks, blocks = blocks_of_all_sizes(torch.float32, 0, CUDA)
     fused = BlockSet(specs, lora_ranks, CUDA, use_kernels=True)
     first = fused.grams(blocks)
     for _ in range(20):

@@ -1,6 +1,9 @@
 """Triton kernels for CUDA tensors: a bounded number of launches per step, whatever the number of adapters.
 
 The plain torch code of ``blocks`` and ``refactor`` is their oracle, and what runs without a GPU or without Triton.
+Triton's interpreter (``TRITON_INTERPRET=1``) runs every kernel on CPU tensors, which shows their arithmetic without a
+GPU, but for ``scale_kernel`` on bfloat16: Triton 3.7's interpreter cannot round float64 to it. Nor does it compile,
+check alignment, or have threads that could miss a barrier.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -79,7 +80,18 @@ def fits(tensor: Tensor, device: torch.device, dtypes: Container[torch.dtype]) -
 
 def send_addresses(addresses: list[int], device: torch.device) -> Tensor:
     """A table of them on the device. Asynchronous from pinned memory, which the allocator keeps until it is done."""
-    return torch.tensor(addresses, dtype=torch.int64, device="cpu").pin_memory().to(device, non_blocking=True)
+    table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+def stream_of(device: torch.device) -> int:
+    """The stream that work is queued on now; a table is read on the stream that it was sent on."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def launching_on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Makes Triton launch on this device; there is none to choose for host memory, which only its interpreter reads."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class TiledBlocks:
@@ -90,7 +102,7 @@ class TiledBlocks:
         lora_ranks: r of every pair, by its number in ``specs``.
         slots: position of every pair among the pairs of equal lora_rank.
         pairs_by_rank: the pairs of every lora_rank.
-        device: a CUDA device.
+        device: where they lie: a CUDA device, or the CPU for Triton's interpreter.
     """
 
     def __init__(
@@ -117,8 +129,7 @@ class TiledBlocks:
             blocks: in the order of the specs, contiguous.
         """
         addresses = addresses_of(blocks)
-        # a table is read on the stream that it was sent on
-        key = purpose, torch.cuda.current_stream(self._device).cuda_stream
+        key = purpose, stream_of(self._device)
         known = self._located.get(key)
         if known is not None and known.addresses == addresses:
             return known
@@ -138,7 +149,7 @@ class TiledBlocks:
 
     def grams(self, located: Located) -> Matrices:
         """As :meth:`reflora_dist.blocks.BlockSet.grams`: one launch per side, dtype and lora_rank, and one to sum."""
-        with torch.cuda.device(self._device):  # where Triton launches
+        with launching_on(self._device):
             return self._grams(located)
 
     def _grams(self, located: Located) -> Matrices:
@@ -160,7 +171,7 @@ class TiledBlocks:
 
     def multiply_(self, located: Located, matrices: Matrices) -> None:
         """As :meth:`reflora_dist.blocks.BlockSet.multiply_`: one launch per side, dtype and lora_rank."""
-        with torch.cuda.device(self._device):
+        with launching_on(self._device):
             self._multiply_(located, matrices)
 
     def _multiply_(self, located: Located, matrices: Matrices) -> None:
@@ -238,7 +249,7 @@ def solve(
     s, s_inv = torch.empty_like(gram_a), torch.empty_like(gram_a)
     solved = torch.empty(pairs, dtype=torch.int8, device=gram_a.device)
     scratch = torch.empty(pairs, 4, size, size, dtype=torch.float64, device=gram_a.device)
-    with torch.cuda.device(gram_a.device):  # where Triton launches
+    with launching_on(gram_a.device):
         solve_kernel[(pairs,)](
             gram_a, gram_b, s, s_inv, solved, scratch, lora_rank, size, newton_steps, converged, relative_pivot,
             residual, num_warps=_SETTINGS[size].solve_warps,
@@ -253,7 +264,7 @@ def invert(matrices: Tensor) -> Tensor:
     flat = matrices.reshape(-1, lora_rank, lora_rank).contiguous()
     inverses = torch.empty_like(flat)
     scratch = torch.empty(len(flat), size, size, dtype=torch.float64, device=flat.device)
-    with torch.cuda.device(flat.device):  # where Triton launches
+    with launching_on(flat.device):
         invert_kernel[(len(flat),)](flat, inverses, scratch, lora_rank, size, num_warps=_SETTINGS[size].invert_warps)
     return inverses.view(matrices.shape)
 

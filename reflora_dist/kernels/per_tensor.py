@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import addresses_of, fits, send_addresses
+from .launch import addresses_of, fits, launching_on, send_addresses, stream_of
 from .tiles import sum_kernel
 
 _TRITON_DTYPES = {
@@ -92,7 +92,7 @@ class Located:
 
 
 class PerTensorKernels:
-    """Launches over lists of tensors on one CUDA device; sums are formed in a fixed order."""
+    """Launches over lists of tensors on one device; sums are formed in a fixed order."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -107,7 +107,7 @@ class PerTensorKernels:
             tensors: None is left out.
         """
         addresses = addresses_of(tensors)
-        key = name, torch.cuda.current_stream(self._device).cuda_stream
+        key = name, stream_of(self._device)
         known = self._located.get(key)
         if known is not None and known.addresses == addresses:
             return known
@@ -126,7 +126,7 @@ class PerTensorKernels:
         partials = torch.empty(len(plan.order), dtype=torch.float64, device=self._device)
         totals = torch.empty(len(plan.spans), dtype=torch.float64, device=self._device)
         first = 0
-        with torch.cuda.device(self._device):  # where Triton launches
+        with launching_on(self._device):
             for dtype, tiles in plan.launches:
                 total_kernel[(len(tiles),)](
                     located.table, tiles, partials, first, squared, _TRITON_DTYPES[dtype], _WIDTH, num_warps=_WARPS
@@ -138,7 +138,7 @@ class PerTensorKernels:
     def scale_(self, located: Located, factors: Tensor) -> None:
         """Multiply every tensor by its entry of ``factors`` ``[tensors]`` float64."""
         factors = factors.contiguous()
-        with torch.cuda.device(self._device):
+        with launching_on(self._device):
             for dtype, tiles in located.plan.launches:
                 scale_kernel[(len(tiles),)](
                     located.table, tiles, factors, _TRITON_DTYPES[dtype], _WIDTH, num_warps=_WARPS

@@ -40,8 +40,10 @@ def block_error(lora_rank: int, device: torch.device, aligned: bool) -> float:
     plain, fused = (BlockSet(specs, [lora_rank] * 2, device, use_kernels=use) for use in (False, True))
     expected, grams = plain.grams(blocks)[lora_rank], fused.grams(blocks)[lora_rank]
     copies = [block.clone() for block in blocks]
-    plain.multiply_(copies, {lora_rank: expected})
-    fused.multiply_(blocks, {lora_rank: expected})
+    # not symmetric, as Grams are: a product with the transpose is another one
+    matrices = torch.randn(2, 2, lora_rank, lora_rank, dtype=torch.float64, device=device, generator=generator)
+    plain.multiply_(copies, {lora_rank: matrices})
+    fused.multiply_(blocks, {lora_rank: matrices})
     return _largest([_relative(x, y) for x, y in zip([grams, *blocks], [expected, *copies], strict=True)])
 
 

@@ -6,14 +6,15 @@ Each is a function to call right before the update, in place of what ``reflora_d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from reflora_dist.adapters import AdapterPair
 from reflora_dist.engines import Engine
 from reflora_dist.refactor import solve_refactorization
+from reflora_dist.tiling import Layout, Shape
 
 _SIDE_A = 0  # factors are listed lora_A, lora_B, lora_A, ...
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
@@ -67,8 +68,8 @@ class Gather:
     """Whole factors and gradients first, then every rank refactors all of them and keeps its own part.
 
     Args:
-        engine: one that cuts factors into pieces that follow each other in the order of ranks, or lora_A into equal
-            blocks of columns.
+        engine: one that cuts factors into pieces that follow each other in the order of ranks, or lora_A ``[r, in]``
+            into equal blocks of columns.
         each: one all-gather per adapter, with its four pieces (two factors, two gradients), solved pair by pair as
             published. That is the least that whole tensors by ``GatheredParameters`` or ``full_tensor()`` on adapter
             after adapter can cost; grad_B, refactored row by row, could stay where it is. Otherwise one all-gather of
@@ -77,25 +78,21 @@ class Gather:
     Raises:
         ValueError: the engine holds factors whole, or updates them in several calls of the optimizer.
 
-    Communication: per call as said, plus one all-gather of the layout here.
+    Communication: per call as said.
     """
 
     def __init__(self, engine: Engine, each: bool) -> None:
         if engine.group is None:
             raise ValueError(f"{engine.name} holds whole factors, there is nothing to gather")
         self._engine = engine
-        own_numels = [shard.numel for shard in engine.shards()]
-        by_rank: list[list[int]] = [[]] * dist.get_world_size(engine.group)
-        dist.all_gather_object(by_rank, own_numels, group=engine.group)
-        size = 1 if each else len(engine.pairs)
+        layouts = engine.layouts()
+        size = 2 if each else len(layouts)
         solve = solve_as_published if each else solve_batched
         device = engine.weights()[0].device
-        self._chunks = []
-        for start in range(0, len(engine.pairs), size):
-            numels = [rank[2 * start : 2 * (start + size)] for rank in by_rank]
-            pairs = engine.pairs[start : start + size]
-            chunk = _GatheredPairs(pairs, numels, engine.group, solve, device, by_columns=engine.layout == "tall")
-            self._chunks.append(chunk)
+        self._chunks = [
+            _GatheredPairs(layouts[start : start + size], engine.group, solve, device)
+            for start in range(0, len(layouts), size)
+        ]
 
     def __call__(self) -> None:
         firing = self._engine.firing()
@@ -109,47 +106,57 @@ class Gather:
             start = stop
 
 
+class _Batch(NamedTuple):
+    """Factors of one side and shape.
+
+    Attributes:
+        side: 0 of lora_A, 1 of lora_B.
+        columns: whether they are stored ``[r, rows]``.
+        shape: of each, or of each block of columns.
+        slots: whose they are, pair by pair.
+    """
+
+    side: int
+    columns: bool
+    shape: Shape
+    slots: Tensor
+
+
 class _GatheredPairs:
     """Some pairs of equal lora_rank: gathered in one collective, refactored in batched products.
 
     Args:
-        pairs: the adapters.
-        numels: ``numels[rank][factor]``, elements of each factor's piece on each rank.
+        layouts: of their factors, lora_A and lora_B alternating.
         group: the ranks that together hold the factors once.
         solve: from Grams to S.
         device: of the pieces.
-        by_columns: each rank's piece of lora_A is a block of its columns.
     """
 
     def __init__(
-        self,
-        pairs: Sequence[AdapterPair],
-        numels: list[list[int]],
-        group: dist.ProcessGroup,
-        solve: Solver,
-        device: torch.device,
-        by_columns: bool,
+        self, layouts: Sequence[Layout], group: dist.ProcessGroup, solve: Solver, device: torch.device
     ) -> None:
         self._group = group
         self._solve = solve
-        self.num_factors = 2 * len(pairs)
-        self._lora_rank = pairs[0].lora_rank
-        assert all(pair.lora_rank == self._lora_rank for pair in pairs)
-        shapes = [shape for pair in pairs for shape in (pair.shape_a, pair.shape_b)]
-        # Factors of one side and shape lie beside each other, so that batched products need no copies.
-        alike: dict[tuple[int, tuple[int, int]], list[int]] = {}
-        for factor, shape in enumerate(shapes):
-            alike.setdefault((factor % 2, shape), []).append(factor)
+        self.num_factors = len(layouts)
+        self._lora_rank = layouts[0].lora_rank
+        assert all(layout.lora_rank == self._lora_rank for layout in layouts)
+        ranks = range(dist.get_world_size(group))
+        # Factors of one side and layout lie beside each other, so that batched products need no copies.
+        alike: dict[tuple[int, Layout], list[int]] = {}
+        for factor, layout in enumerate(layouts):
+            alike.setdefault((factor % 2, layout), []).append(factor)
         self._order = [factor for members in alike.values() for factor in members]
         self._batches = []
-        for (side, (rows, columns)), members in alike.items():
+        for (side, layout), members in alike.items():
             # blocks of columns lie one behind the other; their Grams add up, and S^-1 is multiplied by each
-            blocks = len(numels) if by_columns and side == _SIDE_A else 1
+            blocks = len(ranks) if layout.columns and layout.by_rows else 1
             slots = torch.tensor([factor // 2 for factor in members], device=device).repeat_interleave(blocks)
-            self._batches.append((side, (rows, columns // blocks), slots))
-        self._sizes = [[rank[factor] for factor in self._order] * 2 for rank in numels]  # weights, then gradients
+            rows, columns = layout.shape
+            self._batches.append(_Batch(side, layout.columns, (rows, columns // blocks), slots))
+        # weights, then gradients
+        self._sizes = [[layouts[factor].piece(rank).numel for factor in self._order] * 2 for rank in ranks]
         self._slot = max(sum(sizes) for sizes in self._sizes)
-        self._rank, self._numel = dist.get_rank(group), sum(a * b for a, b in shapes)
+        self._rank, self._numel = dist.get_rank(group), sum(layout.numel for layout in layouts)
         # elements of the ranks before this one's, factor by factor: its own piece starts there
         self._before = [sum(sizes[i] for sizes in self._sizes[: self._rank]) for i in range(self.num_factors)]
 
@@ -158,9 +165,9 @@ class _GatheredPairs:
         whole = self._gather([*(weights[factor].reshape(-1) for factor in self._order), *own_gradients])
         whole_weights, whole_gradients = whole.view(2, -1).unbind()
         s, s_inv = self._solve(*self._grams(whole_weights))
-        for side, slots, blocks in self._blocks(whole_gradients):
-            matrices = (s_inv if side == _SIDE_A else s)[slots].to(blocks.dtype)
-            blocks.copy_(matrices @ blocks if side == _SIDE_A else blocks @ matrices)
+        for batch, blocks in self._blocks(whole_gradients):
+            matrices = (s_inv if batch.side == _SIDE_A else s)[batch.slots].to(blocks.dtype)
+            blocks.copy_(matrices @ blocks if batch.columns else blocks @ matrices)
         self._keep_own(whole_gradients, own_gradients)
 
     def _gather(self, pieces: list[Tensor]) -> Tensor:
@@ -177,21 +184,21 @@ class _GatheredPairs:
         torch._foreach_copy_([targets[index] for index in filled], [sources[index] for index in filled])
         return whole
 
-    def _blocks(self, flat: Tensor) -> list[tuple[int, Tensor, Tensor]]:
-        """Per side and shape: the pairs, and their factors (or blocks) as ``[pairs, *shape]``, a view of ``flat``."""
+    def _blocks(self, flat: Tensor) -> list[tuple[_Batch, Tensor]]:
+        """Per batch its factors (or blocks) as ``[pairs, *shape]``, a view of ``flat``."""
         blocks, offset = [], 0
-        for side, shape, slots in self._batches:
-            numel = slots.numel() * shape[0] * shape[1]
-            blocks.append((side, slots, flat[offset : offset + numel].view(-1, *shape)))
+        for batch in self._batches:
+            numel = batch.slots.numel() * batch.shape[0] * batch.shape[1]
+            blocks.append((batch, flat[offset : offset + numel].view(-1, *batch.shape)))
             offset += numel
         return blocks
 
     def _grams(self, whole_weights: Tensor) -> tuple[Tensor, Tensor]:
         size = (2, self.num_factors // 2, self._lora_rank, self._lora_rank)
         grams = whole_weights.new_zeros(size, dtype=torch.float64)
-        for side, slots, blocks in self._blocks(whole_weights):
+        for batch, blocks in self._blocks(whole_weights):
             exact = blocks.double()
-            grams[side].index_add_(0, slots, exact @ exact.mT if side == _SIDE_A else exact.mT @ exact)
+            grams[batch.side].index_add_(0, batch.slots, exact @ exact.mT if batch.columns else exact.mT @ exact)
         return grams[0], grams[1]
 
     def _keep_own(self, whole_gradients: Tensor, own_gradients: list[Tensor]) -> None:

@@ -2,8 +2,8 @@
 
 The timers wait for the device, so a phase is longer than in an undisturbed step; the parts are for comparison with each
 other. ``PHASES`` names the functions, ``BASELINE_PHASES`` those of what RefLoRA is measured against; there is nothing
-else to adapt when they change. Which phases a step has depends on whether factors are cut: either they are re-tiled,
-with messages about Grams and solutions, or Grams are summed in an all-reduce.
+else to adapt when they change. Which phases a step has depends on the layout: rows that are cut, or a flat lora_A, are
+exchanged; Grams are summed in an all-reduce; and where the solve is dear, what ranks solved is gathered.
 """
 
 from __future__ import annotations
@@ -19,20 +19,15 @@ import torch
 
 PHASES = {
     "grams": ("reflora_dist.blocks:BlockSet.grams",),
-    "retile": (
-        "reflora_dist.retile:Retiler.to_blocks",
-        "reflora_dist.retile:Retiler.from_blocks",
-        # what is written into messages and read from them; Grams and the solve inside count as such
-        "reflora_dist.solving:AtOwners._write_partial_grams",
-        "reflora_dist.solving:AtOwners._answer",
-        "reflora_dist.solving:AtOwners._read_answers",
-    ),
+    # there and back, with packing and unpacking
+    "exchange": ("reflora_dist.exchange:Exchange.forward", "reflora_dist.exchange:Exchange.backward"),
     "all_reduce": ("reflora_dist.communication:Communicator.all_reduce",),
+    "all_gather": ("reflora_dist.communication:Communicator.all_gather",),
     "solve": ("reflora_dist.methods.reflora:RefLoRA.solve",),
     "apply": ("reflora_dist.blocks:BlockSet.multiply_",),
 }
 
-# with the packing before and the unpacking after, as in "retile"
+# with the packing before and the unpacking after, as in "exchange"
 BASELINE_PHASES = {"gather": ("benchmarks.baselines:_GatheredPairs._gather",)}
 
 
@@ -48,6 +43,8 @@ def timed_phases(device: torch.device, phases: Mapping[str, Sequence[str]] | Non
     inner_ms: list[float] = []  # by open phase, the time of the phases inside it
 
     def timed(phase: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if phase == "exchange" and not args[0]._takes_part:
+            return function(*args, **kwargs)  # of nothing
         start = _now(device)
         inner_ms.append(0.0)
         try:

@@ -14,8 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from reflora_dist import communication
+
 _KINDS = ("all_reduce", "all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
 _NEWER_KINDS = ("all_gather_single", "reduce_scatter_single")  # from torch 2.13 on
+_MESSAGES = "batch_isend_irecv"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,20 +39,31 @@ class Collective:
 def recorded() -> Iterator[list[Collective]]:
     """Collect the collectives that modules of reflora_dist call meanwhile; those of engines are not among them."""
     calls: list[Collective] = []
-    originals = {kind: getattr(dist, kind) for kind in (*_KINDS, *_NEWER_KINDS) if hasattr(dist, kind)}
 
-    def record(kind: str, *args: Any, **kwargs: Any) -> Any:
+    def record(kind: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if sys._getframe(1).f_globals.get("__name__", "").split(".")[0] == "reflora_dist":
-            calls.append(_repeatable(kind, originals[kind], args, kwargs))
-        return originals[kind](*args, **kwargs)
+            make = _repeatable_messages if kind == _MESSAGES else _repeatable
+            calls.append(make(kind, original, args, kwargs))
+        return original(*args, **kwargs)
 
-    try:
-        for kind in originals:
-            setattr(dist, kind, functools.partial(record, kind))
+    with contextlib.ExitStack() as stack:
+        for kind in (*_KINDS, *_NEWER_KINDS, _MESSAGES):
+            if (original := getattr(dist, kind, None)) is not None:
+                stack.enter_context(_replaced(dist, kind, functools.partial(record, kind, original)))
+        # looked up when the module was imported
+        gather = communication._all_gather
+        stack.enter_context(_replaced(communication, "_all_gather", functools.partial(record, gather.__name__, gather)))
         yield calls
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, function)
+    try:
+        yield
     finally:
-        for kind, original in originals.items():
-            setattr(dist, kind, original)
+        setattr(owner, name, original)
 
 
 def _repeatable(kind: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Collective:
@@ -59,6 +73,28 @@ def _repeatable(kind: str, function: Callable[..., Any], args: tuple[Any, ...], 
     size = payload.numel() * payload.element_size()
     dtype = str(payload.dtype).removeprefix("torch.")
     return Collective(kind, size, dtype, functools.partial(function, *args, **kwargs))
+
+
+def _repeatable_messages(
+    kind: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Collective:
+    """The same of messages between two ranks each; the payload is what this rank sends."""
+    (operations,) = args
+    repeated = [
+        dist.P2POp(
+            operation.op, torch.zeros_like(operation.tensor), group=operation.group, group_peer=operation.group_peer
+        )
+        for operation in operations
+    ]
+    sent = [operation.tensor for operation in operations if operation.op is dist.isend]
+
+    def issue() -> None:
+        for request in function(repeated):
+            request.wait()
+
+    size = sum(tensor.numel() * tensor.element_size() for tensor in sent)
+    dtype = str(operations[0].tensor.dtype).removeprefix("torch.")
+    return Collective(kind, size, dtype, issue)
 
 
 def issue_all(calls: Sequence[Collective]) -> None:

@@ -27,10 +27,11 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from reflora_dist import kernels
+from reflora_dist import kernels, tall_adapters
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ENGINES = ("single", "ddp", "fsdp2", "fsdp2-shard1", "zero2", "zero3")  # shard1: lora_A by columns
+# those that shard store lora_A tall, as users get it; flat: as PEFT stores it; shard1: likewise, cut by columns
+ENGINES = ("single", "ddp", "fsdp2", "zero2", "zero3", "fsdp2-flat", "zero2-flat", "zero3-flat", "fsdp2-shard1")
 BACKENDS = ("gloo", "nccl")
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -192,13 +193,15 @@ class Trainee:
 
 
 def wrap(engine: str, model: torch.nn.Module, *, micro_batch_size: int = 1, learning_rate: float = 1e-4) -> Trainee:
-    """Put a model under an engine, with fused AdamW over the factors.
+    """Put a model under an engine, with fused AdamW over the factors, and lora_A stored as the engine's name says.
 
     Raises:
         ValueError: the engine is not one of ENGINES.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r} is unknown; choose one of {', '.join(ENGINES)}")
+    if stores_tall(engine):
+        tall_adapters(model)
     if engine.startswith("zero"):
         return _deepspeed(engine, model, micro_batch_size, learning_rate)
     if engine.startswith("fsdp2"):
@@ -218,6 +221,11 @@ def wrap(engine: str, model: torch.nn.Module, *, micro_batch_size: int = 1, lear
     return Trainee(model, optimizer, lambda loss: loss.backward(), step)
 
 
+def stores_tall(engine: str) -> bool:
+    """Whether lora_A is stored ``[in, r]`` under an engine."""
+    return engine in ("fsdp2", "zero2", "zero3")
+
+
 def placement_fn(engine: str, model: torch.nn.Module) -> Callable[[torch.nn.Parameter], Shard | None] | None:
     """What ``fully_shard`` is given as ``shard_placement_fn``: None, or columns for lora_A under "fsdp2-shard1"."""
     if engine != "fsdp2-shard1":
@@ -232,7 +240,7 @@ def _deepspeed(engine: str, model: torch.nn.Module, micro_batch_size: int, learn
     config = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": int(engine[-1])},
+        "zero_optimization": {"stage": int(engine[len("zero")])},
         "zero_allow_untested_optimizer": True,
     }
     if next(model.parameters()).dtype == torch.bfloat16:

@@ -81,22 +81,36 @@ def all_gather(total_bytes: float, topology: Topology, algorithm: str = "ring") 
     return {"collective": 1.0, **hops, **_ring_bytes(ring_bytes, topology)}
 
 
-def all_to_all(sent_bytes: float, topology: Topology) -> Counts:
-    """Pairwise all-to-all, one message to every other rank.
+def all_to_all(sent_bytes: float, topology: Topology, peers: int | None = None) -> Counts:
+    """Pairwise all-to-all, one message to every other rank that gets something.
 
     Args:
         sent_bytes: what the busiest rank sends to the others, or receives from them, in equal parts.
         topology: the ranks.
+        peers: how many others that are, all by default; those of its node are counted first.
     """
-    if topology.ranks == 1:
+    peers = topology.ranks - 1 if peers is None else min(peers, topology.ranks - 1)
+    near = min(topology.local - 1, peers)
+    return messages(sent_bytes, near, peers - near)
+
+
+def messages(sent_bytes: float, near: int, far: int) -> Counts:
+    """Messages of one exchange, point to point.
+
+    Args:
+        sent_bytes: what the busiest rank sends to the others, or receives from them, in equal parts.
+        near: other ranks of its node that it exchanges with.
+        far: those of other nodes.
+    """
+    peers = near + far
+    if not peers:
         return {}
-    peers, near = topology.ranks - 1, topology.local - 1
     return {
         "collective": 1.0,
         "message_intra": float(near),
-        "message_inter": float(peers - near),
+        "message_inter": float(far),
         "exchange_byte_intra": sent_bytes * near / peers,
-        "exchange_byte_inter": sent_bytes * (peers - near) / peers,
+        "exchange_byte_inter": sent_bytes * far / peers,
     }
 
 

@@ -2,22 +2,22 @@
 
 A step is counted in events (hops of a ring, messages, bytes, floating-point operations, ...), and its time is the sum
 of count x seconds per event. The model is linear in the constants, so the same counts serve to fit the constants of a
-machine to measurements and to predict clusters whose constants are known from elsewhere. Four ways, for pairs A
-``[r, in]`` and B ``[out, r]`` that N ranks hold in equal flat pieces, factors and gradients float32, Grams float64:
+machine to measurements and to predict clusters whose constants are known from elsewhere. Four ways, for pairs A and B
+``[out, r]`` that N ranks hold in equal pieces, factors and gradients float32, Grams float64:
 
-| way | on the wire | computed by each rank |
-|---|---|---|
-| gather | all-gather of A, B, grad_A | Grams of whole factors, the solve; its piece of the gradients |
-| retile | all-to-alls: A, grad_A, messages to owners; grad_A, messages back | A and solve of own pairs; 1 / N of B |
-| grams | all-reduce of Grams (factors stored as whole rows of A^T and B) | a share 1 / N of A and B, the solve |
-| backward | nothing: Grams in the forward, while the engine has whole factors gathered | all of it, per micro-batch |
+| way | lora_A | on the wire | computed by each rank |
+|---|---|---|---|
+| gather | any | all-gather of A, B, grad_A | Grams of whole factors, the solve; its piece of the gradients |
+| flat | ``[r, in]`` | all-to-alls: A, grad_A; grad_A; all-reduce of Grams | A of own pairs, 1 / N of B, the solve |
+| tall | ``[in, r]`` | all-reduce of Grams; rows that are cut, with neighbours | 1 / N of A and B, the solve |
+| backward | any | nothing: Grams in the forward, with whole factors | all of it, per micro-batch |
 
-Bytes that a rank sends, with ``sum A`` and ``sum B`` the numbers of elements and P the number of pairs: gather
+What "flat" and "tall" send is the package's own plan (``reflora_dist.traffic``) whatever the sizes, and for every rank;
+where it shares the solve out among ranks (``solving.shares_out``), an all-gather of the solutions is added. Bytes that
+a rank sends, with ``sum A`` and ``sum B`` the numbers of elements and P the number of pairs: gather
 ``4 (N - 1) / N (2 sum A + sum B)``; the upper triangles of two Grams per pair in a ring all-reduce are
-``2 (N - 1) / N x 8 x P r (r + 1)``; retile, on average, with M values in a message (``solving.message_values``),
-``3 x 4 (N - 1) / N^2 sum A + 2 (N - 1) / N x 8 x P M``. Of that, a rank that owns p pairs sends ``(N - 1) 8 p M`` back:
-where there are more ranks than pairs, p is 1 for some and 0 for the others, and it is the owners who are waited for.
-What is exact where sizes do not divide is in ``cost_retiling``.
+``2 (N - 1) / N x 8 x P r (r + 1)``; flat, on average, ``3 x 4 (N - 1) / N^2 sum A`` more. Where there are more ranks
+than pairs, it is the owners who are waited for.
 
 Run alone, this prints predictions only: ``python benchmarks/cost_model.py --models 7b --gpus 8 512``.
 """
@@ -25,6 +25,7 @@ Run alone, this prints predictions only: ``python benchmarks/cost_model.py --mod
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,55 +36,58 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common, links
-from benchmarks.cost_events import Constants, Counts, Topology, all_gather, all_reduce, all_to_all, scaled, seconds
-from benchmarks.cost_retiling import GRAM_BYTES, LAYOUTS, Adapters, Retiling, retiling
+from benchmarks.cost_events import (
+    Constants,
+    Counts,
+    Topology,
+    all_gather,
+    all_reduce,
+    all_to_all,
+    messages,
+    scaled,
+    seconds,
+)
+from benchmarks.cost_traffic import FACTOR_BYTES, GRAM_BYTES, INDEX_BYTES, LAYOUTS, Adapters, Moved, moved
 from benchmarks.options import parse, require_positive
 
-WAYS = ("gather", "retile", "grams", "backward")
+WAYS = ("gather", "flat", "tall", "backward")
+_BY_LAYOUT = ("flat", "tall")  # ways whose cost depends on how the engine cuts factors
 
-_FACTOR_BYTES, _INDEX_BYTES = 4, 4
+_ALGORITHMS = ("ring", "tree")
 # The solve of one pair, in units of r^3: Cholesky factors, ten Newton steps of one inverse each, products.
 _SOLVE_FLOPS = 40
 # Read and written per element: a float64 copy is made and read; an applied product is written and rounded back, too.
 _GRAM_TRAFFIC_BYTES, _APPLY_TRAFFIC_BYTES = 4 + 8 + 8, 4 + 8 + 8 + 8 + 8 + 4
 
 
-def sent_bytes(way: str, adapters: Adapters, ranks: int, layout: str = "zero3") -> np.ndarray:
+def sent_bytes(way: str, adapters: Adapters, ranks: int, layout: str = "zero3", device: str = "cuda") -> np.ndarray:
     """Bytes that each rank sends in one optimizer step, ``[ranks]``; a ring all-reduce counts 2 (N - 1) / N.
-
-    Factors of which none is cut are not moved, and "retile" is "grams".
 
     Raises:
         ValueError: the way is not one of WAYS.
     """
     if way not in WAYS:
         raise ValueError(f"way={way!r} is unknown; choose one of {', '.join(WAYS)}")
-    grams = 2 * (ranks - 1) * adapters.gram_bytes // ranks
-    if way == "gather":
-        gathered = _FACTOR_BYTES * (2 * adapters.elements_a + adapters.elements_b)
+    if way not in _BY_LAYOUT:
+        gathered = _gathered_bytes(adapters) if way == "gather" else 0
         return np.full(ranks, (ranks - 1) * gathered // ranks)
-    if way == "retile" and (plan := retiling(adapters, ranks, layout)).held.any():
-        return _FACTOR_BYTES * (plan.moved(2)[0] + plan.moved(1)[1])
-    return np.full(ranks, 0 if way == "backward" else grams)
+    plan = moved(adapters, ranks, layout, way == "tall", device)
+    collectives = 2 * (ranks - 1) * plan.traffic.reduced // ranks + (ranks - 1) * plan.traffic.gathered
+    return collectives + sum(plan.sent())
 
 
-def memory_bytes(way: str, adapters: Adapters, ranks: int, layout: str = "zero3") -> int:
-    """Bytes that a rank needs beyond plain LoRA: Grams, S and its inverse, and what is gathered or exchanged.
-
-    An exchange takes what is sent, what arrives, and that in the order of blocks. There, all of it is A, grad_A and
-    messages; on the way back, the blocks of A and grad_A are still held. Int32 indices for every grain order it.
-    """
-    matrices = 4 * GRAM_BYTES * adapters.lora_rank**2
-    everywhere = matrices * len(adapters.pairs)
+def memory_bytes(way: str, adapters: Adapters, ranks: int, layout: str = "zero3", device: str = "cuda") -> int:
+    """Bytes that a rank needs beyond plain LoRA: Grams, S and its inverse, and what is gathered or exchanged."""
+    everywhere = 4 * GRAM_BYTES * adapters.lora_rank**2 * len(adapters.pairs)
     if way == "gather":
-        return everywhere + _FACTOR_BYTES * (2 * adapters.elements_a + adapters.elements_b)
-    if way != "retile" or not (plan := retiling(adapters, ranks, layout)).held.any():
+        return everywhere + _gathered_bytes(adapters)
+    if way == "backward":
         return everywhere
-    there = plan.at_holders(2) + 2 * plan.at_owners(2)
-    back = plan.at_owners(2) + plan.at_owners(1) + plan.at_holders(1)
-    indices = (plan.at_owners(2) + plan.at_owners(1)) // plan.grain
-    exchange = _FACTOR_BYTES * (np.maximum(there, back) + plan.pairs.sum() * plan.message) + _INDEX_BYTES * indices
-    return everywhere + int((exchange + matrices * plan.pairs).max())
+    return everywhere + int(moved(adapters, ranks, layout, way == "tall", device).buffers().max())
+
+
+def _gathered_bytes(adapters: Adapters) -> int:
+    return FACTOR_BYTES * (2 * adapters.elements_a + adapters.elements_b)
 
 
 def compute(
@@ -113,38 +117,55 @@ def packing(pieces: float, collected: float, ordered: float, grain: int) -> Coun
 
 
 def step_counts(
-    way: str, adapters: Adapters, topology: Topology, *, layout: str = "zero3", micro_batches: int = 1
+    way: str,
+    adapters: Adapters,
+    topology: Topology,
+    *,
+    layout: str = "zero3",
+    micro_batches: int = 1,
+    device: str = "cuda",
 ) -> list[list[Counts]]:
     """One optimizer step of the slowest rank: steps one after another, each a list of algorithms to choose from."""
     ranks, whole = topology.ranks, adapters.elements_a + adapters.elements_b
-    reduction = [all_reduce(adapters.gram_bytes, topology, name) for name in ("ring", "tree")]
     if way == "gather":
-        gathered = _FACTOR_BYTES * (2 * adapters.elements_a + adapters.elements_b)
-        gathering = [all_gather(gathered, topology, name) for name in ("ring", "tree")]
+        gathered = _gathered_bytes(adapters)
+        gathering = [all_gather(gathered, topology, name) for name in _ALGORITHMS]
         return [gathering, [compute(adapters, whole, whole / ranks)]]
     if way == "backward":
         return [[compute(adapters, whole, whole, times=micro_batches)]]
-    if way == "grams" or not (plan := retiling(adapters, ranks, layout)).held.any():
-        return [[compute(adapters, whole / ranks, whole / ranks)], reduction]
-    return [[part] for part in _retile_counts(adapters, topology, plan)]
-
-
-def _retile_counts(adapters: Adapters, topology: Topology, plan: Retiling) -> list[Counts]:
-    """Computing, the exchange there and back, and packing; in each part the rank that has most to do is waited for."""
+    plan = moved(adapters, ranks, layout, way == "tall", device)
+    steps = [[all_reduce(plan.traffic.reduced, topology, name) for name in _ALGORITHMS]]
+    solved = len(adapters.pairs)
+    if plan.traffic.gathered:
+        solved = -(-solved // ranks)
+        steps.append([all_gather(ranks * plan.traffic.gathered, topology, name) for name in _ALGORITHMS])
     elements = plan.stays.max() + plan.owned.max()
-    computed = compute(adapters, elements, elements, solved=plan.pairs.max())
-    computed["retiled"] = 1.0  # blocks that stay and blocks that arrive are computed on one after the other
-    messages = plan.at_holders(0).max() + plan.at_owners(0).max()
-    computed["memory_byte"] += 2 * _FACTOR_BYTES * float(messages)  # Grams and answers, both written and read
-    # a link carries both directions at a time: the busier one of the busiest rank
-    exchanges = [
-        all_to_all(_FACTOR_BYTES * float(np.maximum(*plan.moved(channels)).max()), topology) for channels in (2, 1)
-    ]
+    computed = compute(adapters, elements, elements, solved=solved)
+    if plan.anything:
+        computed["exchanged"] = 1.0  # blocks that stay and blocks that arrive are computed on one after the other
+        steps += [[part] for part in _exchange_counts(plan, topology)]
+    return [[computed], *steps]
+
+
+def _exchange_counts(plan: Moved, topology: Topology) -> list[Counts]:
+    """The exchange there and back, and packing; in each part the rank that has most to do is waited for."""
+    there, back = plan.sent()
+    # A link carries both directions at a time: the busier one of the busiest rank. What is sent back came there.
+    busiest = [float(max(there.max(), 2 * back.max())), float(max(back.max(), there.max() / 2))]
+    if plan.traffic.neighbours:
+        far, near = max(_far_and_near(peers, rank, topology) for rank, peers in enumerate(plan.peers))
+        exchanges = [messages(sent, near, far) for sent in busiest]
+    else:
+        exchanges = [all_to_all(sent, topology, plan.partners) for sent in busiest]
     # Holders collect what they send and write what comes back. Owners order what arrives, and what they send back.
-    holders = plan.at_holders(2).max() + plan.at_holders(1).max()
-    there, back = plan.at_owners(2).max(), plan.at_owners(1).max()
-    pieces = 3 * plan.spans.max() + 2 * plan.messages
-    return [computed, *exchanges, packing(pieces, holders, there + back, plan.grain)]
+    collected, ordered = 3 * plan.held.max(), 3 * plan.owned.max()
+    return [*exchanges, packing(3 * plan.spans.max(), collected, ordered, plan.grain)]
+
+
+def _far_and_near(peers: set[int], rank: int, topology: Topology) -> tuple[int, int]:
+    """How many of a rank's peers are in other nodes, and in its own."""
+    far = sum(peer // topology.ranks_per_node != rank // topology.ranks_per_node for peer in peers)
+    return far, len(peers) - far
 
 
 def step_seconds(steps: Sequence[Sequence[Counts]], constants: Constants) -> float:
@@ -158,9 +179,9 @@ def cluster_constants(cluster: links.Cluster) -> dict[str, float]:
     return {
         **known,
         "solve_flop": known["flop"],
-        "packed": 2 * _FACTOR_BYTES * known["memory_byte"],
-        "grain": _INDEX_BYTES * known["memory_byte"],
-        **dict.fromkeys(("step", "retiled", "pair", "piece", "reduce_byte"), 0.0),
+        "packed": 2 * FACTOR_BYTES * known["memory_byte"],
+        "grain": INDEX_BYTES * known["memory_byte"],
+        **dict.fromkeys(("step", "exchanged", "pair", "piece", "reduce_byte"), 0.0),
     }
 
 
@@ -226,7 +247,9 @@ def _rows(scenario: Scenario, model: str, name: str, cluster: links.Cluster, gpu
     # the embedding is stored, though nothing is multiplied with it
     base_bytes = 2 * (parameters + shape.vocab_size * shape.hidden_size) / gpus
     rows = []
-    for way, layout in ((way, layout) for way in WAYS for layout in LAYOUTS if way == "retile" or layout == "zero3"):
+    for way, layout in itertools.product(WAYS, LAYOUTS):
+        if way not in _BY_LAYOUT and layout != LAYOUTS[0]:
+            continue
         steps = step_counts(way, adapters, topology, layout=layout, micro_batches=scenario.micro_batches)
         rows.append(
             {

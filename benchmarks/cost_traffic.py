@@ -1,18 +1,23 @@
-"""What moves where factors are cut between ranks, and who computes on it: counted from sizes, by the package's rule."""
+"""What each rank sends, holds and computes in a step, counted from the package's own plan for its layouts."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from collections import Counter
 
 import numpy as np
+import torch
 
 from benchmarks import common
-from reflora_dist.solving import message_values
-from reflora_dist.tiling import LocalShard, choose_owners
+from reflora_dist import RefLoRAConfig
+from reflora_dist.tiling import Layout, tile
+from reflora_dist.traffic import Traffic
 
 LAYOUTS = ("zero3", "fsdp2")
-GRAM_BYTES = 8
+GRAM_BYTES, FACTOR_BYTES, INDEX_BYTES = 8, 4, 8
+METHOD = RefLoRAConfig(method="reflora")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,121 +40,117 @@ class Adapters:
     def elements_b(self) -> int:
         return self.lora_rank * sum(n_out for _, n_out in self.pairs)
 
-    @property
-    def gram_bytes(self) -> int:
-        """Upper triangles of both Grams of every pair."""
-        return GRAM_BYTES * len(self.pairs) * self.lora_rank * (self.lora_rank + 1)
+    def layouts(self, engine: str, ranks: int, tall: bool) -> list[Layout]:
+        """How an engine cuts every factor, lora_A and lora_B alternating.
+
+        ZeRO-3 cuts what is stored into flat pieces of ``ceil(numel / N)``, FSDP2 into ``ceil(rows / N)`` of its rows.
+
+        Args:
+            engine: one of LAYOUTS.
+            ranks: N.
+            tall: whether lora_A is stored ``[in, r]``.
+
+        Raises:
+            ValueError: the engine is not one of LAYOUTS.
+        """
+        if engine not in LAYOUTS:
+            raise ValueError(f"layout={engine!r} is unknown; choose one of {', '.join(LAYOUTS)}")
+        layouts = []
+        for n_in, n_out in self.pairs:
+            for rows, columns in ((n_in, not tall), (n_out, False)):
+                whole = Layout(rows, self.lora_rank, columns, chunk=rows * self.lora_rank)
+                units, width = (whole.numel, 1) if engine == "zero3" else whole.shape
+                layouts.append(whole._replace(chunk=-(-units // ranks) * width))
+        return layouts
 
 
-@dataclasses.dataclass(frozen=True)
-class Retiling:
-    """Who holds and who owns what of the factors that are moved: ``[ranks]`` each, elements of one channel.
+@dataclasses.dataclass
+class Moved:
+    """What ranks exchange of one channel (weights or gradients), and what they compute on: ``[ranks]`` each.
 
     Attributes:
-        held: what lies on a rank and is given to the pairs' owners.
-        owned: what the pairs' owners compute on, wherever it lies.
-        kept: what lies on the owner as it is, and counts in both.
+        traffic: the package's plan, for the whole step.
+        held: elements that lie on a rank and go to where rows are whole, possibly this rank.
+        owned: elements that a rank gets so.
+        kept: what lies where it goes, and counts in both.
         stays: elements that a rank computes on in place.
         spans: stretches of tensors that ``held`` consists of.
-        blocks: tensors that ``owned`` is brought into.
-        pairs: how many a rank owns.
-        message: float32 elements of what is said about a pair, as long as two of float64.
+        holders, owners: of flat factors.
+        peers: the ranks that each rank exchanges cut rows with.
         grain: elements that stay together throughout, at least.
     """
 
+    traffic: Traffic
     held: np.ndarray
     owned: np.ndarray
     kept: np.ndarray
     stays: np.ndarray
     spans: np.ndarray
-    blocks: np.ndarray
-    pairs: np.ndarray
-    message: int
-    grain: int
+    peers: list[set[int]]
+    holders: set[int] = dataclasses.field(default_factory=set)
+    owners: set[int] = dataclasses.field(default_factory=set)
+    grain: int = 0
 
     @property
-    def messages(self) -> int:
-        """How many a rank sends: what is said about all pairs of one owner is one."""
-        return int((self.pairs > 0).sum())
+    def anything(self) -> bool:
+        return bool(self.held.any())
 
-    def at_holders(self, channels: int) -> np.ndarray:
-        """Elements of so many channels, and of a message about every pair, as they lie before they are sent."""
-        return channels * self.held + self.pairs.sum() * self.message
+    @property
+    def partners(self) -> int:
+        """The ranks that one exchanges flat factors with, at most, possibly itself."""
+        return max(len(self.holders), len(self.owners))
 
-    def at_owners(self, channels: int) -> np.ndarray:
-        """The same as they arrive: with a message from every rank about each pair owned."""
-        return channels * self.owned + len(self.pairs) * self.pairs * self.message
+    def sent(self) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes that go to other ranks: weights and gradients there, gradients back."""
+        there, back = self.held - self.kept, self.owned - self.kept
+        return 2 * FACTOR_BYTES * there, FACTOR_BYTES * back
 
-    def moved(self, channels: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of both what comes from or goes to another rank: on the holders' side, and on the owners'."""
-        stay = channels * self.kept + self.pairs * self.message
-        return self.at_holders(channels) - stay, self.at_owners(channels) - stay
+    def buffers(self) -> np.ndarray:
+        """Bytes of what is sent and what arrives, there also in the order of blocks; and of the indices for that."""
+        indices = 3 * INDEX_BYTES * (self.owned // self.grain)
+        return 2 * FACTOR_BYTES * (self.held + 2 * self.owned) + indices
 
 
 @functools.lru_cache
-def retiling(adapters: Adapters, ranks: int, layout: str) -> Retiling:
-    """What a step on cut factors moves; ``held`` is zero on all ranks if no factor is cut.
-
-    ZeRO-3 cuts a factor into flat pieces of ``ceil(numel / N)``, FSDP2 into blocks of ``ceil(rows / N)`` rows; lora_B
-    then stays whole rows under FSDP2. All of lora_A goes to the pair's owner, chosen by the rule of the package, and so
-    do rows of lora_B that are cut.
-
-    Raises:
-        ValueError: the layout is not one of LAYOUTS.
-    """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
-    r = adapters.lora_rank
-    held, owned, kept, stays, spans, blocks, pairs = np.zeros((7, ranks), np.int64)
-    grains, keeps_a = [], False
-    for (n_in, n_out), owned_pairs in _owned_pairs(adapters, ranks, layout).items():
-        count = owned_pairs.sum()
-        pieces_a = np.diff(_bounds((r, n_in), ranks, layout))
-        whole = pieces_a.max() == r * n_in
-        keeps_a |= bool(whole)
-        bounds_b = _bounds((n_out, r), ranks, layout)
-        cut = np.stack([np.zeros_like(pieces_a) if whole else pieces_a, *_cut_rows(r, bounds_b)])
-        of_pair = cut.sum(axis=0)
-        held += count * of_pair
-        owned += owned_pairs * of_pair.sum()
-        kept += owned_pairs * of_pair
-        stays += count * (pieces_a + np.diff(bounds_b) - of_pair)
-        spans += count * (cut > 0).sum(axis=0)
-        blocks += owned_pairs * (int(not whole) + int(cut[1:].any()))
-        pairs += owned_pairs
-        grains += cut.ravel().tolist()
-    message = 2 * message_values(r, keeps_a)
-    grain = int(np.gcd.reduce([message, *grains]))
-    return Retiling(held, owned, kept, stays, spans, blocks, pairs, message, grain)
+def moved(adapters: Adapters, ranks: int, engine: str, tall: bool, device: str) -> Moved:
+    """Count what a step moves; nothing if no factor is cut within rows. The device is that of the Grams."""
+    layouts = adapters.layouts(engine, ranks, tall)
+    traffic = Traffic(METHOD, layouts, ranks, torch.device(device))
+    zeros = np.zeros((5, ranks), np.int64)
+    result = Moved(traffic, *zeros, peers=[set() for _ in range(ranks)])
+    owners: dict[Layout, Counter[int]] = {}
+    for factor, layout in enumerate(layouts):
+        owners.setdefault(layout, Counter())[layout.owner(factor // 2, ranks) if layout.columns else 0] += 1
+    for layout, owned in owners.items():
+        if layout.columns and layout.moves:
+            _count_columns(result, layout, owned, ranks)
+        else:
+            _count_rows(result, layout, owned.total(), ranks)
+    result.grain = max(1, result.grain)
+    return result
 
 
-def _owned_pairs(adapters: Adapters, ranks: int, layout: str) -> dict[tuple[int, int], np.ndarray]:
-    """Of every kind of pair how many each rank owns, ``[ranks]``."""
-    r = adapters.lora_rank
-    owned = {pair: np.zeros(ranks, np.int64) for pair in adapters.pairs}
-    pieces = [np.diff(_bounds((r, n_in), ranks, layout)).tolist() for n_in, _ in owned]
-
-    @functools.cache  # most of many ranks hold the same
-    def shards_of(numels: tuple[int, ...]) -> list[LocalShard]:
-        of_kind = dict(zip(owned, numels, strict=True))
-        return [shard for pair in adapters.pairs for shard in (LocalShard(of_kind[pair]), LocalShard(0))]
-
-    shards = [shards_of(numels) for numels in zip(*pieces, strict=True)]
-    shapes = [shape for n_in, n_out in adapters.pairs for shape in ((r, n_in), (n_out, r))]
-    for pair, owner in zip(adapters.pairs, choose_owners(shapes, shards), strict=True):
-        owned[pair][owner] += 1
-    return owned
+def _count_columns(result: Moved, layout: Layout, owned: Counter[int], ranks: int) -> None:
+    """A flat lora_A: every rank's piece goes to the owner."""
+    pieces = np.array([layout.piece(rank).numel for rank in range(ranks)])
+    pairs = np.array([owned[rank] for rank in range(ranks)])
+    result.held += owned.total() * pieces
+    result.owned += pairs * layout.numel
+    result.kept += pairs * pieces
+    result.spans += owned.total() * (pieces > 0)
+    result.holders |= set(np.flatnonzero(pieces).tolist())
+    result.owners |= set(owned)
+    result.grain = math.gcd(result.grain, *set(pieces.tolist()))
 
 
-def _bounds(shape: tuple[int, int], ranks: int, layout: str) -> np.ndarray:
-    """Where the ranks' flat pieces begin and end, ``[ranks + 1]``."""
-    units, width = (shape[0] * shape[1], 1) if layout == "zero3" else shape
-    return np.minimum(np.arange(ranks + 1) * -(-units // ranks), units) * width
-
-
-def _cut_rows(width: int, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Elements of cut rows at the beginning and at the end of every rank's piece, ``[ranks]`` each."""
-    start, stop = bounds[:-1], bounds[1:]
-    first_whole = np.minimum(-(-start // width) * width, stop)
-    last_whole = np.maximum(stop // width * width, first_whole)
-    return first_whole - start, stop - last_whole
+def _count_rows(result: Moved, layout: Layout, count: int, ranks: int) -> None:
+    """Whole rows stay, and a row that is cut goes to whoever holds most of it."""
+    for rank in range(ranks):
+        tiling = tile(layout, rank, 0)
+        result.stays[rank] += count * (math.prod(tiling.direct[1]) if tiling.direct else 0)
+        result.held[rank] += count * sum(run.numel for run in tiling.sent)
+        result.owned[rank] += count * sum(run.numel for run in tiling.arriving)
+        result.kept[rank] += count * sum(run.numel for run in tiling.sent if run.peer == rank)
+        result.spans[rank] += count * len(tiling.sent)
+        result.peers[rank] |= {run.peer for run in (*tiling.sent, *tiling.arriving)} - {rank}
+        result.grain = math.gcd(result.grain, *(run.numel for run in tiling.arriving))

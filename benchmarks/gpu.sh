@@ -56,18 +56,18 @@ shared() {
 
 # what is asked for first comes first
 benchmark 7b 80 overhead --model 7b --lora_ranks 16 32 --steps 20 --block_seconds 0.5 \
-    --variants reflora reflora-overlap reflora-s loop
-benchmark 7b 160 throughput --model 7b --blocks 5 --variants reflora reflora-overlap loop
-shared 7b-2ranks 2 45 --model 7b --num_layers 4 --variants reflora reflora-s gather-coalesced --breakdown --blocks 4
-shared 7b-4ranks 4 45 --model 7b --num_layers 4 --variants reflora reflora-s gather-coalesced --breakdown --blocks 4
+    --variants reflora reflora-s loop
+benchmark 7b 160 throughput --model 7b --blocks 5 --variants reflora loop
+shared 7b-2ranks 2 45 --model 7b --num_layers 4 --flat --variants reflora gather-coalesced --breakdown --blocks 4
+shared 7b-4ranks 4 45 --model 7b --num_layers 4 --flat --variants reflora gather-coalesced --breakdown --blocks 4
 benchmark 7b-lora-ranks 80 overhead --model 7b --lora_ranks 8 16 32 64 128 --variants reflora reflora-s \
     --blocks 3 --steps 20 --block_seconds 0.4 --breakdown
 benchmark 7b-methods 45 overhead --model 7b --lora_ranks 16 --steps 20 --block_seconds 0.5 --blocks 3 \
     --variants reflora scaled-gd lora-pro lora-rite riemannian
 benchmark 8b 45 overhead --model 8b --lora_ranks 16 --steps 20 --block_seconds 0.5 --blocks 4 \
-    --variants reflora reflora-overlap reflora-s loop
+    --variants reflora reflora-s loop
 benchmark 70b 45 overhead --model 70b --lora_ranks 16 --steps 20 --block_seconds 0.5 --blocks 3 \
-    --variants reflora reflora-overlap reflora-s loop
+    --variants reflora reflora-s loop
 benchmark 1b 30 overhead --model 1b --lora_ranks 16 --steps 20 --block_seconds 0.5 --blocks 3 \
     --variants reflora reflora-s loop
 benchmark 8b 100 throughput --model 8b --blocks 3 --variants reflora loop

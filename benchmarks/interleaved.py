@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -46,8 +46,7 @@ class Times:
 
 
 def measure_times(
-    workload: Workload,
-    names: Sequence[str],
+    workloads: Mapping[str, Workload],
     schedule: Schedule,
     device: torch.device,
     advance: Callable[[], None],
@@ -55,20 +54,29 @@ def measure_times(
 ) -> tuple[dict[str, Times], Times, Times]:
     """Time every variant, and the bare collectives, block after block; every other round in reverse order.
 
+    Args:
+        workloads: by variant.
+        schedule: how much is measured.
+        device: of this rank.
+        advance: called after every block of a variant.
+        calls: collectives to time, with plain LoRA's workload.
+
     Returns:
         Times by variant, those of issuing ``calls`` again and again, and those of plain LoRA that issues them before
         every update, where ranks meet as they do in a step; the last two are empty if there are no calls.
     """
+    names = list(workloads)
     times, bare, placed = {name: Times() for name in names}, Times(), Times()
     for block in range(schedule.blocks):
         for name in names if block % 2 == 0 else reversed(names):
-            with installed(name, workload.trainee):
-                _time_block(workload, schedule, device, times[name])
+            with installed(name, workloads[name].trainee):
+                _time_block(workloads[name], schedule, device, times[name])
             advance()
         if calls:
+            plain = workloads["lora"]
             bare.step_ms.append(_time_calls(calls, schedule.steps, device))
-            with before_update(innermost_engine(workload.trainee), functools.partial(issue_all, calls)):
-                _time_block(workload, schedule, device, placed)
+            with before_update(innermost_engine(plain.trainee), functools.partial(issue_all, calls)):
+                _time_block(plain, schedule, device, placed)
     return times, bare, placed
 
 

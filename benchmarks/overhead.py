@@ -12,18 +12,23 @@ The sharded path where there is one GPU, shared by several ranks:
 
     torchrun --nproc-per-node 4 benchmarks/overhead.py --model 7b --num_layers 8 --engine fsdp2 --backend gloo
 
-All variants act on one model and optimizer, in blocks that take turns, and are first shown to compute the same
-gradients. Prints medians with quartiles, and writes them as JSON.
+lora_A stored tall, as users get it where adapters are sharded, against PEFT's storage of it:
+
+    torchrun --nproc-per-node 2 benchmarks/overhead.py --engine fsdp2 --flat --lora_ranks 16 64
+
+All variants act on one model and optimizer (with ``--flat`` on one of each storage), in blocks that take turns, and are
+first shown to compute the same gradients. Prints medians with quartiles, and writes them as JSON.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import os
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +67,14 @@ class Arguments:
         metadata={"help": "step: the optimizer step of adapters alone; training: forward and backward too"},
     )
     engine: str = dataclasses.field(
-        default="single", metadata={"help": f"one of {', '.join(common.ENGINES)}; with --scope step the first four"}
+        default="single",
+        metadata={"help": f"one of {', '.join(common.ENGINES)}; with --scope step of {', '.join(STEP_ENGINES)}"},
     )
     variants: list[str] = dataclasses.field(
         default_factory=list, metadata={"help": "those to compare with lora (all that the engine allows)"}
+    )
+    flat: bool = dataclasses.field(
+        default=False, metadata={"help": "also lora and reflora with lora_A as PEFT stores it, on a second model"}
     )
     backend: str | None = dataclasses.field(default=None, metadata={"help": "gloo: several ranks share one GPU"})
     micro_batch_size: int = dataclasses.field(default=4, metadata={"help": "sequences per rank"})
@@ -87,6 +96,8 @@ class Arguments:
             raise ValueError(f"--engine {self.engine} needs a model to shard: use --scope training")
         if self.engine == "single" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("--engine single is one process; use --engine ddp or start it without a launcher")
+        if self.flat and not common.stores_tall(self.engine):
+            raise ValueError(f"--flat needs an engine that stores lora_A tall, --engine {self.engine} does not")
         self.variants = variants.choose(self.engine, self.variants)
 
     @property
@@ -112,7 +123,7 @@ def main() -> None:
 def measure(arguments: Arguments, device: torch.device) -> dict[str, Any]:
     """One run per lora_rank. Returns what the record has under ``results``."""
     runs = []
-    total = len(arguments.lora_ranks) * arguments.blocks * len(arguments.variants)
+    total = len(arguments.lora_ranks) * arguments.blocks * (len(arguments.variants) + 2 * arguments.flat)
     with common.progress(total, "blocks of steps") as advance:
         for lora_rank in arguments.lora_ranks:
             runs.append(measure_lora_rank(arguments, lora_rank, device, advance))
@@ -120,28 +131,31 @@ def measure(arguments: Arguments, device: torch.device) -> dict[str, Any]:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     resident = common.peak_memory_bytes(device) if device.type == "cpu" else None
-    return {"shape": dataclasses.asdict(arguments.shape), "runs": runs, "peak_resident_bytes": resident}
+    return {
+        "shape": dataclasses.asdict(arguments.shape),
+        "stored_tall": common.stores_tall(arguments.engine),
+        "runs": runs,
+        "peak_resident_bytes": resident,
+    }
 
 
 def measure_lora_rank(
     arguments: Arguments, lora_rank: int, device: torch.device, advance: Callable[[], None]
 ) -> dict[str, Any]:
     """Check the variants against each other, then their memory, their times and the phases of a step."""
-    workload = build(arguments, lora_rank, device)
-    names = arguments.variants
-    run_step(workload)  # makes Adam's moments, which belong to plain LoRA
-    errors = variants.check_same_result(arguments.engine, names, workload.trainee, lambda: run_step(workload))
+    workloads, errors = prepare(arguments, lora_rank, device)
     memory = {}
     if device.type == "cuda":
-        memory = {name: measure_memory(workload, name, device) for name in names}
-    calls = record_collectives(workload, "reflora") if "reflora" in names else []
-    times, bare, placed = measure_times(workload, names, arguments.schedule, device, advance, calls)
-    reports = {name: _report(workload, name) for name in names if name in variants.METHODS[1:]}
-    figures = {name: summary(times[name], times["lora"], arguments.scope) for name in names}
-    for name in names:
-        figures[name] |= {"memory": memory.get(name), "report": reports.get(name)}
-        if "reflora" in names:
+        memory = {name: measure_memory(workload, name, device) for name, workload in workloads.items()}
+    calls = record_collectives(workloads["reflora"], "reflora") if "reflora" in workloads else []
+    times, bare, placed = measure_times(workloads, arguments.schedule, device, advance, calls)
+    figures = {name: summary(times[name], times[plain_variant(name)], arguments.scope) for name in workloads}
+    for name, workload in workloads.items():
+        is_method = name.removesuffix(variants.FLAT) in variants.METHODS[1:]
+        figures[name] |= {"memory": memory.get(name), "report": _report(workload, name) if is_method else None}
+        if "reflora" in workloads:
             figures[name]["added_over_reflora"] = figures[name]["added_step_ms"] / figures["reflora"]["added_step_ms"]
+    phases = measure_breakdowns(arguments, workloads, device) if arguments.breakdown else {}
     return {
         "lora_rank": lora_rank,
         "num_pairs": len(common.LINEARS) * arguments.shape.num_layers,
@@ -149,21 +163,37 @@ def measure_lora_rank(
         "largest_relative_error": errors,
         "variants": figures,
         "bare_collectives": bare_collectives(calls, bare, placed, figures),
-        "breakdown_ms": measure_breakdown(arguments, workload, device, "reflora") if arguments.breakdown else None,
-        "baselines_breakdown_ms": {
-            name: measure_breakdown(arguments, workload, device, name)
-            for name in names
-            if arguments.breakdown and name.startswith("gather")
-        },
+        "breakdown_ms": phases.pop("reflora", None),
+        "other_breakdowns_ms": phases,
     }
 
 
-def build(arguments: Arguments, lora_rank: int, device: torch.device) -> Workload:
+def prepare(arguments: Arguments, lora_rank: int, device: torch.device) -> tuple[dict[str, Workload], dict[str, float]]:
+    """The workload of every variant, each checked against the reference on it, and the errors found."""
+    workloads, errors = {}, {}
+    for suffix, names in (("", arguments.variants), (variants.FLAT, ["lora", "reflora"] if arguments.flat else [])):
+        if not names:
+            continue
+        engine = arguments.engine + suffix
+        workload = build(arguments, engine, lora_rank, device)
+        run_step(workload)  # makes Adam's moments, which belong to plain LoRA
+        found = variants.check_same_result(engine, names, workload.trainee, functools.partial(run_step, workload))
+        errors |= {name + suffix: error for name, error in found.items()}
+        workloads |= {name + suffix: workload for name in names}
+    return workloads, errors
+
+
+def plain_variant(name: str) -> str:
+    """The plain LoRA that a variant is compared with, on the same model."""
+    return f"lora{variants.FLAT}" if name.endswith(variants.FLAT) else "lora"
+
+
+def build(arguments: Arguments, engine: str, lora_rank: int, device: torch.device) -> Workload:
     """The adapters alone, or the model under its engine."""
     if arguments.scope == "step":
-        return OptimizerStep(arguments.shape, lora_rank, device, arguments.engine)
+        return OptimizerStep(arguments.shape, lora_rank, device, engine)
     return TrainingStep(
-        arguments.engine,
+        engine,
         arguments.shape,
         lora_rank,
         device,
@@ -226,18 +256,25 @@ def bare_collectives(
     }
 
 
-def measure_breakdown(
-    arguments: Arguments, workload: Workload, device: torch.device, name: str
-) -> dict[str, dict[str, float]]:
+def measure_breakdowns(
+    arguments: Arguments, workloads: Mapping[str, Workload], device: torch.device
+) -> dict[str, dict[str, dict[str, float]]]:
+    """The phases of RefLoRA and of gathering whole factors, by variant."""
+    ways = {name: workload for name, workload in workloads.items() if name.startswith(("reflora", "gather"))}
+    ways.pop("reflora-s", None)
+    return {name: measure_breakdown(arguments.steps, workload, device, name) for name, workload in ways.items()}
+
+
+def measure_breakdown(steps: int, workload: Workload, device: torch.device, name: str) -> dict[str, dict[str, float]]:
     """Milliseconds by phase of a variant's optimizer steps, in steps of their own; "rest" has the update in it.
 
     Phases that do not occur are left out.
     """
     by_phase: dict[str, list[float]] = {}
-    phases = PHASES if name == "reflora" else BASELINE_PHASES
+    phases = BASELINE_PHASES if name.startswith("gather") else PHASES
     with variants.installed(name, workload.trainee):
         run_step(workload)
-        for _ in range(arguments.steps):
+        for _ in range(steps):
             workload.prepare()
             start = common.now(device)
             with timed_phases(device, phases) as elapsed_ms:

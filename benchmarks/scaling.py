@@ -27,6 +27,7 @@ from benchmarks import common, cost_events, cost_model
 from benchmarks.launches import launch_ranks
 from benchmarks.options import parse, require_known, require_positive
 
+ENGINES = tuple(engine for engine in common.ENGINES if engine not in ("single", "fsdp2-shard1"))
 _RANKS_SCRIPT = Path(__file__).with_name("scaling_ranks.py")
 
 
@@ -35,7 +36,10 @@ class Arguments(cost_model.Scenario):
     """What is measured on this machine, and what is predicted."""
 
     ranks: list[int] = dataclasses.field(default_factory=lambda: [1, 2, 4])
-    engines: list[str] = dataclasses.field(default_factory=lambda: ["ddp", "fsdp2", "zero3"])
+    engines: list[str] = dataclasses.field(
+        default_factory=lambda: ["ddp", "fsdp2", "zero3", "fsdp2-flat", "zero3-flat"],
+        metadata={"help": f"of {', '.join(ENGINES)}"},
+    )
     shape: str = dataclasses.field(default="small", metadata={"help": f"one of {', '.join(common.SHAPES)}"})
     lora_rank: int = 16
     batch_size: int = dataclasses.field(default=1, metadata={"help": "sequences per rank in weak scaling"})
@@ -52,9 +56,9 @@ class Arguments(cost_model.Scenario):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unknown = [engine for engine in self.engines if engine not in ("ddp", "fsdp2", "zero2", "zero3")]
+        unknown = [engine for engine in self.engines if engine not in ENGINES]
         if unknown or not self.engines:
-            raise ValueError(f"--engines {' '.join(unknown)} unknown; choose from ddp, fsdp2, zero2, zero3")
+            raise ValueError(f"--engines {' '.join(unknown)} unknown; choose from {', '.join(ENGINES)}")
         require_known(self, shape=common.SHAPES)
         require_positive(self, "lora_rank", "batch_size", "seq_len", "blocks", "steps", "fit_rounds")
         self._check_ranks()

@@ -9,7 +9,6 @@ import functools
 import itertools
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import common, cost_events, cost_model
+from benchmarks.scaling_events import EVICTED_BYTES, collectives, packings, since
 from reflora_dist import RefLoRAConfig, attach
 from reflora_dist.adapters import find_pairs
 from reflora_dist.reference import ReferenceRefLoRA
@@ -30,14 +30,12 @@ CHECK_STEPS = 4
 CHECK_LEARNING_RATE = 5e-3  # large enough that LoRA and RefLoRA differ after a few steps
 TIMED_LEARNING_RATE = 1e-4
 CHECK_TOLERANCE = 2e-5  # relative, of losses in float32 whose sums are taken in another order
-MESSAGE_BYTES = (1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
 # (hidden size, layers, r) of steps that constants are fitted to, and of those that only check them
 WHOLE_SIZES = ((128, 1, 4), (256, 4, 4), (256, 2, 64), (512, 2, 16), (1024, 2, 4), (1024, 1, 64))
 FITTED_SIZES = ((256, 4, 4), (256, 2, 64), (640, 2, 16))
 HELD_OUT_SIZES = ((512, 8, 16), (384, 4, 8), (768, 4, 32))
-SHARDED_ENGINES = ("fsdp2", "zero3")
+SHARDED_ENGINES = ("fsdp2", "zero3", "fsdp2-flat", "zero3-flat")
 WARM_UP_ROUNDS = 2
-EVICTED_BYTES = 1 << 26  # read before each measurement, as forward and backward leave nothing of a step in a cache
 
 Batch = torch.Tensor
 
@@ -202,7 +200,7 @@ class AddedTime:
         self._start = common.now(self._device)
 
     def _end(self, *_: Any) -> None:
-        self._seconds += _since(self._start, self._device)
+        self._seconds += since(self._start, self._device)
 
     def take(self) -> float:
         """Seconds on this rank since the last call."""
@@ -215,19 +213,13 @@ class AddedTime:
             hook.remove()
 
 
-def _since(start: float, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def measure_events(rounds: int, device: torch.device) -> list[dict[str, Any]]:
     """Bare collectives, packing and whole-factor steps, in turn; each with what is counted in it and its times.
 
     Returns:
         ``{"kind", "size", "ranks", "counts", "seconds"}`` each.
     """
-    points = [*_collectives(device), *_packings(device), *_whole_steps(device)]
+    points = [*collectives(device), *packings(device), *_whole_steps(device)]
     times: list[list[float]] = [[] for _ in points]
     for round_ in range(WARM_UP_ROUNDS + rounds):
         for point, values in zip(points, times, strict=True):
@@ -239,71 +231,6 @@ def measure_events(rounds: int, device: torch.device) -> list[dict[str, Any]]:
         {**point, "ranks": dist.get_world_size(), "seconds": common.spread(_slowest(values))}
         for point, values in zip(points, times, strict=True)
     ]
-
-
-def _timed(run: Callable[[], Any], device: torch.device) -> Callable[[], float]:
-    evicted = torch.zeros(EVICTED_BYTES // 4, device=device)
-
-    def timed() -> float:
-        evicted.add_(1)
-        start = common.now(device)
-        run()
-        return _since(start, device)
-
-    return timed
-
-
-def _collectives(device: torch.device) -> Iterator[dict[str, Any]]:
-    ranks = dist.get_world_size()
-    topology = cost_events.Topology(ranks, ranks)
-    for size in MESSAGE_BYTES:
-        numel = size // 4 // ranks * ranks
-        whole = torch.ones(numel, device=device)
-        out = torch.empty_like(whole)
-        part = whole[: numel // ranks].clone()
-        double = torch.ones(numel // 2, dtype=torch.float64, device=device)
-        sent = 4 * numel * (ranks - 1) / ranks
-        gather = cost_events.all_gather(4 * numel, topology)
-        runs = {
-            "all_reduce": (lambda t=double: dist.all_reduce(t), cost_events.all_reduce(8 * (numel // 2), topology)),
-            "all_gather": (lambda o=out, p=part: dist.all_gather_into_tensor(o, p), gather),
-            "all_to_all": (
-                # with sizes, as an exchange has them, though they are equal here
-                lambda o=out, w=whole, n=[numel // ranks] * ranks: dist.all_to_all_single(o, w, n, n),
-                cost_events.all_to_all(sent, topology),
-            ),
-        }
-        for kind, (run, counts) in runs.items():
-            yield {"kind": kind, "size": f"{size} bytes", "counts": counts, "run": _timed(run, device)}
-
-
-def _packings(device: torch.device) -> Iterator[dict[str, Any]]:
-    """Pieces collected, ordered by grains, ordered back and written, as for a re-tiling there and back."""
-    sizes = ((4, 256), (4, 65536), (64, 256), (64, 16384), (256, 1024))
-    for (pieces, numel), grain in itertools.product(sizes, (1, 16)):
-        tensors = [torch.ones(numel, device=device) for _ in range(pieces)]
-        room, ordered = (torch.empty(pieces * numel // grain, grain, device=device) for _ in range(2))
-        views = room.view(-1).split(numel)
-        # whole pieces by rank, stable, as an exchange orders them
-        by_rank = torch.sort(torch.arange(pieces) % dist.get_world_size(), stable=True).indices
-        order = torch.arange(pieces * numel // grain).view(pieces, -1)[by_rank].flatten().int().to(device)
-
-        def run(
-            tensors: list[torch.Tensor] = tensors,
-            views: tuple[torch.Tensor, ...] = views,
-            room: torch.Tensor = room,
-            ordered: torch.Tensor = ordered,
-            order: torch.Tensor = order,
-        ) -> None:
-            torch._foreach_copy_(views, tensors)
-            torch.index_select(room, 0, order, out=ordered)
-            torch.index_select(ordered, 0, order, out=room)
-            torch._foreach_copy_(tensors, views)
-
-        twice = 2 * pieces * numel
-        counts = cost_model.packing(2 * pieces, twice, twice, grain)
-        size = f"{pieces} x {numel}, by {grain}"
-        yield {"kind": "pack", "size": size, "counts": counts, "run": _timed(run, device)}
 
 
 def _whole_steps(device: torch.device) -> Iterator[dict[str, Any]]:
@@ -349,15 +276,16 @@ def sharded_step(engine: str, size: tuple[int, int, int], rounds: int, device: t
     dist.all_gather_object(sent, added.handle.report().bytes_per_step)
     added.detach()
     topology, adapters = cost_events.Topology(ranks, ranks), cost_model.Adapters.of(shape, lora_rank)
-    # a node's ranks form a ring
-    counts = [choices[0] for choices in cost_model.step_counts("retile", adapters, topology, layout=engine)]
+    layout = engine.removesuffix("-flat")
+    way = "tall" if common.stores_tall(engine) else "flat"
+    steps = cost_model.step_counts(way, adapters, topology, layout=layout, device=device.type)
     return {
         "kind": f"step of {engine}",
         "size": _name(size),
         "ranks": ranks,
-        "counts": cost_events.merge(*counts),
+        "counts": cost_events.merge(*(choices[0] for choices in steps)),  # a node's ranks form a ring
         "sent_bytes": sent,
-        "predicted_bytes": cost_model.sent_bytes("retile", adapters, ranks, engine).tolist(),
+        "predicted_bytes": cost_model.sent_bytes(way, adapters, ranks, layout, device.type).tolist(),
         "seconds": common.spread(_slowest(times[WARM_UP_ROUNDS:])),
     }
 

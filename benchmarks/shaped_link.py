@@ -1,12 +1,11 @@
-"""What a step costs on a slow link, by what is sent: whole factors, re-tiled ones and Grams, or Grams alone.
+"""What a step costs on a slow link, by what is sent: whole factors, a flat lora_A to its owners, or Grams alone.
 
     python benchmarks/shaped_link.py --output result.json
 
 Makes two hosts on this machine (``two_hosts``; needs root and iproute2), shapes the link between them with `tc`, and
 has ``launchers/multinode.sh`` run ``overhead.py`` on one rank of each: the optimizer step of a model's adapters, where
-the method communicates. Whole factors are gathered in one collective, with their gradients; re-tiling is what
-RefLoRA does under FSDP2 as it comes, Grams and solutions in the same two exchanges; with lora_A sharded by columns the
-Grams are all that it sends.
+the method communicates. Whole factors are gathered in one collective, with their gradients. lora_A as PEFT stores it
+goes to its owner and its gradient back, beside the Grams; stored tall, the Grams are all that RefLoRA sends.
 """
 
 from __future__ import annotations
@@ -22,16 +21,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
 from benchmarks.options import parse, require_known, require_positive
+from benchmarks.overhead import plain_variant
 from benchmarks.reports.shaped_link import markdown
 from benchmarks.two_hosts import Host, run_on, two_hosts
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RANKS = 2
-# engine of overhead.py, its variant, and what that sends
+ENGINE = "fsdp2"
+# a variant of overhead.py, and what it sends
 WAYS = (
-    ("fsdp2", "gather-coalesced", "whole factors"),
-    ("fsdp2", "reflora", "re-tiled factors, Grams"),
-    ("fsdp2-shard1", "reflora", "Grams alone"),
+    ("gather-coalesced", "whole factors"),
+    ("reflora-flat", "flat lora_A, Grams"),
+    ("reflora", "Grams alone"),
 )
 
 
@@ -68,38 +69,36 @@ def main() -> None:
 def measure(arguments: Arguments) -> dict[str, Any]:
     """Every way on every link. Returns what the record has under ``results``."""
     measured = []
-    with common.progress(2 * len(arguments.mbits), "launches") as advance:
+    with common.progress(len(arguments.mbits), "launches") as advance:
         for mbit in arguments.mbits:
             with two_hosts(f"{mbit}mbit" if mbit else "") as hosts:
-                for engine in dict.fromkeys(engine for engine, *_ in WAYS):
-                    run = launch(arguments, hosts, engine)
-                    measured += [cell(mbit, run, *way) for way in WAYS if way[0] == engine]
-                    advance()
+                run = launch(arguments, hosts)
+                measured += [cell(mbit, run, *way) for way in WAYS]
+                advance()
     sizes = {name: run[name] for name in ("lora_rank", "num_pairs", "adapter_parameters")}
     return {**sizes, "cells": measured}
 
 
-def launch(arguments: Arguments, hosts: tuple[Host, Host], engine: str) -> dict[str, Any]:
+def launch(arguments: Arguments, hosts: tuple[Host, Host]) -> dict[str, Any]:
     """Run ``overhead.py`` on both hosts. Returns the run of its record.
 
     Raises:
         RuntimeError: a host failed; the message holds the end of what both printed.
     """
-    variants = [variant for of_engine, variant, _ in WAYS if of_engine == engine]
     options = {
         "model": arguments.model,
         "num_layers": arguments.num_layers,
         "lora_ranks": arguments.lora_rank,
         "blocks": arguments.blocks,
         "steps": arguments.steps,
-        "engine": engine,
+        "engine": ENGINE,
     }
     with tempfile.TemporaryDirectory(prefix="shaped-link-") as folder:
         record = Path(folder) / "record.json"
         command = ["bash", REPOSITORY / "launchers" / "multinode.sh", "torchrun", "--nodes", str(RANKS)]
         command += ["--head", hosts[0].address, "--script", REPOSITORY / "benchmarks" / "overhead.py"]
         given = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
-        given += ["--breakdown", "--output", str(record), "--variants", *variants]
+        given += ["--flat", "--breakdown", "--output", str(record), "--variants", "reflora", "gather-coalesced"]
         commands = [[*command[:3], "--node-rank", str(rank), *command[3:], *given] for rank in range(RANKS)]
         results = run_on(hosts, commands, arguments.timeout, PROCESSES="1", OMP_NUM_THREADS="1")
         if any(code for code, _ in results) or not record.exists():
@@ -109,25 +108,23 @@ def launch(arguments: Arguments, hosts: tuple[Host, Host], engine: str) -> dict[
         return run
 
 
-def cell(mbit: int, run: dict[str, Any], engine: str, variant: str, way: str) -> dict[str, Any]:
+def cell(mbit: int, run: dict[str, Any], variant: str, way: str) -> dict[str, Any]:
     """One way on one link: its step, the phases of that, and what it sends."""
     figures = run["variants"][variant]
-    if variant == "reflora":
-        phases, sent = run["breakdown_ms"], figures["report"]["bytes_per_step"]
+    if figures["report"] is not None:
+        sent = figures["report"]["bytes_per_step"]
     else:  # weights and gradients in float32, this rank's part to every other
-        phases = run["baselines_breakdown_ms"][variant]
         sent = 2 * 4 * run["adapter_parameters"] // RANKS * (RANKS - 1)
     return {
         "mbit": mbit,
         "way": way,
-        "engine": engine,
         "variant": variant,
         "step_ms": figures["step_ms"],
-        "plain_step_ms": run["variants"]["lora"]["step_ms"],
-        "phases_ms": phases,
+        "plain_step_ms": run["variants"][plain_variant(variant)]["step_ms"],
+        "phases_ms": run["breakdown_ms"] if variant == "reflora" else run["other_breakdowns_ms"][variant],
         "bytes_per_step": sent,
         "link_ms": 1e3 * 8 * sent / (mbit * 1e6) if mbit else None,
-        "largest_relative_error": run["largest_relative_error"].get("reflora"),
+        "largest_relative_error": run["largest_relative_error"].get(variant),
     }
 
 

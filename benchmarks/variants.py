@@ -1,8 +1,9 @@
 """The variants that the benchmarks compare: which exist where, hooking them in, and proof that they agree.
 
-``lora`` (nothing is done to the gradients), ``reflora``, ``reflora-overlap`` (S formed ahead), ``reflora-s`` and the
-other methods of this package, ``loop``, ``gather-coalesced`` and ``gather-each`` (``baselines``: RefLoRA's result by
-other means), ``riemannian`` (PEFT's preconditioned optimizer, the method of ``scaled-gd``).
+``lora`` (nothing is done to the gradients), ``reflora``, ``reflora-s`` and the other methods of this package, ``loop``,
+``gather-coalesced`` and ``gather-each`` (``baselines``: RefLoRA's result by other means), ``riemannian`` (PEFT's
+preconditioned optimizer, the method of ``scaled-gd``). A name that ends with ``-flat`` is the variant without it, on a
+model of its own that stores lora_A as PEFT does.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from reflora_dist import Handle, LoRARite, RefLoRAConfig, attach
 from reflora_dist.adapters import find_pairs
 from reflora_dist.engines import Engine, find_engine
 
-METHODS = ("lora", "reflora", "reflora-overlap", "reflora-s", "scaled-gd", "lora-pro", "lora-rite")
+FLAT = "-flat"
+METHODS = ("lora", "reflora", "reflora-s", "scaled-gd", "lora-pro", "lora-rite")
 _WHOLE = (*METHODS, "loop", "riemannian")
 _SHARDED = (*METHODS, "gather-coalesced", "gather-each")
-_SAME_RESULT = ("reflora", "reflora-overlap", "loop", "gather-coalesced", "gather-each")
+_SAME_RESULT = ("reflora", "loop", "gather-coalesced", "gather-each")
 _BASELINES: dict[str, Callable[[Engine], Callable[[], None]]] = {
     "loop": Loop,
     "gather-coalesced": lambda engine: Gather(engine, each=False),
@@ -64,6 +66,7 @@ def installed(name: str, trainee: Trainee) -> Iterator[Any]:
     Raises:
         RuntimeError: the method was not applied to every pair in every step, so its time would mean nothing.
     """
+    name = name.removesuffix(FLAT)
     if name == "lora":
         yield None
     elif name == "riemannian":
@@ -78,9 +81,7 @@ def installed(name: str, trainee: Trainee) -> Iterator[Any]:
         with before_update(engine, baseline):
             yield None
     else:
-        method = name.removesuffix("-overlap")
-        config = RefLoRAConfig(method=method, warmup_steps=0, overlap=name != method)
-        handle = attach(trainee.model, trainee.optimizer, config)
+        handle = attach(trainee.model, trainee.optimizer, RefLoRAConfig(method=name, warmup_steps=0))
         with _applied_everywhere(handle):
             yield handle
 
@@ -124,8 +125,7 @@ def check_same_result(
         engine: which has the reference: the loop where factors are whole, otherwise gathering them.
         names: the variants; those of another method are left out.
         trainee: the model and optimizer.
-        run_step: one training step; every rank must call. It is run twice for each: with S formed ahead, the first step
-            still forms its own.
+        run_step: one training step; every rank must call.
 
     Returns:
         By name the largest error of a factor's refactored gradient, Frobenius, relative.
@@ -169,8 +169,7 @@ def _gradients_after(name: str, trainee: Trainee, run_step: Callable[[], None]) 
 
     # hooks run in the order in which they were placed
     with before_update(engine, fill), installed(name, trainee), before_update(engine, look):
-        for _ in range(2):
-            run_step()
+        run_step()
     return seen
 
 

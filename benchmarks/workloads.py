@@ -14,10 +14,20 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 
-from benchmarks.common import LINEARS, ModelShape, Trainee, build_model, fused_adamw, placement_fn, wrap
+from benchmarks.common import (
+    LINEARS,
+    ModelShape,
+    Trainee,
+    build_model,
+    fused_adamw,
+    placement_fn,
+    stores_tall,
+    wrap,
+)
+from reflora_dist import tall_adapters
 from reflora_dist.adapters import find_pairs
 
-STEP_ENGINES = ("single", "ddp", "fsdp2", "fsdp2-shard1")
+STEP_ENGINES = ("single", "ddp", "fsdp2", "fsdp2-flat", "fsdp2-shard1")
 _BATCHES = 4  # different ones, made in advance
 
 
@@ -44,13 +54,15 @@ class OptimizerStep:
         shape: of the model.
         lora_rank: r.
         device: of the factors.
-        engine: one of STEP_ENGINES; under "fsdp2" the factors are sharded by rows as in a sharded model, under
-            "fsdp2-shard1" lora_A by columns.
+        engine: one of STEP_ENGINES; under "fsdp2" the factors are sharded by rows as in a sharded model, lora_A stored
+            tall or, with "-flat", as PEFT does; under "fsdp2-shard1" that one by columns.
     """
 
     def __init__(self, shape: ModelShape, lora_rank: int, device: torch.device, engine: str) -> None:
         assert engine in STEP_ENGINES
-        model = _adapters_alone(shape, lora_rank, device)
+        model = adapters_alone(shape, lora_rank, device)
+        if stores_tall(engine):
+            tall_adapters(model)
         if engine.startswith("fsdp2"):
             assert dist.group.WORLD is not None
             mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
@@ -73,7 +85,8 @@ class OptimizerStep:
         self.trainee.step()
 
 
-def _adapters_alone(shape: ModelShape, lora_rank: int, device: torch.device) -> torch.nn.Module:
+def adapters_alone(shape: ModelShape, lora_rank: int, device: torch.device) -> torch.nn.Module:
+    """A PEFT model with adapters on all seven linears, and a base that takes no memory."""
     with torch.device("meta"):
         base = LlamaForCausalLM(shape.config())
     config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LINEARS)

@@ -18,9 +18,9 @@ from transformers import HfArgumentParser
 
 from benchmarks import baselines, breakdown, common, overhead, throughput, variants
 from benchmarks.collectives import Collective, issue_all, recorded
-from benchmarks.interleaved import Schedule, flattened, measure_times
+from benchmarks.interleaved import Schedule, flattened, measure_times, run_step
 from benchmarks.reports import overhead as report
-from benchmarks.workloads import OptimizerStep
+from benchmarks.workloads import OptimizerStep, TrainingStep
 from reflora_dist import reference
 from tests.benchmark_runs import record_of
 from tests.cluster import run_ranks
@@ -61,7 +61,8 @@ def test_one_process_writes_a_record(step_record: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "scope"), [("ddp", "step"), ("fsdp2", "step"), ("fsdp2", "training"), ("zero3", "training")]
+    ("engine", "scope"),
+    [("ddp", "step"), ("fsdp2", "step"), ("fsdp2-flat", "step"), ("fsdp2", "training"), ("zero3", "training")],
 )
 def test_two_ranks_write_a_record(tmp_path: Path, engine: str, scope: str) -> None:
     arguments = ["--engine", engine, "--scope", scope, "--seq_len", "8", "--micro_batch_size", "1"]
@@ -76,11 +77,37 @@ def test_two_ranks_write_a_record(tmp_path: Path, engine: str, scope: str) -> No
     bare = run["bare_collectives"]
     sent = run["variants"]["reflora"]["report"]["collectives_per_step"]
     assert len(bare["calls"]) == sum(sent.values())
-    assert [call["kind"] for call in bare["calls"]] == 2 * ["all_to_all_single"]  # of different sizes
-    assert bare["calls"][0]["payload_bytes"] > bare["calls"][1]["payload_bytes"] > 0
+    kinds = [call["kind"] for call in bare["calls"]]
+    if engine.endswith("-flat"):
+        assert kinds == ["all_to_all_single", "all_reduce", "all_to_all_single"]
+        assert bare["calls"][0]["payload_bytes"] > bare["calls"][2]["payload_bytes"] > 0
+    else:
+        assert kinds == ["all_reduce"] and bare["calls"][0]["payload_bytes"] == 8 * 7 * 16 * 17  # both Grams of pairs
     added = run["variants"]["reflora"]["added_step_ms"]
     assert bare["added_over_bare"] == pytest.approx(added / bare["step_ms"]["median"])
     assert "added_step_ms" in bare
+
+
+def test_both_storages_take_turns_in_one_run(tmp_path: Path) -> None:
+    """Each is compared with its own plain LoRA, and the tall one sends its Grams alone."""
+    arguments = ["--engine", "fsdp2", "--flat", "--breakdown", "--variants", "reflora", "gather-coalesced"]
+    record = _record(tmp_path, 2, *arguments)
+    (run,) = record["results"]["runs"]
+    assert list(run["variants"]) == ["lora", "reflora", "gather-coalesced", "lora-flat", "reflora-flat"]
+    assert set(run["largest_relative_error"]) == {"reflora", "reflora-flat"}
+    figures = {name: run["variants"][name] for name in ("reflora", "reflora-flat")}
+    for name, plain in (("reflora", "lora"), ("reflora-flat", "lora-flat")):
+        difference = figures[name]["step_ms"]["median"] - run["variants"][plain]["step_ms"]["median"]
+        assert figures[name]["added_step_ms"] == pytest.approx(difference)
+    reports = {name: of["report"]["collectives_per_step"] for name, of in figures.items()}
+    assert reports == {"reflora": {"all_reduce": 1}, "reflora-flat": {"all_to_all": 2, "all_reduce": 1}}
+    assert list(run["breakdown_ms"]) == ["grams", "all_reduce", "solve", "apply", "rest"]
+    assert set(run["other_breakdowns_ms"]) == {"reflora-flat", "gather-coalesced"}
+    text = report.markdown(record)
+    assert "lora_A is stored tall" in text and "With lora_A as PEFT stores it" in text
+    assert f"| reflora-flat | {figures['reflora-flat']['step_ms']['median']:.2f} (" in text
+    headline = report.headline(record)
+    assert f"as PEFT stores it: {figures['reflora-flat']['added_step_ms']:.1f} ms more" in headline
 
 
 def test_the_script_runs_from_anywhere_and_explains_itself(tmp_path: Path) -> None:
@@ -100,6 +127,7 @@ def test_the_script_runs_from_anywhere_and_explains_itself(tmp_path: Path) -> No
         ({"backend": "mpi"}, "--backend mpi is unknown; choose one of gloo, nccl"),
         ({"lora_ranks": [0]}, r"--lora_ranks \[0\]"),
         ({"blocks": 0}, "--blocks 0 must be positive"),
+        ({"flat": True}, "--flat needs an engine that stores lora_A tall, --engine single does not"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
@@ -151,14 +179,36 @@ def _check(rank: int, world_size: int, engine: str, lora_rank: int, names: list[
     return errors
 
 
-# r = 5 does not divide evenly, and with r = 2 the third rank holds nothing of lora_A
+# flat, r = 5 does not divide evenly, and with r = 2 the third rank holds nothing of lora_A; tall, 32 rows are no
+# multiple of 3
 @pytest.mark.parametrize(
     ("engine", "world_size", "lora_rank"),
-    [("fsdp2", 2, 4), ("fsdp2", 2, 5), ("fsdp2", 3, 2), ("fsdp2-shard1", 2, 4)],
+    [
+        ("fsdp2", 2, 4),
+        ("fsdp2", 3, 5),
+        ("fsdp2-flat", 2, 4),
+        ("fsdp2-flat", 2, 5),
+        ("fsdp2-flat", 3, 2),
+        ("fsdp2-shard1", 2, 4),
+    ],
 )
 def test_gathering_agrees_with_the_package(engine: str, world_size: int, lora_rank: int) -> None:
-    for errors in run_ranks(_check, world_size, engine, lora_rank, ["reflora", "reflora-overlap", "gather-each"], ""):
-        assert len(errors) == 3 and max(errors.values()) < 1e-5
+    for errors in run_ranks(_check, world_size, engine, lora_rank, ["reflora", "gather-each"], ""):
+        assert len(errors) == 2 and max(errors.values()) < 1e-5
+
+
+def _gathered_rows_that_are_cut(rank: int, world_size: int, engine: str) -> dict[str, float]:
+    workload = TrainingStep(engine, SHAPE, 5, torch.device("cpu"), micro_batch_size=1, seq_len=8)
+    engine_found = variants.innermost_engine(workload.trainee)
+    moving = [layout.columns for layout in engine_found.layouts() if layout.moves]
+    assert moving and any(moving) == engine.endswith("-flat")
+    return variants.check_same_result(engine, ["reflora", "gather-each"], workload.trainee, lambda: run_step(workload))
+
+
+@pytest.mark.parametrize("engine", ["zero3", "zero3-flat"])
+def test_gathering_agrees_where_rows_are_cut(engine: str) -> None:
+    for errors in run_ranks(_gathered_rows_that_are_cut, 3, engine):
+        assert len(errors) == 2 and max(errors.values()) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -219,17 +269,25 @@ def _collectives(rank: int, world_size: int) -> tuple[list[dict[str, Any]], floa
 
     communicator = Communicator(torch.distributed.group.WORLD, torch.device("cpu"))
     payload = torch.ones(6, dtype=torch.float64)
+    counts = {1 - rank: 3}
     with recorded() as calls:
         communicator.all_reduce([payload])
         torch.distributed.all_reduce(torch.ones(1))  # an engine's, not the package's
+        communicator.all_gather(payload)
+        communicator.between_neighbours(payload[:3], counts, counts)
     communicator.all_reduce([payload])  # after the recording
+    communicator.all_gather(payload)
+    communicator.between_neighbours(payload[:3], counts, counts)
     issue_all(calls)
     return [call.as_dict() for call in calls], float(payload.sum())
 
 
 def test_only_the_packages_collectives_are_recorded_and_repeated() -> None:
     for calls, unchanged in run_ranks(_collectives, 2):
-        assert calls == [{"kind": "all_reduce", "payload_bytes": 48, "dtype": "float64"}]
+        (reduced, gathered, exchanged) = calls
+        assert reduced == {"kind": "all_reduce", "payload_bytes": 48, "dtype": "float64"}
+        assert gathered["kind"].startswith("all_gather") and gathered["payload_bytes"] == 2 * 48
+        assert exchanged == {"kind": "batch_isend_irecv", "payload_bytes": 24, "dtype": "float64"}
         assert unchanged == 6
 
 
@@ -238,7 +296,7 @@ def _issued(rank: int, world_size: int) -> list[float]:
     workload = OptimizerStep(SHAPE, 4, torch.device("cpu"), "single")
     calls = [Collective("all_reduce", 8, "float64", lambda: time.sleep(0.02))] * 2
     schedule = Schedule(blocks=1, steps=2, block_seconds=10)
-    times, bare, placed = measure_times(workload, ["lora"], schedule, torch.device("cpu"), lambda: None, calls)
+    times, bare, placed = measure_times({"lora": workload}, schedule, torch.device("cpu"), lambda: None, calls)
     return [flattened(of.step_ms)[0] for of in (bare, placed, times["lora"])]
 
 
@@ -259,11 +317,11 @@ def _phases(rank: int, world_size: int, engine: str) -> dict[str, float]:
     return elapsed_ms | baseline_ms
 
 
-@pytest.mark.parametrize(("engine", "sending"), [("fsdp2", "retile"), ("fsdp2-shard1", "all_reduce")])
-def test_the_phases_are_those_of_the_layout(engine: str, sending: str) -> None:
-    """Factors that are cut are re-tiled, with Grams and solutions in messages; else Grams are all that is sent."""
+@pytest.mark.parametrize(("engine", "sending"), [("fsdp2", {"all_reduce"}), ("fsdp2-flat", {"exchange", "all_reduce"})])
+def test_the_phases_are_those_of_the_layout(engine: str, sending: set[str]) -> None:
+    """A flat lora_A is exchanged beside the Grams; else Grams are all that is sent."""
     for elapsed_ms in run_ranks(_phases, 2, engine):
-        assert set(elapsed_ms) == {"grams", "solve", "apply", "gather", sending}
+        assert set(elapsed_ms) == {"grams", "solve", "apply", "gather"} | sending
         assert min(elapsed_ms.values()) > 0
 
 

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MIB = 2**20
+_PLAIN = ("lora", "lora-flat")
+_TALL = " lora_A is stored tall, `[in, r]`."
+_FLAT = " In rows that end with *-flat* it is stored as PEFT does; these are compared with their own plain LoRA."
 _QUEUED = (
     " An optimizer step is waited for before and after; *queued* steps follow each other without waiting, each behind "
     "a copy of gradients."
@@ -24,8 +27,9 @@ def markdown(record: dict[str, Any]) -> str:
         f"**{arguments['model']}**, {shape['num_layers']} layers (hidden {shape['hidden_size']}, "
         f"{shape['intermediate_size']}), engine {arguments['engine']}, {record['world_size']} rank(s). Medians "
         "(quartiles) of interleaved blocks; *added* is the difference of medians to plain LoRA, *ratio* their quotient."
-        + _QUEUED
-        * (arguments["scope"] == "step"),
+        + _TALL * results.get("stored_tall", False)
+        + _FLAT * arguments.get("flat", False)
+        + _QUEUED * (arguments["scope"] == "step"),
     ]
     for run in results["runs"]:
         lines += ["", _title(run), "", _times_table(run), *_errors(run), *_collectives(run), *_phases(run)]
@@ -40,12 +44,14 @@ def headline(record: dict[str, Any]) -> str:
     reflora, gather = run["variants"]["reflora"], run["variants"]["gather-coalesced"]
     ranks, hardware = record["world_size"], record["hardware"]
     shared = arguments["backend"] == "gloo"
+    flat = run["variants"].get("reflora-flat")
+    stored = "" if flat is None else f"; with lora_A as PEFT stores it: {flat['added_step_ms']:.1f} ms more"
     where = f"{ranks} ranks that share one {hardware} over gloo" if shared else f"{ranks} ranks, {hardware}"
     return (
         f"- {record['results']['shape']['num_layers']} layers of LLaMA {arguments['model'].upper()}, r = "
         f"{run['lora_rank']}, {arguments['engine']} on {where}: {reflora['added_step_ms']:.1f} ms more per optimizer "
         f"step, {reflora['report']['bytes_per_step'] / 1e6:.1f} MB sent per rank (whole factors gathered first: "
-        f"{gather['added_step_ms']:.1f} ms more)."
+        f"{gather['added_step_ms']:.1f} ms more{stored})."
     )
 
 
@@ -65,10 +71,10 @@ def _times_table(run: dict[str, Any]) -> str:
         header += ["held between steps, MiB", "peak of the optimizer step, MiB"]
     rows = []
     for name, figures in run["variants"].items():
-        times = figures.get("added_over_reflora")
-        row = [name, _quartiles(figures["step_ms"]), "" if name == "lora" else f"{figures['added_step_ms']:.2f}"]
-        row.append("" if name == "lora" or times is None else f"{times:.2f}")
-        row += [_quartiles(figures[whole]), "" if name == "lora" else f"{figures[f'added_{whole}']:.2f}"]
+        times, plain = figures.get("added_over_reflora"), name in _PLAIN
+        row = [name, _quartiles(figures["step_ms"]), "" if plain else f"{figures['added_step_ms']:.2f}"]
+        row.append("" if plain or times is None else f"{times:.2f}")
+        row += [_quartiles(figures[whole]), "" if plain else f"{figures[f'added_{whole}']:.2f}"]
         row.append(f"{figures[f'{whole}_ratio']:.3f}")
         if any(sent.values()):
             row.append(f"{sent[name]:,}" if name in sent else "")
@@ -105,14 +111,19 @@ def _phases(run: dict[str, Any]) -> list[str]:
     phases = run["breakdown_ms"]
     if phases is None:
         return []
-    names = [name.replace("_", " ") for name in phases]
-    row = [f"{spread['median']:.2f}" for spread in phases.values()]
-    return [
+    lines = [
         "",
         "Phases of a RefLoRA step, ms, each waited for (rest: the update, and what lies between):",
         "",
-        table(names, [row]),
+        _phase_table(phases),
     ]
+    flat = run.get("other_breakdowns_ms", {}).get("reflora-flat")
+    return lines if flat is None else [*lines, "", "With lora_A as PEFT stores it:", "", _phase_table(flat)]
+
+
+def _phase_table(phases: dict[str, dict[str, float]]) -> str:
+    names = [name.replace("_", " ") for name in phases]
+    return table(names, [[f"{spread['median']:.2f}" for spread in phases.values()]])
 
 
 def plot(record: dict[str, Any]) -> Figure:
@@ -134,7 +145,7 @@ def plot(record: dict[str, Any]) -> Figure:
 
 
 def _plot_added(axes: Any, runs: list[dict[str, Any]]) -> None:
-    names = [name for name in runs[0]["variants"] if name != "lora"]
+    names = [name for name in runs[0]["variants"] if name not in _PLAIN]
     width = 0.8 / max(1, len(names))
     for number, name in enumerate(names):
         places = [index + (number - (len(names) - 1) / 2) * width for index in range(len(runs))]

@@ -10,21 +10,22 @@ from benchmarks.reports.shared import source_line, table
 
 _WAYS = {
     ("gather", "zero3"): "whole factors gathered",
-    ("retile", "zero3"): "re-tile + Grams, ZeRO-3",
-    ("retile", "fsdp2"): "re-tile + Grams, FSDP2 `Shard(0)`",
-    ("grams", "zero3"): "Grams only",
+    ("flat", "zero3"): "flat lora_A, ZeRO-3",
+    ("flat", "fsdp2"): "flat lora_A, FSDP2",
+    ("tall", "zero3"): "tall lora_A, ZeRO-3",
+    ("tall", "fsdp2"): "tall lora_A, FSDP2",
     ("backward", "zero3"): "refactoring in backward",
 }
 _EVENTS = {
     "collective": "start of a collective",
     "wait": "wait for a core, per collective and rank without one",
     "hop_intra": "hop of a ring",
-    "message_intra": "message of an all-to-all",
+    "message_intra": "message of an exchange",
     "ring_byte_intra": "byte through a ring",
-    "exchange_byte_intra": "byte of an all-to-all",
+    "exchange_byte_intra": "byte of an exchange",
     "reduce_byte": "byte summed",
     "step": "step, beside all else",
-    "retiled": "step that re-tiles, beside all else",
+    "exchanged": "step with an exchange, beside all else",
     "pair": "pair of factors",
     "piece": "piece packed",
     "packed": "element packed",
@@ -146,7 +147,8 @@ def predictions_markdown(predictions: dict[str, Any]) -> str:
         "**Predicted, not measured.** No measured error bar covers these figures: the errors above are of the same "
         "model on another machine, and the constants of GPUs and links are published measurements of others (below). "
         "Kernel launches, and the solve's chain of small kernels, are left out of all ways alike. A gather is charged "
-        "the fewest hops that any algorithm takes, an all-to-all one message to every other GPU.",
+        "the fewest hops that any algorithm takes, an all-to-all one message to every GPU that gets something. A "
+        "*flat* lora_A is stored as PEFT does and goes to its owner; a *tall* one stays, but for rows that are cut.",
         "",
         f"r={assumed['model_rank']}, all 7 linears, {assumed['tokens_per_gpu']:,} tokens per GPU and optimizer step in "
         f"{assumed['micro_batches']} backward passes. The training step takes 4 FLOP per weight and token at "

@@ -9,7 +9,7 @@ from benchmarks.reports.shared import source_line, table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_EXCHANGE = ("gather", "retile")
+_EXCHANGE = ("gather", "exchange")
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -21,7 +21,7 @@ def markdown(record: dict[str, Any]) -> str:
         "sent",
         "optimizer step, ms",
         "plain LoRA's, ms",
-        "gather or re-tile, ms",
+        "gather or exchange, ms",
         "all-reduce of Grams, ms",
     ]
     header += ["all else, ms", "bytes per step and rank", "bytes / rate, ms"]
@@ -56,7 +56,7 @@ def _row(cell: dict[str, Any]) -> list[str]:
 
 
 def split(cell: dict[str, Any]) -> tuple[float, float, float]:
-    """Milliseconds of gathering or re-tiling, of the Grams' all-reduce, and of all else."""
+    """Milliseconds of gathering or exchanging, of the Grams' all-reduce, and of all else."""
     medians = {phase: spread["median"] for phase, spread in cell["phases_ms"].items()}
     exchange = sum(medians.get(phase, 0.0) for phase in _EXCHANGE)
     reduction = medians.get("all_reduce", 0.0)
@@ -81,7 +81,7 @@ def plot(record: dict[str, Any]) -> Figure:
         of_link = [cell for cell in cells if cell["mbit"] == mbit]
         bottom = [0.0] * len(of_link)
         parts = zip(*(split(cell) for cell in of_link), strict=True)
-        for label, heights in zip(("gather or re-tile", "all-reduce of Grams", "all else"), parts, strict=True):
+        for label, heights in zip(("gather or exchange", "all-reduce of Grams", "all else"), parts, strict=True):
             axes.bar([cell["way"].replace(", ", ",\n") for cell in of_link], heights, 0.6, bottom=bottom, label=label)
             bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
         axes.set_title(link(mbit))

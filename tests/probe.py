@@ -63,20 +63,21 @@ def _pairs(by_factor: dict[int, Tensor]) -> list[tuple[Tensor, Tensor]]:
 
 
 def _whole(engine: Any, local: list[Tensor | None]) -> dict[int, Tensor]:
-    """Put the local parts of all ranks together, by what each engine says about where they lie."""
-    shapes = [shape for pair in engine.pairs for shape in (pair.shape_a, pair.shape_b)]
-    if engine.group is None or world_size() == 1:
-        return {i: t.double().reshape(shapes[i]) for i, t in enumerate(local) if t is not None}
-    mine = [(s, None if t is None else t.double().cpu().clone()) for s, t in zip(engine.shards(), local, strict=True)]
-    everyone: list[Any] = [None] * dist.get_world_size(engine.group)
-    dist.all_gather_object(everyone, mine, group=engine.group)
+    """Put the local parts of all ranks together, by what each engine says about where they lie; as PEFT stores them."""
+    layouts = engine.layouts()
+    mine = [None if tensor is None else tensor.double().cpu().clone() for tensor in local]
+    everyone: list[Any] = [mine]
+    if engine.group is not None and world_size() > 1:
+        everyone = [None] * dist.get_world_size(engine.group)
+        dist.all_gather_object(everyone, mine, group=engine.group)
     whole = {}
-    for index, shape in enumerate(shapes):
-        parts = [rank_parts[index] for rank_parts in everyone]
-        tensors = [torch.zeros(shard.numel, dtype=torch.float64) if t is None else t for shard, t in parts]
-        if parts[0][0].tall and index % 2 == 0:
-            whole[index] = torch.cat([t.reshape(shape[0], -1) for t in tensors], dim=1)
-        else:
-            order = sorted(range(len(parts)), key=lambda r: (parts[r][0].start, r))
-            whole[index] = torch.cat([tensors[r].reshape(-1) for r in order]).reshape(shape)
+    for index, layout in enumerate(layouts):
+        parts = []
+        for rank, of_rank in enumerate(everyone):
+            numel = layout.piece(rank).numel
+            part = torch.zeros(numel, dtype=torch.float64) if of_rank[index] is None else of_rank[index]
+            assert part.numel() == numel
+            parts.append(part.reshape(layout.lora_rank, -1) if layout.by_rows and layout.columns else part.reshape(-1))
+        stored = torch.cat(parts, dim=-1).reshape(layout.shape)
+        whole[index] = stored.t() if index % 2 == 0 and not layout.columns else stored
     return whole

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
-from reflora_dist import RefLoRAConfig, attach
+from reflora_dist import RefLoRAConfig, attach, tall_adapters
 from reflora_dist.doctor import DoctorOptions, diagnose
 from reflora_dist.doctor.diagnosis import Diagnosis
 from tests.cluster import run_ranks
@@ -27,29 +27,44 @@ from tests.four_bit import quantized_model, save_base
 from tests.workloads import Settings, build_model, is_factor, synthetic_workload
 
 RITE = Settings(weight_decay=0.0, rite={})
-# engine, method, ranks; the first of each engine runs by default, as all of them do with --all-ranks
+# engine, method, ranks, whether lora_A is stored tall; the first ones run by default, all of them with --all-ranks
 CASES = [
-    ("zero1", "reflora", 2),
-    ("zero2", "reflora", 2),
-    ("zero3", "reflora", 2),
-    ("fsdp2", "reflora", 2),
-    ("fsdp1-flat", "reflora", 2),
-    ("ddp", "reflora", 2),
-    ("zero3-bf16-masters", "reflora", 2),
-    ("zero3", "lora-rite", 3),
-    ("zero2", "lora-pro", 3),
-    ("fsdp2", "lora-rite", 3),
-    ("fsdp2", "reflora-s", 4),
-    ("fsdp2-hsdp", "reflora", 4),
-    ("zero2-round-robin", "reflora", 4),
-    ("zero3-persist-all", "scaled-gd", 4),
-    ("zero3-persist-none", "lora-pro", 3),
-    ("zero1-bf16", "reflora", 3),
-    ("zero2-offload-cpu-adam", "reflora", 2),
-    ("fsdp1-trainer", "reflora", 3),
-    ("zero3-trainer", "reflora", 3),
+    ("zero1", "reflora", 2, True),
+    ("zero2", "reflora", 2, True),
+    ("zero3", "reflora", 2, True),
+    ("fsdp2", "reflora", 2, True),
+    ("fsdp1-flat", "reflora", 2, True),
+    ("ddp", "reflora", 2, False),
+    ("zero1", "reflora", 2, False),
+    ("zero2", "reflora", 2, False),
+    ("zero3", "reflora", 2, False),
+    ("fsdp1-flat", "reflora", 2, False),
+    ("fsdp2", "lora-pro", 3, False),  # 8 rows on 3 ranks, which FSDP2 pads to 9
+    ("zero3", "lora-pro", 3, True),  # cuts rows
+    ("fsdp2", "reflora", 2, False),
+    ("zero3-bf16-masters", "reflora", 2, True),
+    ("zero3", "lora-rite", 3, True),
+    ("zero3", "lora-rite", 3, False),
+    ("zero2", "lora-pro", 3, True),
+    ("zero2", "lora-pro", 3, False),
+    ("fsdp2", "lora-rite", 3, True),
+    ("fsdp2", "lora-rite", 3, False),
+    ("fsdp2", "reflora-s", 4, True),
+    ("fsdp2-hsdp", "reflora", 4, True),
+    ("fsdp2-hsdp", "reflora", 4, False),
+    ("zero2-round-robin", "reflora", 4, True),
+    ("zero2-round-robin", "reflora", 4, False),
+    ("zero3-persist-all", "scaled-gd", 4, True),
+    ("zero3-persist-none", "lora-pro", 3, False),
+    ("zero1-bf16", "reflora", 3, True),
+    ("zero2-offload-cpu-adam", "reflora", 2, True),
+    ("fsdp1-trainer", "reflora", 3, True),
+    ("fsdp1-trainer", "reflora", 3, False),
+    ("fsdp2-trainer", "reflora", 3, True),
+    ("zero3-trainer", "reflora", 3, True),
+    ("zero3-trainer", "reflora", 3, False),
 ]
-DEFAULT = CASES[:6]
+DEFAULT = CASES[:12]
 ZERO_OPTIONS: dict[str, dict[str, Any]] = {
     "zero2-round-robin": {"round_robin_gradients": True},
     "zero3-persist-all": {"stage3_param_persistence_threshold": 1_000_000},
@@ -127,6 +142,7 @@ class _EngineTraffic(TorchDispatchMode):
         "_reduce_scatter_base_": "reduce_scatter",
         "allreduce_": "all_reduce",
         "alltoall_base_": "all_to_all",
+        "send": "send_recv",
     }
 
     def __init__(self) -> None:
@@ -148,13 +164,18 @@ class _EngineTraffic(TorchDispatchMode):
                 _, sent, _, _, counts, *_ = args
                 self.sent[kind] += (sent.numel() - counts[dist.get_rank() % len(counts)]) * sent.element_size()
                 return func(*args, **(kwargs or {}))
+            if kind == "send_recv":
+                self.sent[kind] += nbytes(args[0])
+                return func(*args, **(kwargs or {}))
             whole = max(nbytes([leaf]) for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
             whole *= ranks if name == "allgather_" else 1  # which lists the pieces
             self.sent[kind] += (2 if kind == "all_reduce" else 1) * (ranks - 1) * whole // ranks
         return func(*args, **(kwargs or {}))
 
 
-def _train(rank: int, world_size: int, engine_name: str, method: str, base: Path | None = None) -> dict[str, Any]:
+def _train(
+    rank: int, world_size: int, engine_name: str, method: str, tall: bool, base: Path | None = None
+) -> dict[str, Any]:
     """Two steps; then what the handle reports and what is held. With the base in 4 bits if there is a folder of it."""
     engine = ENGINES[engine_name]
     workload = synthetic_workload(steps=2)
@@ -174,22 +195,30 @@ def _train(rank: int, world_size: int, engine_name: str, method: str, base: Path
             super().on_train_begin(*args, **kwargs)
             got.update(model=kwargs["model"], optimizer=kwargs["optimizer"], handle=self.handle)
 
-    hook = Callback(RefLoRAConfig(method=method, warmup_steps=0)) if engine.takes_callback else attached
+    # which by itself stores them tall
+    callback = Callback(RefLoRAConfig(method=method, warmup_steps=0), tall=None if tall else False)
+    hook = callback if engine.takes_callback else attached
     settings = RITE if method == "lora-rite" else workload.settings
     model = build_model(workload, dtype=engine.model_dtype) if base is None else quantized_model(workload, base)
+    if tall and not engine.takes_callback:
+        tall_adapters(model)
     engine.train(model, workload.batches, settings, hook)
     return {
         "report": got["handle"].report().as_dict(),
+        "layouts": got["handle"]._engine.layouts(),
         "held": held(got["model"], got["optimizer"]),
         "sent": traffic.sent,
     }
 
 
-def predicted(folder: Path, engine_name: str, method: str, world_size: int, load_in_4bit: bool = False) -> Diagnosis:
+def predicted(
+    folder: Path, engine_name: str, method: str, world_size: int, tall: bool, load_in_4bit: bool = False
+) -> Diagnosis:
     """The doctor's answer to a configuration file that says what the engine under test was built with."""
     LlamaConfig(**synthetic_workload(steps=1).llama, architectures=["LlamaForCausalLM"]).save_pretrained(folder)
     options = DoctorOptions(model=str(folder), method=method, lora_r=8, world_size=world_size, sequence_length=16)
     options.load_in_4bit = load_in_4bit
+    options.tall_adapters = tall
     if engine_name.startswith("zero"):
         config = zero_config(Settings(), 12 // world_size, int(engine_name[4]), **ZERO_OPTIONS.get(engine_name, {}))
         path = folder / "deepspeed.json"
@@ -221,19 +250,24 @@ def predicted(folder: Path, engine_name: str, method: str, world_size: int, load
 def _cases() -> list[Any]:
     further = [pytest.mark.all_ranks]
     return [
-        pytest.param(*case, marks=[] if case in DEFAULT else further, id="-".join(map(str, case))) for case in CASES
+        pytest.param(
+            *case,
+            marks=[] if case in DEFAULT else further,
+            id="-".join(map(str, (*case[:3], "tall" if case[3] else "flat"))),
+        )
+        for case in CASES
     ]
 
 
-@pytest.mark.parametrize(("engine_name", "method", "world_size"), _cases())
-def test_prediction_is_what_happens(engine_name: str, method: str, world_size: int, tmp_path: Path) -> None:
-    """Engine, layout, pairs, collectives and every rank's bytes are those of the run's report; sizes those held."""
-    diagnosis = predicted(tmp_path, engine_name, method, world_size)
+@pytest.mark.parametrize(("engine_name", "method", "world_size", "tall"), _cases())
+def test_prediction_is_what_happens(engine_name: str, method: str, world_size: int, tall: bool, tmp_path: Path) -> None:
+    """Engine, layouts, pairs, collectives and every rank's bytes are those of the run's report; sizes those held."""
+    diagnosis = predicted(tmp_path, engine_name, method, world_size, tall)
     assert not diagnosis.findings.failed, diagnosis.findings
-    ranks = run_ranks(_train, world_size, engine_name, method)
+    ranks = run_ranks(_train, world_size, engine_name, method, tall)
     _check_reports(diagnosis, ranks)
     _check_sizes(diagnosis, ranks)
-    if (engine_name, method, world_size) in DEFAULT:
+    if (engine_name, method, world_size, tall) in DEFAULT:
         _check_engine_traffic(diagnosis, ranks[0]["sent"])
 
 
@@ -247,10 +281,11 @@ def test_prediction_is_what_happens(engine_name: str, method: str, world_size: i
 )
 def test_a_4_bit_base_is_sized_as_it_is_held(engine_name: str, tmp_path: Path) -> None:
     """And so is what goes over the wire."""
-    diagnosis = predicted(tmp_path, engine_name, "reflora", 2, load_in_4bit=True)
+    tall = engine_name != "ddp"  # there nobody stores them so
+    diagnosis = predicted(tmp_path, engine_name, "reflora", 2, tall, load_in_4bit=True)
     assert not diagnosis.findings.failed, diagnosis.findings
     save_base(synthetic_workload(steps=1), tmp_path / "base")
-    ranks = run_ranks(_train, 2, engine_name, "reflora", tmp_path / "base")
+    ranks = run_ranks(_train, 2, engine_name, "reflora", tall, tmp_path / "base")
     _check_reports(diagnosis, ranks)
     _check_sizes(diagnosis, ranks)
     if not engine_name.endswith("trainer"):  # whose traffic nobody counts
@@ -259,12 +294,17 @@ def test_a_4_bit_base_is_sized_as_it_is_held(engine_name: str, tmp_path: Path) -
 
 def _check_reports(diagnosis: Diagnosis, ranks: list[Any]) -> None:
     assert diagnosis.setup and diagnosis.traffic and diagnosis.pairs
+    assert diagnosis.sent_bytes == max(outcome["report"]["bytes_per_step"] for outcome in ranks)
     for rank, outcome in enumerate(ranks):
-        report = outcome["report"]
-        assert (diagnosis.setup.engine, diagnosis.setup.layout) == (report["engine"], report["layout"])
+        report, of_copy = outcome["report"], rank % diagnosis.setup.shard_size
+        assert (diagnosis.setup.engine, diagnosis.layout) == (report["engine"], report["layout"])
+        assert diagnosis.layouts == ([] if diagnosis.setup.whole else outcome["layouts"])
         assert sum(row["pairs"] for row in diagnosis.pairs) == report["num_pairs"]
-        assert diagnosis.traffic.collectives == report["collectives_per_step"]
-        assert diagnosis.traffic.sent[rank % diagnosis.setup.shard_size] == report["bytes_per_step"]
+        collectives = dict(diagnosis.traffic.collectives)
+        if not any(diagnosis.traffic.exchanged(of_copy)):
+            collectives.pop("send_recv", None)  # which has no cut row
+        assert collectives == report["collectives_per_step"]
+        assert diagnosis.traffic.sent(of_copy) == report["bytes_per_step"]
 
 
 def _check_sizes(diagnosis: Diagnosis, ranks: list[Any]) -> None:
@@ -278,9 +318,9 @@ def _check_engine_traffic(diagnosis: Diagnosis, sent: Counter[str]) -> None:
     """What went over the wire between two updates is the engine's and the method's; a norm and flags come on top."""
     assert diagnosis.traffic and diagnosis.setup
     ranks = diagnosis.setup.shard_size
-    expected = Counter(
-        all_reduce=2 * (ranks - 1) * diagnosis.traffic.reduced // ranks, all_to_all=diagnosis.traffic.exchanged[0]
-    )
+    expected = Counter(all_reduce=2 * (ranks - 1) * diagnosis.traffic.reduced // ranks)
+    if exchanged := sum(diagnosis.traffic.exchanged(0)):
+        expected["send_recv" if diagnosis.traffic.neighbours else "all_to_all"] += exchanged
     for entry in diagnosis.engine_sends or ():
         expected[entry.collective] += entry.bytes
     assert expected.keys() >= sent.keys()

@@ -10,12 +10,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, Qwen2Config
 
+from reflora_dist import RefLoRAConfig
 from reflora_dist.doctor import DoctorOptions, diagnose
 from reflora_dist.doctor.activations import activation_bytes
 from reflora_dist.doctor.options import OPTIMIZERS
 from reflora_dist.doctor.ranks import time_collectives
 from reflora_dist.doctor.setup import Setup
-from reflora_dist.doctor.wire import MethodTraffic
+from reflora_dist.tiling import Layout
+from reflora_dist.traffic import Traffic
 from tests.cluster import run_ranks
 from tests.test_doctor import FSDP1, FSDP2, SMALL, ZERO3, found, written, zero3
 from tests.test_launchers_support import REPOSITORY
@@ -122,13 +124,30 @@ def test_moments_are_those_of_the_optimizer_that_the_file_names(
         assert found(diagnosis, "error", f"--optim {option}, but") == (kept != moments), diagnosis.findings
 
 
-def _sent(rank: int, world_size: int) -> dict[str, int]:
-    of_each = dict.fromkeys(range(2), 4000)
-    traffic = MethodTraffic({}, sent=of_each, reduced=80, exchanged=of_each, buffers=of_each)
-    return {row["collective"]: row["sent_bytes"] for row in time_collectives(traffic, torch.device("cpu"))}
+# What the rank that sends most sends for 8 pairs of r = 5 on 2 ranks: where a row is cut, and where lora_A is flat.
+TIMED = {"tall": {"all_reduce": 1920, "send_recv": 128}, "flat": {"all_reduce": 1920, "all_to_all": 448}}
+
+
+def _sent(rank: int, world_size: int, stored: str) -> dict[str, int]:
+    layouts = 8 * [Layout(3, 5, stored == "flat", chunk=8), Layout(4, 5, False, chunk=10)]
+    traffic = Traffic(RefLoRAConfig(), layouts, 2, torch.device("cpu"))
+    return {row["collective"]: row["sent_bytes"] for row in time_collectives(traffic, 2, torch.device("cpu"))}
 
 
 @pytest.mark.all_ranks
-def test_collectives_are_timed_within_a_copy() -> None:
+@pytest.mark.parametrize("stored", TIMED)
+def test_collectives_are_timed_within_a_copy(stored: str) -> None:
     """Copies of two of the four ranks: a rank sends all that it sends to the other one."""
-    assert run_ranks(_sent, 4) == 4 * [{"all_reduce": 80, "all_to_all": 4000}]
+    assert run_ranks(_sent, 4, stored) == 4 * [TIMED[stored]]
+
+
+def _gathered(rank: int, world_size: int) -> list[tuple[str, int]]:
+    """64 pairs of r = 32, whose solve is shared out on a CPU."""
+    layouts = 64 * [Layout(64, 32, False, chunk=1024), Layout(64, 32, False, chunk=1024)]
+    traffic = Traffic(RefLoRAConfig(), layouts, 2, torch.device("cpu"))
+    return [(row["collective"], row["sent_bytes"]) for row in time_collectives(traffic, 2, torch.device("cpu"))]
+
+
+def test_what_is_solved_in_shares_is_timed_too() -> None:
+    of_each = [("all_reduce", 8 * 64 * 32 * 33), ("all_gather", 8 * 32 * (32 * 33 + 1))]
+    assert run_ranks(_gathered, 2) == 2 * [of_each]

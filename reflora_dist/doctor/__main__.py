@@ -57,7 +57,7 @@ def _together(configs: list[str], options: DoctorOptions, device: torch.device) 
     memories = [memory for memory in gather(options.gpu_memory_gib) if memory is not None]
     asked = dataclasses.asdict(options)
     options.gpu_memory_gib = min(memories) if memories else None
-    diagnosis = diagnose(configs, options)
+    diagnosis = diagnose(configs, options, device)
     own = {
         "files": diagnosis.files,
         "options": asked,
@@ -65,7 +65,7 @@ def _together(configs: list[str], options: DoctorOptions, device: torch.device) 
         "environment": environment(),
         "host": socket.gethostname(),
         "errors": [finding for finding in diagnosis.findings if finding.level == "error"],
-        "traffic": diagnosis.traffic,
+        "sends": diagnosis.method_sends,
     }
     everyone = gather(own)
     ranks = names(len(everyone), [other["host"] for other in everyone])
@@ -79,10 +79,10 @@ def _together(configs: list[str], options: DoctorOptions, device: torch.device) 
             if finding not in seen:
                 seen.add(finding)
                 diagnosis.findings.append(finding._replace(where=f"{rank}: {finding.where}"))
-    agreed = all(other["traffic"] == own["traffic"] for other in everyone)
-    if gather(agreed and own["traffic"] is not None) == [True] * len(everyone):
-        assert diagnosis.traffic is not None
-        diagnosis.measured = time_collectives(diagnosis.traffic, device)
+    agreed = all(other["sends"] == own["sends"] for other in everyone)
+    if gather(agreed and own["sends"] is not None) == [True] * len(everyone):
+        assert diagnosis.traffic is not None and diagnosis.setup is not None
+        diagnosis.measured = time_collectives(diagnosis.traffic, diagnosis.setup.shard_size, device)
     return diagnosis
 
 

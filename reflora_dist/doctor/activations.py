@@ -84,7 +84,7 @@ def _shallow(config: Any, layers: int) -> Any:
 
 def _peak(config: Any, options: DoctorOptions, setup: Setup) -> int:
     dtype = getattr(torch, PRECISIONS[setup.precision])
-    model = build(config, options, dtype)
+    model = build(config, options, dtype, setup.tall_adapters)
     if setup.is_zero:  # DeepSpeed casts the factors too, and needs no autocast
         model.to(dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):

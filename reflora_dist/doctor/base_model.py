@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters import AdapterPair, find_pairs
+from ..blocks import SIDE_A, SIDE_B
+from ..tall import tall_adapters
+from ..tiling import Layout
 from .options import DoctorOptions
 from .values import one_line
 
@@ -75,8 +79,11 @@ def load_config(name: str) -> Any:
         raise ValueError(f"the configuration of {name!r} cannot be read: {one_line(error)}") from error
 
 
-def build(config: Any, options: DoctorOptions, dtype: torch.dtype) -> PeftModel:
+def build(config: Any, options: DoctorOptions, dtype: torch.dtype, tall: bool = False) -> PeftModel:
     """The model with its adapters, on the meta device, as launchers and trainers build it.
+
+    Args:
+        tall: store lora_A as ``[in, r]`` where it can be.
 
     Raises:
         ValueError: transformers knows no such causal language model, or no layer has one of the target names.
@@ -87,7 +94,15 @@ def build(config: Any, options: DoctorOptions, dtype: torch.dtype) -> PeftModel:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **arguments)
         lora = LoraConfig(task_type=TaskType.CAUSAL_LM, r=options.lora_r, target_modules=targets)
-        return get_peft_model(model, lora)
+        model = get_peft_model(model, lora)
+        if tall:
+            tall_adapters(model)
+        return model
+
+
+def whole_layouts(pairs: Sequence[AdapterPair]) -> list[Layout]:
+    """How every factor is stored, lora_A and lora_B alternating, each in one piece."""
+    return [pair.whole(side) for pair in pairs for side in (SIDE_A, SIDE_B)]
 
 
 def layer_classes(model: nn.Module) -> set[str]:

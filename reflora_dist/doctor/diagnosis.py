@@ -10,25 +10,32 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from ..adapters import find_pairs
+from ..methods import GRADIENT_METHODS
+from ..tall import tall_adapters
+from ..tiling import Layout
+from ..traffic import Traffic
 from . import accelerate_config
 from .accelerate_config import accelerate_setup
 from .activations import activation_bytes
-from .base_model import MetaModel, build, describe, layer_classes, load_config
+from .base_model import MetaModel, build, describe, layer_classes, load_config, whole_layouts
 from .deepspeed_config import deepspeed_setup
 from .files import is_for_accelerate, read
 from .findings import Findings
 from .four_bit import four_bit, pack
-from .held import BYTES, Item, Shards, factor_shards, memory, persisted
+from .held import BYTES, Item, factor_layouts, memory, persisted
 from .options import OPTIMIZERS, PRECISIONS, DoctorOptions
 from .ranks import compare
 from .setup import Setup
 from .values import count, one_line
 from .versions import PackageVersion, check_versions
-from .wire import MethodTraffic, Sent, engine_traffic, method_bytes, method_traffic
+from .wire import Sent, engine_traffic, method_bytes, method_sends
 
 _GIB = 2**30
+_GPU = torch.device("cuda")
 _TIGHT = 0.9  # of a device's memory: CUDA's context, NCCL's buffers and fragmentation come on top
 
 
@@ -38,6 +45,8 @@ class Diagnosis:
 
     Attributes:
         files: by path what is in them.
+        layouts: of every factor, lora_A and lora_B alternating; empty where every rank holds all.
+        method_sends: on the rank that sends most, in a step in which the method acts.
         measured: timed collectives, under a launcher.
     """
 
@@ -49,7 +58,9 @@ class Diagnosis:
     parameters: dict[str, int] | None = None
     pairs: list[dict[str, Any]] | None = None
     memory: list[Item] | None = None
-    traffic: MethodTraffic | None = None
+    layouts: list[Layout] | None = None
+    traffic: Traffic | None = None
+    method_sends: list[Sent] | None = None
     engine_sends: list[Sent] | None = None
     measured: list[dict[str, Any]] | None = None
 
@@ -60,7 +71,16 @@ class Diagnosis:
     @property
     def sent_bytes(self) -> int:
         """By the method, in a step in which it acts, on the rank that sends most."""
-        return max(self.traffic.sent.values(), default=0) if self.traffic else 0
+        return sum(sent.bytes for sent in self.method_sends or ())
+
+    @property
+    def layout(self) -> str | None:
+        """As in ``Report.layout``."""
+        if self.layouts is None:
+            return None
+        if not self.layouts:
+            return "whole"
+        return "flat" if any(layout.columns for layout in self.layouts) else "tall"
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -71,25 +91,30 @@ class Diagnosis:
             "files": sorted(self.files),
             "options": dataclasses.asdict(self.options),
             "versions": [version._asdict() for version in self.versions],
-            "setup": setup and {**dataclasses.asdict(setup), "layout": setup.layout},
+            "setup": setup and {**dataclasses.asdict(setup), "layout": self.layout},
             "parameters": self.parameters,
             "pairs": self.pairs,
             "memory_per_rank": self.memory and [item._asdict() for item in self.memory],
             "device_bytes_per_rank": self.memory and self.bytes_in("device"),
             "host_bytes_per_rank": self.memory and self.bytes_in("host"),
             "method_sends": traffic
-            and {"collectives_per_step": traffic.collectives, "bytes_per_step": self.sent_bytes},
+            and {
+                "collectives_per_step": traffic.collectives,
+                "bytes_per_step": self.sent_bytes,
+                "parts": [sent._asdict() for sent in self.method_sends or ()],
+            },
             "engine_sends": self.engine_sends and [sent._asdict() for sent in self.engine_sends],
             "measured": self.measured,
         }
 
 
-def diagnose(configs: Sequence[str], options: DoctorOptions) -> Diagnosis:
+def diagnose(configs: Sequence[str], options: DoctorOptions, device: torch.device = _GPU) -> Diagnosis:
     """What a run with these configuration files would do. Starts nothing and sends nothing.
 
     Args:
         configs: paths; several of a kind must agree, one of each are used together, none means DDP.
         options: what they leave open.
+        device: of the run's ranks.
     """
     findings = Findings()
     files = _read(configs, findings)
@@ -108,8 +133,11 @@ def diagnose(configs: Sequence[str], options: DoctorOptions) -> Diagnosis:
             findings.error("--model", str(error), "give a hub name, a folder or a config.json")
     if len(files) == len(set(configs)):
         result.setup = _setup(for_accelerate[:1], for_deepspeed[:1], files, model_config, options, findings)
+    if result.setup is not None:
+        sharded = result.setup.engine not in ("single", "ddp")
+        result.setup.tall_adapters = sharded and options.tall_adapters
     if result.setup is not None and model_config is not None:
-        _estimate(result, result.setup, model_config)
+        _estimate(result, result.setup, model_config, device)
     return result
 
 
@@ -198,19 +226,18 @@ def _size(path: str, config: dict[str, Any], options: DoctorOptions, findings: F
     return ranks, nodes
 
 
-def _estimate(result: Diagnosis, setup: Setup, model_config: Any) -> None:
+def _estimate(result: Diagnosis, setup: Setup, model_config: Any, device: torch.device) -> None:
     options, findings = result.options, result.findings
     dtype = getattr(torch, PRECISIONS[setup.precision])
     try:
-        built = build(model_config, options, dtype)
+        built = build(model_config, options, dtype, setup.tall_adapters)
         model = describe(built)
     except Exception as error:  # the libraries', by what is wrong in the model's configuration or is not installed
         findings.error("--model", *_why_not_built(model_config, options, error))
         return
     _check_class_names(built, setup, findings)
     config = options.reflora_config()
-    shapes = [shape for pair in model.pairs for shape in (pair.shape_a, pair.shape_b)]
-    shards = factor_shards(setup, shapes)
+    result.layouts = factor_layouts(setup, whole_layouts(model.pairs))
     result.parameters = {
         "base": sum(parameter.numel for parameter in model.base),
         "factors": sum(parameter.numel for parameter in model.factors),
@@ -218,15 +245,17 @@ def _estimate(result: Diagnosis, setup: Setup, model_config: Any) -> None:
     packing = four_bit(model_config, options, setup.precision, findings)
     if packing is not None:
         model = pack(model, packing, BYTES[setup.precision])
-    result.pairs = _pair_rows(setup, model, shards)
-    result.traffic = method_traffic(config, shapes, shards, setup.shard_size)
+    result.pairs = _pair_rows(setup, model, result.layouts)
+    result.traffic = Traffic(config, result.layouts, setup.shard_size, device)
+    result.method_sends = method_sends(config, result.traffic, setup.shard_size)
     result.engine_sends = engine_traffic(setup, model)
     try:
         activations = activation_bytes(model_config, options, setup)
     except ValueError as error:
         activations = 0
         findings.warning("activations", f"not estimated: {error}", "leave room for them")
-    matrices = method_bytes(config, [pair.lora_rank for pair in model.pairs], result.traffic)
+    lora_ranks = [pair.lora_rank for pair in model.pairs]
+    matrices = method_bytes(config, lora_ranks, result.traffic, setup.shard_size)
     moments = setup.moments if setup.moments is not None else OPTIMIZERS[options.optim or "adamw"]
     moments = 2 if options.method == "lora-rite" else moments
     result.memory = memory(setup, model, moments, activations, matrices)
@@ -234,6 +263,7 @@ def _estimate(result: Diagnosis, setup: Setup, model_config: Any) -> None:
     _check_memory(result, setup)
     if packing is not None:
         _check_loading(model, setup, options, findings)
+    _check_flat_adapters(result, setup, built, device)
 
 
 def _why_not_built(model_config: Any, options: DoctorOptions, error: Exception) -> tuple[str, str]:
@@ -258,31 +288,33 @@ def _check_class_names(model: torch.nn.Module, setup: Setup, findings: Findings)
         )
 
 
-def _pair_rows(setup: Setup, model: MetaModel, shards: list[Shards]) -> list[dict[str, Any]]:
+def _pair_rows(setup: Setup, model: MetaModel, layouts: list[Layout]) -> list[dict[str, Any]]:
     """One row for pairs of one size and layout."""
     kept = persisted(setup, model.parameters)
     whole = [factor.name in kept for factor in model.factors]
     rows: Counter[tuple[Any, ...]] = Counter()
     for index, pair in enumerate(model.pairs):
-        sides = [
-            _layout(shape, shards[2 * index + side] if shards else None, setup, whole[2 * index + side])
-            for side, shape in enumerate((pair.shape_a, pair.shape_b))
+        texts = [
+            _layout(layouts[factor], setup, whole[factor]) if layouts else "whole"
+            for factor in (2 * index, 2 * index + 1)
         ]
-        rows[pair.lora_rank, pair.in_features, pair.out_features, *sides] += 1
+        rows[pair.lora_rank, pair.in_features, pair.out_features, *texts] += 1
     names = ("lora_rank", "in_features", "out_features", "lora_A", "lora_B")
     return [{"pairs": count, **dict(zip(names, row, strict=True))} for row, count in rows.items()]
 
 
-def _layout(shape: tuple[int, int], shards: Shards | None, setup: Setup, whole: bool) -> str:
-    if shards is None:
-        return "whole"
-    largest = max(shard.numel for shard in shards.values())
-    if setup.engine == "fsdp2":
-        text = f"{largest // shape[1]:,} of {shape[0]:,} rows on {len(shards)} of {setup.shard_size} ranks"
-    elif setup.engine in ("zero3", "fsdp1"):
-        text = f"flat pieces of {largest:,} on {len(shards)} of {setup.shard_size} ranks"
-    else:
+def _layout(layout: Layout, setup: Setup, whole: bool) -> str:
+    numel, (rows, width) = min(layout.chunk, layout.numel), layout.shape
+    holders = layout.holder(layout.numel - 1) - layout.holder(0) + 1
+    if setup.engine.startswith(("zero1", "zero2")):
         text = "slice of one flat buffer"  # elsewhere for every factor
+    else:
+        unit = f"{numel:,} elements" if numel % width else f"{numel // width:,} of {rows:,} rows"
+        text = f"{unit} on {holders} of {setup.shard_size} ranks"
+    if layout.columns:
+        text = f"[r, in], {text}"
+    elif layout.moves:
+        text = f"{text}, cut within rows"
     return f"{text}, and kept whole" if whole else text
 
 
@@ -292,8 +324,8 @@ def _check_adapter(model: MetaModel, setup: Setup, options: DoctorOptions, findi
         findings.warning(
             "sub_group_size",
             f"{setup.sub_group_elements:,} is below the {part:,} elements of factors that a rank updates: the "
-            "optimizer steps, and gradients are exchanged, several times per step; the number of collectives told here "
-            "is that of one",
+            "optimizer steps, and what has to be exchanged is, several times per step; the number of collectives told "
+            "here is that of one",
             f"sub_group_size of at least {part}",
         )
     deficient = [pair for pair in model.pairs if pair.lora_rank > min(pair.in_features, pair.out_features)]
@@ -305,6 +337,33 @@ def _check_adapter(model: MetaModel, setup: Setup, options: DoctorOptions, findi
             f"out={pair.out_features}): S does not exist there, and they are plain LoRA",
             "lower r, there or everywhere",
         )
+
+
+def _check_flat_adapters(result: Diagnosis, setup: Setup, built: PeftModel, device: torch.device) -> None:
+    """What it costs to keep lora_A as ``[r, in]``. Stores those of ``built`` tall, so it has to come last."""
+    config, layouts = result.options.reflora_config(), result.layouts or []
+    flat = [layout for layout in layouts if layout.columns and layout.moves]
+    if not flat or not (config.method in GRADIENT_METHODS or config.method == "lora-rite"):
+        return
+    cost = (
+        f"{len(flat)} of {len(layouts) // 2} lora_A are stored as [r, in] and cut: in every step each goes to one rank "
+        f"and back, in messages to every rank. The rank that sends most sends {result.sent_bytes / 1e6:.2f} MB"
+    )
+    if not tall_adapters(built):
+        result.findings.note("adapters", f"{cost}; those of embeddings and convolutions have no tall form")
+        return
+    tall = Traffic(config, factor_layouts(setup, whole_layouts(find_pairs(built))), setup.shard_size, device)
+    instead = sum(sent.bytes for sent in method_sends(config, tall, setup.shard_size))
+    cost += f", {instead / 1e6:.2f} MB if they are stored tall, [in, r]"
+    padded = sum(setup.shard_size * layout.chunk for layout in flat) / sum(layout.numel for layout in flat)
+    if setup.engine == "fsdp2" and padded > 1:
+        cost += f"; and FSDP2 pads them to {padded:.3g} times their size wherever it gathers and reduces them"
+    result.findings.warning(
+        "--tall_adapters False",
+        cost,
+        "leave it out: RefLoRACallback and finetune.py store them tall; in a loop of your own call "
+        "reflora_dist.tall_adapters(model) after get_peft_model and before wrapping and the optimizer",
+    )
 
 
 def _check_memory(result: Diagnosis, setup: Setup) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..blocks import SIDE_A
-from ..tiling import LocalShard
+from ..tiling import Layout
 from .base_model import MetaModel, Parameter
 from .setup import Setup
 
@@ -14,9 +13,6 @@ BYTES = {"no": 4, "bf16": 2, "fp16": 2}
 _MASTER = 4  # fp32
 _FSDP_ALIGNMENT = 16  # bytes to which FSDP1 pads parameters where it keeps the original ones
 _ZERO_ALIGNMENT = 2  # elements per rank to which ZeRO-1/2 pad a flat buffer
-
-Shards = dict[int, LocalShard]
-"""By rank; ranks that hold nothing are left out."""
 
 
 class Item(NamedTuple):
@@ -35,52 +31,34 @@ class Item(NamedTuple):
     counted: bool
 
 
-def factor_shards(setup: Setup, shapes: Sequence[tuple[int, int]]) -> list[Shards]:
-    """What the ranks of one copy hold of every factor; empty where every rank holds all.
+def factor_layouts(setup: Setup, wholes: Sequence[Layout]) -> list[Layout]:
+    """How the ranks of one copy cut every factor; empty where every rank holds all.
 
     Args:
-        shapes: of whole factors, ``(r, in)`` and ``(out, r)`` alternating.
+        wholes: of every factor, lora_A and lora_B alternating, as ``AdapterPair.whole`` gives them.
     """
     if setup.whole:
         return []
-    if setup.engine == "fsdp2":
-        return [_rows(shape, setup.shard_size, tall=index % 2 != SIDE_A) for index, shape in enumerate(shapes)]
+    if setup.engine == "fsdp2":  # Shard(0), which cuts as torch.chunk does
+        return [whole._replace(chunk=-(-whole.shape[0] // setup.shard_size) * whole.shape[1]) for whole in wholes]
     if setup.engine in ("zero3", "fsdp1"):  # FSDP1: PEFT's policy, by which Trainer wraps, makes every factor a unit
-        return [_pieces(rows * columns, setup.shard_size) for rows, columns in shapes]
-    return _slices_of_one_buffer([rows * columns for rows, columns in shapes], setup)
+        return [whole._replace(chunk=-(-whole.numel // setup.shard_size)) for whole in wholes]
+    return _slices_of_one_buffer(wholes, setup)
 
 
-def _rows(shape: tuple[int, int], ranks: int, tall: bool) -> Shards:
-    """FSDP2's Shard(0), which cuts as torch.chunk does."""
-    rows, columns = shape
-    each = -(-rows // ranks)
-    return {
-        rank: LocalShard((min(rows, start + each) - start) * columns, start * columns, tall)
-        for rank, start in enumerate(range(0, rows, each))
-    }
-
-
-def _pieces(numel: int, ranks: int) -> Shards:
-    """Equal flat pieces, the last ones padded."""
-    each = -(-numel // ranks)
-    return {rank: LocalShard(min(each, numel - start), start) for rank, start in enumerate(range(0, numel, each))}
-
-
-def _slices_of_one_buffer(numels: Sequence[int], setup: Setup) -> list[Shards]:
+def _slices_of_one_buffer(wholes: Sequence[Layout], setup: Setup) -> list[Layout]:
     """ZeRO-1/2: factors behind each other, of which each rank has an equal part."""
-    order = list(range(len(numels)))
+    order = list(range(len(wholes)))
     if setup.round_robin:
         order = [index for first in range(setup.shard_size) for index in order[first :: setup.shard_size]]
-    partition = zero_partition(numels, setup)
-    shards: list[Shards] = [{} for _ in numels]
+    partition = zero_partition([whole.numel for whole in wholes], setup)
+    layouts = list(wholes)
     position = 0
     for index in order:
-        stop = position + numels[index]
-        for rank in range(position // partition, (stop - 1) // partition + 1):
-            first, last = max(position, rank * partition), min(stop, (rank + 1) * partition)
-            shards[index][rank] = LocalShard(last - first, first - position)
-        position = stop + (-stop) % setup.alignment
-    return shards
+        layouts[index] = wholes[index]._replace(chunk=partition, offset=position)
+        position += wholes[index].numel
+        position += (-position) % setup.alignment
+    return layouts
 
 
 def zero_partition(numels: Sequence[int], setup: Setup) -> int:
@@ -114,7 +92,7 @@ def memory(setup: Setup, model: MetaModel, moments: int, activation_bytes: int, 
         method_bytes: of the method's matrices and exchange buffers.
     """
     working = BYTES[setup.precision]
-    base = sum(_held(setup, model.base)) * working
+    base = sum(held_elements(setup, model.base)) * working
     parameters = "host" if setup.offload_params else "device"
     items = [Item("base weights", base, parameters, True)]
     if model.scale_bytes:
@@ -132,7 +110,7 @@ def memory(setup: Setup, model: MetaModel, moments: int, activation_bytes: int, 
     return [item for item in items if item.bytes]
 
 
-def _held(setup: Setup, parameters: Sequence[Parameter]) -> list[int]:
+def held_elements(setup: Setup, parameters: Sequence[Parameter]) -> list[int]:
     """Elements of parameters on the first rank, padding included: one entry per parameter, or per FSDP1 unit."""
     ranks = setup.shard_size
     if setup.engine == "zero3":
@@ -155,7 +133,7 @@ def _plain_factors(setup: Setup, model: MetaModel, moments: int) -> list[Item]:
     if setup.engine == "fsdp1" and not setup.whole:
         held = sum(-(-factor.numel // setup.shard_size) for factor in model.factors)
     else:
-        held = sum(_held(setup, model.factors))
+        held = sum(held_elements(setup, model.factors))
     return [
         Item("factors", held * _MASTER, place, True),
         Item("gradients of factors", held * _MASTER, place, False),
@@ -169,7 +147,7 @@ def _zero_factors(setup: Setup, model: MetaModel, moments: int) -> list[Item]:
     numels = [factor.numel for factor in model.factors]
     if setup.engine == "zero3":
         part = sum(-(-numel // setup.shard_size) for numel in numels)
-        weights, gradients = sum(_held(setup, model.factors)), part
+        weights, gradients = sum(held_elements(setup, model.factors)), part
     else:
         part = zero_partition(numels, setup)
         weights = part * setup.shard_size

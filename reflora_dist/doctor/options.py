@@ -31,7 +31,9 @@ class DoctorOptions:
         None, "Hub name, local path or config.json. Only its configuration is read; without it, keys are checked only."
     )
     method: str = _option("reflora", "Method.", choices=METHODS)
-    reflora_overlap: bool = _option(False, "Form the next step's S beside the next forward.")
+    tall_adapters: bool = _option(
+        True, "Under FSDP and DeepSpeed: store lora_A as [in, r], as RefLoRACallback and finetune.py do."
+    )
     load_in_4bit: bool = _option(False, "The base is kept in 4 bits, as by finetune.py --load_in_4bit.")
     lora_r: int = _option(16, "LoRA rank r.")
     target_modules: list[str] = _option(["all-linear"], "Layers that get an adapter.")  # noqa: RUF009
@@ -63,7 +65,7 @@ class DoctorOptions:
 
     def reflora_config(self) -> RefLoRAConfig:
         """The settings that the package reads."""
-        return RefLoRAConfig(method=self.method, overlap=self.reflora_overlap)
+        return RefLoRAConfig(method=self.method)
 
 
 def parse_options(argv: list[str] | None = None) -> tuple[list[str], DoctorOptions]:

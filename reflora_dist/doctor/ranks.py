@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from ..communication import Communicator
+from ..traffic import Traffic
 from .findings import Findings
-from .wire import MethodTraffic
 
 _ENVIRONMENT = ("NCCL_", "TORCH_", "PYTORCH_", "FSDP_", "ACCELERATE_", "DS_", "CUBLAS_")
 # These have to differ.
@@ -82,34 +82,44 @@ def gather(own: Any) -> list[Any]:
     return everyone
 
 
-def time_collectives(traffic: MethodTraffic, device: torch.device) -> list[dict[str, Any]]:
-    """Time one all-reduce and one all-to-all of the sizes that the method sends, in all copies at once.
+def time_collectives(traffic: Traffic, ranks: int, device: torch.device) -> list[dict[str, Any]]:
+    """Time one of each collective that the method issues, of the sizes that it sends, in all copies at once.
 
-    The all-to-all sends equal parts to all ranks of a copy, of the rank that sends most. Where the ranks are not a
-    multiple of a copy's (more were asked about than there are), both go over all.
+    The exchange is that of the rank that sends most, there and back in one: an all-to-all sends equal parts to all
+    ranks of a copy, neighbours' rows all go to the next rank. Where the job's ranks are not a multiple of a copy's
+    (more were asked about than there are), everything goes over all of them.
+
+    Args:
+        ranks: that hold one copy together.
 
     Returns:
         Per collective its kind, the bytes that a rank sends, and the milliseconds of the slowest rank (the median of
         some calls).
 
-    Communication: several of both, and all-gathers; every rank must call.
+    Communication: several of each, and all-gathers; every rank must call.
     """
-    ranks = len(traffic.sent)
+    exchanged = max(sum(traffic.exchanged(rank)) for rank in range(ranks))
     group = dist.group.WORLD
     if 1 < ranks < dist.get_world_size() and dist.get_world_size() % ranks == 0:
         group, _ = dist.new_subgroups(ranks)
     comm = Communicator(group, device)
-    ranks = comm.world_size
     measured = []
     if traffic.reduced:
         bucket = torch.zeros(traffic.reduced // 8, dtype=torch.float64, device=comm.device)
         measured.append(_timed(comm, "all_reduce", lambda: comm.all_reduce([bucket])))
-    exchanged = max(traffic.exchanged.values(), default=0)
-    if exchanged and ranks > 1:
-        # there and back are calls of their own; one call of all of it shows the bandwidth
-        each = exchanged // 4 // (ranks - 1)
-        send = torch.zeros(each * ranks, dtype=torch.float32, device=comm.device)
-        measured.append(_timed(comm, "all_to_all", lambda: comm.all_to_all(send, [each] * ranks, [each] * ranks)))
+    if traffic.gathered:
+        share = torch.zeros(traffic.gathered // 8, dtype=torch.float64, device=comm.device)
+        measured.append(_timed(comm, "all_gather", lambda: comm.all_gather(share)))
+    # there and back are calls of their own; one call of all of it shows the bandwidth
+    if exchanged and traffic.neighbours and comm.world_size > 1:
+        rows = torch.zeros(exchanged // 4, dtype=torch.float32, device=comm.device)
+        there, back = ({(comm.rank + step) % comm.world_size: len(rows)} for step in (1, -1))
+        measured.append(_timed(comm, "send_recv", lambda: comm.between_neighbours(rows, there, back)))
+    elif exchanged and comm.world_size > 1:
+        each = exchanged // 4 // (comm.world_size - 1)
+        parts = dict.fromkeys(range(comm.world_size), each)
+        send = torch.zeros(sum(parts.values()), dtype=torch.float32, device=comm.device)
+        measured.append(_timed(comm, "all_to_all", lambda: comm.all_to_all(send, parts, parts)))
     return measured
 
 

@@ -29,6 +29,7 @@ class Setup:
         alignment: ZeRO-1/2: elements to a multiple of which parameters are padded.
         class_names: FSDP: of the modules that the file has wrapped; empty for the model's own choice.
         moments: tensors of a factor's size that the optimizer of DeepSpeed's file keeps; None if it names none.
+        tall_adapters: lora_A of linear layers are stored ``[in, r]``.
     """
 
     engine: str
@@ -52,6 +53,7 @@ class Setup:
     alignment: int = 1
     class_names: list[str] = dataclasses.field(default_factory=list)
     moments: int | None = None
+    tall_adapters: bool = False
 
     @property
     def is_zero(self) -> bool:
@@ -62,11 +64,6 @@ class Setup:
     def whole(self) -> bool:
         """Whether every rank holds whole factors."""
         return self.engine in ("single", "ddp") or (self.engine == "fsdp1" and self.shard_size == 1)
-
-    @property
-    def layout(self) -> str:
-        """As in ``Report.layout``."""
-        return "whole" if self.whole else "flat"
 
     @property
     def replicas(self) -> int:

@@ -56,7 +56,7 @@ def _engine(diagnosis: Diagnosis, setup: Setup) -> Iterator[str]:
     count = sum(row["pairs"] for row in diagnosis.pairs)
     yield (
         f"  {diagnosis.parameters['base']:,} parameters, {count} pairs of {diagnosis.parameters['factors']:,}; "
-        f"layout {setup.layout}"
+        f"layout {diagnosis.layout}"
     )
     rows = [["pairs", "r", "in", "out", "lora_A", "lora_B"]]
     rows += [[f"{value:,}" if isinstance(value, int) else value for value in row.values()] for row in diagnosis.pairs]
@@ -87,8 +87,13 @@ def _wire(diagnosis: Diagnosis) -> Iterator[str]:
     gbit = diagnosis.options.bandwidth_gbit
     yield ""
     yield "Sent by a rank in an optimizer step, MiB" + (f" (and ms at {gbit:g} Gbit/s)" if gbit else "")
-    calls = ", ".join(f"{count} {kind}" for kind, count in diagnosis.traffic.collectives.items()) or "nothing"
-    rows = [[f"{diagnosis.options.method}: {calls}", *_size(diagnosis.sent_bytes, gbit)]]
+    method, sends = diagnosis.options.method, diagnosis.method_sends or ()
+    rows = []
+    for sent in sends:
+        calls = f"{diagnosis.traffic.collectives[sent.collective]} {sent.collective}"
+        rows.append([f"{method}: {sent.what} ({calls})", *_size(sent.bytes, gbit)])
+    if len(sends) != 1:
+        rows.append([f"{method}: together" if sends else f"{method}: nothing", *_size(diagnosis.sent_bytes, gbit)])
     for sent in diagnosis.engine_sends or ():
         rows.append([f"the engine: {sent.what} ({sent.collective}), estimate", *_size(sent.bytes, gbit)])
     yield from columns(rows, right=(1, 2))

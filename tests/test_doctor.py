@@ -19,7 +19,7 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from reflora_dist import RefLoRAConfig
+from reflora_dist import RefLoRAConfig, tall_adapters
 from reflora_dist.doctor import DoctorOptions, diagnose
 from reflora_dist.doctor.__main__ import main
 from reflora_dist.doctor.activations import PeakMemory, activation_bytes
@@ -269,8 +269,8 @@ def test_tested_versions_are_those_of_the_constraints() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_activations_are_those_of_a_real_backward(checkpointing: bool, attention: str) -> None:
+@pytest.mark.parametrize(("attention", "tall"), [("sdpa", False), ("eager", False), ("sdpa", True)])
+def test_activations_are_those_of_a_real_backward(checkpointing: bool, attention: str, tall: bool) -> None:
     """Predicted from two and three layers without data; measured on five layers with data, allocation by allocation.
 
     What autograd saves (counted by its own hooks) is part of it, and all of it within a factor of two but where
@@ -280,11 +280,14 @@ def test_activations_are_those_of_a_real_backward(checkpointing: bool, attention
     setup = Setup(
         engine="single", world_size=1, precision="no", micro_batch_size=2, activation_checkpointing=checkpointing
     )
+    setup.tall_adapters = tall
     config = LlamaConfig(**SMALL)
     predicted = activation_bytes(config, options, setup)
     config._attn_implementation = attention
     with torch.device("cpu"):
         model = _real(config, options)
+    if tall:
+        tall_adapters(model)
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})

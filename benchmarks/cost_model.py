@@ -73,7 +73,8 @@ def sent_bytes(way: str, adapters: Adapters, ranks: int, layout: str = "zero3", 
         return np.full(ranks, (ranks - 1) * gathered // ranks)
     plan = moved(adapters, ranks, layout, way == "tall", device)
     collectives = 2 * (ranks - 1) * plan.traffic.reduced // ranks + (ranks - 1) * plan.traffic.gathered
-    return collectives + sum(plan.sent())
+    there, back = plan.sent()
+    return collectives + there + back
 
 
 def memory_bytes(way: str, adapters: Adapters, ranks: int, layout: str = "zero3", device: str = "cuda") -> int:

@@ -116,16 +116,16 @@ def moved(adapters: Adapters, ranks: int, engine: str, tall: bool, device: str) 
     """Count what a step moves; nothing if no factor is cut within rows. The device is that of the Grams."""
     layouts = adapters.layouts(engine, ranks, tall)
     traffic = Traffic(METHOD, layouts, ranks, torch.device(device))
-    zeros = np.zeros((5, ranks), np.int64)
-    result = Moved(traffic, *zeros, peers=[set() for _ in range(ranks)])
+    held, owned, kept, stays, spans = np.zeros((5, ranks), np.int64)
+    result = Moved(traffic, held, owned, kept, stays, spans, [set() for _ in range(ranks)])
     owners: dict[Layout, Counter[int]] = {}
     for factor, layout in enumerate(layouts):
         owners.setdefault(layout, Counter())[layout.owner(factor // 2, ranks) if layout.columns else 0] += 1
-    for layout, owned in owners.items():
+    for layout, pairs in owners.items():
         if layout.columns and layout.moves:
-            _count_columns(result, layout, owned, ranks)
+            _count_columns(result, layout, pairs, ranks)
         else:
-            _count_rows(result, layout, owned.total(), ranks)
+            _count_rows(result, layout, pairs.total(), ranks)
     result.grain = max(1, result.grain)
     return result
 

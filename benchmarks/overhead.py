@@ -170,7 +170,8 @@ def measure_lora_rank(
 
 def prepare(arguments: Arguments, lora_rank: int, device: torch.device) -> tuple[dict[str, Workload], dict[str, float]]:
     """The workload of every variant, each checked against the reference on it, and the errors found."""
-    workloads, errors = {}, {}
+    workloads: dict[str, Workload] = {}
+    errors: dict[str, float] = {}
     for suffix, names in (("", arguments.variants), (variants.FLAT, ["lora", "reflora"] if arguments.flat else [])):
         if not names:
             continue

@@ -87,10 +87,7 @@ class OptimizerStep:
 
 def adapters_alone(shape: ModelShape, lora_rank: int, device: torch.device) -> torch.nn.Module:
     """A PEFT model with adapters on all seven linears, and a base that takes no memory."""
-    with torch.device("meta"):
-        base = LlamaForCausalLM(shape.config())
-    config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LINEARS)
-    model = get_peft_model(base, config, low_cpu_mem_usage=True)
+    model = meta_adapters(shape, lora_rank)
     torch.manual_seed(0)
     for pair in find_pairs(model):
         for module in pair.factor_modules():
@@ -98,6 +95,14 @@ def adapters_alone(shape: ModelShape, lora_rank: int, device: torch.device) -> t
         torch.nn.init.kaiming_uniform_(pair.lora_a, a=5**0.5)
         torch.nn.init.normal_(pair.lora_b, std=0.02)  # PEFT's zero would be skipped
     return model
+
+
+def meta_adapters(shape: ModelShape, lora_rank: int) -> torch.nn.Module:
+    """The same of which nothing takes memory."""
+    with torch.device("meta"):
+        base = LlamaForCausalLM(shape.config())
+    config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LINEARS)
+    return get_peft_model(base, config, low_cpu_mem_usage=True)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -14,8 +14,10 @@ from benchmarks.overhead import Arguments
 SCRIPTS = Path(__file__).resolve().parents[1] / "benchmarks"
 # one mistake each, and what names it
 MISTAKES = {
+    "attach_scale": ("--rank -1", "--rank -1 is none of 4096"),
     "convergence": ("--methods nope", "'nope' is unknown"),
     "cost_model": ("--models nope", "--models nope unknown"),
+    "fsdp2_gathers": ("--lora_ranks 0", "--lora_ranks [0]"),
     "lora_sb_memory": ("--batches 0", "--batches 0 must be positive"),
     "matrix_factorization": ("--target 2", "target=2.0 must lie between 0 and 1"),
     "overhead": ("--backend mpi", "--backend mpi is unknown; choose one of gloo, nccl"),

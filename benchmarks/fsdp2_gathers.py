@@ -1,0 +1,82 @@
+"""What FSDP2 itself gathers of lora_A in a forward, by how it is stored: torch pads what it shards to equal parts.
+
+    torchrun --nproc-per-node 4 benchmarks/fsdp2_gathers.py --lora_ranks 2 16 --output result.json
+
+PEFT's lora_A has r rows, of which each of N ranks takes ``ceil(r / N)``: with fewer rows than ranks all of them travel
+with as many rows of padding as ranks have none. Stored tall it has as many rows as the linear has inputs. Each lora_A
+is a unit of its own here, so that nothing else is in its all-gather; counted is what torch's operator delivers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+
+from benchmarks import common
+from benchmarks.deliveries import Deliveries
+from benchmarks.options import parse, require_known, require_positive
+from benchmarks.reports.fsdp2_gathers import markdown
+from reflora_dist import tall_adapters
+from reflora_dist.adapters import find_pairs
+
+
+@dataclasses.dataclass
+class Arguments:
+    """Sizes of the model and of its adapters."""
+
+    model: str = dataclasses.field(default="small", metadata={"help": f"one of {', '.join(common.SHAPES)}"})
+    num_layers: int = 1
+    lora_ranks: list[int] = dataclasses.field(default_factory=lambda: [2, 6, 16], metadata={"help": "r"})
+    backend: str | None = dataclasses.field(default=None, metadata={"help": "gloo: several ranks share one GPU"})
+    output: str | None = dataclasses.field(default=None, metadata={"help": "JSON file to write"})
+
+    def __post_init__(self) -> None:
+        require_known(self, model=common.SHAPES, backend=common.BACKENDS)
+        require_positive(self, "num_layers")
+        if not self.lora_ranks or min(self.lora_ranks) < 1:
+            raise ValueError(f"--lora_ranks {self.lora_ranks} must be one or more positive numbers")
+
+
+def main() -> None:
+    arguments = parse(Arguments)
+    device = common.start(arguments.backend)
+    shape = dataclasses.replace(common.SHAPES[arguments.model], num_layers=arguments.num_layers)
+    rows = [count(shape, lora_rank, tall, device) for lora_rank in arguments.lora_ranks for tall in (False, True)]
+    common.publish("fsdp2_gathers", arguments, device, {"rows": rows}, markdown)
+    common.finish()
+
+
+def count(shape: common.ModelShape, lora_rank: int, tall: bool, device: torch.device) -> dict[str, Any]:
+    """Elements of all lora_A, and what a forward gathers of them on this rank. Every rank must call."""
+    model = common.build_model(shape, lora_rank, device)
+    if tall:
+        tall_adapters(model)
+    factors = [pair.lora_a.numel() for pair in find_pairs(model)]
+    for pair in find_pairs(model):
+        fully_shard(pair.factor_modules()[0])
+    tokens = torch.zeros(1, 4, dtype=torch.int64, device=device)
+    with Deliveries() as deliveries:
+        model(input_ids=tokens)
+    gathers = [call.numel for call in deliveries.calls if call.kind.startswith("_allgather_base")]
+    if len(gathers) != len(factors):
+        raise RuntimeError(f"{len(gathers)} all-gathers of {len(factors)} lora_A: {deliveries.calls}")
+    return {
+        "lora_rank": lora_rank,
+        "tall": tall,
+        "elements": sum(factors),
+        "gathered": sum(gathers),
+        "ratio": sum(gathers) / sum(factors),
+        "ranks": dist.get_world_size(),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -53,7 +53,8 @@ installed = {canonicalize_name(found.name): found.version for found in metadata.
 repository, extras = Path(sys.argv[1]), sys.argv[2].split(",")
 project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
 wanted = project["dependencies"] + [r for extra in extras for r in project["optional-dependencies"][extra]]
-wanted = {canonicalize_name(requirement.name): requirement.specifier for requirement in map(Requirement, wanted)}
+wanted = [requirement for requirement in map(Requirement, wanted) if not requirement.marker or requirement.marker.evaluate()]
+wanted = {canonicalize_name(requirement.name): requirement.specifier for requirement in wanted}
 missing = {name for name, versions in wanted.items() if name not in installed or installed[name] not in versions}
 constraints = repository / "constraints.txt"
 for line in constraints.read_text().splitlines() if constraints.is_file() else []:

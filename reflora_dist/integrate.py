@@ -298,10 +298,10 @@ def _tell_what_flat_adapters_cost(engine: Engine, config: RefLoRAConfig) -> None
     acts = config.method in GRADIENT_METHODS or config.method == "lora-rite"
     flat = [layout for layout in engine.layouts() if layout.moves and layout.columns]
     if acts and flat:
-        megabytes = 4e-6 * sum(layout.numel for layout in flat)
+        megabytes = 3 * 4e-6 * sum(layout.numel for layout in flat)
         _warn(
-            f"{len(flat)} of {len(engine.pairs)} lora_A are stored as [r, in] and cut by {engine.name}: {megabytes:.1f} "
-            "MB of them and of their gradients move between ranks in every step, in messages to every rank. Call "
+            f"{len(flat)} of {len(engine.pairs)} lora_A are stored as [r, in] and cut by {engine.name}: in every step "
+            f"{megabytes:.1f} MB of weights and gradients move, in messages from every rank to every other. Call "
             "reflora_dist.tall_adapters(model) after get_peft_model and before wrapping and the optimizer: then only "
             "Grams are sent (RefLoRACallback does so by itself if it is given to Trainer(callbacks=[...]))"
         )

@@ -40,7 +40,7 @@ class TallLinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight
         self.register_parameter("bias", None)
-        self.tall = nn.Parameter(weight.detach().t().contiguous(), requires_grad=weight.requires_grad)
+        self.tall = nn.Parameter(transposed(weight.detach()), requires_grad=weight.requires_grad)
         self.train(linear.training)
 
     @property
@@ -128,8 +128,11 @@ def peft_key(key: str) -> str:
 
 
 def transposed(tensor: Tensor) -> Tensor:
-    """``[r, in]`` of ``[in, r]`` and the reverse, contiguous; flat pieces as they are."""
-    return tensor.t().contiguous() if tensor.dim() == 2 else tensor
+    """``[r, in]`` of ``[in, r]`` and the reverse, in memory of its own; flat pieces as they are."""
+    if tensor.dim() != 2:
+        return tensor
+    # contiguous() would leave a single row as it is, with strides of a column that not every view takes
+    return tensor.t().clone(memory_format=torch.contiguous_format)
 
 
 def in_peft_form(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,7 +143,8 @@ def in_peft_form(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 def _convertible(layer: LoraLayer) -> Iterator[tuple[str, nn.Linear]]:
     if isinstance(layer, (Embedding, MultiheadAttention, ParamWrapper)):
         return
-    for adapter, module in layer.lora_A.items():
+    modules: Any = layer.lora_A
+    for adapter, module in modules.items():
         # under zero.Init DeepSpeed knows the parameter itself
         plain = type(module) is nn.Linear and module.bias is None and not hasattr(module.weight, "ds_id")
         if plain and module.weight.requires_grad:

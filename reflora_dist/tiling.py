@@ -2,7 +2,8 @@
 
 Every engine cuts a stored factor into flat row-major pieces. A piece of one that is stored tall, ``[rows, r]``, is
 whole rows but for a row cut at either end: the rank that holds most of a cut row gets the rest of it. A piece of one
-that is stored as PEFT's lora_A, ``[r, rows]``, cuts every row of the tall factor: all of it goes to one rank, its owner.
+that is stored as PEFT's lora_A, ``[r, rows]``, cuts every row of the tall factor: all of it goes to one rank, its
+owner.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from .config import RefLoRAConfig
 from .methods import GRADIENT_METHODS, RESCALING_METHODS
 from .solving import shares_out
-from .tiling import Layout, tile
+from .tiling import Layout, Tiling, tile
 from .update import packed_size
 
 _FLOAT64 = 8
@@ -89,27 +89,25 @@ class Traffic:
     def exchanged(self, rank: int) -> tuple[int, int]:
         """Bytes that a rank sends to others in the exchanges: its pieces there, others' pieces back."""
         there = back = 0
-        if self._moves:
-            for factor, layout in enumerate(self._layouts):
-                owner = layout.owner(factor // 2, self._ranks) if layout.columns else 0
-                tiling = self._tile(layout, rank, owner)
-                there += sum(run.numel for run in tiling.sent if run.peer != rank)
-                back += sum(run.numel for run in tiling.arriving if run.peer != rank)
-        return (
-            self._element_bytes * self._streams.there * there,
-            self._element_bytes * self._streams.back * back,
-        )
+        for tiling in self._tilings(rank):
+            there += sum(run.numel for run in tiling.sent if run.peer != rank)
+            back += sum(run.numel for run in tiling.arriving if run.peer != rank)
+        return self._element_bytes * self._streams.there * there, self._element_bytes * self._streams.back * back
 
     def buffers(self, rank: int) -> int:
         """Bytes of the exchanges' buffers on a rank: what it sends, and what arrives, there also in blocks."""
         sent = received = 0
-        if self._moves:
-            for factor, layout in enumerate(self._layouts):
-                owner = layout.owner(factor // 2, self._ranks) if layout.columns else 0
-                tiling = self._tile(layout, rank, owner)
-                sent += sum(run.numel for run in tiling.sent)
-                received += sum(run.numel for run in tiling.arriving)
+        for tiling in self._tilings(rank):
+            sent += sum(run.numel for run in tiling.sent)
+            received += sum(run.numel for run in tiling.arriving)
         return self._element_bytes * self._streams.there * (sent + 2 * received)
+
+    def _tilings(self, rank: int) -> Iterator[Tiling]:
+        """Of the factors that this rank holds a part of, or owns."""
+        for factor, layout in enumerate(self._layouts if self._moves else ()):
+            owner = layout.owner(factor // 2, self._ranks) if layout.columns else 0
+            if layout.piece(rank).numel or (layout.columns and rank == owner):
+                yield self._tile(layout, rank, owner)
 
     def _reduced(self, method: str, lora_ranks: Sequence[int]) -> int:
         if method in RESCALING_METHODS:

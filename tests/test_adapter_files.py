@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from reflora_dist import tall_adapters
 from reflora_dist.checkpoint import load_adapter, save_adapter
 from tests.cluster import run_ranks
 from tests.engines_under_test import ENGINES
@@ -43,10 +44,14 @@ def _variant_cases() -> Iterator[Any]:
         ("fsdp2", "embedding"),
         ("zero3", "modules-to-save"),
         ("fsdp1-flat", "dora"),
+        ("fsdp1-full+tall", "dora"),
+        ("fsdp2+tall", "two-adapters"),
+        ("zero3+tall", "embedding"),
     }
-    for name in ("ddp", "fsdp2", "fsdp1-full", "fsdp1-flat", "zero2", "zero3", "zero3-persist-none"):
+    names = ("ddp", "fsdp2", "fsdp1-full", "fsdp1-flat", "zero2", "zero3", "zero3-persist-none")
+    for name in (*names, *(f"{name}+tall" for name in names)):  # with lora_A stored tall
         for variant in (*_VARIANTS, "two-adapters"):
-            if name == "fsdp1-flat" and variant in ("embedding", "modules-to-save"):
+            if name.startswith("fsdp1-flat") and variant in ("embedding", "modules-to-save"):
                 continue  # PEFT's wrap policy gives frozen and trained parameters one unit there, torch refuses it
             marks = [] if (name, variant) in default else [pytest.mark.all_ranks]
             yield pytest.param(name, variant, marks=marks, id=f"{name}-{variant}")
@@ -121,6 +126,9 @@ def _wrap_variant(engine_name: str, model: PeftModel, world_size: int) -> Wrappe
     workload = synthetic_workload(steps=1)
     settings = workload.settings
     model.train()
+    engine_name, _, tall = engine_name.partition("+")
+    if tall:
+        assert tall_adapters(model)
     if engine_name == "ddp":
         ddp = DistributedDataParallel(model)
         return Wrapped(ddp, optimizer_of(ddp, settings), settings)
@@ -147,6 +155,7 @@ def _wrap_variant(engine_name: str, model: PeftModel, world_size: int) -> Wrappe
     [
         ("zero3-persist-none", True),
         ("fsdp1-full", False),
+        ("zero3+tall", False),
         *(
             pytest.param(*case, marks=pytest.mark.all_ranks)
             for case in (
@@ -159,6 +168,9 @@ def _wrap_variant(engine_name: str, model: PeftModel, world_size: int) -> Wrappe
                 ("zero2", True),
                 ("zero2-round-robin", False),
                 ("zero3", False),
+                ("fsdp2+tall", False),
+                ("fsdp1-full+tall", False),
+                ("zero2+tall", True),
             )
         ),
     ],
@@ -167,7 +179,7 @@ def test_an_adapter_loaded_into_a_running_engine_is_trained_on(engine_name: str,
     """After two steps the adapter of before is loaded; a step of learning rate zero leaves it: also the masters
     that the engine updates were replaced, or the step would bring the old factors back.
     """
-    world_size = ENGINES[engine_name].world_sizes[0]
+    world_size = ENGINES[engine_name.partition("+")[0]].world_sizes[0]
     for first, moved, loaded, stepped in run_ranks(_load_again, world_size, engine_name, str(tmp_path / "a"), bare):
         assert worst_factor_error(moved, first) > 1e-3
         assert worst_factor_error(loaded, first) == 0.0

@@ -32,7 +32,6 @@ from tests.engines_under_test.zero import _zero
 from tests.workloads import (
     Factors,
     Workload,
-    as_peft_names_them,
     build_model,
     synthetic_workload,
     worst_factor_error,
@@ -93,10 +92,9 @@ def _train_and_save(
     for step, batch in enumerate(workload.batches):
         if step == saved_at:
             save_checkpoint(folder, wrapped.model, wrapped.optimizer, handle)
-            at_checkpoint = as_peft_names_them(wrapped.factors())
+            at_checkpoint = wrapped.factors()
         losses.append(_train_on(wrapped, batch))
-    factors = as_peft_names_them(wrapped.factors())
-    return Outcome(mean_over_ranks(losses)[saved_at:], at_checkpoint, factors, handle.state_dict())
+    return Outcome(mean_over_ranks(losses)[saved_at:], at_checkpoint, wrapped.factors(), handle.state_dict())
 
 
 def _resume(
@@ -114,9 +112,9 @@ def _resume(
     if hasattr(wrapped.model, "micro_steps"):
         wrapped.model.micro_steps = wrapped.model.global_steps  # DeepSpeed starts it anew; the harness compares
     handle = attach(wrapped.model, wrapped.optimizer, _config(method), state_dict=state)
-    at_checkpoint = as_peft_names_them(wrapped.factors())
+    at_checkpoint = wrapped.factors()
     losses = [_train_on(wrapped, batch) for batch in workload.batches[saved_at:]]
-    return Outcome(mean_over_ranks(losses), at_checkpoint, as_peft_names_them(wrapped.factors()), handle.state_dict())
+    return Outcome(mean_over_ranks(losses), at_checkpoint, wrapped.factors(), handle.state_dict())
 
 
 _CHOSEN_GRADIENT_METHODS = {("fsdp2", "scaled-gd"), ("zero3", "lora-pro")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from reflora_dist import RefLoRAConfig, attach
+from reflora_dist import RefLoRAConfig, attach, tall_adapters
 from tests.cluster import run_ranks
 from tests.engines_under_test import ENGINES, fsdp, zero
 from tests.engines_under_test.common import Wrapped, _train_on, trainable
@@ -104,18 +105,25 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def _with_sizes(rank: int, world_size: int, engine: str, sizes: str, method: str) -> tuple[dict[str, Any], list[int]]:
+def _with_sizes(rank: int, world_size: int, engine: str, sizes: str, method: str) -> list[tuple[dict, list[int]]]:
+    """With lora_A stored tall, and as PEFT stores it: the factors at the end, and what this rank held of each."""
     workload = synthetic_workload(**SIZES[sizes])
     if sizes == "r1":  # the builders make sure that no rank holds a whole factor, but one row cannot be split
         fsdp.assert_fsdp2_shards = lambda model: None
-    wrapped = ENGINES[engine].wrap(build_model(workload), Settings(), 12 // world_size)
-    handle = attach(wrapped.model, wrapped.optimizer, RefLoRAConfig(method=method, warmup_steps=0))
-    recorder = CollectiveRecorder(handle)
-    for batch in workload.batches:
-        _train_on(wrapped, batch)
-    check_collectives(handle, recorder.steps)
-    assert handle.report().skipped_pairs == 0
-    return wrapped.factors(), [shard.numel for shard in handle._engine.shards()]
+    results = []
+    for tall in (True, False):
+        model = build_model(workload)
+        if tall:
+            assert tall_adapters(model)
+        wrapped = ENGINES[engine].wrap(model, Settings(), 12 // world_size)
+        handle = attach(wrapped.model, wrapped.optimizer, RefLoRAConfig(method=method, warmup_steps=0))
+        recorder = CollectiveRecorder(handle)
+        for batch in workload.batches:
+            _train_on(wrapped, batch)
+        check_collectives(handle, recorder.steps)
+        assert handle.report().skipped_pairs == 0
+        results.append((wrapped.factors(), [weight.numel() for weight in handle._engine.weights()]))
+    return results
 
 
 def _cases(default: dict[str, int], further: dict[str, int]) -> Iterator[Any]:
@@ -140,10 +148,11 @@ def test_sizes(engine: str, world_size: int, sizes: str, method: str) -> None:
     """Uneven pieces, cut rows, ranks that hold nothing, pairs of several r: still what one process computes."""
     expected = train_single(synthetic_workload(**SIZES[sizes]), RefLoRAConfig(method=method, warmup_steps=0))
     results = run_ranks(_with_sizes, world_size, engine, sizes, method)
-    for factors, _ in results:
-        assert worst_factor_error(factors, expected) < FACTOR_TOLERANCE
+    for of_rank in results:
+        for factors, _ in of_rank:
+            assert worst_factor_error(factors, expected) < FACTOR_TOLERANCE
     if sizes == "r-below-ranks" and engine == "fsdp2":
-        assert any(0 in held for _, held in results), "no rank was empty"
+        assert any(0 in held for _, (_, held) in results), "no rank was empty"
 
 
 def _other_methods_with_sizes(rank: int, world_size: int, engine: str, sizes: str) -> list[dict[str, Any]]:
@@ -151,8 +160,11 @@ def _other_methods_with_sizes(rank: int, world_size: int, engine: str, sizes: st
     if sizes == "r1":
         fsdp.assert_fsdp2_shards = lambda model: None
     trained = []
-    for config, settings in OTHER_METHODS:
-        wrapped = ENGINES[engine].wrap(build_model(workload), settings, 12 // world_size)
+    for (config, settings), tall in itertools.product(OTHER_METHODS, (True, False)):
+        model = build_model(workload)
+        if tall:
+            assert tall_adapters(model)
+        wrapped = ENGINES[engine].wrap(model, settings, 12 // world_size)
         handle = attach(wrapped.model, wrapped.optimizer, config)
         recorder = CollectiveRecorder(handle)
         for batch in workload.batches:
@@ -179,7 +191,7 @@ OTHER_METHODS = [
 def test_sizes_of_other_methods(engine: str, world_size: int, sizes: str) -> None:
     """LoRA-Pro, which reads gradients too, and LoRA-RITE, whose second moment lies at the head of the pieces."""
     workload = synthetic_workload(**SIZES[sizes])
-    expected = [trained_in_float64(workload, settings, config)[1] for config, settings in OTHER_METHODS]
+    expected = [trained_in_float64(workload, settings, config)[1] for config, settings in OTHER_METHODS for _ in "12"]
     for trained in run_ranks(_other_methods_with_sizes, world_size, engine, sizes):
         errors = [worst_factor_error(factors, exact) for factors, exact in zip(trained, expected, strict=True)]
         assert max(errors) < FACTOR_TOLERANCE, errors
@@ -191,6 +203,8 @@ def test_sizes_of_other_methods(engine: str, world_size: int, sizes: str) -> Non
 def _with_feature(rank: int, world_size: int, engine: str, feature: str) -> dict[str, torch.Tensor]:
     workload = synthetic_workload()
     model = build_model(workload, gradient_checkpointing=feature == "hf-checkpointing")
+    if engine != "ddp":  # as the package does where factors are sharded
+        assert tall_adapters(model)
     if feature == "torch-checkpointing":
         apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, LlamaDecoderLayer))
     if feature == "reentrant-checkpointing":

@@ -22,12 +22,12 @@ from reflora_dist.consolidate import consolidate_adapter, find_state
 from reflora_dist.lora_sb import LoRASBConfig, initialize_lora_xs
 from tests import test_checkpoint_trainer, test_initializations
 from tests.cluster import run_ranks
-from tests.engines_under_test import ENGINES
+from tests.engines_under_test import ENGINES, WITHOUT_TALL
 from tests.engines_under_test.common import _train_on
 from tests.lora_xs import xs_model
 from tests.test_adapter_files import _VARIANTS, _variant_base, _variant_model, _wrap_variant
 from tests.test_checkpoint import _config, _convert, _wrap
-from tests.workloads import Factors, build_model, synthetic_workload
+from tests.workloads import Factors, as_peft_names_them, build_model, synthetic_workload
 
 STEPS = 2
 
@@ -39,7 +39,8 @@ def _masters(engine_name: str, wrapped: Any) -> Factors:
     from deepspeed.utils import safe_get_full_fp32_param  # right without round_robin_gradients
 
     model = wrapped.model.module
-    return {name: safe_get_full_fp32_param(p).clone() for name, p in model.named_parameters() if p.requires_grad}
+    masters = {name: safe_get_full_fp32_param(p).clone() for name, p in model.named_parameters() if p.requires_grad}
+    return as_peft_names_them(masters)
 
 
 def _train(rank: int, world_size: int, engine_name: str, folder: str) -> Factors:
@@ -64,12 +65,12 @@ def _assert_exported(folder: Path, masters: Factors) -> None:
 
 
 def _cases() -> Iterator[Any]:
-    default = {("fsdp2", 2), ("zero2", 2), ("zero3", 3), ("zero2-round-robin", 3)}
+    default = {("fsdp2", 2), ("zero2", 2), ("zero3", 3), ("zero2-round-robin", 3), ("fsdp2+tall", 2), ("zero3+tall", 3)}
     engines = ("ddp", "fsdp2", "fsdp2-shard1", "fsdp1-full", "fsdp1-flat", "zero1", "zero2", "zero2-round-robin")
     engines += ("zero2-two-groups", "zero3", "zero3-two-groups", "zero3-subgroups", "zero3-persist-all")
     engines += ("zero2-bf16-masters", "zero3-bf16-masters")
-    for name in engines:
-        for world_size in ENGINES[name].world_sizes[:2]:
+    for name in (*engines, *(f"{name}+tall" for name in engines if name not in WITHOUT_TALL)):
+        for world_size in ENGINES[name.partition("+")[0]].world_sizes[:2]:
             marks = [] if (name, world_size) in default else [pytest.mark.all_ranks]
             yield pytest.param(name, world_size, marks=marks, id=f"{name}-{world_size}")
 
@@ -92,9 +93,10 @@ def test_the_adapter_of_a_checkpoint_is_that_of_the_masters(engine_name: str, wo
     ("engine_name", "world_size"),
     [
         ("zero3", 3),
+        ("zero3+tall", 2),
         *(
             pytest.param(name, 2, marks=pytest.mark.all_ranks)
-            for name in ("zero1", "zero2", "zero1-bf16", "zero3-two-groups", "zero3-bf16-masters")
+            for name in ("zero1", "zero2", "zero1-bf16", "zero3-two-groups", "zero3-bf16-masters", "zero2+tall")
         ),
     ],
 )
@@ -107,7 +109,7 @@ def test_the_adapter_of_a_universal_checkpoint_is_that_of_the_masters(
     universal = tmp_path / "checkpoint" / "state_universal"
     consolidate_adapter(universal, tmp_path / "adapter")
     _assert_exported(tmp_path / "adapter", masters)
-    victim = universal / "zero" / next(iter(masters)) / "fp32.pt"
+    victim = next((universal / "zero").iterdir()) / "fp32.pt"
     victim.write_bytes(victim.read_bytes()[:-200])
     with pytest.raises(ValueError, match=r"fp32.pt is truncated"):
         consolidate_adapter(universal, tmp_path / "other")

@@ -225,7 +225,7 @@ def _lora_b_by_columns(rank: int, world_size: int) -> str:
 
 def test_lora_b_sharded_by_columns() -> None:
     for message in run_ranks(_lora_b_by_columns, 2):
-        assert "lora_B is sharded on dim 1; shard lora_B on dim 0" in message
+        assert "lora_B of shape (64, 8) is sharded on dim 1; shard it on dim 0" in message
 
 
 def _detached(rank: int, world_size: int) -> bool:

@@ -355,3 +355,12 @@ def test_one_process_is_told_nothing(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "reflora_dist"):
         attach(model, adamw(model), CONFIG)
     assert not caplog.records
+
+
+def test_a_single_row_gets_strides_of_its_own() -> None:
+    """With r = 1 a transposed tensor counts as contiguous, with strides on which DeepSpeed fails."""
+    model = small_model(r=1)
+    tall_adapters(model)
+    for pair in find_pairs(model):
+        assert pair.lora_a.stride() == (1, 1)
+        pair.lora_a.data.view(torch.uint8)

@@ -140,8 +140,9 @@ def optimizer_of(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
 
 def on_the_host(factors: Factors) -> Factors:
     """To be compared with a reference."""
-    return {name: factor.cpu() for name, factor in as_peft_names_them(factors).items()}
+    return {name: factor.cpu() for name, factor in factors.items()}
 
 
 def copied(factors: dict[str, nn.Parameter]) -> Factors:
-    return {name: factor.detach().clone() for name, factor in factors.items()}
+    """By PEFT's names, and in its shapes."""
+    return as_peft_names_them({name: factor.detach().clone() for name, factor in factors.items()})

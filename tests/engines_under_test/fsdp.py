@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tests.engines_under_test.common import DEVICE, Engine, Wrapped, copied, optimizer_of, world_size
-from tests.workloads import Factors, Settings, named_factors, plain_name
+from tests.workloads import Factors, Settings, as_peft_names_them, named_factors, plain_name
 
 
 class Fsdp2(Wrapped):
@@ -53,7 +53,8 @@ class Fsdp1(Wrapped):
 
 def gathered_by_fsdp2(model: nn.Module) -> Factors:
     # a copy: a gathered tensor may share the memory of a replicated one
-    return {name: _in_host_memory(f).full_tensor().detach().clone() for name, f in named_factors(model).items()}
+    whole = {name: _in_host_memory(f).full_tensor().detach().clone() for name, f in named_factors(model).items()}
+    return as_peft_names_them(whole)
 
 
 def _in_host_memory(factor: DTensor) -> DTensor:

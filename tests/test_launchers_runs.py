@@ -107,6 +107,9 @@ def test_every_shipped_configuration_trains_and_saves_the_adapter(folder: Path, 
     assert (metrics["world_size"], report["steps"], report["num_pairs"]) == (world_size, 6, 14)
     assert report["applied_steps"] == 4
     assert (metrics["bytes_per_step"] == 0) == (engine == "ddp")
+    # nobody asked for it: sharded adapters are stored tall, and nothing but Grams and cut rows is sent
+    assert report["layout"] == ("whole" if engine == "ddp" else "tall")
+    assert "all_to_all" not in report["collectives_per_step"]
     held_out = metrics["held_out_loss"]
     assert [point["step"] for point in held_out] == [3, 6]
     assert held_out[1]["loss"] < held_out[0]["loss"]
@@ -114,6 +117,18 @@ def test_every_shipped_configuration_trains_and_saves_the_adapter(folder: Path, 
     assert metrics["peak_memory_bytes"] > 2**26
     assert (folder / output / "loss.png").read_bytes().startswith(b"\x89PNG")
     _check_adapter(folder, folder / output)
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_adapters_stay_flat_if_asked_for(folder: Path, engine: str) -> None:
+    """The same training, but for the order of sums in the forward; more is sent."""
+    metrics, tall = _run(folder, f"flat-{engine}", engine, tall_adapters=False), _engine_run(folder, engine)
+    assert metrics["report"]["layout"] == "flat"
+    assert metrics["report"]["collectives_per_step"] == {"all_to_all": 2, "all_reduce": 1}
+    assert metrics["bytes_per_step"] > tall["bytes_per_step"]
+    losses = [point["loss"] for run in (metrics, tall) for point in run["held_out_loss"]]
+    assert losses[:2] == pytest.approx(losses[2:], rel=1e-4)
+    _check_adapter(folder, folder / f"flat-{engine}")
 
 
 @pytest.mark.parametrize(

@@ -65,9 +65,8 @@ class BlockSpec(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Batch:
-    """Blocks of one side, shape and orientation that are computed together."""
+    """Blocks of one shape and orientation that are computed together, whichever side they are of."""
 
-    side: int
     lora_rank: int
     shape: tuple[int, int]
     columns: bool
@@ -76,15 +75,16 @@ class _Batch:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """Batches, those of one lora_rank and side one behind the other."""
+    """Batches, those of one lora_rank one behind the other.
+
+    Attributes:
+        slots: per lora_rank ``[blocks]`` int64, each one's place in ``[2 P_r]``: lora_A's Grams, then lora_B's.
+        sizes: per lora_rank the blocks in each batch.
+    """
 
     batches: tuple[_Batch, ...]
-    # per lora_rank and side [blocks] int64: positions of their pairs among the pairs of equal lora_rank
-    slots: dict[tuple[int, int], Tensor]
-
-    def sizes(self, lora_rank: int, side: int) -> list[int]:
-        """Blocks in each batch."""
-        return [len(batch.members) for batch in self.batches if (batch.lora_rank, batch.side) == (lora_rank, side)]
+    slots: dict[int, Tensor]
+    sizes: dict[int, list[int]]
 
 
 class BlockSet:
@@ -110,7 +110,10 @@ class BlockSet:
         for pair, lora_rank in enumerate(lora_ranks):
             self.pairs_by_rank.setdefault(lora_rank, []).append(pair)
         self._lora_ranks = tuple(lora_ranks)
-        self._slots = {pair: slot for pairs in self.pairs_by_rank.values() for slot, pair in enumerate(pairs)}
+        places = {pair: place for pairs in self.pairs_by_rank.values() for place, pair in enumerate(pairs)}
+        self._slots = [
+            spec.side * len(self.pairs_by_rank[lora_ranks[spec.pair]]) + places[spec.pair] for spec in self.specs
+        ]
         self._plans: dict[tuple[torch.device | None, ...], _Plan] = {}
         self._memory = torch.empty(0, dtype=torch.float64)
         self._rooms: dict[tuple[Any, ...], tuple[Tensor, list[Tensor]]] = {}
@@ -244,9 +247,9 @@ class BlockSet:
             width = size * lora_rank
             grams[lora_rank] = torch.zeros(2, len(pairs), width, width, dtype=torch.float64, device=self.device)
         start = 0
-        for (lora_rank, side), slots in plan.slots.items():
-            stop = start + len(plan.sizes(lora_rank, side))
-            grams[lora_rank][side].index_add_(0, slots, torch.cat(products[start:stop]))
+        for lora_rank, slots in plan.slots.items():
+            stop = start + len(plan.sizes[lora_rank])
+            grams[lora_rank].flatten(0, 1).index_add_(0, slots, torch.cat(products[start:stop]))
             start = stop
         return grams
 
@@ -258,27 +261,27 @@ class BlockSet:
         if devices not in self._plans:
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
-            batches = sorted(self._batches(devices), key=lambda batch: (batch.lora_rank, batch.side))
-            slots: dict[tuple[int, int], list[int]] = {}
+            batches = sorted(self._batches(devices), key=lambda batch: batch.lora_rank)
+            slots: dict[int, list[int]] = {}
+            sizes: dict[int, list[int]] = {}
             for batch in batches:
-                members = [self._slots[self.specs[member].pair] for member in batch.members]
-                slots.setdefault((batch.lora_rank, batch.side), []).extend(members)
-            self._plans[devices] = _Plan(
-                tuple(batches), {key: torch.tensor(members).to(self.device) for key, members in slots.items()}
-            )
+                slots.setdefault(batch.lora_rank, []).extend(self._slots[member] for member in batch.members)
+                sizes.setdefault(batch.lora_rank, []).append(len(batch.members))
+            on_device = {lora_rank: torch.tensor(places).to(self.device) for lora_rank, places in slots.items()}
+            self._plans[devices] = _Plan(tuple(batches), on_device, sizes)
         return self._plans[devices]
 
     def _batches(self, devices: tuple[torch.device | None, ...]) -> Iterator[_Batch]:
         by_shape: dict[tuple[Any, ...], list[int]] = {}
         for position, spec in enumerate(self.specs):
             if devices[position] is not None:
-                key = (self._lora_ranks[spec.pair], spec.side, spec.shape, spec.columns, devices[position])
+                key = (self._lora_ranks[spec.pair], spec.shape, spec.columns, devices[position])
                 by_shape.setdefault(key, []).append(position)
         elements = _STACKED_ELEMENTS.get(self.device.type, _STACKED_ELEMENTS_ELSEWHERE)
-        for (lora_rank, side, shape, columns, _), positions in by_shape.items():
+        for (lora_rank, shape, columns, _), positions in by_shape.items():
             size = max(1, elements // (shape[0] * shape[1]))
             for start in range(0, len(positions), size):
-                yield _Batch(side, lora_rank, shape, columns, tuple(positions[start : start + size]))
+                yield _Batch(lora_rank, shape, columns, tuple(positions[start : start + size]))
 
 
 def _tensors(batch: _Batch, blocks: Sequence[Tensor | None]) -> list[Tensor]:
@@ -289,8 +292,8 @@ def _tensors(batch: _Batch, blocks: Sequence[Tensor | None]) -> list[Tensor]:
 
 def _matrices(plan: _Plan, matrices: Matrices) -> Iterator[Tensor]:
     """For every batch the matrices of its pairs, ``[blocks, ...]``."""
-    for (lora_rank, side), slots in plan.slots.items():
-        yield from matrices[lora_rank][side].index_select(0, slots).split(plan.sizes(lora_rank, side))
+    for lora_rank, slots in plan.slots.items():
+        yield from matrices[lora_rank].flatten(0, 1).index_select(0, slots).split(plan.sizes[lora_rank])
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

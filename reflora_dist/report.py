@@ -13,8 +13,8 @@ class Report:
     Attributes:
         method: of the configuration.
         engine: "single", "ddp", "fsdp1", "fsdp2", "zero1", "zero2", "zero3" or "zero1 (BF16_Optimizer)".
-        layout: "whole", "tall" (rows of the tall factors) or "flat" (some lora_A are stored ``[r, in]`` and cut: re-tiled
-            at every step).
+        layout: "whole", "tall" (rows of the tall factors) or "flat" (some lora_A are stored ``[r, in]`` and cut:
+            re-tiled at every step).
         world_size: ranks of the job.
         num_pairs: LoRA adapters that the method acts on.
         lora_ranks: the r that occur, and how many pairs have each.

@@ -219,12 +219,15 @@ def _turned(launch: Any) -> Any:
 
 
 def _of_the_other_side(launch: Any) -> Any:
-    return dataclasses.replace(launch, side=1 - launch.side)
+    """Of two pairs: the Grams of lora_A are the first two of four."""
+    tiles = launch.tiles.clone()
+    tiles[:, 4] = (tiles[:, 4] + 2) % 4
+    return dataclasses.replace(launch, tiles=tiles, slots=tuple((slot + 2) % 4 for slot in launch.slots))
 
 
 def _of_the_other_pair(launch: Any) -> Any:
     tiles = launch.tiles.clone()
-    tiles[:, 4] = 1 - tiles[:, 4]
+    tiles[:, 4] ^= 1
     return dataclasses.replace(launch, tiles=tiles)
 
 

@@ -28,15 +28,14 @@ Pattern = tuple[torch.dtype | None, ...]
 
 @dataclasses.dataclass(frozen=True)
 class _Launch:
-    """Blocks of one side, orientation, lora_rank and dtype, and the tiles that programs work on."""
+    """Blocks of one orientation, lora_rank and dtype, and the tiles that programs work on."""
 
-    side: int
     columns: bool
     lora_rank: int
     dtype: torch.dtype
     members: tuple[int, ...]  # positions in the list of blocks
     tiles: Tensor  # [programs, 5] int32
-    slots: tuple[int, ...]  # of each tile's pair
+    slots: tuple[int, ...]  # of each tile's Gram
     rows_aligned: bool
 
 
@@ -100,7 +99,7 @@ class TiledBlocks:
     Args:
         specs: the blocks.
         lora_ranks: r of every pair, by its number in ``specs``.
-        slots: position of every pair among the pairs of equal lora_rank.
+        slots: of every block, its place in ``[2 P_r]``: the Grams of lora_A, then those of lora_B.
         pairs_by_rank: the pairs of every lora_rank.
         device: where they lie: a CUDA device, or the CPU for Triton's interpreter.
     """
@@ -109,7 +108,7 @@ class TiledBlocks:
         self,
         specs: Sequence[BlockSpec],
         lora_ranks: Sequence[int],
-        slots: Mapping[int, int],
+        slots: Sequence[int],
         pairs_by_rank: Mapping[int, Sequence[int]],
         device: torch.device,
     ) -> None:
@@ -148,7 +147,7 @@ class TiledBlocks:
         return block is None or fits(block, self._device, _TRITON_DTYPES)
 
     def grams(self, located: Located) -> Matrices:
-        """As :meth:`reflora_dist.blocks.BlockSet.grams`: one launch per side, dtype and lora_rank, and one to sum."""
+        """As :meth:`reflora_dist.blocks.BlockSet.grams`: a launch per orientation, dtype and lora_rank, and one to sum."""
         with launching_on(self._device):
             return self._grams(located)
 
@@ -170,7 +169,7 @@ class TiledBlocks:
         return {lora_rank: self._sum(lora_rank, sums.get(lora_rank), partials) for lora_rank in self._num_pairs}
 
     def multiply_(self, located: Located, matrices: Matrices) -> None:
-        """As :meth:`reflora_dist.blocks.BlockSet.multiply_`: one launch per side, dtype and lora_rank."""
+        """As :meth:`reflora_dist.blocks.BlockSet.multiply_`: one launch per orientation, dtype and lora_rank."""
         with launching_on(self._device):
             self._multiply_(located, matrices)
 
@@ -178,7 +177,7 @@ class TiledBlocks:
         for launch, aligned in zip(located.plan.launches, located.aligned, strict=True):
             r, settings = launch.lora_rank, _SETTINGS[padded(launch.lora_rank)]
             multiply_kernel[(len(launch.tiles),)](
-                located.table, launch.tiles, matrices[r][launch.side].contiguous(), r, padded(r),
+                located.table, launch.tiles, matrices[r].contiguous(), r, padded(r),
                 settings.product_width, min(padded(r), 32), launch.columns, _TRITON_DTYPES[launch.dtype], aligned,
                 num_warps=settings.product_warps, num_stages=settings.product_stages,
             )  # fmt: skip
@@ -204,23 +203,23 @@ class TiledBlocks:
         return self._plans[purpose, pattern]
 
     def _plan_launches(self, purpose: str, pattern: Pattern) -> Iterator[_Launch]:
-        groups: dict[tuple[int, bool, int, torch.dtype], list[int]] = {}
+        groups: dict[tuple[bool, int, torch.dtype], list[int]] = {}
         for position, (spec, dtype) in enumerate(zip(self._specs, pattern, strict=True)):
             if dtype is not None:
-                key = (spec.side, spec.columns, self._lora_ranks[spec.pair], dtype)
+                key = (spec.columns, self._lora_ranks[spec.pair], dtype)
                 groups.setdefault(key, []).append(position)
-        for (side, columns, lora_rank, dtype), members in groups.items():
+        for (columns, lora_rank, dtype), members in groups.items():
             rows = _PRODUCT_ROWS if purpose == "products" else _gram_rows(lora_rank)
             lengths = [self._specs[member].rows for member in members]
             tiles = [
-                (member, start, min(start + rows, length), length, self._slots[self._specs[member].pair])
+                (member, start, min(start + rows, length), length, self._slots[member])
                 for member, length in zip(members, lengths, strict=True)
                 for start in range(0, length, rows)
             ]
             rows_aligned = not columns or all(length * dtype.itemsize % 16 == 0 for length in lengths)
             table = torch.tensor(tiles, dtype=torch.int32).to(self._device)
             slots = tuple(tile[4] for tile in tiles)
-            yield _Launch(side, columns, lora_rank, dtype, tuple(members), table, slots, rows_aligned)
+            yield _Launch(columns, lora_rank, dtype, tuple(members), table, slots, rows_aligned)
 
     def _plan_sums(self, launches: Sequence[_Launch]) -> dict[int, _Sum]:
         tiles_of: dict[int, list[list[int]]] = {}
@@ -229,7 +228,7 @@ class TiledBlocks:
             lists = tiles_of.setdefault(launch.lora_rank, [[] for _ in range(2 * pairs)])
             first = sum(len(entry) for entry in lists)
             for number, slot in enumerate(launch.slots):
-                lists[launch.side * pairs + slot].append(first + number)
+                lists[slot].append(first + number)
         plans = {}
         for lora_rank, lists in tiles_of.items():
             ends = torch.tensor([len(entry) for entry in lists]).cumsum(0)

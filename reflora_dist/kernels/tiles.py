@@ -1,8 +1,8 @@
 """Triton kernels over many blocks at once: Gram matrices, and products with r x r matrices.
 
-A launch covers all blocks of one side, lora_rank and dtype, whatever their number: a table holds their addresses,
-another the tiles (a span of rows of a tall factor) that the programs work on. Sums are formed in a fixed order, so
-that equal factors have bit-equal Grams on every rank.
+A launch covers all blocks of one orientation, lora_rank and dtype, whatever their number: a table holds their
+addresses, another the tiles (a span of rows of a tall factor) that the programs work on. Sums are formed in a fixed
+order, so that equal factors have bit-equal Grams on every rank.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 # A table of tiles has five int32 columns: the block, the first and one past the last of its rows (of the tall factor)
-# that a program works on, how many rows the block has, and its pair's place among the pairs of equal lora_rank.
+# that a program works on, how many rows the block has, and its Gram's place among those of equal lora_rank.
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def sum_kernel(
 def multiply_kernel(
     addresses,  # [blocks] int64
     tiles,  # [programs, 5] int32
-    matrices,  # [pairs, r, r] float64
+    matrices,  # [2 pairs, r, r] float64
     lora_rank: tl.constexpr,
     padded: tl.constexpr,
     width: tl.constexpr,

@@ -147,7 +147,7 @@ class TiledBlocks:
         return block is None or fits(block, self._device, _TRITON_DTYPES)
 
     def grams(self, located: Located) -> Matrices:
-        """As :meth:`reflora_dist.blocks.BlockSet.grams`: a launch per orientation, dtype and lora_rank, and one to sum."""
+        """As :meth:`reflora_dist.blocks.BlockSet.grams`: launches by orientation, dtype and lora_rank, one to sum."""
         with launching_on(self._device):
             return self._grams(located)
 

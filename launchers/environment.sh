@@ -92,9 +92,29 @@ require_compiler() {
         || die "DeepSpeed compiles a small extension for the CPU and finds no C++ compiler; install g++"
 }
 
+# What an accelerate configuration, YAML or JSON, says under a key, in capitals; empty if it does not have the key.
+# Arguments: configuration, key.
+accelerate_setting() {
+    "$PYTHON" - "$1" "$2" <<'PY'
+import sys, yaml
+path, key = sys.argv[1:]
+try:
+    with open(path) as file:
+        content = yaml.safe_load(file)  # which reads JSON, too
+except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    sys.exit(f"error: {path} cannot be read: {str(error).splitlines()[0]}")
+if not isinstance(content, dict):
+    sys.exit(f"error: {path} holds no settings: it is no configuration of accelerate")
+value = content.get(key)
+print("" if value is None else str(value).upper())
+PY
+}
+
 # Argument: accelerate's configuration.
 refuse_fsdp_on_a_cpu() {
-    if [ "$gpus" -eq 0 ] && grep -q '^distributed_type: FSDP' "$1"; then
+    local kind
+    kind=$(accelerate_setting "$1" distributed_type) || exit 1
+    if [ "$gpus" -eq 0 ] && [ "$kind" = FSDP ]; then
         die "$1: accelerate has no FSDP on a CPU (it would silently run DDP); use deepspeed_zero3.yaml"
     fi
 }
@@ -123,7 +143,9 @@ free_port() {
 set_mesh_options() {
     local copies=$(($2 > 1 ? $2 : 2)) ranks=$(($2 * PROCESSES))
     mesh_options=()
-    grep -q '^parallelism_config:' "$1" || return 0
+    local sizes
+    sizes=$(accelerate_setting "$1" parallelism_config) || exit 1
+    [ -n "$sizes" ] || return 0
     [ $((ranks % copies)) -eq 0 ] && [ $((ranks / copies)) -gt 1 ] \
         || die "$1: $ranks process(es) do not make $copies copies of at least two shards each; use fsdp2.yaml"
     mesh_options=(--parallelism_config_dp_replicate_size "$copies")

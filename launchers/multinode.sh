@@ -90,6 +90,9 @@ if [ -n "$hostfile" ]; then
     command -v pdsh > /dev/null \
         || die "pdsh is not installed (Debian: apt install pdsh); or start every machine with --nodes and --node-rank"
     mapfile -t hosts < <(sed -e 's/#.*//' "$hostfile" | awk 'NF {print $1}')
+    for host in "${hosts[@]}"; do  # which go to ssh, and are no options
+        [[ "$host" =~ ^[A-Za-z0-9_]([A-Za-z0-9_.:@-]*)$ ]] || die "--hostfile $hostfile: '$host' is no name of a machine"
+    done
     [ ${#hosts[@]} -ge 2 ] || die "--hostfile $hostfile names ${#hosts[@]} machine(s); on one, use run_deepspeed.sh"
     for host in "${hosts[@]}"; do
         code=0
@@ -98,8 +101,12 @@ if [ -n "$hostfile" ]; then
         [ "$code" -eq 0 ] || die "$host has no $PYTHON or no $script: paths have to be the same on all machines"
     done
     head=${head:-${hosts[0]}}
-    interface=$(PYTHONPATH=$repository "$PYTHON" -c "from launchers.meeting import route_to
-print(route_to('${hosts[1]}', $port, is_head=False)[0])") || exit 1
+    interface=$(PYTHONPATH=$repository "$PYTHON" - "${hosts[1]}" "$port" <<'PY'
+import sys
+from launchers.meeting import route_to
+print(route_to(sys.argv[1], int(sys.argv[2]), is_head=False)[0])
+PY
+    ) || exit 1
     export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-=$interface}
     # ssh passes no variables on; DeepSpeed sets those of a file, which takes the place of the user's own
     without_name < <(

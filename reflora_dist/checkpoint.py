@@ -14,14 +14,13 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_local_load_plan
 from torch.distributed.checkpoint.planner import LoadPlan
@@ -50,6 +49,8 @@ from .files import file_sizes, require_files, write_json
 from .handle_state import check_adapters, check_storage, describe_storage
 from .integrate import Handle
 from .lora_rite import LoRARite
+from .replacement import Replacement, remove
+from .start_files import FILE_NAME as START_FILE
 from .start_files import mark_of, require_same_start
 from .tall import peft_key, transposed
 from .trained import find_training_engine
@@ -71,32 +72,32 @@ def save_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any, ha
     Learning-rate schedulers outside DeepSpeed, random states and the position in the data are the caller's.
 
     Args:
-        output_dir: on storage that all ranks share; a folder that is there is replaced as a whole, and stays as it is
-            until the new one is complete (written beside it, as ``.NAME.part``).
+        output_dir: on storage that all ranks share; an earlier checkpoint there is replaced, and stays as it is until
+            the new one is complete (written beside it, as ``.NAME.part``). What others have put into it is kept.
         model: as the engine returned it (wrapped); under FSDP2 and in one process the model itself.
         optimizer: as given to ``attach``.
         handle: what ``attach`` returned; None where nothing is attached (LoRA-SB).
 
     Raises:
-        TypeError, ValueError, OSError, RuntimeError: on every rank; the model is not what the engine returned, or
-            the folder cannot be written. Under DeepSpeed a write that fails is raised where it failed: end that
-            process, since the others wait for it.
+        TypeError, ValueError, OSError, RuntimeError: on every rank; the model is not what the engine returned, the
+            folder holds files and no checkpoint, or cannot be written. Under DeepSpeed a write that fails is raised
+            where it failed: end that process, since the others wait for it.
 
     Communication: the engine's own, and that of :func:`save_adapter`; every rank must call.
     """
-    folder = Path(output_dir).resolve()
-    part = folder.with_name(f".{folder.name}.part")
-    if is_first_rank():
-        shutil.rmtree(part, ignore_errors=True)  # what an interrupted save left
-    save_into(part, model, optimizer, handle)
+    replacement = _replacement(output_dir)
+    with agreed("preparing to save the checkpoint"):
+        if is_first_rank():
+            replacement.begin()
+    save_into(replacement.part, model, optimizer, handle)
     with agreed("replacing the checkpoint"):
         if is_first_rank():
-            previous = _previous(folder)
-            shutil.rmtree(previous, ignore_errors=True)
-            if folder.exists():
-                folder.rename(previous)
-            part.rename(folder)
-            shutil.rmtree(previous, ignore_errors=True)
+            replacement.finish()
+
+
+def _replacement(output_dir: str | Path) -> Replacement:
+    own = (_STATE, _UNIVERSAL, SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, START_FILE, "README.md")
+    return Replacement(Path(output_dir), _RECORD, own)
 
 
 def save_into(folder: Path, model: nn.Module, optimizer: Any, handle: Handle | None = None) -> None:
@@ -112,7 +113,7 @@ def save_into(folder: Path, model: nn.Module, optimizer: Any, handle: Handle | N
             folder.mkdir(parents=True, exist_ok=True)
             (folder / _RECORD).unlink(missing_ok=True)  # from here on until the end it is no checkpoint
             for stale in (_STATE, _UNIVERSAL):
-                shutil.rmtree(folder / stale, ignore_errors=True)
+                remove(folder / stale)
     save_adapter(model, folder)
     # not agreed upon: a rank that leaves an engine's collectives early cannot tell the others by another collective
     with named_write_errors(folder):
@@ -146,8 +147,8 @@ def load_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any) ->
 
     Communication: the engine's own and two all-gathers of small objects; every rank must call.
     """
-    folder = Path(output_dir)
     with agreed("opening the checkpoint"):
+        folder = _replacement(output_dir).complete_copy()
         engine = find_training_engine(model, optimizer)
         _require_wrapped(model, engine)
         universal = _is_deepspeed(engine) and bool(model.load_universal_checkpoint())  # type: ignore[operator]
@@ -325,11 +326,6 @@ def _is_no_shard(engine: Engine) -> bool:
 # --- the checkpoint's record ---
 
 
-def _previous(folder: Path) -> Path:
-    """Where a checkpoint is for the moment in which its successor takes its name."""
-    return folder.with_name(f".{folder.name}.previous")
-
-
 def _write_record(folder: Path, engine: Engine, handle: Handle | None, start: str | None) -> None:
     written = {
         name: size
@@ -353,10 +349,8 @@ def _write_record(folder: Path, engine: Engine, handle: Handle | None, start: st
 def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / _RECORD
     if not path.is_file():
-        previous = _previous(folder.resolve())
-        other = previous if (previous / _RECORD).is_file() else "an earlier one"
         raise FileNotFoundError(
-            f"{folder} holds no complete checkpoint: {_RECORD}, which is written last, is missing; load {other}"
+            f"{folder} holds no complete checkpoint: {_RECORD}, which is written last, is missing; load an earlier one"
         )
     try:
         record = json.loads(path.read_text())

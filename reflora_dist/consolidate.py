@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from .adapters import clean_name
 from .checkpoint import complete_state
-from .files import require_zip
+from .files import plain_name, require_zip
 from .lora_sb.config import LoraXSType
 from .output_folder import new_folder, require_empty
 from .start_files import FILE_NAME as START_FILE
@@ -103,7 +103,7 @@ def find_state(checkpoint: Path) -> Path | None:
         return state
     latest = checkpoint / "latest"
     if latest.is_file():
-        return checkpoint / latest.read_text().strip()
+        return checkpoint / plain_name(latest.read_text().strip(), latest)
     return next((path.parent for path in sorted(checkpoint.glob("pytorch_model_fsdp_*/.metadata"))), None)
 
 

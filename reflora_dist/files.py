@@ -20,6 +20,27 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(part, path)
 
 
+def plain_name(name: Any, source: Path, *, with_folders: bool = False) -> str:
+    """A name that was read from a file, to be used below a folder.
+
+    Args:
+        name: as it was read.
+        source: the file, for the error.
+        with_folders: whether it may name a file in a folder below.
+
+    Raises:
+        ValueError: it is no text, or could lead out of the folder.
+    """
+    parts = name.split("/") if isinstance(name, str) and with_folders else [name]
+    for part in parts:
+        if not isinstance(part, str) or part in ("", ".", "..") or any(c in part for c in ("/", "\\", "\0", ":")):
+            raise ValueError(
+                f"{source} names the file {name!r:.100}, which is no plain name inside its folder: the file is damaged "
+                "or was made to write elsewhere; get it anew"
+            )
+    return name
+
+
 def file_sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file under a folder, by its name relative to it."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -30,10 +51,10 @@ def require_files(folder: str | Path, sizes: Mapping[str, int]) -> None:
     """Compare a folder with the sizes that its files had.
 
     Raises:
-        ValueError: a file is missing or has another size.
+        ValueError: a file is missing or has another size, or a name leads out of the folder.
     """
     for name, size in sizes.items():
-        path = Path(folder) / name
+        path = Path(folder) / plain_name(name, Path(folder), with_folders=True)
         present = path.stat().st_size if path.is_file() else None
         if present != size:
             state = "is missing" if present is None else f"has {present} bytes instead of {size}"

@@ -77,7 +77,8 @@ def attach(
     assert engine is not None
     if hopeless := pairs_without_solution(engine.pairs, config):
         _warn(
-            f"r is above in or out of {len(hopeless)} of {len(engine.pairs)} adapters ({hopeless[0].name}, ...), where "
+            f"r is above in or out of {len(hopeless)} of {len(engine.pairs)} adapters "
+            f"({engine.pairs[hopeless[0]].name}, ...), where "
             f"{config.method} does not exist: they are plain LoRA throughout; a lower r there (rank_pattern) mends it"
         )
     _tell_what_flat_adapters_cost(engine, config)
@@ -136,8 +137,9 @@ class Handle:
         if kind.uses_gradients:
             self._scalings = scalings
         lora_ranks = [pair.lora_rank for pair in self._engine.pairs]
-        solver = Solver(kind, self.config, scalings, lora_ranks, self._comm)
-        return GradientStep(self._engine, retiler, self._comm, solver, kind.uses_gradients)
+        hopeless = pairs_without_solution(self._engine.pairs, self.config)
+        solver = Solver(kind, self.config, scalings, lora_ranks, self._comm, hopeless)
+        return GradientStep(self._engine, retiler, self._comm, solver, kind.uses_gradients, hopeless)
 
     def report(self) -> Report:
         """Figures of this rank so far. Waits for the device; local, no communication."""

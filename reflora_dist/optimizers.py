@@ -63,17 +63,19 @@ def check_optimizer(optimizer: torch.optim.Optimizer, config: RefLoRAConfig, pai
         )
 
 
-def pairs_without_solution(pairs: Sequence[AdapterPair], config: RefLoRAConfig) -> list[AdapterPair]:
-    """The pairs that a method can never act on: with r above ``in`` or ``out`` a factor's Gram has no inverse.
+def pairs_without_solution(pairs: Sequence[AdapterPair], config: RefLoRAConfig) -> list[int]:
+    """Numbers of the pairs that a method can never act on: with r above ``in`` or ``out`` a Gram has no inverse.
 
     Raises:
         ValueError: all of them are.
     """
     if config.method not in ("reflora", "lora-pro"):
         return []
-    hopeless = [pair for pair in pairs if pair.lora_rank > min(pair.in_features, pair.out_features)]
+    hopeless = [
+        number for number, pair in enumerate(pairs) if pair.lora_rank > min(pair.in_features, pair.out_features)
+    ]
     if len(hopeless) == len(pairs):
-        pair = hopeless[0]
+        pair = pairs[0]
         raise ValueError(
             f"r={pair.lora_rank} is above in={pair.in_features} or out={pair.out_features} of {pair.name}, and "
             f"likewise in all adapters: {config.method} does not exist there, lower r"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from .methods.base import Transform
 # the 224 pairs of LLaMA-7B takes 2.1 ms and r = 32 0.5 ms; on a CPU core, r = 32 for 56 pairs takes 6 ms.
 _DEAR_WORK = {"cpu": 1e6}
 _DEAR_WORK_ELSEWHERE = 2e7
+# The root of float32's largest number. A factor that is so much smaller than the other counts as zero.
+_LARGEST_ENTRY = 1e19
 _LEAST_SHARE = 4  # pairs per rank: below, ranks wait for a few pairs that are solved as fast here
 
 
@@ -36,6 +38,7 @@ class Solver:
         scalings: s of every pair's update.
         lora_ranks: r of every pair.
         communicator: over the ranks that have the same Grams.
+        hopeless: pairs for which the method does not exist: never solved, whatever their Grams look like.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Solver:
         scalings: Sequence[float],
         lora_ranks: Sequence[int],
         communicator: Communicator,
+        hopeless: Collection[int] = (),
     ) -> None:
         self._comm = communicator
         by_rank: dict[int, list[float]] = {}
@@ -61,6 +65,10 @@ class Solver:
             first = min(communicator.rank * share, count) if self.shared_out else 0
             self._own[r] = slice(first, min(first + share, count))
         self._method = kind(config, {r: values[self._own[r]] for r, values in of_pairs.items()})
+        flags: dict[int, list[bool]] = {}
+        for pair, r in enumerate(lora_ranks):
+            flags.setdefault(r, []).append(pair not in hopeless)
+        self._may_be_solved = {r: torch.tensor(values, device=device) for r, values in flags.items()}
 
     def __call__(self, grams: Matrices) -> Transform:
         """What to do to the gradients of every pair.
@@ -69,6 +77,22 @@ class Solver:
             grams: ``{r: [2, P_r, r, r]}`` float64, or wider for a method that uses gradients; the same bits on every
                 rank.
         """
+        transform = self._solve(grams)
+        for r, matrices in transform.matrices.items():
+            moderate = self._moderate(matrices)
+            # reading the result is free on a CPU, and would make a GPU wait
+            if moderate.device.type != "cpu" or not bool(moderate.all()):
+                transform.matrices[r] = torch.where(moderate[:, None, None], matrices, _unchanged(matrices))
+            transform.solved[r] = transform.solved[r] & moderate & self._may_be_solved[r]
+        return transform
+
+    def _moderate(self, matrices: Tensor) -> Tensor:
+        """Of which pairs no entry of ``[2, P, k r, r]`` is so large that a product could leave the range of float32."""
+        # the largest entry of a positive definite matrix is on its diagonal
+        entries = torch.diagonal(matrices, dim1=-2, dim2=-1) if self._symmetric else matrices.flatten(2).abs()
+        return (entries < _LARGEST_ENTRY).all(dim=-1).all(dim=0)  # NaN compares False
+
+    def _solve(self, grams: Matrices) -> Transform:
         if not self.shared_out:
             return self._method.solve(grams)
         own = {r: both[:, self._own[r]] for r, both in grams.items() if self._own[r].stop > self._own[r].start}
@@ -97,6 +121,12 @@ class Solver:
             matrices = from_triangles(values, r) if self._symmetric else values.unflatten(2, shape)
             transform.matrices[r], transform.solved[r] = matrices, rows[:, 0] > 0
         return transform
+
+
+def _unchanged(matrices: Tensor) -> Tensor:
+    """``[k r, r]`` with which a gradient, the last of what is multiplied, stays as it is."""
+    rows, r = matrices.shape[-2:]
+    return torch.eye(rows, dtype=matrices.dtype, device=matrices.device)[:, rows - r :]
 
 
 def shares_out(lora_ranks: Sequence[int], world_size: int, device: torch.device) -> bool:

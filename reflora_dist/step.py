@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -35,13 +37,20 @@ class GradientStep:
         engine, retiler, communicator: over the same ranks.
         solver: of the method.
         uses_gradients: whether the method needs Grams of ``[X, grad_X]``.
+        hopeless: pairs for which the method does not exist, whose gradients are left alone.
 
     Attributes:
         grams: ``{r: [2, P_r, r, r]}``, of the factors before the last step; empty before the first.
     """
 
     def __init__(
-        self, engine: Engine, retiler: Retiler, communicator: Communicator, solver: Solver, uses_gradients: bool
+        self,
+        engine: Engine,
+        retiler: Retiler,
+        communicator: Communicator,
+        solver: Solver,
+        uses_gradients: bool,
+        hopeless: Collection[int] = (),
     ) -> None:
         self._engine = engine
         self._retiler = retiler
@@ -50,6 +59,7 @@ class GradientStep:
         self._uses_gradients = uses_gradients
         self._blocks = BlockSet(retiler.specs, [pair.lora_rank for pair in engine.pairs], communicator.device)
         self._everything = (True,) * (2 * len(engine.pairs))
+        self._acts_on = tuple(factor // 2 not in hopeless for factor in range(2 * len(engine.pairs)))
         self._transform: Transform | None = None
         self.grams: Matrices = {}
 
@@ -60,6 +70,9 @@ class GradientStep:
             The number of pairs left as plain LoRA, a 0-dim tensor, on the first firing of a step; then None.
         """
         act = self._with_gradients if self._uses_gradients else self._with_weights
+        if not all(self._acts_on):
+            present = tuple(p and acts for p, acts in zip(firing.present, self._acts_on, strict=True))
+            firing = firing._replace(present=present)
         transform = act(firing)
         return count_unsolved(transform.solved) if firing.first else None
 

@@ -18,6 +18,8 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
 
+from .files import plain_name
+
 INDEX_NAME = "model.safetensors.index.json"
 _ONE_FILE = "model.safetensors"
 # of the hub, what a merged model is made from: other formats of the same weights are left there
@@ -155,9 +157,14 @@ def _read_index(folder: Path) -> dict[str, Any] | None:
     if path.is_file():
         try:
             index = json.loads(path.read_text())
-            _ = index["weight_map"].values()
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged ({error}): download it again") from error
+            names = set(index["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): download it again") from error
+        if not names:
+            raise ValueError(f"{path} names no file: download it again")
+        for name in names:
+            if not plain_name(name, path).endswith(".safetensors"):
+                raise ValueError(f"{path} names {name!r} among the weights, which is no safetensors file: get it anew")
         return index
     if (folder / _ONE_FILE).is_file():
         return None

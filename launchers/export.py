@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,14 +22,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
 from launchers.options import MODEL_DTYPES
 from reflora_dist import convert_adapter
+from reflora_dist.adapter_files import require_tensors
 from reflora_dist.consolidate import CONFIG_NAME, consolidate_adapter, find_config, find_state
 from reflora_dist.merge import merge_adapter, tokenizer_files
 from reflora_dist.output_folder import new_folder, require_empty
-from reflora_dist.start_files import saved_mark
+from reflora_dist.start_files import read_config, readable, saved_mark
 
 
 @dataclasses.dataclass
@@ -52,6 +56,16 @@ class ExportOptions:
             "help": "dtype of the merged model; auto: that in which the base is stored.",
             "choices": MODEL_DTYPES,
         },
+    )
+    from_state: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the sharded state (under DeepSpeed fp32 masters) even where an adapter's file lies beside it."
+        },
+    )
+    trust_pickles: bool = field(
+        default=False,
+        metadata={"help": "Unpickle whatever a sharded state holds, which can run code; only for what you trust."},
     )
     adapter_config: str | None = field(
         default=None,
@@ -85,7 +99,7 @@ def export(options: ExportOptions) -> None:
 def _refuse_unused(options: ExportOptions) -> None:
     """What only a sharded checkpoint has a use for, given with an adapter in PEFT's format."""
     source = Path(options.adapter)
-    if find_state(source) is not None or not (source / CONFIG_NAME).is_file():
+    if sharded_state(options) is not None or not (source / CONFIG_NAME).is_file():
         return
     for name, default in (("adapter_config", None), ("adapter_name", "default")):
         if getattr(options, name) != default:
@@ -98,11 +112,19 @@ def _refuse_unused(options: ExportOptions) -> None:
 def export_adapter(options: ExportOptions, output: Path) -> None:
     """An ordinary adapter, which plain PEFT loads onto the original base."""
     source = Path(options.adapter)
-    if find_state(source) is not None:
-        consolidate_adapter(source, output, adapter_config=options.adapter_config, adapter=options.adapter_name)
+    if sharded_state(options) is not None:
+        _consolidate(options, output)
     elif saved_mark(source) is not None:
         with new_folder(output) as part:
             convert_adapter(source, part)
+    elif has_adapter(source) and find_state(source) is not None:
+        read_config(source / CONFIG_NAME)
+        with readable(source / SAFETENSORS_WEIGHTS_NAME):
+            tensors = load_file(source / SAFETENSORS_WEIGHTS_NAME)
+        require_tensors(source / SAFETENSORS_WEIGHTS_NAME, tensors, tensors or {"any"}, tensors)
+        with new_folder(output) as part:
+            for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
+                shutil.copyfile(source / name, part / name)
     elif (source / CONFIG_NAME).is_file():
         raise ValueError(f"adapter={options.adapter!r} is in PEFT's format already: add --merge, or copy the folder")
     else:
@@ -112,20 +134,44 @@ def export_adapter(options: ExportOptions, output: Path) -> None:
 @contextmanager
 def adapter_folder(options: ExportOptions) -> Iterator[Path]:
     """Where the adapter is in PEFT's format; for the moment only, if the checkpoint is sharded."""
-    source = Path(options.adapter)
-    if find_state(source) is None:
-        yield source
+    if sharded_state(options) is None:
+        yield Path(options.adapter)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "adapter"
-        consolidate_adapter(source, folder, adapter_config=options.adapter_config, adapter=options.adapter_name)
+        _consolidate(options, folder)
         yield folder
+
+
+def has_adapter(folder: Path) -> bool:
+    """Whether there is an adapter in PEFT's format."""
+    return (folder / CONFIG_NAME).is_file() and (folder / SAFETENSORS_WEIGHTS_NAME).is_file()
+
+
+def sharded_state(options: ExportOptions) -> Path | None:
+    """The folder of shards to read, if any: not where an adapter's file lies beside them, unless asked for.
+
+    That file holds tensors and nothing else; shards are pickles in part.
+    """
+    source = Path(options.adapter)
+    named = options.adapter_name != "default" or options.adapter_config is not None
+    return find_state(source) if options.from_state or named or not has_adapter(source) else None
+
+
+def _consolidate(options: ExportOptions, output: Path) -> None:
+    consolidate_adapter(
+        options.adapter,
+        output,
+        adapter_config=options.adapter_config,
+        adapter=options.adapter_name,
+        trust_pickles=options.trust_pickles,
+    )
 
 
 def tokenizer_folder(options: ExportOptions) -> Path:
     """Where the tokenizer is that the adapter was trained with: in the checkpoint, or beside its configuration."""
     source = Path(options.adapter)
-    state = find_state(source)
+    state = sharded_state(options)
     if state is None:
         return source
     config = find_config(Path(options.adapter_config or source), state)

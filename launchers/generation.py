@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import load_peft_weights
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from reflora_dist import lora_sb  # noqa: F401  (adapters that PEFT does not know by itself)
+from reflora_dist.adapter_files import require_tensors
 
 MODEL_FILES = ("*.safetensors", "*.bin", "*.index.json", "config.json", "adapter_config.json")
 
@@ -23,8 +25,8 @@ def base_of(adapter: str) -> str:
     """
     try:
         base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    except (OSError, ValueError) as error:
-        raise ValueError(f"adapter={adapter!r} holds no adapter_config.json ({error})") from error
+    except Exception as error:  # TypeError and KeyError of a configuration that is none, too
+        raise ValueError(f"adapter={adapter!r} holds no adapter_config.json ({one_line(error)})") from error
     if not base:
         raise ValueError(f"adapter={adapter!r} names no base model; give --model")
     return base
@@ -63,9 +65,19 @@ def load_model(base: str, adapter: str | None, dtype: torch.dtype | str, device:
     if adapter is None:
         return model.eval()
     try:
-        return PeftModel.from_pretrained(model, adapter).eval()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ValueError(f"adapter {adapter!r} does not load on {base!r}: {error}") from error
+        peft_model = PeftModel.from_pretrained(model, adapter).eval()
+        tensors = load_peft_weights(adapter, device="cpu")
+    except Exception as error:  # of PEFT, safetensors or the hub's client, by what is wrong
+        raise ValueError(f"adapter {adapter!r} does not load on {base!r}: {one_line(error)}") from error
+    wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False).keys()
+    embeddings = {key for key in tensors if ".lora_" not in key}  # which PEFT keeps where they were resized
+    require_tensors(Path(adapter), tensors, wanted, wanted | embeddings)
+    return peft_model
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, in its first line."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
 def generation_config(tokenizer: Any, num_beams: int = 1) -> GenerationConfig:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from .adapters import clean_name
 from .engines.zero import ZeroEngine
-from .start_files import require_same_start, saved_mark, write_start
+from .start_files import readable, require_same_start, saved_mark, write_start
 from .tall import TALL_NAME, TallLinear, peft_key, transposed
 from .trained import find_training_engine
-from .whole import Owner, gather, owned_tensors, scatter
+from .whole import Owner, gather, owned_tensors, scatter, whole_shapes
 
 
 class _Entry(NamedTuple):
@@ -108,7 +108,7 @@ def load_adapter(model: nn.Module, optimizer: Any, adapter_dir: str | Path) -> N
         peft_model = find_peft_model(model)
         require_same_start(model, saved_mark(adapter_dir), adapter_dir)
         owners = owned_tensors(model, peft_model)
-    values = _read(adapter_dir, _entries(peft_model, owners))
+    values = _read(model, adapter_dir, owners, _entries(peft_model, owners))
     with agreed("loading the adapter"):
         write_weights(model, optimizer, owners, values)
 
@@ -129,7 +129,7 @@ def load_frozen(model: nn.Module, adapter_dir: str | Path) -> None:
         owners = owned_tensors(model, peft_model)
     entries = _entries(peft_model, owners)
     frozen = {name: entry for name, entry in entries.items() if not getattr(*owners[name]).requires_grad}
-    values = _read(adapter_dir, frozen)
+    values = _read(model, adapter_dir, owners, frozen, others=entries)
     with agreed("loading the adapter"):
         scatter(model, owners, values)
 
@@ -145,14 +145,51 @@ def write_weights(model: nn.Module, optimizer: Any, owners: Mapping[str, Owner],
         engine.write_masters({getattr(*owners[name]): value for name, value in values.items()})
 
 
-def _read(adapter_dir: str | Path, entries: Mapping[str, _Entry]) -> dict[str, Tensor]:
+def _read(
+    model: nn.Module,
+    adapter_dir: str | Path,
+    owners: Mapping[str, Owner],
+    entries: Mapping[str, _Entry],
+    others: Mapping[str, _Entry] | None = None,
+) -> dict[str, Tensor]:
+    """The values of ``entries``, as the model stores them; ``others`` may be in the files, too. Nothing is changed."""
     with agreed("reading the adapter"):
-        files = {file: load_file(Path(adapter_dir) / file) for file in {entry.file for entry in entries.values()}}
-        missing = [entry.file_key for entry in entries.values() if entry.file_key not in files[entry.file]]
-        if missing:
-            raise ValueError(f"{adapter_dir} lacks {len(missing)} of the model's parameters ({missing[0]}, ...)")
+        files = {}
+        for file in {entry.file for entry in entries.values()}:
+            with readable(Path(adapter_dir) / file):
+                files[file] = load_file(Path(adapter_dir) / file)
+        for file, tensors in files.items():
+            known = {entry.file_key for entry in (others or entries).values() if entry.file == file}
+            wanted = {entry.file_key for entry in entries.values() if entry.file == file}
+            require_tensors(Path(adapter_dir) / file, tensors, wanted, known)
         values = {name: files[entry.file][entry.file_key] for name, entry in entries.items()}
-        return {name: transposed(value) if entries[name].is_tall else value for name, value in values.items()}
+        values = {name: transposed(value) if entries[name].is_tall else value for name, value in values.items()}
+        for name, shape in whole_shapes(model, {name: owners[name] for name in values}).items():
+            if values[name].shape != shape:
+                raise ValueError(
+                    f"{adapter_dir} holds {entries[name].file_key} in the shape {tuple(values[name].shape)}, the "
+                    f"model's is {tuple(shape)}: give LoraConfig the r of that adapter"
+                )
+        return values
+
+
+def require_tensors(path: Path, tensors: Mapping[str, Tensor], wanted: Collection[str], known: Collection[str]) -> None:
+    """Make sure that an adapter's file holds what a model needs, and nothing that the model has no place for.
+
+    Raises:
+        ValueError: a tensor is missing, has no place or is not finite; the message names it.
+    """
+    missing, extra = sorted(set(wanted) - tensors.keys()), sorted(tensors.keys() - set(known))
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} of the model's parameters ({missing[0]}, ...)")
+    if extra:
+        raise ValueError(
+            f"{path} holds {len(extra)} tensors that the model has no place for ({extra[0]}, ...): give LoraConfig the "
+            "target_modules of that adapter"
+        )
+    broken = [key for key in sorted(wanted) if not bool(torch.isfinite(tensors[key]).all())]
+    if broken:
+        raise ValueError(f"{path} holds {broken[0]} with values that are not finite: it is broken, take another one")
 
 
 def find_peft_model(model: nn.Module) -> PeftModel:

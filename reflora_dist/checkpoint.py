@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch.distributed.checkpoint as dcp
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_local_load_plan
-from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -50,6 +51,7 @@ from .handle_state import check_adapters, check_storage, describe_storage
 from .integrate import Handle
 from .lora_rite import LoRARite
 from .replacement import Replacement, remove
+from .safe_pickles import SafeReader, require_states
 from .start_files import FILE_NAME as START_FILE
 from .start_files import mark_of, require_same_start
 from .tall import peft_key, transposed
@@ -127,7 +129,9 @@ def save_into(folder: Path, model: nn.Module, optimizer: Any, handle: Handle | N
             _write_record(folder, engine, handle, mark_of(model))
 
 
-def load_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any) -> dict[str, Any]:
+def load_checkpoint(
+    output_dir: str | Path, model: nn.Module, optimizer: Any, *, trust_pickles: bool = False
+) -> dict[str, Any]:
     """Load what :func:`save_checkpoint` wrote into a model and optimizer that were made as for a new run.
 
     The handle's state comes back, for ``attach(model, optimizer, config, state_dict=...)``: load first, then attach.
@@ -139,6 +143,8 @@ def load_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any) ->
     Args:
         output_dir: of a checkpoint.
         model, optimizer: as for :func:`save_checkpoint`, before any step.
+        trust_pickles: unpickle whatever DCP's and DeepSpeed's files hold, which can run code; by default only the
+            classes that these formats need.
 
     Raises:
         FileNotFoundError, ValueError, RuntimeError: on every rank and before anything is changed; there is no
@@ -159,10 +165,15 @@ def load_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any) ->
         require_same_start(model, record.get("start"), folder)
         if universal:
             _require_converted(folder)
-            _require_in_order(model, record, folder)
+            _require_in_order(model, record, folder, trust_pickles)
+            require_states(_own_share(sorted((folder / _UNIVERSAL).rglob("*.pt"))), trust_pickles)
         else:
             require_files(folder, record["files"])
-            _require_loadable_on(world_size(), record, engine, folder)
+            _require_loadable_on(world_size(), record, engine, folder, trust_pickles)
+        if not _is_deepspeed(engine):
+            SafeReader(folder / _STATE, trust_pickles).read_metadata()  # refuses what DCP would call
+        elif not universal:  # DeepSpeed calls whatever its files name
+            require_states(_own_share(sorted((folder / _STATE).glob("*.pt"))), trust_pickles)
     with agreed("loading the checkpoint"), named_load_errors(folder):
         if _is_deepspeed(engine):
             tag = _UNIVERSAL if universal else _STATE
@@ -171,11 +182,17 @@ def load_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any) ->
                 _restore_groups(engine, record)
         else:
             state = _training_state(model, engine)
-            dcp.load(state, checkpoint_id=folder / _STATE, planner=_Planner())
+            dcp.load(state, storage_reader=SafeReader(folder / _STATE, trust_pickles), planner=_Planner(trust_pickles))
             _set_training_state(model, engine, state)
     load_frozen(model, folder)
     handle = record["handle"]
     return {**handle, "stored_tall": describe_storage(engine.pairs)} if handle else handle
+
+
+def _own_share(paths: list[Path]) -> list[Path]:
+    """What this rank looks at, so that together they look at all."""
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    return paths[rank :: world_size()]
 
 
 def complete_state(folder: str | Path) -> Path | None:
@@ -198,8 +215,19 @@ def complete_state(folder: str | Path) -> Path | None:
 class _Planner(DefaultLoadPlanner):
     """torch's, but for its guess that a checkpoint is older than torch 2.4 where a rank lacks some of its keys.
 
-    Under FSDP1 a rank lacks what it holds no part of; taken for old, the checkpoint would not load.
+    Under FSDP1 a rank lacks what it holds no part of; taken for old, the checkpoint would not load. What is no tensor
+    (learning rates, counts) is unpickled with torch's safe classes only.
     """
+
+    def __init__(self, trust_pickles: bool) -> None:
+        super().__init__()
+        self._trust_pickles = trust_pickles
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        if not self._trust_pickles:
+            torch.load(value, weights_only=True)
+            value.seek(0)
+        super().load_bytes(read_item, value)
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None
@@ -380,11 +408,13 @@ def _require_same_storage(record: Mapping[str, Any], engine: Engine, folder: Pat
         check_storage(written, engine.pairs, str(folder))
 
 
-def _require_loadable_on(present: int, record: Mapping[str, Any], engine: Engine, folder: Path) -> None:
+def _require_loadable_on(
+    present: int, record: Mapping[str, Any], engine: Engine, folder: Path, trust_pickles: bool
+) -> None:
     if record["world_size"] == present or engine.name in ("single", "ddp", "fsdp2"):
         return
     problem = f"{folder} was written by {record['world_size']} ranks and this run has {present}"
-    if _is_deepspeed(engine) and not was_round_robin(folder / _STATE):
+    if _is_deepspeed(engine) and not was_round_robin(folder / _STATE, trust_pickles):
         raise ValueError(
             f"{problem}; DeepSpeed needs a universal checkpoint for that: run "
             f"`{conversion(folder / _STATE, folder / _UNIVERSAL)}` and set "
@@ -407,10 +437,10 @@ def _require_converted(folder: Path) -> None:
         )
 
 
-def _require_in_order(model: Any, record: Mapping[str, Any], folder: Path) -> None:
+def _require_in_order(model: Any, record: Mapping[str, Any], folder: Path, trust_pickles: bool) -> None:
     universal = folder / _UNIVERSAL
     remedy = f"use {record['world_size']} ranks and take load_universal out of the DeepSpeed configuration"
-    refuse_round_robin(universal, f"resume from {folder / _STATE}, which was converted: {remedy}")
+    refuse_round_robin(universal, f"resume from {folder / _STATE}, which was converted: {remedy}", trust_pickles)
     if is_round_robin(model.zero_optimization_stage(), model.zero_round_robin_gradients()):
         raise ValueError(
             f"with round_robin_gradients DeepSpeed mixes up the parameters of {universal} as it loads them: take "

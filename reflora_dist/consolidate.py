@@ -6,7 +6,8 @@ What is read (each by its own library):
     ZeRO        *_optim_states.pt of DeepSpeed's stages 1 to 3: the fp32 masters
     universal   zero/<parameter>/fp32.pt, what ds_to_universal makes of these: likewise
 
-DeepSpeed's files and DCP's .metadata are pickles, which can run code when they are read: read only what you trust.
+DeepSpeed's files and DCP's .metadata are pickles: they are read with the classes that these formats need, and no others
+(``safe_pickles``).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from .checkpoint import complete_state
 from .files import plain_name, require_zip
 from .lora_sb.config import LoraXSType
 from .output_folder import new_folder, require_empty
+from .safe_pickles import SafeReader, load_states, require_states
 from .start_files import FILE_NAME as START_FILE
 from .start_files import convert_adapter, find_start, is_mark, read_config, readable
 from .tall import in_peft_form
@@ -54,6 +56,7 @@ def consolidate_adapter(
     *,
     adapter_config: str | Path | None = None,
     adapter: str = "default",
+    trust_pickles: bool = False,
 ) -> None:
     """Write the adapter of a sharded checkpoint as PEFT does. One process, no ranks.
 
@@ -65,6 +68,7 @@ def consolidate_adapter(
         output_dir: for ``adapter_model.safetensors`` and ``adapter_config.json``; must not exist, or be empty.
         adapter_config: the configuration or its folder; by default that in the checkpoint's folder or the one above.
         adapter: the adapter's name in the model.
+        trust_pickles: unpickle whatever DCP's and DeepSpeed's files hold, which can run code.
 
     Raises:
         FileNotFoundError, ValueError: there is no such state, a file is missing or truncated (the message names it),
@@ -78,7 +82,7 @@ def consolidate_adapter(
     config_path = find_config(source if adapter_config is None else Path(adapter_config), state)
     config = read_config(config_path)
     _require_known(config, config_path)
-    tensors = _read_state(state, lambda names: _chosen(list(names), config, adapter, state))
+    tensors = _read_state(state, lambda names: _chosen(list(names), config, adapter, state), trust_pickles)
     _complete(tensors, config, config_path.parent, state)
     with new_folder(target) as part:
         if not is_mark(config.get("init_lora_weights")):
@@ -118,25 +122,23 @@ def _kind(folder: Path) -> str | None:
 # --- the state ---
 
 
-def _read_state(folder: Path, choose: _Choose) -> dict[str, Tensor]:
+def _read_state(folder: Path, choose: _Choose, trust_pickles: bool) -> dict[str, Tensor]:
     """The adapter's tensors by PEFT's names."""
     readers = {"dcp": _read_dcp, "zero": _read_zero, "universal": _read_universal}
     kind = _kind(folder)
     if kind is None:
         raise FileNotFoundError(f"{folder} is missing or holds no shards: the checkpoint is incomplete")
-    tensors = readers[kind](folder, choose)
+    tensors = readers[kind](folder, choose, trust_pickles)
     # a lora_A that was stored tall has the parameter's own name where an engine saves by names (ZeRO, FSDP1)
     return {key: tensor.detach().clone().contiguous() for key, tensor in in_peft_form(tensors).items()}
 
 
-def _read_dcp(folder: Path, choose: _Choose) -> dict[str, Tensor]:
-    reader = dcp.FileSystemReader(folder)
+def _read_dcp(folder: Path, choose: _Choose, trust_pickles: bool) -> dict[str, Tensor]:
+    reader = SafeReader(folder, trust_pickles)
     try:
         metadata = reader.read_metadata()
-    except Exception as error:
-        raise ValueError(
-            f"{folder / '.metadata'} cannot be read ({type(error).__name__}: {error}): the checkpoint is incomplete"
-        ) from error
+    except OSError as error:
+        raise ValueError(f"{folder / '.metadata'} cannot be read ({error}): the checkpoint is incomplete") from error
     for place in (metadata.storage_data or {}).values():
         _require_size(folder / place.relative_path, place.offset + place.length)
     specs = {
@@ -155,11 +157,13 @@ def _read_dcp(folder: Path, choose: _Choose) -> dict[str, Tensor]:
     return {chosen[key]: tensor for key, tensor in read.items()}
 
 
-def _read_zero(folder: Path, choose: _Choose) -> dict[str, Tensor]:
-    shapes = _trained_shapes(folder)
-    for path in sorted(folder.glob("*_states.pt")):
+def _read_zero(folder: Path, choose: _Choose, trust_pickles: bool) -> dict[str, Tensor]:
+    shapes = _trained_shapes(folder, trust_pickles)
+    paths = sorted(folder.glob("*_states.pt"))
+    for path in paths:
         require_zip(path)
-    _require_all_ranks(folder)
+    require_states(paths, trust_pickles)  # DeepSpeed itself would call whatever they name
+    _require_all_ranks(folder, trust_pickles)
     deepspeed = _zero_to_fp32()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it tells what it does
         state = deepspeed.get_fp32_state_dict_from_zero_checkpoint(
@@ -170,25 +174,26 @@ def _read_zero(folder: Path, choose: _Choose) -> dict[str, Tensor]:
     return {key: state[name] for name, key in chosen.items()}
 
 
-def _read_universal(folder: Path, choose: _Choose) -> dict[str, Tensor]:
-    shapes = _trained_shapes(folder)
-    refuse_round_robin(folder, "export from the checkpoint that was converted")
+def _read_universal(folder: Path, choose: _Choose, trust_pickles: bool) -> dict[str, Tensor]:
+    shapes = _trained_shapes(folder, trust_pickles)
+    refuse_round_robin(folder, "export from the checkpoint that was converted", trust_pickles)
     chosen = choose(shapes)
     _warn_of_others(shapes.keys() - chosen.keys(), folder)
     tensors = {}
     for name, key in chosen.items():
         path = folder / "zero" / name / "fp32.pt"
         require_zip(path)
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        value = load_states(path, trust_pickles)
         # of stage 3 a flat tensor, of the others a dictionary
         tensors[key] = (value["param"] if isinstance(value, dict) else value).reshape(shapes[name])
     return tensors
 
 
-def _trained_shapes(folder: Path) -> dict[str, torch.Size]:
+def _trained_shapes(folder: Path, trust_pickles: bool) -> dict[str, torch.Size]:
     """The shape of every parameter that DeepSpeed trained."""
     path = model_states(folder)
     require_zip(path)
+    require_states([path], trust_pickles)
     groups = _zero_to_fp32().parse_model_states([str(path)])[0].param_shapes
     return {name: shape for group in groups for name, shape in group.items()}
 
@@ -221,14 +226,14 @@ def _require_size(path: Path, least: int) -> None:
         raise ValueError(f"{path} {state}: the checkpoint is damaged; take an earlier one")
 
 
-def _require_all_ranks(folder: Path) -> None:
+def _require_all_ranks(folder: Path, trust_pickles: bool) -> None:
     files = {
         int(match[2]): match for match in map(_RANK.fullmatch, map(str, folder.glob("*_optim_states.pt"))) if match
     }
     if not files:
         raise ValueError(f"{folder} holds no zero_pp_rank_*_optim_states.pt: it is no ZeRO checkpoint")
     first = files[min(files)]
-    state = torch.load(first[0], map_location="cpu", mmap=True, weights_only=False)["optimizer_state_dict"]
+    state = load_states(Path(first[0]), trust_pickles)["optimizer_state_dict"]
     if "zero_stage" not in state:
         raise ValueError(
             f"{folder} was written by DeepSpeed's BF16_Optimizer, which only its converter reads: run "
@@ -336,6 +341,9 @@ def _complete(tensors: dict[str, Tensor], config: Mapping[str, Any], folder: Pat
     wanted = set(beside)
     for one, other in (*partners, *((b, a) for a, b in partners)):
         wanted |= {key.removesuffix(one) + other for key in tensors if key.endswith(f".{one}")}
+    broken = [key for key, tensor in sorted(tensors.items()) if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise ValueError(f"{state} holds {broken[0]} with values that are not finite: export an earlier checkpoint")
     lacking = sorted(wanted - tensors.keys())
     if lacking:
         remedy = f"; it is frozen: put the run's {SAFETENSORS_WEIGHTS_NAME} beside {CONFIG_NAME}"

@@ -84,6 +84,7 @@ def attach(
     _tell_what_flat_adapters_cost(engine, config)
     handle = Handle(model, config, engine)
     if state_dict is not None:
+        _refuse_broken_factors(engine)
         handle.load_state_dict(state_dict)
     elif not resumed:
         handle._rescale_before_first_step()
@@ -293,6 +294,15 @@ def _find(model: nn.Module, optimizer: Any, config: RefLoRAConfig) -> Engine:
     if engine.optimizer in _attached:
         raise RuntimeError("this optimizer is attached already: call detach() on its handle first")
     return engine
+
+
+def _refuse_broken_factors(engine: Engine) -> None:
+    """A run that continues has factors to go on from. On every rank; one all-gather of small objects."""
+    with agreed("reading the factors"):
+        names = engine._factor_names()
+        broken = [n for n, w in zip(names, engine.weights(), strict=True) if not bool(torch.isfinite(w).all())]
+        if broken:
+            raise ValueError(f"{broken[0]} is not finite in what was loaded: continue from an earlier checkpoint")
 
 
 def _tell_what_flat_adapters_cost(engine: Engine, config: RefLoRAConfig) -> None:

@@ -142,9 +142,9 @@ def _refusal(path: Path, error: Exception) -> str:
     if marker in text:  # torch's message, of which the rest tells how to switch the safety off
         name = text.partition(marker)[2].split(" ")[0]
         text = f"it wants {name} called, which no checkpoint of this kind needs"
-    else:
+    elif not isinstance(error, RefusedPickleError):
         text = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
     return (
-        f"{path} is a pickle that is not read ({text}): it is damaged, or was changed to run code; take it from where "
-        "it was written, or, if you trust it, --trust_pickles (trust_pickles=True)"
+        f"{path} cannot be read ({text}): it is damaged, or was changed to run code; take it from where it was "
+        "written, or, if you trust it, --trust_pickles (trust_pickles=True)"
     )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from .files import require_zip
+from .safe_pickles import load_states
 
 
 def conversion(state: Path, universal: Path) -> str:
@@ -35,7 +34,7 @@ def is_round_robin(stage: int, round_robin_gradients: bool) -> bool:
     return stage in (1, 2) and round_robin_gradients
 
 
-def was_round_robin(folder: Path) -> bool:
+def was_round_robin(folder: Path, trust_pickles: bool = False) -> bool:
     """Likewise, of the run that wrote these shards of ZeRO's, or those that were converted.
 
     Raises:
@@ -43,20 +42,20 @@ def was_round_robin(folder: Path) -> bool:
     """
     path = model_states(folder)
     require_zip(path)
-    state = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    state = load_states(path, trust_pickles)
     # the shapes are in the order of the buffers; of the configuration DeepSpeed may have kept a path only
     places = {name: place for place, name in enumerate(state["module"])}
     groups = [[places[name] for name in shapes if name in places] for shapes in state["param_shapes"]]
     return any(group != sorted(group) for group in groups)
 
 
-def refuse_round_robin(universal: Path, remedy: str) -> None:
+def refuse_round_robin(universal: Path, remedy: str, trust_pickles: bool = False) -> None:
     """Refuse what ds_to_universal made of a round-robin run.
 
     Raises:
         ValueError: it did; or as ``model_states``.
     """
-    if was_round_robin(universal):
+    if was_round_robin(universal, trust_pickles):
         raise ValueError(
             f"{universal} was converted from a run with round_robin_gradients, whose parameters ds_to_universal mixes "
             f"up: {remedy}"

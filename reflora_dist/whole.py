@@ -55,6 +55,22 @@ def _require_all_adapters(model: nn.Module, peft_model: PeftModel, owners: Mappi
             )
 
 
+def whole_shapes(model: nn.Module, owners: Mapping[str, Owner]) -> dict[str, torch.Size]:
+    """Shapes of parameters of which this rank may hold a part. Local, no communication."""
+    in_units: dict[tuple[int, str], torch.Size] = {}
+    for unit in _fsdp1_units(model):
+        if unit._handle is not None:
+            flat = unit._handle.flat_param
+            for info, shape in zip(flat._param_infos, flat._shapes, strict=True):
+                in_units[id(info.module), info.param_name] = shape
+    shapes = {}
+    for name, (module, attribute) in owners.items():
+        tensor = getattr(module, attribute)
+        own = in_units.get((id(module), attribute), tensor.shape)
+        shapes[name] = torch.Size(getattr(tensor, "ds_shape", own))
+    return shapes
+
+
 def reshard(model: nn.Module) -> None:
     """Have FSDP2 put sharded parameters back: the root keeps whole ones after an evaluation, until a backward."""
     for module in model.modules():

@@ -49,10 +49,11 @@ def _to_neighbours(sent: torch.Tensor, received: torch.Tensor) -> None:
     """A half to either neighbour and from it, as rows that are cut; on two ranks all to the other."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     neighbours = sorted({(rank - 1) % ranks, (rank + 1) % ranks})
+    numel = sent.numel() // len(neighbours)  # alike on both sides: a message of another size ends gloo's process
     operations = [
-        dist.P2POp(operation, part, peer)
+        dist.P2POp(operation, whole[place * numel : (place + 1) * numel], peer)
         for operation, whole in ((dist.isend, sent), (dist.irecv, received))
-        for peer, part in zip(neighbours, whole.chunk(len(neighbours)), strict=True)
+        for place, peer in enumerate(neighbours)
     ]
     for request in dist.batch_isend_irecv(operations):
         request.wait()

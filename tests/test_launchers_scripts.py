@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +58,41 @@ def test_accelerate_with_fsdp_is_refused_without_a_gpu(folder: Path) -> None:
     command = ["bash", LAUNCHERS / "run_accelerate.sh", LAUNCHERS / "accelerate" / "fsdp2.yaml"]
     printed = launch([*command, *short_training(folder, "fsdp")], timeout_s=120, expect_failure=True)
     assert "no FSDP on a CPU" in printed
+
+
+_NO_FSDP = "no FSDP on a CPU"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("distributed_type: FSDP\n", _NO_FSDP),
+        ('distributed_type:   "FSDP"\n', _NO_FSDP),
+        ("distributed_type : 'fsdp'  # sharded\n", _NO_FSDP),
+        ('{"num_machines": 1, "distributed_type": "FSDP"}', _NO_FSDP),
+        ("distributed_type: >-\n  FSDP\n", _NO_FSDP),
+        ("distributed_type: [FSDP\n", "cannot be read"),
+        ("- FSDP\n", "holds no settings"),
+        ("[" * 5000, "cannot be read"),
+        ("# distributed_type: FSDP\ndistributed_type: DEEPSPEED\n", ""),
+        ("machine_rank: 0\n", ""),
+    ],
+)
+def test_fsdp_is_recognized_however_it_is_written(content: str, message: str, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(content)
+    script = f". {LAUNCHERS / 'environment.sh'}; PYTHON={sys.executable}; gpus=0; refuse_fsdp_on_a_cpu '{config}'"
+    run = subprocess.run(["bash", "-c", f"set -euo pipefail; {script}"], capture_output=True, text=True, timeout=60)
+    assert (run.returncode != 0, message in run.stderr) == (bool(message), True), run.stderr
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("script", sorted((LAUNCHERS / "slurm").glob("*.sbatch")), ids=lambda script: script.stem)
+def test_a_batch_script_without_slurm_says_so(script: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    run = subprocess.run(["bash", script], capture_output=True, text=True, timeout=60, env=environment)
+    assert run.returncode != 0
+    assert "this is a batch script: sbatch" in run.stderr and f"run_{script.stem}.sh" in run.stderr
 
 
 @pytest.mark.slow

@@ -369,3 +369,17 @@ def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize("name", ["'+__import__('os').abort()+'", "-oProxyCommand=x", "$(id)", "a;b", '"'])
+def test_a_name_in_a_hostfile_is_a_name_and_nothing_that_runs(name: str, tmp_path: Path) -> None:
+    for command in ("pdsh", "ssh"):  # which would say that they were called
+        executable = tmp_path / command
+        executable.write_text(f"#!/bin/sh\ntouch {tmp_path}/called\n")
+        executable.chmod(0o755)
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text(f"node0 slots=1\n{name} slots=1\n")
+    command = ["bash", MULTINODE, "deepspeed", "--hostfile", hostfile, "--script", PROGRAM]
+    printed = launch(command, timeout_s=60, expect_failure=True, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert f"'{name}' is no name of a machine" in printed
+    assert not (tmp_path / "called").exists()

@@ -46,7 +46,7 @@ from .adapter_files import (
 from .adapters import clean_name
 from .checkpoint_errors import named_load_errors, named_write_errors
 from .engines import Engine
-from .files import file_sizes, require_files, write_json
+from .files import file_sizes, require_fields, require_files, write_json
 from .handle_state import check_adapters, check_storage, describe_storage
 from .integrate import Handle
 from .lora_rite import LoRARite
@@ -62,6 +62,7 @@ __all__ = ["load_adapter", "load_checkpoint", "save_adapter", "save_checkpoint"]
 
 _FORMAT_VERSION = 1
 _RECORD = "reflora.json"
+_FIELDS = {"version": int, "engine": str, "world_size": int, "handle": Mapping, "files": Mapping, "param_groups": list}
 _STATE = "state"
 _UNIVERSAL = "state_universal"
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed")
@@ -382,12 +383,14 @@ def _read_record(folder: Path) -> dict[str, Any]:
         )
     try:
         record = json.loads(path.read_text())
-        version, _, _, handle = record["version"], record["engine"], record["files"], record["handle"]
-        _ = handle and handle["steps"]  # empty where nothing was attached
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); load an earlier checkpoint") from error
-    if version != _FORMAT_VERSION:
-        raise ValueError(f"{path} has version={version!r}, this release reads {_FORMAT_VERSION}")
+    require_fields(record, _FIELDS, path)
+    if record["version"] != _FORMAT_VERSION:
+        raise ValueError(f"{path} has version={record['version']!r}, this release reads {_FORMAT_VERSION}")
+    require_fields(record["files"], dict.fromkeys(record["files"], int), f"{path}, files")
+    if record["handle"]:  # empty where nothing was attached
+        require_fields(record["handle"], {"steps": int}, f"{path}, handle")
     return record
 
 

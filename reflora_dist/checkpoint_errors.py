@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,10 +34,34 @@ def named_load_errors(folder: Path) -> Iterator[None]:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         if isinstance(cause, OSError | torch.OutOfMemoryError):
             raise cause from error
+        if _is_unreadable(cause):
+            raise ValueError(_damaged(folder, cause)) from error
         raise RuntimeError(
             f"{folder} does not fit this run ({type(cause).__name__}: {cause}): make the adapter, the optimizer and "
             "its groups as in the run that saved it, and learning-rate schedulers after loading"
         ) from error
+
+
+@contextlib.contextmanager
+def named_read_errors(folder: Path) -> Iterator[None]:
+    """Of DCP where nothing but files is read: whatever it raises, the checkpoint is damaged."""
+    try:
+        yield
+    except (CheckpointException, Exception) as error:
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        raise ValueError(_damaged(folder, cause)) from error
+
+
+def _is_unreadable(cause: BaseException) -> bool:
+    """Whether a file is no archive of torch's (any more), rather than one of another model."""
+    from_archive = any(words in str(cause) for words in ("PytorchStreamReader", "hasRecord"))
+    return from_archive or isinstance(cause, pickle.UnpicklingError | EOFError | UnicodeDecodeError)
+
+
+def _damaged(folder: Path, cause: BaseException) -> str:
+    # torch's message goes on with how to switch the safety off
+    first = str(cause).strip().partition("\n")[0].partition(". ")[0]
+    return f"{folder} cannot be read ({type(cause).__name__}: {first}): it is damaged; load an earlier checkpoint"
 
 
 def _write_error(folder: Path, failures: Mapping[int, BaseException]) -> str:

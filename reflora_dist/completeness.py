@@ -21,7 +21,7 @@ from transformers.trainer_utils import SaveStrategy, rotate_checkpoints, sort_ch
 
 from .adapter_files import agreed, is_first_rank
 from .callback import checkpoint_folder
-from .files import file_sizes, require_files, write_json
+from .files import file_sizes, require_fields, require_files, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -87,12 +87,14 @@ def require_complete(folder: str | Path) -> None:
             f"{folder} is no complete checkpoint: {_RECORD}, which is written last, is missing; name an earlier one"
         )
     try:
-        files: Mapping[str, int] = json.loads(record.read_text())["files"]
-    except (ValueError, KeyError, TypeError) as error:
+        content = json.loads(record.read_text())
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{record} is damaged ({type(error).__name__}: {error}); name an earlier checkpoint"
         ) from error
-    require_files(folder, files)
+    require_fields(content, {"files": Mapping}, record)
+    require_fields(content["files"], dict.fromkeys(content["files"], int), record)
+    require_files(folder, content["files"])
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from .adapters import clean_name
 from .checkpoint import complete_state
+from .checkpoint_errors import named_read_errors
 from .files import plain_name, require_zip
 from .lora_sb.config import LoraXSType
 from .output_folder import new_folder, require_empty
@@ -153,7 +154,8 @@ def _read_dcp(folder: Path, choose: _Choose, trust_pickles: bool) -> dict[str, T
     read: dict[str, Any] = {key: torch.empty(specs[key].size, dtype=specs[key].properties.dtype) for key in chosen}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is")  # which is what no_dist asks for
-        dcp.load(read, storage_reader=reader, no_dist=True)
+        with named_read_errors(folder):
+            dcp.load(read, storage_reader=reader, no_dist=True)
     return {chosen[key]: tensor for key, tensor in read.items()}
 
 

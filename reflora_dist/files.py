@@ -41,6 +41,26 @@ def plain_name(name: Any, source: Path, *, with_folders: bool = False) -> str:
     return name
 
 
+def require_fields(content: Any, kinds: Mapping[str, Any], source: str | Path) -> None:
+    """Make sure that a record, which was read from a file, holds what is going to be used.
+
+    Args:
+        content: as it was read.
+        kinds: of every field, as for isinstance; True and False are no numbers.
+        source: of the record, for the error.
+
+    Raises:
+        ValueError: it is no mapping, or a field is missing or of another kind.
+    """
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{source} is damaged (it holds {content!r:.60}, no fields): load an earlier checkpoint")
+    for name, kind in kinds.items():
+        value = content.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            found = f"{name} is {value!r:.60}" if name in content else f"{name} is missing"
+            raise ValueError(f"{source} is damaged ({found}): load an earlier checkpoint")
+
+
 def file_sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file under a folder, by its name relative to it."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -8,9 +8,11 @@ from typing import Any
 
 from .adapters import AdapterPair
 from .config import RefLoRAConfig
+from .files import require_fields
 
 _VERSION = 1
 _PEFT_PREFIX = "base_model.model."
+_FIELDS = {"version": int, "config": Mapping, "steps": int, "applied_steps": int, "skipped_pairs": int}
 _MAY_CHANGE = {"method"}  # which is refused
 
 
@@ -52,6 +54,7 @@ def check_storage(state: Mapping[str, Any], pairs: Sequence[AdapterPair], saved:
     if "adapters" not in state:  # a run whose steps so far were plain LoRA on unknown adapters
         return
     before, now = state.get("stored_tall", describe_storage([])), describe_storage(pairs)
+    _require_descriptions({"stored_tall": before}, saved)
     if list(before) != now:
         remedy = (
             "call reflora_dist.tall_adapters(model) before wrapping (RefLoRACallback(config, tall=True), "
@@ -84,6 +87,8 @@ def check_adapters(state: Mapping[str, Any], pairs: Sequence[AdapterPair], saved
     before, now = state.get("adapters"), describe_adapters(pairs)
     if before is None or before == now:
         return
+    require_fields(state, {"adapters": Mapping}, saved)
+    _require_descriptions(before, saved)
     if _listed(before) == _listed(now):
         raise ValueError(
             f"{saved} is of adapters of other layers, or with other names, than this model's ({pairs[0].name}, ...): "
@@ -103,9 +108,11 @@ def check_state(state: Mapping[str, Any], config: RefLoRAConfig, pairs: Sequence
     """
     if not state:
         raise ValueError("state_dict is empty: the checkpoint was saved without a handle, so leave state_dict out")
-    if state.get("version") != _VERSION:
-        raise ValueError(f"version={state.get('version')!r} of the saved state is not {_VERSION}")
+    require_fields(state, _FIELDS, "the saved state")
+    if state["version"] != _VERSION:
+        raise ValueError(f"version={state['version']!r} of the saved state is not {_VERSION}")
     saved = state["config"]
+    require_fields(saved, {"method": str}, "config of the saved state")
     if saved["method"] != config.method:
         raise ValueError(
             f"the checkpoint was written with method={saved['method']!r}, this is {config.method!r}: continue with "
@@ -128,6 +135,14 @@ def changed_settings(state: Mapping[str, Any], config: RefLoRAConfig) -> str:
 def _peft_name(pair: AdapterPair) -> str:
     """Without modules around the PEFT model, which need not be there again."""
     return pair.name[max(0, pair.name.find(_PEFT_PREFIX)) :]
+
+
+def _require_descriptions(descriptions: Mapping[str, Any], source: str) -> None:
+    """Each is a number and a digest."""
+    for name, value in descriptions.items():
+        pair = value if isinstance(value, Sequence) and len(value) == 2 else (None, None)
+        if not (isinstance(pair[0], int) and isinstance(pair[1], str)):
+            raise ValueError(f"{source} is damaged ({name} is {value!r:.60}): load an earlier checkpoint")
 
 
 def _listed(adapters: Mapping[str, Sequence[Any]]) -> str:

@@ -15,7 +15,16 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
+
+from .files import plain_name
 
 _DTYPES = {("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _OF_DCP = {
@@ -90,10 +99,32 @@ class SafeReader(FileSystemReader):
             raise ValueError(_refusal(path, error)) from error
         if not isinstance(metadata, Metadata):
             raise ValueError(f"{path} holds a {type(metadata).__name__} and no metadata: take another checkpoint")
+        _require_places(metadata, path)
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
         return metadata
+
+
+def _require_places(metadata: Metadata, path: Path) -> None:
+    """A damaged pickle can put anything anywhere."""
+    specs, places = metadata.state_dict_metadata, metadata.storage_data
+    if isinstance(specs, dict) and isinstance(places, dict):
+        kinds = (TensorStorageMetadata, BytesStorageMetadata)
+        of_specs = all(isinstance(key, str) and isinstance(spec, kinds) for key, spec in specs.items())
+        of_places = all(
+            isinstance(index, MetadataIndex)
+            and isinstance(place, _StorageInfo)
+            and isinstance(place.relative_path, str)
+            and isinstance(place.offset, int)
+            and isinstance(place.length, int)
+            for index, place in places.items()
+        )
+        if of_specs and of_places:
+            for place in places.values():
+                plain_name(place.relative_path, path)
+            return
+    raise ValueError(f"{path} is damaged (what it says about the tensors is no such thing): take another checkpoint")
 
 
 def load_states(path: Path, trust_pickles: bool = False) -> Any:

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from hypothesis import settings
 
 from benchmarks.two_hosts import SYSTEM_PATH
 
@@ -17,9 +18,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run every engine on every number of ranks it is valid on, not only on one",
     )
+    parser.addoption("--examples", type=int, help="how many inputs property tests try that do not say it themselves")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if examples := config.getoption("--examples"):
+        settings.register_profile("examples", max_examples=examples, deadline=None)
+        settings.load_profile("examples")
     config.addinivalue_line("markers", "slow: takes minutes")
     config.addinivalue_line("markers", "all_ranks: an engine on a further number of ranks; runs with --all-ranks")
     config.addinivalue_line("markers", "gpu: needs a GPU, and is left out where there is none")

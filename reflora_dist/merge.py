@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import collections
 import json
+import math
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,6 +128,7 @@ class _Merge:
         self.embedding_names = {n for n, p in base.named_parameters(remove_duplicate=False) if id(p) in embeddings}
         self.names = _names_of_keys(stored, names, base.base_model_prefix)
         self.keys = {name: key for key, name in self.names.items()}
+        self._need_not_be_stored = tuple(getattr(base, "_keys_to_ignore_on_load_missing", None) or ())
         model = with_adapter(base, config, tensors, source)
         root = model.get_base_model()
         self.sources = {name: _find_source(root, name) for name in names}
@@ -151,7 +154,7 @@ class _Merge:
     def _missing(self) -> list[str]:
         """Parameters that the base's files lack and the merged model's must have."""
         elsewhere = {name for group in self.tied for name in group if any(other in self.keys for other in group)}
-        missing = []
+        missing, absent = [], []
         for name, source in self.sources.items():
             if name in self.keys or (name in elsewhere and name not in self.untied):
                 continue
@@ -163,7 +166,19 @@ class _Merge:
                 )
             if source.changed or name in self.untied:
                 missing.append(name)
+            elif not any(re.search(pattern, name) for pattern in self._need_not_be_stored):
+                absent.append(name)
+        self._refuse_a_base_that_lacks(absent)
         return missing
+
+    def _refuse_a_base_that_lacks(self, absent: Sequence[str]) -> None:
+        # weights that transformers joins or renames have other keys, and together as many elements
+        unknown = sum(math.prod(shape) for key, (shape, _) in self.stored.specs.items() if key not in self.names)
+        if sum(self.sources[name].parameter.numel() for name in absent) > unknown:
+            raise ValueError(
+                f"{self.stored.folder} lacks {len(absent)} of the model's weights ({absent[0]}, ...): download the "
+                "model again"
+            )
 
     def _entry(self, key: str) -> Entry:
         shape, stored_dtype = self.stored.specs[key]

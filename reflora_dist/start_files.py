@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import pickle
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -102,6 +103,9 @@ def readable(path: Path) -> Iterator[None]:
     """Whatever goes wrong inside becomes a ValueError that names the file: each library has errors of its own."""
     try:
         yield
+    except pickle.UnpicklingError as error:  # torch's message goes on with how to switch the safety off
+        first = str(error).partition(". ")[0]
+        raise ValueError(f"{path} cannot be read (UnpicklingError: {first}): it is damaged, get it anew") from error
     except Exception as error:
         raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
 
@@ -243,6 +247,11 @@ def convert_adapter(adapter_dir: str | Path, output_dir: str | Path) -> None:
     if missing:
         raise ValueError(f"{source / SAFETENSORS_WEIGHTS_NAME} lacks {missing[0]}")
     for name, initial in start.factors.items():
+        if tensors[name].shape != initial.shape or not bool(tensors[name].isfinite().all()):
+            raise ValueError(
+                f"{source / SAFETENSORS_WEIGHTS_NAME} holds {name} as {tuple(tensors[name].shape)} for a start of "
+                f"{tuple(initial.shape)}, or with values that are not finite: it is broken, take another checkpoint"
+            )
         initial = initial.to(tensors[name].dtype)
         side_a = _is_lora_a(name)
         tensors[name] = torch.cat([tensors[name], initial if side_a else -initial], dim=0 if side_a else 1).contiguous()

@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -307,3 +307,31 @@ def test_peak_memory_is_a_few_weights_and_not_a_file_or_the_model(tmp_path: Path
     print(result.stdout)
     merged, by_peft = map(int, result.stdout.split()[-2:])
     assert merged < weights[-1] < sum(weights) < by_peft, (merged, weights[-1], sum(weights), by_peft)
+
+
+def test_a_base_that_lacks_a_weight_is_refused(tmp_path: Path) -> None:
+    """Its file is whole, and a weight in it that nothing adapts is not there."""
+    kind = _save_base("llama", False, tmp_path / "base")
+    _save_adapter(
+        kind.from_pretrained(tmp_path / "base"), LoraConfig(target_modules=["q_proj"], **_LORA), tmp_path / "a"
+    )
+    file = sorted((tmp_path / "base").glob("*.safetensors"))[-1]
+    tensors = load_file(file)
+    lost = next(key for key in sorted(tensors) if "q_proj" not in key)
+    del tensors[lost]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks 1 of the model's weights \\({lost}"):
+        merge_adapter(tmp_path / "a", tmp_path / "out", base=str(tmp_path / "base"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unreadable_bin_names_the_file_and_not_how_to_switch_the_safety_off(tmp_path: Path) -> None:
+    kind = _save_base("llama", False, tmp_path / "base")
+    _save_adapter(
+        kind.from_pretrained(tmp_path / "base"), LoraConfig(target_modules=["q_proj"], **_LORA), tmp_path / "a"
+    )
+    (tmp_path / "a" / "adapter_model.safetensors").unlink()
+    torch.save({"x": Path}, tmp_path / "a" / "adapter_model.bin")  # a class, which weights need not have
+    with pytest.raises(ValueError, match=r"adapter_model\.bin cannot be read") as caught:
+        merge_adapter(tmp_path / "a", tmp_path / "out", base=str(tmp_path / "base"))
+    assert "weights_only" not in str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +173,29 @@ def test_an_empty_class_name_is_passed_over_under_fsdp1(small_model: str, tmp_pa
     config = {**FSDP2, "fsdp_config": section}
     options = DoctorOptions(model=small_model, mixed_precision="bf16")
     assert not diagnose([written(tmp_path, config)], options).findings.failed
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.yaml", "distributed_type: FSDP\nfsdp_config:\n  fsdp_version: 2\n  fsdp_version: 1\n", "is there twice"),
+        ("c.yaml", "distributed_type: FSDP\ndistributed_type: 'NO'\n", "'distributed_type' is there twice"),
+        ("c.json", '{"a":' * 100_000 + "1" + "}" * 100_000, "nested too deep"),
+        ("c.yaml", "a: " + "[" * 100_000, "nested too deep"),
+        ("c.json", " " * 2_000_000 + "{}", "2,000,002 bytes"),
+    ],
+    ids=["twice", "twice-at-the-top", "deep-json", "deep-yaml", "huge"],
+)
+def test_a_file_that_no_library_reads_so_ends_in_one_line(
+    name: str, content: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    diagnosis = diagnose([str(tmp_path / name)], DoctorOptions(world_size=2))
+    assert found(diagnosis, "error", message)
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "c.json")
+    diagnosis = diagnose([str(tmp_path / "c.json")], DoctorOptions(world_size=2))
+    assert found(diagnosis, "error", "no regular file")

@@ -12,6 +12,7 @@ from .values import check_sections
 
 ACCELERATE_SECTIONS = ("fsdp_config", "deepspeed_config", "parallelism_config")
 _ACCELERATE_KEYS = ("distributed_type", "compute_environment")
+_LARGEST = 2**20
 _DEEPSPEED_SECTIONS = [
     *((name,) for name in ("fp16", "bf16", "zero_optimization", "optimizer", "scheduler", "tensor_parallel")),
     ("optimizer", "params"),
@@ -31,11 +32,13 @@ def read(path: str) -> dict[str, Any]:
         ValueError: it cannot be read, is for neither library, has a key twice, or it or a section is no mapping.
     """
     try:
-        text = Path(path).read_text()
+        text = _text(Path(path))
         is_json = path.endswith(".json") or text.lstrip().startswith("{")
-        config = json.loads(text, object_pairs_hook=_once) if is_json else yaml.safe_load(text)
+        config = json.loads(text, object_pairs_hook=_once) if is_json else yaml.load(text, _LoadsOnce)
     except OSError as error:
         raise ValueError(error.strerror) from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deep to be a configuration") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(str(error).replace("\n", " ")) from error
     if not isinstance(config, dict):
@@ -49,6 +52,24 @@ def read(path: str) -> dict[str, Any]:
     else:
         raise ValueError("there is no distributed_type, as accelerate needs it, and DeepSpeed reads JSON only")
     return config
+
+
+def _text(path: Path) -> str:
+    """A pipe would be waited for without end, and a large file read to no purpose."""
+    size = path.stat().st_size
+    if not path.is_file():
+        raise ValueError("it is no regular file")
+    if size > _LARGEST:
+        raise ValueError(f"it has {size:,} bytes, and a configuration has less than {_LARGEST:,}")
+    return path.read_text()
+
+
+class _LoadsOnce(yaml.SafeLoader):
+    """YAML in which a key that is there twice is an error, as in JSON: the library would take the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        _once([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+        return super().construct_mapping(node, deep)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

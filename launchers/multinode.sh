@@ -77,7 +77,7 @@ case "$launcher" in
         config=$repository/launchers/accelerate/fsdp2.yaml
         [ "$gpus" -gt 0 ] || config=$repository/launchers/accelerate/deepspeed_zero3.yaml
         case "${1:-}" in *.yaml) config=$1; shift ;; esac
-        refuse_fsdp_on_a_cpu "$config" ;;
+        if [ -f "$config" ]; then refuse_fsdp_on_a_cpu "$config"; fi ;;
 esac
 [ -z "$config" ] || [ -f "$config" ] || die "the configuration $config does not exist"
 script=$(realpath "${script:-$repository/launchers/finetune.py}")

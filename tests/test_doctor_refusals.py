@@ -151,3 +151,24 @@ def _gathered(rank: int, world_size: int) -> list[tuple[str, int]]:
 def test_what_is_solved_in_shares_is_timed_too() -> None:
     of_each = [("all_reduce", 8 * 64 * 32 * 33), ("all_gather", 8 * 32 * (32 * 33 + 1))]
     assert run_ranks(_gathered, 2) == 2 * [of_each]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_micro_batch_size_per_gpu": None}, "of which DeepSpeed needs one"),
+        ({"train_micro_batch_size_per_gpu": 1.5}, "1.5"),
+        ({"optimizer": {"type": "SGD", "params": {"lr": 1e-3}}}, "zero_allow_untested_optimizer"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": -1, "torch_adam": True}}}, "refuses optimizer.params"),
+        ({"scheduler": {}}, "scheduler without type"),
+        ({"prescale_gradients": True}, "prescale_gradients with reduce_scatter"),
+        ({"bf16": None, "fp16": {"enabled": "auto"}}, "null is not a section"),
+    ],
+)
+def test_what_only_making_the_engine_would_show(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config: dict[str, Any] = {"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": 1.0}
+    config |= {"zero_optimization": {"stage": 2}, **changes}
+    if config["train_micro_batch_size_per_gpu"] is None:
+        del config["train_micro_batch_size_per_gpu"]
+    diagnosis = diagnose([written(tmp_path, config)], DoctorOptions(world_size=2))
+    assert found(diagnosis, "error", message), diagnosis.findings

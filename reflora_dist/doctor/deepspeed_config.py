@@ -101,6 +101,12 @@ def deepspeed_setup(
     _check_zero(where, filled, loaded, size, findings)
     if "optimizer" in filled and loaded.optimizer_name is None:
         findings.error(where, "optimizer without type: DeepSpeed makes none", 'give its "type", or remove the section')
+    if "scheduler" in filled and loaded.scheduler_name is None:
+        findings.error(
+            where,
+            "scheduler without type: DeepSpeed makes none, and Trainer none either",
+            'give its "type", or remove it',
+        )
     check_optimizer(where, loaded, options, findings)
     check_optimizer_params(where, loaded, findings)
     check_scheduler(where, loaded, findings)
@@ -281,6 +287,8 @@ def _load(where: str, filled: dict[str, Any], findings: Findings) -> Any:
             "give DeepSpeed's or accelerate's configuration; a model's config.json goes after --model",
         )
         return None
+    if not _check_batch(where, filled, findings):
+        return None
     if "sequence_parallel_size" in filled:  # deepspeed.initialize asks for these, for both or none
         config.asked |= {"sequence_parallel_size", "data_parallel_size"}
     for key in sorted(set(dict.keys(config)) - config.asked):
@@ -296,6 +304,23 @@ def _load(where: str, filled: dict[str, Any], findings: Findings) -> Any:
     return loaded
 
 
+def _check_batch(where: str, filled: dict[str, Any], findings: Findings) -> bool:
+    """Whether DeepSpeed and a DataLoader can do with the batch sizes."""
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    if not any(name in filled for name in names[:2]):
+        findings.error(
+            where,
+            f"neither {names[0]} nor {names[1]} is there, of which DeepSpeed needs one",
+            f'"{names[1]}": "auto"',
+        )
+        return False
+    values = {name: filled[name] for name in names if name in filled}
+    wrong = {name: value for name, value in values.items() if not isinstance(value, int) or isinstance(value, bool)}
+    for name, value in wrong.items():
+        findings.error(where, f"{name}: {value!r} is no whole number", 'correct it, or write "auto"')
+    return not wrong
+
+
 def _check_zero(where: str, filled: dict[str, Any], loaded: Any, size: tuple[int, int], findings: Findings) -> None:
     zero, stage = loaded.zero_config, loaded.zero_optimization_stage
     for name in ("offload_optimizer", "offload_param"):
@@ -307,6 +332,12 @@ def _check_zero(where: str, filled: dict[str, Any], loaded: Any, size: tuple[int
     if zero.offload_optimizer is not None and zero.offload_optimizer.ratio < 1:
         ratio = zero.offload_optimizer.ratio
         findings.error(where, f"offload_optimizer.ratio={ratio}: attach refuses two optimizers in a step", "set 1.0")
+    if filled.get("prescale_gradients") and zero.reduce_scatter and stage >= 2:
+        findings.error(
+            where,
+            "prescale_gradients with reduce_scatter: DeepSpeed refuses the two together under ZeRO",
+            "remove prescale_gradients, or set zero_optimization.reduce_scatter to false",
+        )
     if zero.zenflow is not None:
         findings.error(where, "zenflow: attach refuses it, it updates outside the optimizer's step", "remove it")
     if loaded.load_universal_checkpoint and is_round_robin(stage, bool(zero.round_robin_gradients)):

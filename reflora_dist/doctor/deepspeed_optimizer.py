@@ -61,6 +61,18 @@ def check_optimizer(where: str, loaded: Any, options: DoctorOptions, findings: F
         )
     elif kind == name and not hasattr(torch.optim, name):
         findings.error(where, f"optimizer.type={name!r} is neither DeepSpeed's nor torch's", "use AdamW")
+    elif loaded.zero_optimization_stage and not loaded.zero_allow_untested_optimizer and not _is_known_to_zero(kind):
+        findings.error(
+            where,
+            f"optimizer.type={name!r}: DeepSpeed refuses it under ZeRO without zero_allow_untested_optimizer",
+            'set "zero_allow_untested_optimizer": true, or use AdamW',
+        )
+
+
+def _is_known_to_zero(kind: str) -> bool:
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    return kind in {each.__name__ for each in ZERO_SUPPORTED_OPTIMIZERS}
 
 
 def count_moments(where: str, loaded: Any, options: DoctorOptions, findings: Findings) -> int | None:
@@ -100,6 +112,13 @@ def check_optimizer_params(where: str, loaded: Any, findings: Findings) -> None:
     if loaded.optimizer_name in _ADAMS:
         known |= _TAKEN_OUT
     _check_names(where, "optimizer", loaded.optimizer_name, params, known, findings)
+    if loaded.optimizer_name in _ADAMS and params.get("torch_adam"):
+        own = {name: value for name, value in params.items() if name not in _TAKEN_OUT | _PASSED_ON}
+        try:
+            torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], **own)
+        except Exception as error:  # by what is wrong with the hyperparameters
+            findings.error(where, f"torch's AdamW refuses optimizer.params: {one_line(error)}", "correct that key")
+            return
     numbers = {name: params[name] for name in ("lr", "eps", "weight_decay") if name in params}
     numbers |= {f"betas[{index}]": value for index, value in enumerate(params.get("betas", ()))}
     for name, value in numbers.items():

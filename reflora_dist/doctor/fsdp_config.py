@@ -23,7 +23,7 @@ _OTHER_PARALLELISM = {"tp": "tensor", "cp": "context", "sp": "sequence"}
 def plugin_accepts(path: str, arguments: Any, findings: Findings) -> bool:
     """Whether accelerate's plugin can be made of the variables that its launcher would set."""
     from accelerate import FullyShardedDataParallelPlugin
-    from accelerate.utils import patch_environment
+    from accelerate.utils import patch_environment, str_to_bool
     from accelerate.utils.launch import prepare_multi_gpu_env
 
     version = arguments.fsdp_version
@@ -35,6 +35,8 @@ def plugin_accepts(path: str, arguments: Any, findings: Findings) -> bool:
     try:
         environment = prepare_multi_gpu_env(argparse.Namespace(**launched))
         variables = {name: value for name, value in environment.items() if name.startswith("FSDP_")}
+        for name in ("FSDP_CPU_RAM_EFFICIENT_LOADING", "FSDP_SYNC_MODULE_STATES"):
+            str_to_bool(variables.get(name, "false"))
         # with these the plugin would look for the accelerator to broadcast on
         variables |= {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_SYNC_MODULE_STATES": "false"}
         with patch_environment(**variables):

@@ -80,9 +80,8 @@ class Solver:
         transform = self._solve(grams)
         for r, matrices in transform.matrices.items():
             moderate = self._moderate(matrices)
-            # reading the result is free on a CPU, and would make a GPU wait
-            if moderate.device.type != "cpu" or not bool(moderate.all()):
-                transform.matrices[r] = torch.where(moderate[:, None, None], matrices, _unchanged(matrices))
+            # for all pairs, without looking whether one needs it: a GPU would be waited for
+            transform.matrices[r] = torch.where(moderate[:, None, None], matrices, _unchanged(matrices))
             transform.solved[r] = transform.solved[r] & moderate & self._may_be_solved[r]
         return transform
 

@@ -72,8 +72,7 @@ class Arguments:
     @property
     def shape(self) -> common.ModelShape:
         """Of the model, with the number of layers asked for."""
-        shape = common.SHAPES[self.model]
-        return shape if self.num_layers is None else dataclasses.replace(shape, num_layers=self.num_layers)
+        return common.shape_of(self.model, self.num_layers)
 
 
 def main() -> None:

@@ -92,6 +92,11 @@ SHAPES = {
 }
 
 
+def shape_of(model: str, num_layers: int | None) -> ModelShape:
+    """Of one of ``SHAPES``, with another number of layers where one is asked for."""
+    return SHAPES[model] if num_layers is None else dataclasses.replace(SHAPES[model], num_layers=num_layers)
+
+
 def start(backend: str | None = None) -> torch.device:
     """Join the launcher's process group, or make one of a single process, and return this rank's device.
 

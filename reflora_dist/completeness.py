@@ -8,11 +8,9 @@ checked: a device that returns other bytes than were written goes unnoticed.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from transformers.trainer_utils import SaveStrategy, rotate_checkpoints, sort_ch
 
 from .adapter_files import agreed, is_first_rank
 from .callback import checkpoint_folder
-from .files import file_sizes, require_fields, require_files, write_json
+from .files import file_sizes, read_record, require_files, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -86,15 +84,7 @@ def require_complete(folder: str | Path) -> None:
         raise FileNotFoundError(
             f"{folder} is no complete checkpoint: {_RECORD}, which is written last, is missing; name an earlier one"
         )
-    try:
-        content = json.loads(record.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{record} is damaged ({type(error).__name__}: {error}); name an earlier checkpoint"
-        ) from error
-    require_fields(content, {"files": Mapping}, record)
-    require_fields(content["files"], dict.fromkeys(content["files"], int), record)
-    require_files(folder, content["files"])
+    require_files(folder, read_record(record, {})["files"])
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:

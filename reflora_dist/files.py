@@ -61,6 +61,25 @@ def require_fields(content: Any, kinds: Mapping[str, Any], source: str | Path) -
             raise ValueError(f"{source} is damaged ({found}): load an earlier checkpoint")
 
 
+def read_record(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """A record that is written last and lists a checkpoint's files with their sizes.
+
+    Args:
+        path: of the record, which is there.
+        kinds: of what else it holds, as for :func:`require_fields`.
+
+    Raises:
+        ValueError: it is no JSON, or does not hold what it has to.
+    """
+    try:
+        record = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): load an earlier checkpoint") from error
+    require_fields(record, {**kinds, "files": Mapping}, path)
+    require_fields(record["files"], dict.fromkeys(record["files"], int), f"{path}, files")
+    return record
+
+
 def file_sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file under a folder, by its name relative to it."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())

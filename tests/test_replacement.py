@@ -149,7 +149,7 @@ def test_a_part_that_was_not_completed_is_cleared(tmp_path: Path, monkeypatch: p
     run = Run(tmp_path / "c")
     run.save()
     with monkeypatch.context() as patch:
-        patch.setattr("reflora_dist.checkpoint._write_record", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr("reflora_dist.checkpoint.write_record", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             run.save()
     assert (tmp_path / ".c.part").is_dir() and run.saved_steps() == 0

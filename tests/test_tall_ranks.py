@@ -21,6 +21,7 @@ from reflora_dist.checkpoint import load_checkpoint, save_checkpoint
 from tests.cluster import run_ranks
 from tests.engines_under_test import ENGINES
 from tests.engines_under_test.common import Wrapped, _train_on, trainable
+from tests.test_refusals_ranks import CONFIG, _message, adamw
 from tests.workloads import (
     Factors,
     Settings,
@@ -28,21 +29,6 @@ from tests.workloads import (
     synthetic_workload,
     worst_factor_error,
 )
-
-CONFIG = RefLoRAConfig(warmup_steps=0)
-
-
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(trainable(model), lr=1e-3)
-
-
-def _message(attempt: Any) -> str:
-    try:
-        attempt()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
-
 
 # --- what comes too late ---
 

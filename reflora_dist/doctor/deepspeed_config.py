@@ -11,10 +11,11 @@ from typing import Any
 
 from ..universal import is_round_robin
 from .deepspeed_optimizer import check_optimizer, check_optimizer_params, check_scheduler, count_moments
+from .deepspeed_zero import check_batch, check_zero
 from .findings import Findings
 from .options import DoctorOptions
 from .setup import Setup
-from .values import count, is_number, one_line
+from .values import is_number, one_line
 
 _TRAINER_CLIPS_AT = 1.0  # TrainingArguments.max_grad_norm
 _STAGE_NAMES = {1: "zero1", 2: "zero2", 3: "zero3"}
@@ -98,7 +99,7 @@ def deepspeed_setup(
     if loaded is None:
         return None
     world_size, num_nodes = size
-    _check_zero(where, filled, loaded, size, findings)
+    check_zero(where, filled, loaded, size, findings)
     if "optimizer" in filled and loaded.optimizer_name is None:
         findings.error(where, "optimizer without type: DeepSpeed makes none", 'give its "type", or remove the section')
     if "scheduler" in filled and loaded.scheduler_name is None:
@@ -287,7 +288,7 @@ def _load(where: str, filled: dict[str, Any], findings: Findings) -> Any:
             "give DeepSpeed's or accelerate's configuration; a model's config.json goes after --model",
         )
         return None
-    if not _check_batch(where, filled, findings):
+    if not check_batch(where, filled, findings):
         return None
     if "sequence_parallel_size" in filled:  # deepspeed.initialize asks for these, for both or none
         config.asked |= {"sequence_parallel_size", "data_parallel_size"}
@@ -302,99 +303,6 @@ def _load(where: str, filled: dict[str, Any], findings: Findings) -> Any:
         if name in zero and isinstance(extra, dict) and extra.get("deprecated"):
             findings.warning(where, f"zero_optimization.{name} is deprecated", f"use {extra.get('new_param')}")
     return loaded
-
-
-def _check_batch(where: str, filled: dict[str, Any], findings: Findings) -> bool:
-    """Whether DeepSpeed and a DataLoader can do with the batch sizes."""
-    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    if not any(name in filled for name in names[:2]):
-        findings.error(
-            where,
-            f"neither {names[0]} nor {names[1]} is there, of which DeepSpeed needs one",
-            f'"{names[1]}": "auto"',
-        )
-        return False
-    values = {name: filled[name] for name in names if name in filled}
-    wrong = {name: value for name, value in values.items() if not isinstance(value, int) or isinstance(value, bool)}
-    for name, value in wrong.items():
-        findings.error(where, f"{name}: {value!r} is no whole number", 'correct it, or write "auto"')
-    return not wrong
-
-
-def _check_zero(where: str, filled: dict[str, Any], loaded: Any, size: tuple[int, int], findings: Findings) -> None:
-    zero, stage = loaded.zero_config, loaded.zero_optimization_stage
-    for name in ("offload_optimizer", "offload_param"):
-        section = getattr(zero, name)
-        if section is not None and section.device == "nvme":
-            findings.error(
-                where, f"{name}.device='nvme': attach refuses it, the masters are not in memory", "use 'cpu'"
-            )
-    if zero.offload_optimizer is not None and zero.offload_optimizer.ratio < 1:
-        ratio = zero.offload_optimizer.ratio
-        findings.error(where, f"offload_optimizer.ratio={ratio}: attach refuses two optimizers in a step", "set 1.0")
-    if filled.get("prescale_gradients") and zero.reduce_scatter and stage >= 2:
-        findings.error(
-            where,
-            "prescale_gradients with reduce_scatter: DeepSpeed refuses the two together under ZeRO",
-            "remove prescale_gradients, or set zero_optimization.reduce_scatter to false",
-        )
-    if zero.zenflow is not None:
-        findings.error(where, "zenflow: attach refuses it, it updates outside the optimizer's step", "remove it")
-    if loaded.load_universal_checkpoint and is_round_robin(stage, bool(zero.round_robin_gradients)):
-        findings.error(
-            where,
-            "checkpoint.load_universal with round_robin_gradients: DeepSpeed mixes up the parameters as it loads them",
-            "remove round_robin_gradients",
-        )
-    if zero.offload_param is not None and zero.offload_param.device != "none" and stage != 3:
-        findings.warning(where, f"offload_param means nothing to stage {stage}", "remove it, or set stage 3")
-    _check_hierarchy(where, zero, stage, size, findings)
-    _check_parallelism(where, filled, loaded, size[0], findings)
-    if zero.zero_quantized_weights or zero.zero_quantized_gradients or zero.zero_quantized_nontrainable_weights:
-        findings.warning(where, "zero_quantized_*: needs CUDA kernels that DeepSpeed compiles, and rounds", "")
-    masters = (
-        loaded.bfloat16_config.bf16_master_weights_and_grads or loaded.float16_config.fp16_master_weights_and_grads
-    )
-    if masters:
-        findings.warning(where, "16-bit masters: the sizes below assume fp32 ones", "remove *_master_weights_and_grads")
-
-
-def _check_hierarchy(where: str, zero: Any, stage: int, size: tuple[int, int], findings: Findings) -> None:
-    secondary = zero.zero_hpz_partition_size
-    if secondary <= 1:
-        return
-    world_size, num_nodes = size
-    if stage != 3:
-        findings.warning(where, f"zero_hpz_partition_size={secondary} means nothing to stage {stage}", "set stage 3")
-    elif world_size % secondary or secondary > world_size:
-        findings.error(
-            where,
-            f"zero_hpz_partition_size={secondary} does not divide the {world_size} ranks",
-            f"set the ranks of a machine, {max(1, world_size // num_nodes)}",
-        )
-    elif secondary != world_size // num_nodes:
-        findings.warning(
-            where,
-            f"zero_hpz_partition_size={secondary}, but a machine has {world_size // num_nodes} ranks: the second copy "
-            "pays where it lies within one",
-            f"set {world_size // num_nodes}",
-        )
-
-
-def _check_parallelism(where: str, filled: dict[str, Any], loaded: Any, ranks: int, findings: Findings) -> None:
-    tensor = loaded.tensor_parallel_config.autotp_size
-    if tensor > 1:
-        findings.error(where, f"tensor_parallel.autotp_size={tensor}: attach refuses tensor parallelism", "remove it")
-    sequence = count(where, filled, "sequence_parallel_size", findings)
-    data = count(where, filled, "data_parallel_size", findings)
-    if sequence is not None and sequence > 1:
-        findings.error(
-            where, f"sequence_parallel_size={sequence}: sequence parallelism is not supported", "remove it, or set 1"
-        )
-    elif sequence == 1 and data not in (None, ranks):
-        findings.error(
-            where, f"data_parallel_size={data} x sequence_parallel_size=1, but there are {ranks} ranks", "remove both"
-        )
 
 
 def _setup(loaded: Any, world_size: int, num_nodes: int) -> Setup:

@@ -31,13 +31,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from benchmarks import common
-from benchmarks.deliveries import Deliveries
-from benchmarks.options import parse, require_known, require_positive
+from benchmarks.harness import engines, models, recording
+from benchmarks.harness.deliveries import Deliveries
+from benchmarks.harness.options import parse, require_known, require_positive
+from benchmarks.harness.workloads import meta_adapters
 from benchmarks.reports.attach_scale import markdown
-from benchmarks.workloads import meta_adapters
 from reflora_dist import RefLoRAConfig, attach, tall_adapters
-from reflora_dist.adapters import AdapterPair, find_pairs
+from reflora_dist.engines.pairs import AdapterPair, find_pairs
 
 ENGINES = ("zero3", "fsdp2", "zero3-flat", "fsdp2-flat")
 LIMITS = {"received_bytes": 10e6, "seconds": 3.0, "grown_bytes": 100e6}  # of tall adapters, on any number of ranks
@@ -48,7 +48,7 @@ CONFIG = RefLoRAConfig(method="reflora")
 class Arguments:
     """The model, and how many ranks there would be."""
 
-    model: str = dataclasses.field(default="70b", metadata={"help": f"one of {', '.join(common.SHAPES)}"})
+    model: str = dataclasses.field(default="70b", metadata={"help": f"one of {', '.join(models.SHAPES)}"})
     num_layers: int | None = dataclasses.field(default=None, metadata={"help": "instead of the model's own number"})
     lora_rank: int = 16
     ranks: int = 4096
@@ -60,7 +60,7 @@ class Arguments:
     output: str | None = dataclasses.field(default=None, metadata={"help": "JSON file to write"})
 
     def __post_init__(self) -> None:
-        require_known(self, model=common.SHAPES)
+        require_known(self, model=models.SHAPES)
         require_positive(self, "num_layers", "lora_rank", "ranks")
         if self.rank is None:
             self.rank = self.ranks // 2
@@ -70,17 +70,17 @@ class Arguments:
             raise ValueError(f"--engines {' '.join(unknown)} unknown; choose from {', '.join(ENGINES)}")
 
     @property
-    def shape(self) -> common.ModelShape:
+    def shape(self) -> models.ModelShape:
         """Of the model, with the number of layers asked for."""
-        return common.shape_of(self.model, self.num_layers)
+        return models.shape_of(self.model, self.num_layers)
 
 
 def main() -> None:
     arguments = parse(Arguments)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the stand-ins are on the CPU
-    device = common.single_process_device("it plays one of the ranks itself")
-    engines = {engine: _in_a_process(arguments, engine) for engine in arguments.engines}
-    common.publish("attach_scale", arguments, device, {"limits": LIMITS, "engines": engines}, markdown)
+    device = engines.single_process_device("it plays one of the ranks itself")
+    by_engine = {engine: _in_a_process(arguments, engine) for engine in arguments.engines}
+    recording.publish("attach_scale", arguments, device, {"limits": LIMITS, "engines": by_engine}, markdown)
 
 
 def _in_a_process(arguments: Arguments, engine: str) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def fake_ranks(rank: int, ranks: int) -> Iterator[None]:
 def shard(arguments: Arguments, engine: str) -> tuple[nn.Module, Any]:
     """The model with this rank's parts of its adapters, and its optimizer as the engine returns it."""
     model = meta_adapters(arguments.shape, arguments.lora_rank)
-    if common.stores_tall(engine):
+    if engines.stores_tall(engine):
         tall_adapters(model)
     pairs = find_pairs(model)
     if engine.startswith("fsdp2"):
@@ -147,7 +147,7 @@ def _as_fsdp2(model: nn.Module, pairs: list[AdapterPair]) -> torch.optim.Optimiz
             local, mesh, (Shard(0),), run_check=False, shape=factor.shape, stride=factor.stride()
         )
         setattr(module, name, nn.Parameter(sharded))
-    return common.fused_adamw(model)
+    return engines.fused_adamw(model)
 
 
 class DeepSpeedZeroOptimizer_Stage3:

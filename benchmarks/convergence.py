@@ -22,9 +22,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import common
-from benchmarks.convergence_data import Material, prepare
-from benchmarks.convergence_runs import (
+from benchmarks.harness import engines, recording, timing
+from benchmarks.harness.options import parse, require_known, require_positive
+from benchmarks.reports.convergence import markdown
+from benchmarks.sweep.data import Material, prepare
+from benchmarks.sweep.runs import (
     ALL_METHODS,
     CHECKED_STEPS,
     STARTS,
@@ -37,10 +39,8 @@ from benchmarks.convergence_runs import (
     settings_digest,
     sweep,
 )
-from benchmarks.convergence_statistics import summarize
-from benchmarks.options import parse, require_known, require_positive
-from benchmarks.reports.convergence import markdown
-from launchers.cache import default_cache_dir
+from benchmarks.sweep.statistics import summarize
+from launchers.data.cache import default_cache_dir
 
 GPU_WORKERS = 8  # small models leave a GPU waiting for the host; each process takes about half a GiB of its memory
 
@@ -110,7 +110,7 @@ class Arguments:
 
 def main() -> None:
     arguments = parse(Arguments)
-    device = common.single_process_device("start it without a launcher and give --workers")
+    device = engines.single_process_device("start it without a launcher and give --workers")
     if device.type == "cpu":
         torch.set_num_threads(1)  # as in the workers: timing and runs see the same
     material = prepare(
@@ -122,7 +122,7 @@ def main() -> None:
         eval_fraction=arguments.eval_fraction,
         cache_dir=Path(arguments.cache_dir).expanduser() if arguments.cache_dir else default_cache_dir(),
     )
-    provenance = common.provenance(device)
+    provenance = recording.provenance(device)
     bench = Workbench(material, arguments.schedule(), device)
     check(arguments, bench)
     step_ms = bench.time_steps(arguments.methods)
@@ -134,7 +134,7 @@ def main() -> None:
         "results": {"material": description, "step_ms": step_ms, **summarize(runs), "runs": [_short(r) for r in runs]},
     }
     if arguments.output is not None:
-        common.write_json(arguments.output, record)
+        recording.write_json(arguments.output, record)
     print(markdown(record))
 
 
@@ -160,7 +160,7 @@ def run_all(
     workers = arguments.workers or default_workers(bench.device)
     print(f"{len(tasks)} runs, {len(tasks) - len(missing)} finished before, {workers} at a time", flush=True)
     began = time.perf_counter()
-    with common.progress(len(missing), "runs") as advance:
+    with timing.progress(len(missing), "runs") as advance:
         for done, run in enumerate(sweep(missing, bench, material, workers), start=1):
             append_finished(path, {"settings": settings, "commit": commit, **run})
             finished[Task(run["method"], run["learning_rate"], run["seed"])] = {"commit": commit, **run}

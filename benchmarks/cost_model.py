@@ -12,9 +12,9 @@ machine to measurements and to predict clusters whose constants are known from e
 | tall | ``[in, r]`` | all-reduce of Grams; rows that are cut, with neighbours | 1 / N of A and B, the solve |
 | backward | any | nothing: Grams in the forward, with whole factors | all of it, per micro-batch |
 
-What "flat" and "tall" send is the package's own plan (``reflora_dist.traffic``) whatever the sizes, and for every rank;
-where it shares the solve out among ranks (``solving.shares_out``), an all-gather of the solutions is added. Bytes that
-a rank sends, with ``sum A`` and ``sum B`` the numbers of elements and P the number of pairs: gather
+What "flat" and "tall" send is the package's own plan (``reflora_dist.step.traffic``) whatever the sizes, and for every
+rank; where it shares the solve out among ranks (``solving.shares_out``), an all-gather of the solutions is added. Bytes
+that a rank sends, with ``sum A`` and ``sum B`` the numbers of elements and P the number of pairs: gather
 ``4 (N - 1) / N (2 sum A + sum B)``; the upper triangles of two Grams per pair in a ring all-reduce are
 ``2 (N - 1) / N x 8 x P r (r + 1)``; flat, on average, ``3 x 4 (N - 1) / N^2 sum A`` more. Where there are more ranks
 than pairs, it is the owners who are waited for.
@@ -35,8 +35,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import common, links
-from benchmarks.cost_events import (
+from benchmarks.costs import links
+from benchmarks.costs.events import (
     Constants,
     Counts,
     Topology,
@@ -47,8 +47,9 @@ from benchmarks.cost_events import (
     scaled,
     seconds,
 )
-from benchmarks.cost_traffic import FACTOR_BYTES, GRAM_BYTES, INDEX_BYTES, LAYOUTS, Adapters, Moved, moved
-from benchmarks.options import parse, require_positive
+from benchmarks.costs.traffic import FACTOR_BYTES, GRAM_BYTES, INDEX_BYTES, LAYOUTS, Adapters, Moved, moved
+from benchmarks.harness import models
+from benchmarks.harness.options import parse, require_positive
 
 WAYS = ("gather", "flat", "tall", "backward")
 _BY_LAYOUT = ("flat", "tall")  # ways whose cost depends on how the engine cuts factors
@@ -186,7 +187,7 @@ def cluster_constants(cluster: links.Cluster) -> dict[str, float]:
     }
 
 
-def matmul_parameters(shape: common.ModelShape) -> int:
+def matmul_parameters(shape: models.ModelShape) -> int:
     """Weights of a model that a token is multiplied with: all linears and the head."""
     layer = sum(n_in * n_out for _, n_in, n_out in shape.adapted_linears())
     return shape.num_layers * layer + shape.vocab_size * shape.hidden_size
@@ -203,9 +204,9 @@ class Scenario:
     micro_batches: int = dataclasses.field(default=4, metadata={"help": "backward passes per optimizer step"})
 
     def __post_init__(self) -> None:
-        unknown = [model for model in self.models if model not in common.SHAPES]
+        unknown = [model for model in self.models if model not in models.SHAPES]
         if unknown:
-            raise ValueError(f"--models {' '.join(unknown)} unknown; choose from {', '.join(common.SHAPES)}")
+            raise ValueError(f"--models {' '.join(unknown)} unknown; choose from {', '.join(models.SHAPES)}")
         require_positive(self, "model_rank", "tokens_per_gpu", "micro_batches")
         if not self.gpus or min(self.gpus) < 1:
             raise ValueError(f"--gpus {self.gpus} must be one or more positive numbers")
@@ -238,7 +239,7 @@ def predict(scenario: Scenario) -> dict[str, Any]:
 
 
 def _rows(scenario: Scenario, model: str, name: str, cluster: links.Cluster, gpus: int) -> list[dict[str, Any]]:
-    shape = common.SHAPES[model]
+    shape = models.SHAPES[model]
     adapters = Adapters.of(shape, scenario.model_rank)
     topology = Topology(gpus, cluster.gpus_per_node)
     constants = cluster_constants(cluster)

@@ -20,26 +20,26 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
-from benchmarks import common
-from benchmarks.deliveries import Deliveries
-from benchmarks.options import parse, require_known, require_positive
+from benchmarks.harness import engines, models, recording
+from benchmarks.harness.deliveries import Deliveries
+from benchmarks.harness.options import parse, require_known, require_positive
 from benchmarks.reports.fsdp2_gathers import markdown
 from reflora_dist import tall_adapters
-from reflora_dist.adapters import find_pairs
+from reflora_dist.engines.pairs import find_pairs
 
 
 @dataclasses.dataclass
 class Arguments:
     """Sizes of the model and of its adapters."""
 
-    model: str = dataclasses.field(default="small", metadata={"help": f"one of {', '.join(common.SHAPES)}"})
+    model: str = dataclasses.field(default="small", metadata={"help": f"one of {', '.join(models.SHAPES)}"})
     num_layers: int = 1
     lora_ranks: list[int] = dataclasses.field(default_factory=lambda: [2, 6, 16], metadata={"help": "r"})
     backend: str | None = dataclasses.field(default=None, metadata={"help": "gloo: several ranks share one GPU"})
     output: str | None = dataclasses.field(default=None, metadata={"help": "JSON file to write"})
 
     def __post_init__(self) -> None:
-        require_known(self, model=common.SHAPES, backend=common.BACKENDS)
+        require_known(self, model=models.SHAPES, backend=engines.BACKENDS)
         require_positive(self, "num_layers")
         if not self.lora_ranks or min(self.lora_ranks) < 1:
             raise ValueError(f"--lora_ranks {self.lora_ranks} must be one or more positive numbers")
@@ -47,16 +47,16 @@ class Arguments:
 
 def main() -> None:
     arguments = parse(Arguments)
-    device = common.start(arguments.backend)
-    shape = dataclasses.replace(common.SHAPES[arguments.model], num_layers=arguments.num_layers)
+    device = engines.start(arguments.backend)
+    shape = dataclasses.replace(models.SHAPES[arguments.model], num_layers=arguments.num_layers)
     rows = [count(shape, lora_rank, tall, device) for lora_rank in arguments.lora_ranks for tall in (False, True)]
-    common.publish("fsdp2_gathers", arguments, device, {"rows": rows}, markdown)
-    common.finish()
+    recording.publish("fsdp2_gathers", arguments, device, {"rows": rows}, markdown)
+    engines.finish()
 
 
-def count(shape: common.ModelShape, lora_rank: int, tall: bool, device: torch.device) -> dict[str, Any]:
+def count(shape: models.ModelShape, lora_rank: int, tall: bool, device: torch.device) -> dict[str, Any]:
     """Elements of all lora_A, and what a forward gathers of them on this rank. Every rank must call."""
-    model = common.build_model(shape, lora_rank, device)
+    model = models.build_model(shape, lora_rank, device)
     if tall:
         tall_adapters(model)
     factors = [pair.lora_a.numel() for pair in find_pairs(model)]

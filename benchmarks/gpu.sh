@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# What needs a GPU, in at most 9 minutes on one: the benchmarks at real sizes, then tests/test_gpu.py in what is left.
+# What needs a GPU, in at most 9 minutes on one: the benchmarks at real sizes, then tests/gpu/test_gpu.py in what is left.
 #
 #   bash benchmarks/gpu.sh              records go to benchmarks/results
 #   bash benchmarks/gpu.sh DIR          ... to DIR
 #   PYTHON=... bash benchmarks/gpu.sh   with another interpreter; SECONDS_IN_ALL=... in another time
 #
 # Needs what the package needs, and for the tests pytest, pytest-timeout, hypothesis and psutil; those of engines
-# (tests/test_gpu_engines.py) are left to tests/run.sh, since they need DeepSpeed and TRL. A part that fails or takes too
+# (tests/gpu/test_gpu_engines.py) are left to tests/run.sh, since they need DeepSpeed and TRL. A part that fails or takes too
 # long does not stop the others; the exit code is then 1, and the last lines name it.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -71,7 +71,7 @@ benchmark 70b 45 overhead --model 70b --lora_ranks 16 --steps 20 --block_seconds
 benchmark 1b 30 overhead --model 1b --lora_ranks 16 --steps 20 --block_seconds 0.5 --blocks 3 \
     --variants reflora reflora-s loop
 benchmark 8b 100 throughput --model 8b --blocks 3 --variants reflora loop
-part "tests" 120 "$PYTHON" -m pytest tests/test_gpu.py -q
+part "tests" 120 "$PYTHON" -m pytest tests/gpu/test_gpu.py -q
 
 printf '\n=== %s s in all, records in %s\n' "$SECONDS" "$folder"
 if [ "${#failed[@]}" -gt 0 ]; then

@@ -20,12 +20,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import common
-from benchmarks.launches import launch_ranks
-from benchmarks.options import parse, require_known, require_positive
+from benchmarks.harness import engines, models, recording, timing
+from benchmarks.harness.launches import launch_ranks
+from benchmarks.harness.options import parse, require_known, require_positive
 
 VARIANTS = ("training", "by group", "all at once")
-_RANKS_SCRIPT = Path(__file__).with_name("lora_sb_memory_ranks.py")
+_RANKS_SCRIPT = Path(__file__).with_name("ranks") / "lora_sb_memory.py"
 # Each sums in its own order, so that gradients near zero can differ in sign, and both SVDs are approximations.
 ENERGY_TOLERANCE = 0.02
 
@@ -34,7 +34,7 @@ ENERGY_TOLERANCE = 0.02
 class Arguments:
     """What is initialized."""
 
-    shape: str = dataclasses.field(default="160m", metadata={"help": f"one of {', '.join(common.SHAPES)}"})
+    shape: str = dataclasses.field(default="160m", metadata={"help": f"one of {', '.join(models.SHAPES)}"})
     lora_rank: int = dataclasses.field(default=16, metadata={"help": "r"})
     batches: int = dataclasses.field(default=2, metadata={"help": "batches per rank that gradients are the mean of"})
     batch_size: int = dataclasses.field(default=1, metadata={"help": "sequences per batch"})
@@ -45,7 +45,7 @@ class Arguments:
     output: str | None = dataclasses.field(default=None, metadata={"help": "file for the JSON record"})
 
     def __post_init__(self) -> None:
-        require_known(self, shape=common.SHAPES)
+        require_known(self, shape=models.SHAPES)
         require_positive(self, "lora_rank", "batches", "batch_size", "seq_len")
         if not self.ranks or min(self.ranks) < 1:
             raise ValueError(f"--ranks {self.ranks} must be one or more positive numbers")
@@ -55,8 +55,8 @@ def main() -> None:
     from benchmarks.reports.lora_sb_memory import markdown
 
     arguments = parse(Arguments)
-    device = common.single_process_device("start it without a launcher: it starts its ranks itself")
-    common.publish("lora_sb_memory", arguments, device, run(arguments), markdown)
+    device = engines.single_process_device("start it without a launcher: it starts its ranks itself")
+    recording.publish("lora_sb_memory", arguments, device, run(arguments), markdown)
 
 
 def run(arguments: Arguments) -> dict[str, Any]:
@@ -67,9 +67,9 @@ def run(arguments: Arguments) -> dict[str, Any]:
         beyond what the built model holds; both the largest of the ranks) and the ``energy`` captured;
         ``gradient_bytes`` of all adapted weights in float32; ``shape``.
     """
-    shape = common.SHAPES[arguments.shape]
+    shape = models.SHAPES[arguments.shape]
     cells = []
-    with common.progress(len(VARIANTS) * len(arguments.ranks), "launches") as advance:
+    with timing.progress(len(VARIANTS) * len(arguments.ranks), "launches") as advance:
         for ranks in arguments.ranks:
             for variant in VARIANTS:
                 cells.append({"variant": variant, "ranks": ranks, **launch(arguments, variant, ranks)})
@@ -92,7 +92,7 @@ def _require_equal_energy(cells: list[dict[str, Any]]) -> None:
 
 
 def launch(arguments: Arguments, variant: str, ranks: int) -> dict[str, Any]:
-    """Run ``lora_sb_memory_ranks.py`` on so many ranks of this machine. Raises RuntimeError if one fails."""
+    """Run ``ranks/lora_sb_memory.py`` on so many ranks of this machine. Raises RuntimeError if one fails."""
     return launch_ranks(_RANKS_SCRIPT, ranks, {**dataclasses.asdict(arguments), "variant": variant})
 
 

@@ -28,11 +28,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import common
-from benchmarks.options import parse, require_positive
+from benchmarks.harness import engines, recording
+from benchmarks.harness.options import parse, require_positive
 from benchmarks.reports.matrix_factorization import markdown
-from reflora_dist.refactor import solve_refactorization
-from reflora_dist.reference import refactored
+from reflora_dist.algebra.refactorization import solve_refactorization
+from reflora_dist.methods.reference import refactored
 
 METHODS = ("lora", "scaled-gd", "reflora")
 INVARIANT = ("scaled-gd", "reflora")  # these rules see the product alone, not how it is factorized
@@ -92,10 +92,10 @@ class Arguments:
 
 def main() -> None:
     arguments = parse(Arguments)
-    device = common.single_process_device("the whole benchmark takes seconds: run it without a launcher")
+    device = engines.single_process_device("the whole benchmark takes seconds: run it without a launcher")
     checks = check(arguments, device)
     results = {"checks": checks, "problems": [measure(problem, arguments, device) for problem in PROBLEMS]}
-    common.publish("matrix_factorization", arguments, device, results, markdown)
+    recording.publish("matrix_factorization", arguments, device, results, markdown)
 
 
 def make(problem: Problem, seed: int, size: int, lora_rank: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

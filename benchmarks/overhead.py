@@ -36,10 +36,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks import common, variants
-from benchmarks.breakdown import BASELINE_PHASES, PHASES, timed_phases
-from benchmarks.collectives import Collective
-from benchmarks.interleaved import (
+from benchmarks.harness import engines, models, recording, timing, variants
+from benchmarks.harness.breakdown import BASELINE_PHASES, PHASES, timed_phases
+from benchmarks.harness.collectives import Collective
+from benchmarks.harness.interleaved import (
     Schedule,
     Times,
     flattened,
@@ -48,9 +48,9 @@ from benchmarks.interleaved import (
     record_collectives,
     run_step,
 )
-from benchmarks.options import parse, require_known, require_positive
+from benchmarks.harness.options import parse, require_known, require_positive
+from benchmarks.harness.workloads import STEP_ENGINES, OptimizerStep, TrainingStep, Workload
 from benchmarks.reports.overhead import markdown
-from benchmarks.workloads import STEP_ENGINES, OptimizerStep, TrainingStep, Workload
 
 SCOPES = ("step", "training")
 
@@ -59,7 +59,7 @@ SCOPES = ("step", "training")
 class Arguments:
     """Sizes of the model and of the measurement."""
 
-    model: str = dataclasses.field(default="small", metadata={"help": f"one of {', '.join(common.SHAPES)}"})
+    model: str = dataclasses.field(default="small", metadata={"help": f"one of {', '.join(models.SHAPES)}"})
     num_layers: int | None = dataclasses.field(default=None, metadata={"help": "instead of the model's own number"})
     lora_ranks: list[int] = dataclasses.field(default_factory=lambda: [16], metadata={"help": "r, one run for each"})
     scope: str = dataclasses.field(
@@ -68,7 +68,7 @@ class Arguments:
     )
     engine: str = dataclasses.field(
         default="single",
-        metadata={"help": f"one of {', '.join(common.ENGINES)}; with --scope step of {', '.join(STEP_ENGINES)}"},
+        metadata={"help": f"one of {', '.join(engines.ENGINES)}; with --scope step of {', '.join(STEP_ENGINES)}"},
     )
     variants: list[str] = dataclasses.field(
         default_factory=list, metadata={"help": "those to compare with lora (all that the engine allows)"}
@@ -88,7 +88,7 @@ class Arguments:
     output: str | None = dataclasses.field(default=None, metadata={"help": "JSON file to write"})
 
     def __post_init__(self) -> None:
-        require_known(self, model=common.SHAPES, scope=SCOPES, engine=common.ENGINES, backend=common.BACKENDS)
+        require_known(self, model=models.SHAPES, scope=SCOPES, engine=engines.ENGINES, backend=engines.BACKENDS)
         require_positive(self, "num_layers", "micro_batch_size", "seq_len", "blocks", "steps", "block_seconds")
         if not self.lora_ranks or min(self.lora_ranks) < 1:
             raise ValueError(f"--lora_ranks {self.lora_ranks} must be one or more positive numbers")
@@ -96,14 +96,14 @@ class Arguments:
             raise ValueError(f"--engine {self.engine} needs a model to shard: use --scope training")
         if self.engine == "single" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("--engine single is one process; use --engine ddp or start it without a launcher")
-        if self.flat and not common.stores_tall(self.engine):
+        if self.flat and not engines.stores_tall(self.engine):
             raise ValueError(f"--flat needs an engine that stores lora_A tall, --engine {self.engine} does not")
         self.variants = variants.choose(self.engine, self.variants)
 
     @property
-    def shape(self) -> common.ModelShape:
+    def shape(self) -> models.ModelShape:
         """Of the model, with the number of layers asked for."""
-        shape = common.SHAPES[self.model]
+        shape = models.SHAPES[self.model]
         return shape if self.num_layers is None else dataclasses.replace(shape, num_layers=self.num_layers)
 
     @property
@@ -114,26 +114,26 @@ class Arguments:
 
 def main() -> None:
     arguments = parse(Arguments)
-    device = common.start(arguments.backend)
+    device = engines.start(arguments.backend)
     results = measure(arguments, device)
-    common.publish("overhead", arguments, device, results, markdown)
-    common.finish()
+    recording.publish("overhead", arguments, device, results, markdown)
+    engines.finish()
 
 
 def measure(arguments: Arguments, device: torch.device) -> dict[str, Any]:
     """One run per lora_rank. Returns what the record has under ``results``."""
     runs = []
     total = len(arguments.lora_ranks) * arguments.blocks * (len(arguments.variants) + 2 * arguments.flat)
-    with common.progress(total, "blocks of steps") as advance:
+    with timing.progress(total, "blocks of steps") as advance:
         for lora_rank in arguments.lora_ranks:
             runs.append(measure_lora_rank(arguments, lora_rank, device, advance))
             gc.collect()  # DeepSpeed's engines hold themselves in cycles
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    resident = common.peak_memory_bytes(device) if device.type == "cpu" else None
+    resident = timing.peak_memory_bytes(device) if device.type == "cpu" else None
     return {
         "shape": dataclasses.asdict(arguments.shape),
-        "stored_tall": common.stores_tall(arguments.engine),
+        "stored_tall": engines.stores_tall(arguments.engine),
         "runs": runs,
         "peak_resident_bytes": resident,
     }
@@ -158,7 +158,7 @@ def measure_lora_rank(
     phases = measure_breakdowns(arguments, workloads, device) if arguments.breakdown else {}
     return {
         "lora_rank": lora_rank,
-        "num_pairs": len(common.LINEARS) * arguments.shape.num_layers,
+        "num_pairs": len(models.LINEARS) * arguments.shape.num_layers,
         "adapter_parameters": adapter_parameters(arguments.shape, lora_rank),
         "largest_relative_error": errors,
         "variants": figures,
@@ -211,7 +211,7 @@ def _report(workload: Workload, name: str) -> dict[str, Any]:
         return handle.report().as_dict()
 
 
-def adapter_parameters(shape: common.ModelShape, lora_rank: int) -> int:
+def adapter_parameters(shape: models.ModelShape, lora_rank: int) -> int:
     """Elements of all factors."""
     return shape.num_layers * lora_rank * sum(inputs + outputs for _, inputs, outputs in shape.adapted_linears())
 
@@ -230,9 +230,9 @@ def summary(times: Times, plain: Times, scope: str) -> dict[str, Any]:
     ):
         values, plain_values = flattened(blocks), flattened(plain_blocks)
         by_block = [statistics.median(b) - statistics.median(p) for b, p in zip(blocks, plain_blocks, strict=True)]
-        figures[key] = common.spread(values)
+        figures[key] = timing.spread(values)
         figures[f"added_{key}"] = statistics.median(values) - statistics.median(plain_values)
-        figures[f"added_{key}_by_block"] = common.spread(by_block)
+        figures[f"added_{key}_by_block"] = timing.spread(by_block)
         figures[f"{key}_ratio"] = statistics.median(values) / statistics.median(plain_values)
     return figures
 
@@ -247,7 +247,7 @@ def bare_collectives(
     """
     if not calls:
         return None
-    spread = common.spread(flattened(bare.step_ms))
+    spread = timing.spread(flattened(bare.step_ms))
     added = statistics.median(flattened(placed.step_ms)) - figures["lora"]["step_ms"]["median"]
     return {
         "calls": [call.as_dict() for call in calls],
@@ -277,13 +277,13 @@ def measure_breakdown(steps: int, workload: Workload, device: torch.device, name
         run_step(workload)
         for _ in range(steps):
             workload.prepare()
-            start = common.now(device)
+            start = timing.now(device)
             with timed_phases(device, phases) as elapsed_ms:
                 workload.step()
-                total_ms = 1e3 * (common.now(device) - start)
+                total_ms = 1e3 * (timing.now(device) - start)
             for phase, milliseconds in {**elapsed_ms, "rest": total_ms - sum(elapsed_ms.values())}.items():
                 by_phase.setdefault(phase, []).append(milliseconds)
-    return {phase: common.spread(by_phase[phase]) for phase in (*phases, "rest") if phase in by_phase}
+    return {phase: timing.spread(by_phase[phase]) for phase in (*phases, "rest") if phase in by_phase}
 
 
 if __name__ == "__main__":

@@ -23,12 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks import common, cost_events, cost_model
-from benchmarks.launches import launch_ranks
-from benchmarks.options import parse, require_known, require_positive
+from benchmarks import cost_model
+from benchmarks.costs import events as cost_events
+from benchmarks.harness import engines, models, recording, timing
+from benchmarks.harness.launches import launch_ranks
+from benchmarks.harness.options import parse, require_known, require_positive
 
-ENGINES = tuple(engine for engine in common.ENGINES if engine not in ("single", "fsdp2-shard1"))
-_RANKS_SCRIPT = Path(__file__).with_name("scaling_ranks.py")
+ENGINES = tuple(engine for engine in engines.ENGINES if engine not in ("single", "fsdp2-shard1"))
+_RANKS_SCRIPT = Path(__file__).with_name("ranks") / "scaling.py"
 
 
 @dataclasses.dataclass
@@ -40,7 +42,7 @@ class Arguments(cost_model.Scenario):
         default_factory=lambda: ["ddp", "fsdp2", "zero3", "fsdp2-flat", "zero3-flat"],
         metadata={"help": f"of {', '.join(ENGINES)}"},
     )
-    shape: str = dataclasses.field(default="small", metadata={"help": f"one of {', '.join(common.SHAPES)}"})
+    shape: str = dataclasses.field(default="small", metadata={"help": f"one of {', '.join(models.SHAPES)}"})
     lora_rank: int = 16
     batch_size: int = dataclasses.field(default=1, metadata={"help": "sequences per rank in weak scaling"})
     seq_len: int = 128
@@ -59,7 +61,7 @@ class Arguments(cost_model.Scenario):
         unknown = [engine for engine in self.engines if engine not in ENGINES]
         if unknown or not self.engines:
             raise ValueError(f"--engines {' '.join(unknown)} unknown; choose from {', '.join(ENGINES)}")
-        require_known(self, shape=common.SHAPES)
+        require_known(self, shape=models.SHAPES)
         require_positive(self, "lora_rank", "batch_size", "seq_len", "blocks", "steps", "fit_rounds")
         self._check_ranks()
 
@@ -91,10 +93,10 @@ def main() -> None:
     from benchmarks.reports.scaling import markdown
 
     arguments = parse(Arguments)
-    record = run(arguments, common.single_process_device("start it without a launcher: it starts its ranks itself"))
+    record = run(arguments, engines.single_process_device("start it without a launcher: it starts its ranks itself"))
     print(markdown(record))
     if arguments.output is not None:
-        common.write_json(arguments.output, record)
+        recording.write_json(arguments.output, record)
 
 
 def run(arguments: Arguments, device: torch.device) -> dict[str, Any]:
@@ -106,14 +108,14 @@ def run(arguments: Arguments, device: torch.device) -> dict[str, Any]:
     """
     launches = []
     counts = sorted({*arguments.ranks, *arguments.fit_ranks})
-    with common.progress(len(counts), "launches") as advance:
+    with timing.progress(len(counts), "launches") as advance:
         for ranks in counts:
             launches.append(launch(arguments, ranks))
             advance()
     cores = os.cpu_count() if device.type == "cpu" else None
     return {
         "benchmark": "scaling",
-        **common.provenance(device),
+        **recording.provenance(device),
         "world_size": max(arguments.ranks),
         "arguments": dataclasses.asdict(arguments),
         "results": {
@@ -126,7 +128,7 @@ def run(arguments: Arguments, device: torch.device) -> dict[str, Any]:
 
 
 def launch(arguments: Arguments, ranks: int) -> dict[str, Any]:
-    """Run ``scaling_ranks.py`` on so many ranks of this machine. Raises RuntimeError if one fails."""
+    """Run ``ranks/scaling.py`` on so many ranks of this machine. Raises RuntimeError if one fails."""
     job = {
         **dataclasses.asdict(arguments),
         "global_batch_size": arguments.global_batch_size,

@@ -19,11 +19,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import common
-from benchmarks.options import parse, require_known, require_positive
+from benchmarks.harness import engines, models, recording, timing
+from benchmarks.harness.options import parse, require_known, require_positive
+from benchmarks.harness.two_hosts import Host, run_on, two_hosts
 from benchmarks.overhead import plain_variant
 from benchmarks.reports.shaped_link import markdown
-from benchmarks.two_hosts import Host, run_on, two_hosts
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RANKS = 2
@@ -40,7 +40,7 @@ WAYS = (
 class Arguments:
     """The model, the links, and how much is measured."""
 
-    model: str = dataclasses.field(default="small", metadata={"help": f"one of {', '.join(common.SHAPES)}"})
+    model: str = dataclasses.field(default="small", metadata={"help": f"one of {', '.join(models.SHAPES)}"})
     num_layers: int | None = dataclasses.field(default=None, metadata={"help": "instead of the model's own number"})
     lora_rank: int = 16
     mbits: list[int] = dataclasses.field(
@@ -53,7 +53,7 @@ class Arguments:
     output: str | None = dataclasses.field(default=None, metadata={"help": "JSON file to write"})
 
     def __post_init__(self) -> None:
-        require_known(self, model=common.SHAPES)
+        require_known(self, model=models.SHAPES)
         if not self.mbits or min(self.mbits) < 0:
             raise ValueError(f"--mbits {self.mbits} must be one or more rates, 0 for an unshaped link")
         require_positive(self, "num_layers", "lora_rank", "blocks", "steps", "timeout")
@@ -61,15 +61,15 @@ class Arguments:
 
 def main() -> None:
     arguments = parse(Arguments)
-    device = common.single_process_device("it makes its hosts and their ranks itself")
+    device = engines.single_process_device("it makes its hosts and their ranks itself")
     results = measure(arguments)
-    common.publish("shaped_link", arguments, device, results, markdown, world_size=RANKS)
+    recording.publish("shaped_link", arguments, device, results, markdown, world_size=RANKS)
 
 
 def measure(arguments: Arguments) -> dict[str, Any]:
     """Every way on every link. Returns what the record has under ``results``."""
     measured = []
-    with common.progress(len(arguments.mbits), "launches") as advance:
+    with timing.progress(len(arguments.mbits), "launches") as advance:
         for mbit in arguments.mbits:
             with two_hosts(f"{mbit}mbit" if mbit else "") as hosts:
                 run = launch(arguments, hosts)

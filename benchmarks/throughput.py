@@ -32,11 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks import common, variants
-from benchmarks.interleaved import flattened, run_step
-from benchmarks.options import parse, require_known, require_positive
+from benchmarks.harness import engines, models, recording, timing, variants
+from benchmarks.harness.interleaved import flattened, run_step
+from benchmarks.harness.options import parse, require_known, require_positive
+from benchmarks.harness.workloads import TrainingStep
 from benchmarks.reports.throughput import markdown
-from benchmarks.workloads import TrainingStep
 
 VARIANTS = (*variants.METHODS, "loop")
 
@@ -63,10 +63,10 @@ _LOSS_TOLERANCE = {"cpu": 1e-5, "cuda": 2e-3}  # float32, bfloat16
 class Arguments:
     """Sizes of the model and of the measurement."""
 
-    model: str = dataclasses.field(default="small", metadata={"help": f"one of {', '.join(common.SHAPES)}"})
+    model: str = dataclasses.field(default="small", metadata={"help": f"one of {', '.join(models.SHAPES)}"})
     num_layers: int | None = dataclasses.field(default=None, metadata={"help": "instead of the model's own number"})
     lora_rank: int = 16
-    engine: str = dataclasses.field(default="single", metadata={"help": f"one of {', '.join(common.ENGINES)}"})
+    engine: str = dataclasses.field(default="single", metadata={"help": f"one of {', '.join(engines.ENGINES)}"})
     variants: list[str] = dataclasses.field(
         default_factory=list, metadata={"help": f"of {', '.join(VARIANTS)}, those to compare with lora (all)"}
     )
@@ -85,7 +85,7 @@ class Arguments:
     output: str | None = dataclasses.field(default=None, metadata={"help": "JSON file to write"})
 
     def __post_init__(self) -> None:
-        require_known(self, model=common.SHAPES, engine=common.ENGINES)
+        require_known(self, model=models.SHAPES, engine=engines.ENGINES)
         on_gpu = torch.cuda.is_available()
         if self.seq_len is None:
             self.seq_len = 1024 if on_gpu else 128
@@ -101,17 +101,17 @@ class Arguments:
         self.variants = variants.choose(self.engine, self.variants or possible)
 
     @property
-    def shape(self) -> common.ModelShape:
+    def shape(self) -> models.ModelShape:
         """Of the model, with the number of layers asked for."""
-        return common.shape_of(self.model, self.num_layers)
+        return models.shape_of(self.model, self.num_layers)
 
 
 def main() -> None:
     arguments = parse(Arguments)
-    device = common.start()
+    device = engines.start()
     results = measure(arguments, device)
-    common.publish("throughput", arguments, device, results, markdown)
-    common.finish()
+    recording.publish("throughput", arguments, device, results, markdown)
+    engines.finish()
 
 
 def measure(arguments: Arguments, device: torch.device) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def measure(arguments: Arguments, device: torch.device) -> dict[str, Any]:
     errors = variants.check_same_result(
         arguments.engine, arguments.variants, workload.trainee, lambda: run_step(workload)
     )
-    with common.progress(arguments.blocks * len(arguments.variants), "blocks of steps") as advance:
+    with timing.progress(arguments.blocks * len(arguments.variants), "blocks of steps") as advance:
         step_ms, peak_bytes = time_blocks(arguments, workload, device, advance)
     tokens = arguments.micro_batch_size * arguments.accumulation_steps * arguments.seq_len
     flops = model_flops_per_token(arguments.shape, arguments.lora_rank, arguments.seq_len)
@@ -148,7 +148,7 @@ def measure(arguments: Arguments, device: torch.device) -> dict[str, Any]:
             name: _figures(step_ms[name], step_ms["lora"], tokens, flops, peak, peak_bytes.get(name))
             for name in arguments.variants
         },
-        "peak_resident_bytes": common.peak_memory_bytes(device) if device.type == "cpu" else None,
+        "peak_resident_bytes": timing.peak_memory_bytes(device) if device.type == "cpu" else None,
     }
 
 
@@ -184,18 +184,18 @@ def time_blocks(
             with variants.installed(name, workload.trainee):
                 for _ in range(_WARM_UP_STEPS):
                     run_step(workload)
-                common.reset_peak_memory(device)
-                start = common.now(device)
+                timing.reset_peak_memory(device)
+                start = timing.now(device)
                 for _ in range(arguments.steps):
                     run_step(workload)
-                step_ms[name].append([1e3 * (common.now(device) - start) / arguments.steps])
+                step_ms[name].append([1e3 * (timing.now(device) - start) / arguments.steps])
                 if device.type == "cuda":
-                    peak_bytes[name] = max(peak_bytes.get(name, 0), common.peak_memory_bytes(device))
+                    peak_bytes[name] = max(peak_bytes.get(name, 0), timing.peak_memory_bytes(device))
             advance()
     return step_ms, peak_bytes
 
 
-def model_flops_per_token(shape: common.ModelShape, lora_rank: int, seq_len: int) -> float:
+def model_flops_per_token(shape: models.ModelShape, lora_rank: int, seq_len: int) -> float:
     """``4 N + 6 N_a + 6 L h s``, as the head of this file says."""
     linears = [(inputs, outputs) for _, inputs, outputs in shape.adapted_linears()]
     frozen = shape.num_layers * sum(inputs * outputs for inputs, outputs in linears)
@@ -222,7 +222,7 @@ def _figures(
     peak: float | None,
     peak_bytes: int | None,
 ) -> dict[str, Any]:
-    step = common.spread(flattened(blocks))
+    step = timing.spread(flattened(blocks))
     tokens_per_second = 1e3 * tokens / step["median"]
     # to lora's block of the same round: what slows the machine for a while slows both
     ratios = [plain[0] / own[0] for own, plain in zip(blocks, plain_blocks, strict=True)]
@@ -230,7 +230,7 @@ def _figures(
         "step_ms": step,
         "tokens_per_second_per_device": tokens_per_second,
         "mfu": None if peak is None else tokens_per_second * flops_per_token / peak,
-        "throughput_ratio_by_block": common.spread(ratios),
+        "throughput_ratio_by_block": timing.spread(ratios),
         "peak_allocated_bytes": peak_bytes,
     }
 

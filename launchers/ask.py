@@ -12,10 +12,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launchers.generation import base_of, generate, generation_config, load_model, own_device
-from launchers.recorder import recorded_setting
-from launchers.records import load_records
-from launchers.tokenization import encode_prompts, format_prompt, load_tokenizer
+from launchers.data.records import load_records
+from launchers.data.tokenization import encode_prompts, format_prompt, load_tokenizer
+from launchers.evaluation.generation import base_of, generate, generation_config, load_model, own_device
+from launchers.training.recorder import recorded_setting
 
 
 def load(adapter: str) -> tuple[Any, Any]:

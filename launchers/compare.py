@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
-from launchers.plots import plot_comparison
-from launchers.recorder import METRICS_FILE
+from launchers.training.plots import plot_comparison
+from launchers.training.recorder import METRICS_FILE
 from reflora_dist.lora_sb import METHODS as LATENT_METHODS
 
 # What may differ between runs that are compared; anything else would make the comparison unfair.

@@ -29,14 +29,14 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from launchers import generation
-from launchers.answered import AnswerFile, Key, batches, check_settings, read_answers, write_settings
-from launchers.answers import ANSWER_WORDS, extract_answer, is_correct
-from launchers.fields import option
-from launchers.options import MODEL_DTYPES, check_output_dir
-from launchers.questions import FROM_HUB, TASKS, Question, load_questions
-from launchers.recorder import installed_versions, recorded_setting
-from launchers.tokenization import PROMPT_TEMPLATES, encode_prompts, format_prompt, load_tokenizer
+from launchers.data.tokenization import PROMPT_TEMPLATES, encode_prompts, format_prompt, load_tokenizer
+from launchers.evaluation import generation
+from launchers.evaluation.answer_files import AnswerFile, Key, batches, check_settings, read_answers, write_settings
+from launchers.evaluation.answer_rules import ANSWER_WORDS, extract_answer, is_correct
+from launchers.evaluation.questions import FROM_HUB, TASKS, Question, load_questions
+from launchers.training.fields import option
+from launchers.training.options import MODEL_DTYPES, check_output_dir
+from launchers.training.recorder import installed_versions, recorded_setting
 
 RESULTS_FILE = "results.json"
 # As published: 32 in RefLoRA's commonsense_reasoning/evaluate.py, 256 in LLM-Adapters' evaluate.py.

@@ -26,13 +26,13 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
-from launchers.options import MODEL_DTYPES
+from launchers.training.options import MODEL_DTYPES
 from reflora_dist import convert_adapter
-from reflora_dist.adapter_files import require_tensors
-from reflora_dist.consolidate import CONFIG_NAME, consolidate_adapter, find_config, find_state
-from reflora_dist.merge import merge_adapter, tokenizer_files
-from reflora_dist.output_folder import new_folder, require_empty
-from reflora_dist.start_files import read_config, readable, saved_mark
+from reflora_dist.checkpoints.adapter_files import require_tensors
+from reflora_dist.checkpoints.start_file import read_config, readable, saved_mark
+from reflora_dist.export.consolidate import CONFIG_NAME, consolidate_adapter, find_config, find_state
+from reflora_dist.export.merge import merge_adapter, tokenizer_files
+from reflora_dist.files.output_folder import new_folder, require_empty
 
 
 @dataclasses.dataclass

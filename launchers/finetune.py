@@ -24,16 +24,17 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from launchers import classification, embedded, plots, recorder
-from launchers.failures import named_failures
-from launchers.interruptions import StopOnSignal
-from launchers.options import PEFT_STARTS, Options, check_output_dir, checkpoint_to_resume, parse_options
-from launchers.quantized import keep_weight_layout, quantization_config
-from launchers.records import Record, load_records, split_records
-from launchers.starts import start_adapter
-from launchers.tokenization import Collator, cached_examples, load_tokenizer
+from launchers.data import embedded
+from launchers.data.records import Record, load_records, split_records
+from launchers.data.tokenization import Collator, cached_examples, load_tokenizer
+from launchers.training import classification, plots, recorder
+from launchers.training.failures import named_failures
+from launchers.training.interruptions import StopOnSignal
+from launchers.training.options import PEFT_STARTS, Options, check_output_dir, checkpoint_to_resume, parse_options
+from launchers.training.quantized import keep_weight_layout, quantization_config
+from launchers.training.starts import start_adapter
 from reflora_dist import RefLoRACallback, export_adapter
-from reflora_dist.completeness import CompleteCheckpoints
+from reflora_dist.checkpoints.complete import CompleteCheckpoints
 from reflora_dist.lora_sb import LoRASBCallback, LoRASBConfig, LoraXSConfig
 
 # Trainer's settings that two runs must share to be comparable.
@@ -142,7 +143,7 @@ def choose_records(options: Options) -> tuple[list[Record], list[Record]]:
     """Training and evaluation records: those asked for, or the embedded ones.
 
     Raises:
-        ValueError: see :func:`launchers.records.load_records`.
+        ValueError: see :func:`launchers.data.records.load_records`.
     """
     data, arguments = options.data, options.training
     train_sources, eval_sources = data.dataset, data.eval_dataset

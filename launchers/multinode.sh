@@ -103,7 +103,7 @@ if [ -n "$hostfile" ]; then
     head=${head:-${hosts[0]}}
     interface=$(PYTHONPATH=$repository "$PYTHON" - "${hosts[1]}" "$port" <<'PY'
 import sys
-from launchers.meeting import route_to
+from launchers.cluster.meeting import route_to
 print(route_to(sys.argv[1], int(sys.argv[2]), is_head=False)[0])
 PY
     ) || exit 1
@@ -118,7 +118,7 @@ PY
         --launcher pdsh --no_local_rank --master_addr "$head" --master_port "$port" "$script" "${arguments[@]}"
 fi
 
-found=$("$PYTHON" "$repository/launchers/meeting.py" --nodes "$nodes" --node_rank "$node_rank" --head "$head" \
+found=$("$PYTHON" "$repository/launchers/cluster/meeting.py" --nodes "$nodes" --node_rank "$node_rank" --head "$head" \
     --port "$port" --wait "$wait" "launcher=$launcher" "processes=$PROCESSES" "script=$(basename "$script")") || exit 1
 read -r interface address <<< "$found"
 export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-=$interface}

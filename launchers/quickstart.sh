@@ -37,7 +37,7 @@ echo "python $("$PYTHON" -c 'import platform; print(platform.python_version())')
     "$gpus GPU(s), $PROCESSES processes of $OMP_NUM_THREADS thread(s)"
 
 stage "2/5 embedded model and data, from the standard library's own text (about 2 minutes, then cached)"
-"$PYTHON" "$repository/launchers/embedded.py" --cache-dir "$cache_dir" --pretrain-steps "$pretrain_steps"
+"$PYTHON" "$repository/launchers/data/embedded.py" --cache-dir "$cache_dir" --pretrain-steps "$pretrain_steps"
 
 # The published default of 100 warm-up steps would leave a short run plain LoRA for most of its length.
 warmup=$((steps >= 50 ? 10 : 1))

@@ -5,12 +5,13 @@
 
 from . import lora_sb  # which makes its adapters known to PEFT
 from .callback import RefLoRACallback
-from .config import RefLoRAConfig
-from .initialization import convert_adapter, export_adapter, initialize_adapters, replay_initialization
-from .integrate import Handle, attach
-from .lora_rite import LoRARite
-from .report import Report
-from .tall import tall_adapters
+from .engines.tall import tall_adapters
+from .methods.config import RefLoRAConfig
+from .starts.convert import convert_adapter
+from .starts.initialize import export_adapter, initialize_adapters, replay_initialization
+from .step.handle import Handle, attach
+from .step.report import Report
+from .step.rite_optimizer import LoRARite
 
 __version__ = "0.1.0"
 __all__ = [

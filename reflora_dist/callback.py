@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from accelerate.state import AcceleratorState
@@ -15,15 +14,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from transformers.trainer_utils import SaveStrategy
 
-from .adapter_files import find_peft_model, load_adapter, save_adapter
-from .adapters import lora_layers
-from .checkpoint import load_checkpoint, save_into
-from .config import RefLoRAConfig
-from .handle_state import handle_state
-from .integrate import Handle, attach
-from .report import Report
-from .start_files import mark_of, require_same_start, write_start
-from .tall import tall_adapters
+from .checkpoints.adapter_files import load_adapter, save_adapter
+from .checkpoints.start_file import mark_of, require_same_start, write_start
+from .checkpoints.trainer_folders import checkpoint_folder, resumed_checkpoint
+from .checkpoints.training_state import load_checkpoint, save_into
+from .engines.pairs import find_peft_model, lora_layers
+from .engines.tall import tall_adapters
+from .methods.config import RefLoRAConfig
+from .step.handle import Handle, attach
+from .step.handle_state import handle_state
+from .step.report import Report
 
 logger = logging.getLogger(__name__)
 
@@ -193,33 +193,3 @@ def _come_before_reporters(callback: TrainerCallback) -> None:
             handler.callbacks.sort(key=lambda other: other is not callback)  # which keeps the order of the others
             return
         frame = frame.f_back
-
-
-def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    """The folder of the checkpoint that Trainer writes at this step.
-
-    Raises:
-        RuntimeError: a search over hyperparameters is under way, in which it has a name that callbacks are not told.
-    """
-    assert args.output_dir is not None
-    if state.is_hyper_param_search:
-        raise RuntimeError(
-            "hyperparameter_search() hides its checkpoints from callbacks: set save_strategy='no' for it"
-        )
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
-
-
-def resumed_checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    """The folder that Trainer resumed from, which it tells nobody: the one whose history is that of ``state``.
-
-    Raises:
-        FileNotFoundError: it is neither what the arguments name nor in the output folder.
-    """
-    for folder in (Path(str(args.resume_from_checkpoint)), checkpoint_folder(args, state)):
-        file = folder / "trainer_state.json"
-        if file.is_file() and TrainerState.load_from_json(str(file)).log_history == state.log_history:
-            return folder
-    raise FileNotFoundError(
-        f"{checkpoint_folder(args, state)} is not the checkpoint of step {state.global_step} that training resumes "
-        "from: name it in TrainingArguments(resume_from_checkpoint=...) as well"
-    )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from benchmarks.two_hosts import SYSTEM_PATH
+from benchmarks.harness.two_hosts import SYSTEM_PATH
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

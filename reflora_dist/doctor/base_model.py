@@ -12,10 +12,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from ..adapters import AdapterPair, find_pairs
-from ..blocks import SIDE_A, SIDE_B
-from ..tall import tall_adapters
-from ..tiling import Layout
+from ..algebra.types import SIDE_A, SIDE_B
+from ..collectives.tiling import Layout
+from ..engines.pairs import AdapterPair, find_pairs
+from ..engines.tall import tall_adapters
 from .options import DoctorOptions
 from .values import one_line
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from ..universal import is_round_robin
+from ..checkpoints.deepspeed_universal import is_round_robin
 from .deepspeed_optimizer import check_optimizer, check_optimizer_params, check_scheduler, count_moments
 from .deepspeed_zero import check_batch, check_zero
 from .findings import Findings

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..optimizers import _ADAM_FAMILY, _ELEMENTWISE
+from ..step.supported_optimizers import _ADAM_FAMILY, _ELEMENTWISE
 from .findings import Findings
 from .options import OPTIMIZERS, DoctorOptions
 from .values import is_number, one_line

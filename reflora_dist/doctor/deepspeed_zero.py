@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..universal import is_round_robin
+from ..checkpoints.deepspeed_universal import is_round_robin
 from .findings import Findings
 from .values import count
 

@@ -13,11 +13,11 @@ import torch
 from peft import PeftModel
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from ..adapters import find_pairs
+from ..collectives.tiling import Layout
+from ..engines.pairs import find_pairs
+from ..engines.tall import tall_adapters
 from ..methods import GRADIENT_METHODS
-from ..tall import tall_adapters
-from ..tiling import Layout
-from ..traffic import Traffic
+from ..step.traffic import Traffic
 from . import accelerate_config
 from .accelerate_config import accelerate_setup
 from .activations import activation_bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..tiling import Layout
+from ..collectives.tiling import Layout
 from .base_model import MetaModel, Parameter
 from .setup import Setup
 

@@ -10,7 +10,7 @@ from dataclasses import field
 
 from transformers import HfArgumentParser
 
-from ..config import METHODS, RefLoRAConfig
+from ..methods.config import METHODS, RefLoRAConfig
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 OPTIMIZERS = {"adamw": 2, "sgd": 0, "sgd-momentum": 1}

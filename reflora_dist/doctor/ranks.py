@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..communication import Communicator
-from ..traffic import Traffic
+from ..collectives.communicator import Communicator
+from ..step.traffic import Traffic
 from .findings import Findings
 
 _ENVIRONMENT = ("NCCL_", "TORCH_", "PYTORCH_", "FSDP_", "ACCELERATE_", "DS_", "CUBLAS_")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..config import RefLoRAConfig
 from ..methods import GRADIENT_METHODS, RESCALING_METHODS
-from ..traffic import Traffic
+from ..methods.config import RefLoRAConfig
+from ..step.traffic import Traffic
 from .base_model import MetaModel, Parameter
 from .held import BYTES, held_elements, persisted
 from .setup import Setup

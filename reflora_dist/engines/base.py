@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..adapters import AdapterPair
-from ..tiling import Layout
+from ..collectives.tiling import Layout
+from .pairs import AdapterPair
 
 
 class Firing(NamedTuple):

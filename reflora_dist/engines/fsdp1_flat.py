@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from ..adapters import AdapterPair
-from .buffers import BufferEngine, piece_of_buffer
+from .flat_buffers import BufferEngine, piece_of_buffer
+from .pairs import AdapterPair
 
 
 def flat_parameter_engine(

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from ..adapters import AdapterPair
-from ..blocks import SIDE_A, SIDE_B
-from ..tiling import Layout
+from ..algebra.types import SIDE_A, SIDE_B
+from ..collectives.tiling import Layout
 from .base import Engine
 from .fsdp1_flat import positions
+from .pairs import AdapterPair
 
 
 class ParameterEngine(Engine):

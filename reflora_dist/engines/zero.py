@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..adapters import AdapterPair
 from .base import Firing
-from .buffers import BufferEngine, Piece, piece_of_buffer
+from .flat_buffers import BufferEngine, Piece, piece_of_buffer
+from .pairs import AdapterPair
 
 _STAGE_3 = "DeepSpeedZeroOptimizer_Stage3"
 _STAGE_1_2 = "DeepSpeedZeroOptimizer"

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..adapter_files import load_adapter, load_frozen, save_adapter
-from ..callback import checkpoint_folder, resumed_checkpoint
-from ..checkpoint import load_checkpoint, save_into
-from ..report import Report
-from ..trained import find_training_engine
+from ..checkpoints.adapter_files import load_adapter, load_frozen, save_adapter
+from ..checkpoints.trainer_folders import checkpoint_folder, resumed_checkpoint
+from ..checkpoints.training_state import load_checkpoint, save_into
+from ..engines.find_training import find_training_engine
+from ..step.report import Report
 from .config import LoRASBConfig
 from .gradients import Loss
 from .initialize import initialize_lora_sb, initialize_lora_xs

@@ -11,7 +11,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..start_files import exact_pattern
+from ..starts.convert import exact_pattern
 from .config import LoraXSConfig
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from ..communication import Communicator
+from ..collectives.communicator import Communicator
 
 Loss = Callable[[Any, Any], Tensor]
 # Input and output gradient of every call of a layer in one batch, [tokens, in] and [tokens, out].

@@ -13,11 +13,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from ..adapter_files import agreed, find_peft_model, write_weights
-from ..adapters import clean_name
-from ..communication import Communicator
-from ..trained import find_training_engine
-from ..whole import Owner, gather, owned_tensors, scatter
+from ..checkpoints.adapter_files import write_weights
+from ..collectives.agreed import agreed
+from ..collectives.communicator import Communicator
+from ..engines.find_training import find_training_engine
+from ..engines.pairs import clean_name, find_peft_model
+from ..engines.whole_parameters import Owner, gather, owned_tensors, scatter
 from .config import LoRASBConfig
 from .gradients import Loss, mean_gradients, row_block
 from .layer import LoraXSLinear

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..blocks import Matrices
-from ..config import RefLoRAConfig
+from ..algebra.types import Matrices
+from .config import RefLoRAConfig
 
 
 class Transform(NamedTuple):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..blocks import Matrices
-from ..refactor import CONVERGED, NEWTON_STEPS, cholesky, frobenius, inverse_from_cholesky, inverted
+from ..algebra.decompositions import CONVERGED, NEWTON_STEPS, cholesky, frobenius, inverse_from_cholesky, inverted
+from ..algebra.types import Matrices
 from .base import GradientMethod, Transform
 
 _LARGEST_RESIDUAL = 1e-6  # of the Sylvester equation, relative to its right-hand side

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..blocks import Matrices
-from ..refactor import symmetric
-from ..roots import damped_inverse_root, pseudo_inverse_root
+from ..algebra.decompositions import symmetric
+from ..algebra.roots import damped_inverse_root, pseudo_inverse_root
+from ..algebra.types import Matrices
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

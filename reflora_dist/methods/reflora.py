@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..blocks import Matrices
-from ..refactor import solve_refactorization
+from ..algebra.refactorization import solve_refactorization
+from ..algebra.types import Matrices
 from .base import GradientMethod, Transform
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..refactor import solve_scale
+from ..algebra.refactorization import solve_scale
 from .base import Rescaling, RescalingMethod
 
 

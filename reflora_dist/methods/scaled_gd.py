@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..blocks import Matrices
-from ..refactor import cholesky, inverse_from_cholesky
+from ..algebra.decompositions import cholesky, inverse_from_cholesky
+from ..algebra.types import Matrices
 from .base import GradientMethod, Transform
 
 

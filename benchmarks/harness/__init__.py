@@ -1,0 +1,1 @@
+"""What benchmarks share: models, engines, variants, timing, records."""

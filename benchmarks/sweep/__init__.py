@@ -1,0 +1,1 @@
+"""Convergence: data, runs and statistics."""

@@ -1,0 +1,108 @@
+"""Model and text of the convergence benchmark: tokenized once, then shared by all runs. Needs no ``datasets``."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from launchers.data.embedded import EmbeddedSettings, ensure_model, ensure_records
+from launchers.data.records import load_records, split_records
+from launchers.data.tokenization import IGNORE_INDEX, Collator, TokenizationSettings, tokenize
+
+EVAL_BATCH_SIZE = 16
+SPLIT_SEED = 0  # the held-out records are the same for every run, whatever its seed
+
+Example = dict[str, list[int]]
+Batch = dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """What every run of a sweep trains on and is judged by; small enough to be sent to worker processes."""
+
+    model: Path
+    train: list[Example]
+    held_out: list[Example]
+    pad_token_id: int
+
+    def batches(self, seed: int, steps: int, batch_size: int, device: torch.device) -> list[Batch]:
+        """The training batches of one seed in order, on the device; epochs are shuffled anew."""
+        generator = torch.Generator().manual_seed(seed)
+        order: list[int] = []
+        while len(order) < steps * batch_size:
+            order += torch.randperm(len(self.train), generator=generator).tolist()
+        starts = range(0, steps * batch_size, batch_size)
+        return [self._collate([self.train[i] for i in order[s : s + batch_size]], device) for s in starts]
+
+    def held_out_batches(self, device: torch.device) -> list[Batch]:
+        """All held-out examples, those of like length together."""
+        ordered = sorted(self.held_out, key=lambda example: len(example["input_ids"]))
+        starts = range(0, len(ordered), EVAL_BATCH_SIZE)
+        return [self._collate(ordered[s : s + EVAL_BATCH_SIZE], device) for s in starts]
+
+    def _collate(self, examples: list[Example], device: torch.device) -> Batch:
+        batch = Collator(pad_token_id=self.pad_token_id)(examples)
+        # Padding stands on the right and has no label: under a causal mask nothing that counts can see it, and
+        # without a mask attention takes its fast path.
+        del batch["attention_mask"]
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """Sizes, and a digest of model and text by which the runs of one sweep are recognised."""
+        digest = hashlib.sha256(json.dumps([self.train, self.held_out]).encode())
+        for path in sorted(self.model.glob("*.safetensors")):
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        labels = sum(label != IGNORE_INDEX for example in self.held_out for label in example["labels"])
+        return {
+            "train_records": len(self.train),
+            "held_out_records": len(self.held_out),
+            "held_out_tokens": labels,
+            "digest": digest.hexdigest()[:16],
+        }
+
+
+def prepare(
+    model: str | None,
+    dataset: list[str],
+    eval_dataset: list[str],
+    *,
+    max_length: int,
+    max_eval_records: int,
+    eval_fraction: float,
+    cache_dir: Path,
+) -> Material:
+    """Load or make the model, read the records and tokenize them.
+
+    Args:
+        model: folder of a pre-trained causal language model; None for the embedded one.
+        dataset: instruction files to train on; none for the embedded records.
+        eval_dataset: instruction files held out; none to set ``eval_fraction`` of ``dataset`` aside.
+
+    Raises:
+        ValueError: a path does not exist, or a record cannot be used.
+    """
+    if model is not None and not Path(model).is_dir():
+        raise ValueError(f"model={model!r} is not a folder; give one with a pre-trained model and its tokenizer")
+    if dataset:
+        train, held_out = load_records(dataset), load_records(eval_dataset) if eval_dataset else []
+        if not held_out:
+            train, held_out = split_records(train, eval_fraction, SPLIT_SEED)
+    else:
+        train, held_out = (load_records([str(path)]) for path in ensure_records(cache_dir))
+    folder = Path(model) if model else ensure_model(cache_dir, EmbeddedSettings())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    settings = TokenizationSettings(max_length=max_length)
+    return Material(
+        model=folder,
+        train=tokenize(tokenizer, train, settings),
+        held_out=tokenize(tokenizer, held_out[:max_eval_records], settings),
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )

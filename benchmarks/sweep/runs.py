@@ -1,0 +1,381 @@
+"""The runs of the convergence benchmark: one fine-tuning run, what is checked and timed before a sweep, the sweep."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import threading
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
+from transformers import logging as transformers_logging
+
+from benchmarks.harness import recording, timing
+from benchmarks.sweep.data import Batch, Material
+from launchers.data.tokenization import IGNORE_INDEX
+from reflora_dist import Handle, LoRARite, RefLoRAConfig, attach
+from reflora_dist.lora_sb import METHODS as LATENT_METHODS
+from reflora_dist.lora_sb import LoRASBConfig, LoraXSConfig, initialize_lora_sb, initialize_lora_xs
+from reflora_dist.methods.config import METHODS
+
+# zero: PEFT's default, B = 0. drawn: B is drawn as A is, and the base gives up the product (the published code's
+# re_init), so that the model is the same and S exists from the first step on.
+STARTS = ("zero", "drawn")
+CHECKED_STEPS = 3
+# Runs of one seed do the same arithmetic up to the end of the warm-up; some GPU kernels add up in any order.
+CHECK_TOLERANCE = 1e-4
+TIMED_ROUNDS, TIMED_STEPS, UNTIMED_STEPS = 6, 5, 3
+ALL_METHODS = (*METHODS, *LATENT_METHODS)
+_GRADIENT_BATCHES = 8  # from which LoRA-SB takes its first step: those that training begins with
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What all runs of a sweep have in common.
+
+    Attributes:
+        steps: optimizer steps of a run.
+        start: one of STARTS.
+        warmup_steps: steps of plain LoRA first.
+        lr_warmup_steps: steps over which the learning rate rises; a cosine follows.
+        batch_size: records per step.
+        lora_rank: r; alpha is 2 r, and every linear layer but the head gets an adapter.
+        latent_rank: r of LoRA-SB and LoRA-XS, which train r * r numbers per layer; s = 1, as published.
+        eval_every: steps between two evaluations.
+    """
+
+    steps: int
+    start: str
+    warmup_steps: int
+    lr_warmup_steps: int
+    batch_size: int
+    lora_rank: int
+    latent_rank: int
+    eval_every: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One run of a sweep."""
+
+    method: str
+    learning_rate: float
+    seed: int
+
+
+class Workbench:
+    """A model on a device, its text, and runs one after another from freshly drawn factors."""
+
+    def __init__(self, material: Material, schedule: Schedule, device: torch.device) -> None:
+        _be_quiet()
+        self.schedule, self.device = schedule, device
+        lora = LoraConfig(r=schedule.lora_rank, lora_alpha=2 * schedule.lora_rank, target_modules="all-linear")
+        self.model = get_peft_model(self._base(material.model), lora)
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        self._base_weights = (
+            [_base_weight(layer).clone() for layer in self._layers] if schedule.start == "drawn" else []
+        )
+        self._material = material
+        self._held_out = material.held_out_batches(device)
+        self._latent_model: PeftModel | None = None
+        self._batches: tuple[int, list[Batch]] | None = None
+
+    def _base(self, model: str) -> Any:
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(self.device)
+        base.config.use_cache = False
+        return base
+
+    def latent_model(self) -> PeftModel:
+        """The model with adapters of LoRA-XS, made when first asked for."""
+        if self._latent_model is None:
+            config = LoraXSConfig(r=self.schedule.latent_rank, target_modules="all-linear")
+            self._latent_model = get_peft_model(self._base(self._material.model), config)  # type: ignore[arg-type]
+        return self._latent_model
+
+    def batches(self, seed: int) -> list[Batch]:
+        """The training batches of a seed; those of the last one are kept."""
+        if self._batches is None or self._batches[0] != seed:
+            schedule = self.schedule
+            made = self._material.batches(seed, schedule.steps, schedule.batch_size, self.device)
+            self._batches = (seed, made)
+        return self._batches[1]
+
+    def reset(self, seed: int, learning_rate: float, method: str) -> torch.optim.Optimizer:
+        """Draw the factors anew and return a new optimizer over them."""
+        torch.manual_seed(seed)
+        for layer in self._layers:
+            layer.reset_lora_parameters("default", True)
+        for layer, weight in zip(self._layers, self._base_weights, strict=False):  # none unless the start is drawn
+            torch.nn.init.kaiming_uniform_(layer.lora_B["default"].weight, a=math.sqrt(5))
+            _base_weight(layer).copy_(weight - layer.get_delta_weight("default").detach())
+        if method == "lora-rite":
+            return LoRARite(self.trained, lr=learning_rate)
+        return torch.optim.AdamW(self.trained, lr=learning_rate, weight_decay=0.0, fused=True)
+
+    def run(self, task: Task, *, stop_after: int | None = None) -> dict[str, Any]:
+        """Fine-tune once.
+
+        Args:
+            task: method, learning rate and seed.
+            stop_after: end after so many steps of the same schedule.
+
+        Returns:
+            ``method``, ``learning_rate``, ``seed``; ``start_digest`` of the factors and the training batches;
+            ``train_losses`` by step; ``held_out_steps`` and ``held_out_losses`` (per answer token; None where not
+            finite); ``skipped_pairs`` and ``applied_steps`` as the handle reports them; ``wall_seconds``.
+        """
+        schedule, batches = self.schedule, self.batches(task.seed)
+        began = timing.now(self.device)
+        model, optimizer, handle = self._start(task, batches)
+        decay = get_cosine_schedule_with_warmup(optimizer, schedule.lr_warmup_steps, schedule.steps)
+        start_digest = self._digest(batches)
+        train_losses, held_out = [], [(0, self.evaluate(model))]
+        for step, batch in enumerate(batches[:stop_after], start=1):
+            train_losses.append(self._backward(model, batch))
+            optimizer.step()
+            decay.step()
+            optimizer.zero_grad()
+            if step % schedule.eval_every == 0 or step == schedule.steps:
+                held_out.append((step, self.evaluate(model)))
+        report = {"applied_steps": len(train_losses), "skipped_pairs": 0}
+        if handle is not None:
+            report = handle.report().as_dict()
+            handle.detach()
+        return {
+            **dataclasses.asdict(task),
+            "start_digest": start_digest,
+            "train_losses": [_finite(loss) for loss in torch.stack(train_losses).tolist()],
+            "held_out_steps": [step for step, _ in held_out],
+            "held_out_losses": [_finite(loss) for _, loss in held_out],
+            "applied_steps": report["applied_steps"],
+            "skipped_pairs": report["skipped_pairs"],
+            "wall_seconds": timing.now(self.device) - began,
+        }
+
+    def _start(
+        self, task: Task, batches: Sequence[Batch], warmup_steps: int | None = None
+    ) -> tuple[PeftModel, torch.optim.Optimizer, Handle | None]:
+        """The model, its optimizer, and what acts on the steps."""
+        schedule = self.schedule
+        optimizer = self.reset(task.seed, task.learning_rate, task.method)
+        if task.method not in LATENT_METHODS:
+            plain = schedule.warmup_steps if warmup_steps is None else warmup_steps
+            return self.model, optimizer, attach(self.model, optimizer, _config(task.method, plain))
+        model = self.latent_model()
+        optimizer = torch.optim.AdamW(
+            (parameter for parameter in model.parameters() if parameter.requires_grad),
+            lr=task.learning_rate,
+            weight_decay=0.0,
+            fused=True,
+        )
+        first = task.learning_rate / max(1, schedule.lr_warmup_steps)
+        count = min(_GRADIENT_BATCHES, len(batches))
+        config = LoRASBConfig(method=task.method, num_batches=count, learning_rate=first, seed=task.seed)
+        if task.method == "lora-sb":
+            model.train()
+            initialize_lora_sb(model, optimizer, batches, config)
+        else:
+            initialize_lora_xs(model, optimizer, config)
+        return model, optimizer, None
+
+    def _backward(self, model: PeftModel, batch: Batch) -> Tensor:
+        model.train()
+        loss = model(**batch).loss
+        loss.backward()
+        return loss.detach()
+
+    @torch.no_grad()
+    def evaluate(self, model: PeftModel) -> float:
+        """The held-out loss per answer token."""
+        model.eval()
+        total, tokens = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        for batch in self._held_out:
+            # a batch's loss is the mean over the labels that are predicted: all but a row's first position
+            count = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+            total += model(**batch).loss.double() * count
+            tokens += count
+        return float(total) / tokens
+
+    def _digest(self, batches: Sequence[Batch]) -> str:
+        digest = hashlib.sha256()
+        for tensor in (*self.trained, *(batch["input_ids"] for batch in batches)):
+            digest.update(tensor.detach().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def time_steps(self, methods: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Milliseconds of a training step per method (median, quartiles), in interleaved blocks."""
+        times: dict[str, list[float]] = {method: [] for method in methods}
+        batches = self.batches(0)
+        for round_ in range(TIMED_ROUNDS):
+            for turn in range(len(methods)):
+                # every round begins with another method
+                method = methods[(round_ + turn) % len(methods)]
+                times[method] += self._time_block(method, batches[round_ % len(batches)])
+        return {method: timing.spread(values) for method, values in times.items()}
+
+    def _time_block(self, method: str, batch: Batch) -> list[float]:
+        batches = [batch] * _GRADIENT_BATCHES
+        model, optimizer, handle = self._start(Task(method, 1e-4, 0), batches, warmup_steps=1)  # leaves B = 0 behind
+        times = []
+        for step in range(UNTIMED_STEPS + TIMED_STEPS):
+            began = timing.now(self.device)
+            self._backward(model, batch)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step >= UNTIMED_STEPS:
+                times.append(1e3 * (timing.now(self.device) - began))
+        if handle is not None:
+            handle.detach()
+        return times
+
+
+def plain_steps(method: str, warmup_steps: int) -> int:
+    """The steps in which a method is still plain LoRA."""
+    return 0 if method == "lora-rite" else warmup_steps
+
+
+def _config(method: str, warmup_steps: int) -> RefLoRAConfig:
+    return RefLoRAConfig(method=method, warmup_steps=plain_steps(method, warmup_steps))
+
+
+def _base_weight(layer: LoraLayer) -> Tensor:
+    return layer.get_base_layer().weight.detach()
+
+
+def _be_quiet() -> None:
+    """Every worker loads the model: no progress bar and no warning for each."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def _finite(value: float) -> float | None:
+    return float(f"{value:.7g}") if math.isfinite(value) else None
+
+
+def assert_same_start(runs: Sequence[dict[str, Any]], warmup_steps: int) -> None:
+    """All runs of a seed begin with the same factors, batches and losses, and stay together while they are plain.
+
+    LoRA-SB and LoRA-XS have another model to start from; they share the batches.
+
+    Raises:
+        AssertionError: they do not; the message names the runs.
+    """
+    seeds, plain = defaultdict(list), defaultdict(list)
+    for run in runs:
+        seeds[run["seed"]].append(run)
+        plain[run["seed"], run["learning_rate"]].append(run)
+    for first, *others in seeds.values():
+        for other in others:
+            _assert_equal(first, other, "start_digest", first["start_digest"] == other["start_digest"])
+            if {first["method"], other["method"]} & set(LATENT_METHODS):
+                continue
+            start, other_start = first["held_out_losses"][0], other["held_out_losses"][0]
+            _assert_equal(first, other, "held_out_losses", _is_close(start, other_start))
+    for first, *others in plain.values():
+        for other in others:
+            if {first["method"], other["method"]} & set(LATENT_METHODS):
+                continue
+            # the loss at step w + 1 is the last that follows from w plain steps alone
+            shared = min(plain_steps(run["method"], warmup_steps) for run in (first, other))
+            count = min(shared, CHECKED_STEPS) + 1
+            pairs = zip(first["train_losses"][:count], other["train_losses"][:count], strict=True)
+            _assert_equal(first, other, "train_losses", all(_is_close(x, y) for x, y in pairs))
+
+
+def _assert_equal(first: dict[str, Any], other: dict[str, Any], key: str, equal: bool) -> None:
+    name, other_name = (f"{run['method']} (lr {run['learning_rate']:g}, seed {run['seed']})" for run in (first, other))
+    assert equal, f"{name} and {other_name} differ in {key} before any method acts"
+
+
+def _is_close(x: float | None, y: float | None) -> bool:
+    if x is None or y is None:
+        return x is y
+    return math.isclose(x, y, rel_tol=CHECK_TOLERANCE)
+
+
+def settings_digest(material: dict[str, Any], schedule: Schedule, device: torch.device) -> str:
+    """Marks the runs that may be compared: same text, model, schedule, kind of machine and torch."""
+    settings = [material, dataclasses.asdict(schedule), recording.hardware(device), torch.__version__]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_finished(path: Path | None, settings: str) -> dict[Task, dict[str, Any]]:
+    """The runs that an earlier, perhaps interrupted sweep of the same settings has left."""
+    if path is None or not path.exists():
+        return {}
+    finished = {}
+    for line in path.read_text().splitlines():
+        try:
+            run = json.loads(line)
+        except json.JSONDecodeError:  # cut off while it was written
+            continue
+        if run["settings"] == settings:
+            finished[Task(run["method"], run["learning_rate"], run["seed"])] = run
+    return finished
+
+
+def append_finished(path: Path | None, run: dict[str, Any]) -> None:
+    """Add a run's line; first end a line that an interruption cut off."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
+    with open(path, "a") as file:
+        file.write(("" if whole else "\n") + json.dumps(run) + "\n")
+
+
+def sweep(tasks: Sequence[Task], bench: Workbench, material: Material, workers: int) -> Iterator[dict[str, Any]]:
+    """Run the tasks and yield their results as they come, in this process or in several beside each other."""
+    if workers == 1 or not tasks:
+        yield from map(bench.run, tasks)
+        return
+    pool = concurrent.futures.ProcessPoolExecutor(
+        min(workers, len(tasks)),
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(material, bench.schedule, bench.device),
+    )
+    with pool:
+        futures = [pool.submit(_run_in_worker, task) for task in tasks]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # do not finish the sweep before the error is shown
+            raise
+
+
+_worker_bench: list[Workbench] = []
+
+
+def _start_worker(material: Material, schedule: Schedule, device: torch.device) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)  # the workers share the cores
+    _worker_bench.append(Workbench(material, schedule, device))
+
+
+def _end_with_parent() -> None:
+    """A pool's workers outlive a parent that was killed; these do not."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _run_in_worker(task: Task) -> dict[str, Any]:
+    return _worker_bench[0].run(task)

@@ -1,0 +1,211 @@
+"""Before a launch on several machines: they meet at the head's address and compare what has to be the same on all.
+
+    python launchers/cluster/meeting.py --nodes 2 --node_rank 1 --head 10.0.0.1 --port 29500 processes=8
+
+Launchers find a wrong address, a machine that is missing or a different number of processes only after minutes, if
+at all. Prints the name of the network interface towards the head and this machine's address on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import ipaddress
+import json
+import platform
+import socket
+import sys
+import time
+from collections.abc import Sequence
+
+import psutil
+from torch.distributed import DistNetworkError, TCPStore
+
+_PACKAGES = ("torch", "deepspeed", "accelerate", "transformers", "peft")
+_POLL_SECONDS = 0.2
+_FAREWELL_SECONDS = 10.0  # how long the head waits until the others have read what went wrong
+
+Facts = dict[str, str]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line; ends with a message if the machines cannot start."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--nodes", type=int, required=True, help="number of machines")
+    parser.add_argument("--node_rank", type=int, required=True, help="this machine's number; 0 has the head's address")
+    parser.add_argument("--head", required=True, help="address of machine 0, as all machines reach it")
+    parser.add_argument("--port", type=int, required=True, help="the launcher's; the machines meet at the one after it")
+    parser.add_argument("--wait", type=float, default=300.0, help="seconds until all have to be there")
+    parser.add_argument("facts", nargs="*", help="NAME=VALUE, to be the same on all machines")
+    options = parser.parse_args(argv)
+    try:
+        print(*meet(**vars(options)))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def meet(nodes: int, node_rank: int, head: str, port: int, wait: float, facts: Sequence[str]) -> tuple[str, str]:
+    """Wait for all machines, and compare ``facts`` and the versions of the libraries.
+
+    Returns:
+        The interface that routes to the head, and this machine's address on it.
+
+    Raises:
+        ValueError: an argument is wrong; the head is another machine, unreachable, or its ports are taken; a machine
+            did not come or came twice; two machines differ. The message names it.
+    """
+    if not 0 <= node_rank < nodes:
+        raise ValueError(f"--node-rank {node_rank} is out of range: {nodes} machines have ranks 0 to {nodes - 1}")
+    interface, address = route_to(head, port, is_head=node_rank == 0)
+    own = {"nodes": str(nodes), **dict(fact.split("=", 1) for fact in facts), **_versions()}
+    store = _open(head, port, wait) if node_rank == 0 else _join(head, port + 1, wait)
+    try:
+        addresses = _compare_on(store, {**own, "address": address}, nodes, node_rank, wait)
+    except DistNetworkError:
+        raise ValueError(f"the head at {head} has gone; what it printed says why") from None
+    if node_rank == 0 and own.get("launcher") == "torchrun" and min(addresses) != addresses[0]:
+        first = addresses.index(min(addresses))
+        print(
+            "note: torchrun numbers machines by their addresses as text, so rank 0, which writes results, runs on "
+            f"{addresses[first]} (--node-rank {first})",
+            file=sys.stderr,
+        )
+    return interface, address
+
+
+def _compare_on(store: TCPStore, own: Facts, nodes: int, node_rank: int, wait: float) -> list[str]:
+    """Tell the others, hear from them, and leave in good order. Returns the machines' addresses."""
+    try:
+        if store.add(f"arrived {node_rank}", 1) > 1:
+            raise ValueError(f"another machine has --node-rank {node_rank} already; each needs a number of its own")
+        store.set(f"facts {node_rank}", json.dumps(own))
+        return _compare(store, own, nodes, node_rank, wait)
+    finally:
+        _leave(store, nodes, node_rank)
+
+
+def route_to(head: str, port: int, is_head: bool) -> tuple[str, str]:
+    """The interface by which this machine reaches the head, and its own address there.
+
+    Raises:
+        ValueError: there is no way to the head, or ``is_head`` and it is not this machine.
+    """
+    try:
+        family, _, _, _, target = socket.getaddrinfo(head, port, type=socket.SOCK_DGRAM)[0]
+    except socket.gaierror as error:
+        raise ValueError(f"--head {head} is no address or known name on this machine ({error.strerror})") from None
+    interfaces = {
+        entry.address.split("%")[0]: name
+        for name, entries in psutil.net_if_addrs().items()
+        for entry in entries
+        if entry.family in (socket.AF_INET, socket.AF_INET6)
+    }
+    resolved = ipaddress.ip_address(str(target[0]).split("%")[0])
+    # 127.0.0.1 itself is right where the "machines" are one, to try a command out
+    if is_head and resolved.is_loopback and head not in ("localhost", str(resolved)):
+        reachable = ", ".join(address for address in interfaces if not ipaddress.ip_address(address).is_loopback)
+        raise ValueError(f"--head {head} is {resolved} here, where no other machine gets to; give one of {reachable}")
+    if is_head and not resolved.is_loopback and str(resolved) not in interfaces:
+        raise ValueError(
+            f"--node-rank 0 belongs to the machine with the address {head}; this has {', '.join(interfaces)}"
+        )
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(target)  # sends nothing, but looks up the route
+        except OSError as error:
+            raise ValueError(f"no route to --head {head} from this machine: {error.strerror}") from None
+        address = str(probe.getsockname()[0])
+    return interfaces.get(address, "lo"), address
+
+
+def _versions() -> Facts:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package).split("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "none"
+    return versions
+
+
+def _open(head: str, port: int, wait: float) -> TCPStore:
+    """The head's side."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ValueError(
+                f"port {port} is taken on this machine ({error.strerror}); give another --port on all"
+            ) from None
+    try:
+        store = TCPStore(
+            head, port + 1, is_master=True, timeout=datetime.timedelta(seconds=wait), wait_for_workers=False
+        )
+    except DistNetworkError as error:
+        raise ValueError(f"port {port + 1} is taken on this machine; give another --port on all ({error})") from None
+    print(f"waiting for the other machines at {head}:{port + 1}", file=sys.stderr)
+    return store
+
+
+def _join(head: str, port: int, wait: float) -> TCPStore:
+    """Another machine's side; it may be there before the head."""
+    print(f"looking for the head at {head}:{port}", file=sys.stderr)
+    deadline = time.monotonic() + wait
+    while True:
+        try:
+            socket.create_connection((head, port), timeout=5).close()
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"nothing answers at {head}:{port} after {wait:g} s ({error}): was the command started with "
+                    "--node-rank 0 there, with the same --port, and does a firewall let the machines connect?"
+                ) from None
+        time.sleep(_POLL_SECONDS)
+    return TCPStore(head, port, timeout=datetime.timedelta(seconds=wait), wait_for_workers=False)
+
+
+def _compare(store: TCPStore, own: Facts, nodes: int, node_rank: int, wait: float) -> list[str]:
+    """Compare every machine's facts with this one's as they arrive. Returns the addresses, in order."""
+    addresses: dict[int, str] = {}
+    deadline = time.monotonic() + wait
+    while len(addresses) < nodes:
+        for other in set(range(nodes)) - addresses.keys():
+            if store.check([f"facts {other}"]):
+                facts = json.loads(store.get(f"facts {other}"))
+                addresses[other] = facts["address"]
+                _require_equal(own, facts, node_rank, other)
+        if time.monotonic() > deadline:
+            missing = sorted(set(range(nodes)) - addresses.keys())
+            raise ValueError(f"after {wait:g} s there is no machine with --node-rank {', '.join(map(str, missing))}")
+        if len(addresses) < nodes:
+            time.sleep(_POLL_SECONDS)
+    return [address for _, address in sorted(addresses.items())]
+
+
+def _require_equal(own: Facts, facts: Facts, node_rank: int, other: int) -> None:
+    for name in (own.keys() | facts.keys()) - {"address"}:
+        if own.get(name) != facts.get(name):
+            raise ValueError(
+                f"the machines differ in {name}: {own.get(name)} here (--node-rank {node_rank}), {facts.get(name)} "
+                f"with --node-rank {other}; it has to be the same on all"
+            )
+
+
+def _leave(store: TCPStore, nodes: int, node_rank: int) -> None:
+    """Have the head, whose store it is, go last."""
+    store.add("left", 1)
+    if node_rank:
+        return
+    deadline = time.monotonic() + _FAREWELL_SECONDS
+    while time.monotonic() < deadline:
+        arrived = sum(store.check([f"facts {other}"]) for other in range(nodes))
+        if store.add("left", 0) >= arrived:
+            return
+        time.sleep(_POLL_SECONDS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Questions, generation, and the rules that read an answer."""

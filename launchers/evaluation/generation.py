@@ -1,0 +1,115 @@
+"""A base model with an adapter, and what it answers to a batch of prompts."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from reflora_dist import lora_sb  # noqa: F401  (adapters that PEFT does not know by itself)
+from reflora_dist.checkpoints.adapter_files import require_tensors
+
+MODEL_FILES = ("*.safetensors", "*.bin", "*.index.json", "config.json", "adapter_config.json")
+
+
+def base_of(adapter: str) -> str:
+    """The base model that an adapter's configuration names.
+
+    Raises:
+        ValueError: the folder holds no adapter, or its configuration names no base.
+    """
+    try:
+        base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    except Exception as error:  # TypeError and KeyError of a configuration that is none, too
+        raise ValueError(f"adapter={adapter!r} holds no adapter_config.json ({one_line(error)})") from error
+    if not base:
+        raise ValueError(f"adapter={adapter!r} names no base model; give --model")
+    return base
+
+
+def own_device(local_rank: int = 0) -> torch.device:
+    """The accelerator of this rank, which becomes the current one, or the CPU."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return torch.device("cpu")
+    torch.accelerator.set_device_index(local_rank)  # PEFT loads an adapter onto the current device
+    return torch.device(accelerator.type, local_rank)
+
+
+def load_model(base: str, adapter: str | None, dtype: torch.dtype | str, device: torch.device, config: Any) -> Any:
+    """The base on this rank's device, with the adapter beside it and not merged: bf16 weights would round it away.
+
+    Args:
+        base: hub name or local path.
+        adapter: folder or hub name of a PEFT adapter, or None.
+        dtype: of the base, "auto" for that of its files; the adapter stays in float32.
+        device: of this rank.
+        config: ``GenerationConfig`` that replaces the model's own, whose sampling would otherwise be mixed in.
+
+    Raises:
+        ValueError: one of them cannot be loaded.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map={"": device})
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"model {base!r} cannot be loaded: {error}") from error
+    stops = model.generation_config.eos_token_id
+    stops = stops if isinstance(stops, list) else [stops]
+    config.eos_token_id = sorted({config.eos_token_id, *(stop for stop in stops if stop is not None)})
+    model.generation_config = config
+    if adapter is None:
+        return model.eval()
+    try:
+        peft_model = PeftModel.from_pretrained(model, adapter).eval()
+        tensors = load_peft_weights(adapter, device="cpu")
+    except Exception as error:  # of PEFT, safetensors or the hub's client, by what is wrong
+        raise ValueError(f"adapter {adapter!r} does not load on {base!r}: {one_line(error)}") from error
+    wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False).keys()
+    embeddings = {key for key in tensors if ".lora_" not in key}  # which PEFT keeps where they were resized
+    require_tensors(Path(adapter), tensors, wanted, wanted | embeddings)
+    return peft_model
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, in its first line."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+def generation_config(tokenizer: Any, num_beams: int = 1) -> GenerationConfig:
+    """No sampling: the likeliest token each time, or a beam search."""
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return GenerationConfig(
+        do_sample=False, num_beams=num_beams, pad_token_id=padding, eos_token_id=tokenizer.eos_token_id
+    )
+
+
+@torch.inference_mode()
+def generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+    """What the model writes after each prompt.
+
+    The prompts are padded on the left and the padding is masked, so in exact arithmetic the answers do not depend on
+    what else is in the batch; in bf16 a near tie between two tokens can be decided either way.
+    """
+    length = max(map(len, prompts))
+    padding = model.generation_config.pad_token_id
+    input_ids = torch.tensor([[padding] * (length - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    generated = model.generate(
+        input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens
+    )
+    return [text.strip() for text in tokenizer.batch_decode(generated[:, length:], skip_special_tokens=True)]
+
+
+def fingerprint(name: str) -> str:
+    """Changes with a local folder's weights and configuration (names, sizes and times); of a hub name, the name."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return name
+    files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)})
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]

@@ -1,0 +1,179 @@
+"""The questions of the evaluation tasks: local files in the layout of LLM-Adapters, or the sets of the hub.
+
+Locally a task is ``<task>/test.json`` (a list of {"instruction", "input", "output", "answer"}) under the data folder or
+its ``commonsense`` folder; GSM8K also ``gsm8k/test.jsonl`` with {"question", "answer"} per line. From the hub the
+original sets are brought into the same wording, with the splits that those files hold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from launchers.data.records import load_hub, parse_file
+from launchers.evaluation.answer_rules import ANSWER_WORDS
+
+TASKS = (*ANSWER_WORDS, "gsm8k")
+FROM_HUB = "hub"
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One record to be answered; ``answer`` is what extraction must find."""
+
+    instruction: str
+    input: str
+    answer: str
+
+
+def load_questions(task: str, source: str | None, data: str | None) -> list[Question]:
+    """All questions of a task, in the order of their source.
+
+    Args:
+        task: one of :data:`TASKS`.
+        source: a JSON or JSONL file, "hub", or None for the file under ``data``, if that is given.
+        data: folder with a folder for every task.
+
+    Raises:
+        ValueError: the task's file is missing, or a record cannot be used.
+    """
+    rows: Iterable[tuple[str, Any]]
+    if source == FROM_HUB or (source is None and data is None):
+        hub = _HUB[task]
+        name = hub.name
+        loaded = load_hub(name, hub.split, hub.config, hub.revision)
+        rows = ((f"{name}, record {i}", hub.convert(row)) for i, row in enumerate(loaded, start=1))
+    else:
+        path = Path(source) if source is not None else _local_file(task, Path(str(data)))
+        name = str(path)
+        rows = ((f"{path}, line {line}", value) for line, value in parse_file(path))
+    questions = [_question(task, value, place) for place, value in rows]
+    if not questions:
+        raise ValueError(f"{task}: {name} holds no record")
+    return questions
+
+
+def _local_file(task: str, data: Path) -> Path:
+    candidates = [data / part / task / "test.json" for part in ("", "commonsense")]
+    if task == "gsm8k":
+        candidates.insert(0, data / task / "test.jsonl")
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise ValueError(
+        f"{task}: none of {', '.join(map(str, candidates))} exists; give --tasks {task}=FILE, or {task}={FROM_HUB} "
+        "to take it from the hub"
+    )
+
+
+def _question(task: str, row: Any, place: str) -> Question:
+    """A record in either form, checked.
+
+    Raises:
+        ValueError: a field is missing, or the answer is none that extraction could find.
+    """
+    if isinstance(row, dict) and task == "gsm8k" and "question" in row:
+        solution = str(row.get("answer", ""))
+        row = {"instruction": row["question"], "answer": solution.rpartition("####")[2].strip().replace(",", "")}
+    instruction, answer = (row.get(name) for name in ("instruction", "answer")) if isinstance(row, dict) else ("", "")
+    if not (instruction and isinstance(instruction, str) and answer and isinstance(answer, str)):
+        raise ValueError(
+            f'{place}: a record needs the texts {{"instruction": ..., "answer": ...}}, "input" may be absent'
+        )
+    if not _is_answer(task, answer):
+        expected = "a number" if task == "gsm8k" else "one of " + ", ".join(ANSWER_WORDS[task])
+        raise ValueError(f"{place}: answer {answer!r} is not {expected}; is this a file of {task}?")
+    return Question(instruction, row.get("input") or "", answer)
+
+
+def _is_answer(task: str, answer: str) -> bool:
+    if task != "gsm8k":
+        return answer in ANSWER_WORDS[task]
+    try:
+        float(answer)
+    except ValueError:
+        return False
+    return True
+
+
+def _choice(question: str, word: str, choices: Sequence[str], correct: int, gaps: tuple[str, str]) -> dict[str, str]:
+    """The wording of LLM-Adapters' files.
+
+    Args:
+        question: with the sentence that introduces it.
+        word: what a choice is called.
+        choices: their texts.
+        correct: number of the right one, from 1.
+        gaps: what stands between two choices, and behind the last.
+    """
+    names = [f"{word}{number}" for number in range(1, len(choices) + 1)]
+    listed = gaps[0].join(f"{name.capitalize()}: {choice}" for name, choice in zip(names, choices, strict=True))
+    instruction = f"Please choose the correct {question}\n\n{listed}{gaps[1]}Answer format: {'/'.join(names)}"
+    return {"instruction": instruction, "answer": f"{word}{correct}"}
+
+
+def _boolq(row: Any) -> dict[str, str]:
+    question = f"Please answer the following question with true or false, question: {row['question']}?"
+    return {"instruction": f"{question}\n\nAnswer format: true/false", "answer": str(row["answer"]).lower()}
+
+
+def _piqa(row: Any) -> dict[str, str]:
+    choices = [row["sol1"], row["sol2"]]
+    question = f"solution to the question: {row['goal']}"
+    return _choice(question, "solution", choices, int(row["label"]) + 1, ("\n\n", "\n\n"))
+
+
+def _social_i_qa(row: Any) -> dict[str, str]:
+    choices = [row["answerA"], row["answerB"], row["answerC"]]
+    question = f"answer to the question: {row['context']} {row['question']}"
+    return _choice(question, "answer", choices, int(row["label"]), (" ", "\n\n"))
+
+
+def _hellaswag(row: Any) -> dict[str, str]:
+    question = f"ending to complete the given sentence: {row['activity_label']}: {row['ctx']}"
+    return _choice(question, "ending", row["endings"], int(row["label"]) + 1, (" ", "\n\n"))
+
+
+def _winogrande(row: Any) -> dict[str, str]:
+    choices = [row["option1"], row["option2"]]
+    question = f"answer to fill in the blank to complete the given sentence: {row['sentence']}"
+    return _choice(question, "option", choices, int(row["answer"]), (" ", " "))
+
+
+def _science(row: Any) -> dict[str, str]:
+    """ARC and OpenBookQA, whose choices are labelled A, B, C, ... or 1, 2, 3, ..."""
+    question = f"answer to the question: {row.get('question') or row.get('question_stem')}"
+    correct = row["choices"]["label"].index(row["answerKey"]) + 1
+    return _choice(question, "answer", row["choices"]["text"], correct, (" ", "\n\n"))
+
+
+def _as_it_is(row: Any) -> Any:
+    return row
+
+
+@dataclasses.dataclass(frozen=True)
+class _HubSet:
+    """A data set of the hub and what makes a question of its rows."""
+
+    name: str
+    split: str
+    convert: Callable[[Any], Any]
+    config: str | None = None
+    revision: str | None = None
+
+
+# The splits are those of LLM-Adapters' test files. Two of the original sets are scripts, which `datasets` 4 runs no
+# more: PIQA's converted branch and a mirror of Social IQa stand for them.
+_HUB = {
+    "boolq": _HubSet("google/boolq", "validation", _boolq),
+    "piqa": _HubSet("ybisk/piqa", "validation", _piqa, revision="refs/convert/parquet"),
+    "social_i_qa": _HubSet("lighteval/siqa", "validation", _social_i_qa),
+    "hellaswag": _HubSet("Rowan/hellaswag", "validation", _hellaswag),
+    "winogrande": _HubSet("allenai/winogrande", "validation", _winogrande, config="winogrande_xl"),
+    "ARC-Easy": _HubSet("allenai/ai2_arc", "test", _science, config="ARC-Easy"),
+    "ARC-Challenge": _HubSet("allenai/ai2_arc", "test", _science, config="ARC-Challenge"),
+    "openbookqa": _HubSet("allenai/openbookqa", "test", _science, config="main"),
+    "gsm8k": _HubSet("openai/gsm8k", "test", _as_it_is, config="main"),
+}

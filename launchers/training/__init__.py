@@ -1,0 +1,1 @@
+"""Options, models and callbacks of a training run."""

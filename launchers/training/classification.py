@@ -1,0 +1,208 @@
+"""``finetune.py --task seq-cls``: sequence classification on GLUE, with each task's own metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding, EvalPrediction
+
+from launchers.data.records import is_local_file, load_hub, parse_file, split_records
+from launchers.data.tokenization import cached_dataset
+from launchers.training.glue_tasks import ClassificationOptions
+
+if TYPE_CHECKING:
+    from launchers.training.options import Options
+
+FORMAT_VERSION = 1  # part of the cache key; raise it when the encoding changes
+HUB = "nyu-mll/glue"
+# The attribute by which a model's configuration names the dropout in front of its classifier.
+DROPOUT_NAMES = {"deberta": "cls_dropout", "deberta-v2": "cls_dropout", "bert": "classifier_dropout"}
+DROPOUT_NAMES |= {"roberta": "classifier_dropout"}
+# Heads that PEFT trains in full by itself.
+PEFT_HEADS = ("classifier", "score")
+
+
+def check_options(options: Options) -> None:
+    """Refuse what classification cannot have.
+
+    Raises:
+        ValueError: no model is named, or an option is for language models.
+    """
+    if options.model.model is None:
+        raise ValueError("task=seq-cls needs --model, for example microsoft/deberta-v3-base")
+    if options.lora.latent:
+        raise ValueError(f"method={options.lora.method!r} is for --task causal-lm: its adapter has no classifier")
+    if options.model.load_in_4bit:
+        raise ValueError("load_in_4bit is for --task causal-lm: drop it, classification models are small")
+    for name, default in (("packing", False), ("train_on_prompt", False), ("prompt_template", "plain")):
+        if getattr(options.data, name) != default:
+            raise ValueError(f"{name}={getattr(options.data, name)!r} means nothing to --task seq-cls: drop it")
+
+
+def choose_records(options: Options) -> tuple[list[Any], list[Any]]:
+    """Training and validation records.
+
+    Raises:
+        ValueError: a file or data set cannot be read, or a record is unusable.
+    """
+    data, arguments, task = options.data, options.training, options.classification
+    check_options(options)
+    with arguments.main_process_first(desc="load records"):
+        train = _load(task, data.dataset, data.dataset_split, "train")
+        if data.eval_fraction:
+            return _limited(split_records(train, data.eval_fraction, arguments.seed), data.max_eval_records)
+        if data.dataset and not data.eval_dataset:
+            return train, []
+        return _limited(
+            (train, _load(task, data.eval_dataset, data.eval_dataset_split, task.glue.validation)),
+            data.max_eval_records,
+        )
+
+
+def further_records(options: Options) -> dict[str, list[Any]]:
+    """Sets to be evaluated after training, by name: MNLI's mismatched validation set."""
+    task = options.classification
+    if task.glue_task != "mnli" or (options.data.dataset and not task.mismatched_dataset):
+        return {}
+    with options.training.main_process_first(desc="load records"):
+        records = _load(task, task.mismatched_dataset, options.data.eval_dataset_split, "validation_mismatched")
+    return {"mismatched": records[: options.data.max_eval_records]}
+
+
+def _limited(records: tuple[list[Any], list[Any]], count: int | None) -> tuple[list[Any], list[Any]]:
+    return records[0], records[1][:count]
+
+
+def _load(task: ClassificationOptions, sources: list[str], split: str, hub_split: str) -> list[Any]:
+    """Records [text, second text or None, label] of all sources; of the hub's GLUE where there are none."""
+    if not sources:
+        rows = enumerate(load_hub(HUB, hub_split, task.glue_task), start=1)
+        return [_checked(task, row, f"{HUB}, {task.glue_task}, {hub_split}, record {number}") for number, row in rows]
+    records: list[Any] = []
+    for source in sources:
+        local = is_local_file(source)
+        numbered = parse_file(Path(source)) if local else enumerate(load_hub(source, split), start=1)
+        word = "line" if local else "record"
+        loaded = [_checked(task, row, f"{source}, {word} {number}") for number, row in numbered]
+        if not loaded:
+            raise ValueError(f"{source}: holds no record")
+        records += loaded
+    return records
+
+
+def _checked(task: ClassificationOptions, row: Any, place: str) -> list[Any]:
+    glue = task.glue
+    expected = f'a record of {task.glue_task} needs the texts {", ".join(glue.fields)} and a "label"'
+    texts = [row.get(field) for field in glue.fields] if isinstance(row, dict) else []
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{place}: {expected}")
+    label = row.get("label")
+    if glue.num_labels is None:
+        if not isinstance(label, int | float) or isinstance(label, bool) or not 0 <= label <= 5:
+            raise ValueError(f"{place}: label {label!r} is no number from 0 to 5; {expected}")
+        label = float(label)
+    elif not isinstance(label, int) or not 0 <= label < glue.num_labels:
+        hint = "; test sets of GLUE have no labels" if label == -1 else ""
+        raise ValueError(f"{place}: label {label!r} is none of 0 to {glue.num_labels - 1}{hint}; {expected}")
+    return [texts[0], texts[1] if len(texts) > 1 else None, label]
+
+
+def encoded(options: Options, tokenizer: Any, records: list[Any], *, build: bool, packing: bool = False) -> Any:
+    """The records as token ids, cut at ``max_length``, and ``labels``; made once, see ``cached_dataset``."""
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} has no padding token; --task seq-cls needs one")
+    max_length = options.data.max_length
+
+    def encode() -> list[dict[str, Any]]:
+        texts, pairs, labels = (list(column) for column in zip(*records, strict=True))
+        columns = tokenizer(texts, None if pairs[0] is None else pairs, truncation=True, max_length=max_length)
+        rows = [dict(zip(columns.keys(), row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return [{**row, "labels": label} for row, label in zip(rows, labels, strict=True)]
+
+    key = {"format": FORMAT_VERSION, "classification": options.classification.glue_task, "max_length": max_length}
+    return cached_dataset(tokenizer, records, key, encode, Path(options.data.cache_dir), build=build)
+
+
+def collator(tokenizer: Any) -> DataCollatorWithPadding:
+    """Pads to the longest row of a batch."""
+    return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
+
+
+def load_model(name: str, options: Options, dtype: Any) -> Any:
+    """The model with a head for the task; ``new_heads`` names the layers that its checkpoint does not have.
+
+    Raises:
+        ValueError: the model cannot be found or read, or has no dropout to be set.
+    """
+    classification = options.classification
+    try:
+        config = AutoConfig.from_pretrained(name, num_labels=classification.glue.num_labels or 1)
+        if classification.cls_dropout is not None:
+            _set_dropout(config, classification.cls_dropout)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            attn_implementation=options.model.attn_implementation,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
+    layers = sorted({key.rpartition(".")[0] for key in info["missing_keys"]})
+    model.new_heads = [layer for layer in layers if not set(PEFT_HEADS) & set(layer.split("."))]
+    return model
+
+
+def _set_dropout(config: Any, probability: float) -> None:
+    name = DROPOUT_NAMES.get(config.model_type)
+    if name is None:
+        raise ValueError(f"cls_dropout={probability}: models of type {config.model_type!r} have none that can be set")
+    setattr(config, name, probability)
+
+
+def metrics_of(options: Options) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Trainer's ``compute_metrics``: logits ``[records, labels]`` and labels ``[records]`` to the task's metrics."""
+    from scipy import stats
+    from sklearn import metrics
+
+    functions: dict[str, Callable[[Any, Any], Any]] = {
+        "accuracy": metrics.accuracy_score,
+        "f1": metrics.f1_score,
+        "matthews_correlation": metrics.matthews_corrcoef,
+        "pearson": lambda labels, predicted: stats.pearsonr(labels, predicted).statistic,
+        "spearman": lambda labels, predicted: stats.spearmanr(labels, predicted).statistic,
+    }
+    glue = options.classification.glue
+
+    def compute(outcome: EvalPrediction) -> dict[str, float]:
+        logits = outcome.predictions[0] if isinstance(outcome.predictions, tuple) else outcome.predictions
+        predicted = logits.reshape(-1) if glue.num_labels is None else logits.argmax(axis=-1)
+        return {name: float(functions[name](outcome.label_ids, predicted)) for name in glue.metrics}
+
+    return compute
+
+
+def held_out_metrics(history: list[dict[str, Any]], options: Options) -> list[dict[str, Any]]:
+    """The metrics of every evaluation in Trainer's log, with the step and the name of the set.
+
+    A correlation with predictions that are all equal does not exist; it is None here.
+    """
+    points = []
+    names = options.classification.glue.metrics
+    for entry in history:
+        for prefix, data in (("eval", "validation"), ("mismatched", "mismatched")):
+            scores = {name: float(entry[f"{prefix}_{name}"]) for name in names if f"{prefix}_{name}" in entry}
+            if scores:
+                finite = {name: score if math.isfinite(score) else None for name, score in scores.items()}
+                points.append({"step": entry["step"], "set": data, **finite})
+    return points
+
+
+def describe(point: dict[str, Any]) -> str:
+    """One line of :func:`held_out_metrics` for a person to read."""
+    scores = {name: score for name, score in point.items() if name not in ("step", "set")}
+    shown = ", ".join(f"{name} {'none' if score is None else f'{score:.4f}'}" for name, score in scores.items())
+    return f"{point['set']}, step {point['step']}: {shown}\n"

@@ -1,0 +1,365 @@
+"""The command line of finetune.py: four small dataclasses beside transformers' TrainingArguments."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import datetime
+import os
+import tempfile
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import HfArgumentParser, TrainingArguments
+
+from launchers.data.cache import default_cache_dir
+from launchers.data.embedded import EmbeddedSettings
+from launchers.data.tokenization import PROMPT_TEMPLATES, TokenizationSettings
+from launchers.training.fields import option as _option
+from launchers.training.glue_tasks import ClassificationOptions
+from reflora_dist import LoRARite, RefLoRAConfig
+from reflora_dist.checkpoints.complete import last_complete_checkpoint, require_complete
+from reflora_dist.collectives.agreed import is_first_rank, world_size
+from reflora_dist.lora_sb import METHODS as LATENT_METHODS
+from reflora_dist.methods.config import METHODS
+from reflora_dist.starts.recipes import check_init
+
+MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")
+# PEFT's own starts that leave the base alone; the others are reflora_dist.starts.initialize's.
+PEFT_STARTS: dict[str, bool | str] = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
+
+
+@dataclasses.dataclass
+class ModelOptions:
+    """Which base model, and how it is loaded."""
+
+    model: str | None = _option(None, "Hub name or local path. Default: the embedded model, made on this machine.")
+    tokenizer: str | None = _option(None, "Hub name or local path of the tokenizer. Default: the model's own.")
+    model_dtype: str = _option(
+        "auto",
+        "dtype of the frozen base; auto: that of --bf16, --fp16 or accelerate's mixed_precision, else float32.",
+        choices=MODEL_DTYPES,
+    )
+    load_in_4bit: bool = _option(False, "Keep the frozen base in 4 bits (NF4, double quantization), as QLoRA does.")
+    attn_implementation: str | None = _option(None, "transformers' attention: eager, sdpa, flash_attention_2, ...")
+
+
+@dataclasses.dataclass
+class LoraOptions:
+    """The adapter and the method that trains it."""
+
+    method: str = _option(
+        "reflora",
+        "lora trains plainly. lora-rite is an optimizer of its own: --optim_args sets its options, as in "
+        "update_capping=1.0,balance_param=True. lora-sb and lora-xs train an r x r matrix between frozen factors.",
+        choices=(*METHODS, *LATENT_METHODS),
+    )
+    reflora_warmup_steps: int | None = _option(
+        None, "Optimizer steps of plain LoRA before the method's first. Default: 100 for reflora, reflora-s, lora-pro."
+    )
+    reflora_interval: int = _option(1, "Act at every n-th optimizer step after the warm-up.")
+    scaled_gd_damping: float = _option(RefLoRAConfig.damping, "delta of --method scaled-gd.")
+    tall_adapters: bool = _option(
+        True,
+        "Under FSDP and DeepSpeed store lora_A as [in, r], so that only Grams are sent. Files are the same; a run "
+        "resumes as it began.",
+    )
+    lora_r: int = _option(16, "LoRA rank r.")
+    lora_alpha: float | None = _option(
+        None, "LoRA alpha; the update is scaled by alpha / r. Default: 32, for lora-sb and lora-xs r."
+    )
+    lora_dropout: float = _option(0.0, "Dropout in front of lora_A.")
+    target_modules: list[str] = _option(  # noqa: RUF009
+        ["all-linear"],
+        "Names of the layers that get an adapter; all-linear: every linear layer but the head.",
+    )
+    rslora: bool = _option(False, "Rank-stabilised scaling: alpha / sqrt(r).")
+    dora: bool = _option(False, "DoRA: a trained magnitude beside the factors.")
+    init_lora_weights: str = _option(
+        "default",
+        "Start of the factors. default (B = 0), gaussian (B = 0) and orthogonal leave the base alone. pissa, "
+        "pissa_niter_N, olora, lora_ga, and kaiming_both (published for --reflora_warmup_steps 0) change it.",
+    )
+    lora_sb_batches: int = _option(8, "Batches per rank from which lora-sb takes the first full step's gradient.")
+    lora_sb_learning_rate: float | None = _option(
+        None, "Learning rate of lora-sb's first full step. Default: --learning_rate / warm-up steps."
+    )
+    lora_ga_batches: int = _option(8, "Batches of per_device_train_batch_size from which lora_ga takes the gradient.")
+
+    def __post_init__(self) -> None:
+        if self.lora_r < 1:
+            raise ValueError(f"lora_r={self.lora_r} must be at least 1")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout} must be in [0, 1)")
+        if self.lora_ga_batches < 1:
+            raise ValueError(f"lora_ga_batches={self.lora_ga_batches} must be at least 1")
+        if self.lora_sb_batches < 1:
+            raise ValueError(f"lora_sb_batches={self.lora_sb_batches} must be at least 1")
+        if self.lora_sb_learning_rate is not None and self.lora_sb_learning_rate <= 0:
+            raise ValueError(f"lora_sb_learning_rate={self.lora_sb_learning_rate} must be above 0")
+        if self.scaled_gd_damping != RefLoRAConfig.damping and self.method != "scaled-gd":
+            raise ValueError(
+                f"scaled_gd_damping={self.scaled_gd_damping} means nothing to --method {self.method}: drop it"
+            )
+        if self.latent:
+            self._check_latent()
+        elif self.lora_alpha is None:
+            self.lora_alpha = 32.0
+        self._check_start()
+        self.reflora_config()
+
+    @property
+    def latent(self) -> bool:
+        """Whether an r x r matrix between frozen factors is trained, and not the factors."""
+        return self.method in LATENT_METHODS
+
+    def _check_latent(self) -> None:
+        for name, default in (
+            ("rslora", False),
+            ("dora", False),
+            ("init_lora_weights", "default"),
+            ("reflora_warmup_steps", None),
+            ("reflora_interval", 1),
+            ("tall_adapters", True),
+        ):
+            if getattr(self, name) != default:
+                raise ValueError(f"{name}={getattr(self, name)!r} means nothing to --method {self.method}: drop it")
+
+    def _check_start(self) -> None:
+        if self.init_lora_weights in PEFT_STARTS:
+            return
+        try:
+            check_init(self.init_lora_weights)
+        except ValueError as error:
+            raise ValueError(f"init_lora_weights: {error}, or one of {', '.join(PEFT_STARTS)}") from error
+
+    def reflora_config(self) -> RefLoRAConfig:
+        """The settings that the package reads."""
+        return RefLoRAConfig(
+            method="lora" if self.latent else self.method,
+            warmup_steps=self.reflora_warmup_steps,
+            interval=self.reflora_interval,
+            damping=self.scaled_gd_damping,
+        )
+
+
+@dataclasses.dataclass
+class DataOptions:
+    """The records and how they become training examples."""
+
+    dataset: list[str] = _option(  # noqa: RUF009
+        [], "Hub names or local JSON/JSONL files of instruction records. Default: the embedded records."
+    )
+    dataset_split: str = _option("train", "Split of a hub data set to train on.")
+    eval_dataset: list[str] = _option(  # noqa: RUF009
+        [], "Records to evaluate on, as --dataset. The embedded ones bring their own."
+    )
+    eval_dataset_split: str = _option("test", "Split of a hub data set to evaluate on.")
+    eval_fraction: float = _option(0.0, "Share of --dataset set aside for evaluation when --eval_dataset is not given.")
+    max_eval_records: int | None = _option(None, "Evaluate on the first n records only.")
+    max_length: int = _option(512, "Tokens of prompt and answer together; longer answers are cut.")
+    packing: bool = _option(False, "Pack several short examples into each row; they do not see each other.")
+    train_on_prompt: bool = _option(False, "Learn the prompt's tokens too, not the answer's alone.")
+    prompt_template: str = _option(
+        "plain",
+        "Text around instruction and answer. alpaca: as LLM-Adapters, DoRA and RefLoRA train.",
+        choices=tuple(PROMPT_TEMPLATES),
+    )
+    cache_dir: str = _option(str(default_cache_dir()), "Where tokenized data and the embedded model are kept.")
+    pretrain_steps: int = _option(EmbeddedSettings.pretrain_steps, "Pre-training steps of the embedded model.")
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise ValueError(f"max_length={self.max_length} must be at least 2: a prompt token and an answer token")
+        if self.max_eval_records is not None and self.max_eval_records < 1:
+            raise ValueError(f"max_eval_records={self.max_eval_records} must be at least 1")
+        if self.eval_fraction and self.eval_dataset:
+            raise ValueError("give --eval_dataset or --eval_fraction, not both")
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(f"eval_fraction={self.eval_fraction} must be in [0, 1)")
+        self.cache_dir = str(Path(self.cache_dir).expanduser())
+
+    def tokenization(self, *, packing: bool) -> TokenizationSettings:
+        """How records are encoded; evaluation never packs, so that its loss is comparable between runs."""
+        return TokenizationSettings(
+            max_length=self.max_length,
+            train_on_prompt=self.train_on_prompt,
+            packing=packing,
+            prompt_template=self.prompt_template,
+        )
+
+
+@dataclasses.dataclass
+class FinetuneArguments(TrainingArguments):
+    """transformers' TrainingArguments with the defaults of LoRA fine-tuning."""
+
+    output_dir: str = _option("outputs/finetune", "Where checkpoints, adapter, metrics and plot are written.")
+    learning_rate: float = _option(3e-4, "Peak learning rate.")
+    logging_steps: float = _option(10, "Log the training loss every n steps.")
+    eval_strategy: str = _option("steps", "When to evaluate, if there are records to evaluate on.")
+    eval_steps: float | None = _option(50, "Evaluate every n steps.")
+    ddp_find_unused_parameters: bool | None = _option(False, "Every adapter is used in every step.")
+    label_names: list[str] | None = field(default_factory=lambda: ["labels"])
+    resume_from_checkpoint: str | None = _option(
+        None, "A checkpoint folder, or auto: the last complete one in output_dir, from the start if there is none."
+    )
+
+    def __post_init__(self) -> None:
+        self._check_deepspeed()
+        if not torch.accelerator.is_available():
+            self._prepare_cpu()
+        super().__post_init__()
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched != self.world_size:
+            raise ValueError(f"{launched} processes were launched, but {self.world_size} joined the process group")
+
+    def _check_deepspeed(self) -> None:
+        if not isinstance(self.deepspeed, str) or self.deepspeed.lstrip().startswith("{"):
+            return
+        if not Path(self.deepspeed).is_file():
+            raise ValueError(f"deepspeed={self.deepspeed!r}: no such file; ds_configs/ has some to start from")
+        if "LOCAL_RANK" not in os.environ:
+            raise ValueError(
+                f"deepspeed={self.deepspeed!r} needs a launcher: deepspeed --num_gpus N launchers/finetune.py ..."
+            )
+
+    def _prepare_cpu(self) -> None:
+        """Have accelerate count the ranks of a CPU run: left to itself each would train alone on all the data.
+
+        Under DeepSpeed the group is joined here, with its backend by name: told only that there is a CPU,
+        accelerate would leave DeepSpeed out.
+        """
+        self.use_cpu, self.dataloader_pin_memory = True, False
+        through_accelerate = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+        if not self.deepspeed and not through_accelerate:
+            return
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        try:
+            PartialState(backend="gloo", timeout=datetime.timedelta(seconds=self.ddp_timeout))
+        finally:
+            if not through_accelerate:
+                del os.environ["ACCELERATE_USE_DEEPSPEED"]
+        self.accelerator_config = {"use_configured_state": True}
+
+
+@dataclasses.dataclass
+class Options:
+    """Everything that one run is asked to do."""
+
+    model: ModelOptions
+    lora: LoraOptions
+    data: DataOptions
+    training: FinetuneArguments
+    classification: ClassificationOptions
+
+    def __post_init__(self) -> None:
+        self._check_quantization()
+        self.optimizer()
+
+    def _check_quantization(self) -> None:
+        lora = self.lora
+        if self.model.load_in_4bit and (lora.latent or lora.init_lora_weights not in PEFT_STARTS):
+            asked = f"--method {lora.method}" if lora.latent else f"--init_lora_weights {lora.init_lora_weights}"
+            raise ValueError(
+                f"{asked} needs the weights of the base, or changes them, which 4 bits would round away: drop "
+                "--load_in_4bit, or take another method or start"
+            )
+
+    def optimizer(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+        """The optimizer's class and arguments where the method is one; None for that of --optim.
+
+        Raises:
+            ValueError: --optim_args names an unknown option, or a value that it cannot have.
+        """
+        if self.lora.method != "lora-rite":
+            return None
+        training = self.training
+        plugin = getattr(training, "hf_deepspeed_config", None)  # which is there under DeepSpeed only
+        deepspeed_config = plugin.config if plugin is not None else {}
+        if "optimizer" in deepspeed_config:
+            raise ValueError(
+                f"deepspeed={training.deepspeed!r} has an optimizer of its own, which would replace LoRARite: take "
+                '"optimizer" out, and with offload_optimizer set "zero_force_ds_cpu_optimizer": false'
+            )
+        arguments: dict[str, Any] = {
+            "lr": training.learning_rate,
+            "betas": (training.adam_beta1, training.adam_beta2),
+            "weight_decay": training.weight_decay,
+        }
+        for entry in filter(None, (training.optim_args or "").replace(" ", "").split(",")):
+            name, _, text = entry.partition("=")
+            try:
+                arguments[name] = ast.literal_eval(text)
+            except (ValueError, SyntaxError) as error:
+                raise ValueError(f"optim_args: {entry!r} must be name=value, a number or True or False") from error
+        try:
+            LoRARite([torch.zeros(1)], **arguments)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"optim_args={training.optim_args!r}: {error}") from error
+        return LoRARite, arguments
+
+
+def parse_options(argv: list[str] | None = None) -> Options:
+    """Read the command line. Creating the training arguments also starts the process group, and makes
+    transformers partition the base while loading it under ZeRO-3; so it comes before any model.
+
+    Raises:
+        ValueError: an option's value cannot be used.
+    """
+    groups = (ModelOptions, LoraOptions, DataOptions, FinetuneArguments, ClassificationOptions)
+    return Options(*HfArgumentParser(groups).parse_args_into_dataclasses(args=argv))  # type: ignore[arg-type]
+
+
+def check_output_dir(output_dir: str) -> None:
+    """Create the folder and try to write into it, before hours of training end in an error.
+
+    Raises:
+        ValueError: it cannot be created or written.
+    """
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise ValueError(f"output_dir={output_dir!r} is not writable ({error}); name another folder") from error
+
+
+def checkpoint_to_resume(arguments: FinetuneArguments) -> str | None:
+    """The checkpoint folder that ``--resume_from_checkpoint`` means; None to start from the beginning.
+
+    Raises:
+        ValueError: the named folder is no complete checkpoint.
+
+    Communication: one broadcast of a small object; every rank must call.
+    """
+    asked = arguments.resume_from_checkpoint
+    if asked is None:
+        return None
+    # one rank looks: storage need not show all of them the same
+    found: list[str | None] = [None, None]
+    if is_first_rank():
+        try:
+            found[0] = last_complete_checkpoint(arguments.output_dir) if asked == "auto" else _named_checkpoint(asked)
+        except (OSError, ValueError) as error:
+            found[1] = str(error)
+    if world_size() > 1:
+        torch.distributed.broadcast_object_list(found)
+    checkpoint, problem = found
+    if problem:
+        raise ValueError(f"resume_from_checkpoint={asked!r}: {problem}")
+    if checkpoint and is_first_rank():
+        print(f"going on from {checkpoint}", flush=True)
+    return checkpoint
+
+
+def _named_checkpoint(folder: str) -> str:
+    if not (Path(folder) / "trainer_state.json").is_file():
+        raise ValueError(
+            f"{folder} is no checkpoint (it has no trainer_state.json); name a checkpoint-N folder of an earlier run, "
+            "or use auto"
+        )
+    require_complete(folder)
+    return folder

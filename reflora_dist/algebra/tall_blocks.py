@@ -1,0 +1,264 @@
+"""Whole rows of tall factors, batched by shape. Plain tensor work: no ranks, no engines.
+
+A *tall* factor X is ``A^T`` ``[in, r]`` or ``B`` ``[out, r]``. A *block* is a set of whole rows of one. In memory it is
+``[rows, r]``, or ``[r, rows]`` where lora_A is stored as PEFT does. All that RefLoRA and its relatives do to the
+factors is ``X^T X`` over blocks (a sum over rows) and ``X M`` with an r x r matrix (local to a row).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import kernels
+from .types import BlockSpec, Matrices, stack_view
+
+# Blocks of one shape are stacked for one batched product. The stack is temporary, so its size bounds the peak memory
+# that a step adds. 2^16 elements stay in a CPU core's cache; 2^22, 32 MiB in float64, keep a GPU busy and launches few.
+_STACKED_ELEMENTS = {"cpu": 1 << 16}
+_STACKED_ELEMENTS_ELSEWHERE = 1 << 22
+_MAX_PLANS = 64  # layers that are dropped at random leave ever new sets of gradients
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """Blocks of one shape and orientation that are computed together, whichever side they are of."""
+
+    lora_rank: int
+    shape: tuple[int, int]
+    columns: bool
+    members: tuple[int, ...]  # positions in the list of blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Batches, those of one lora_rank one behind the other.
+
+    Attributes:
+        slots: per lora_rank ``[blocks]`` int64, each one's place in ``[2 P_r]``: lora_A's Grams, then lora_B's.
+        sizes: per lora_rank the blocks in each batch.
+    """
+
+    batches: tuple[_Batch, ...]
+    slots: dict[int, Tensor]
+    sizes: dict[int, list[int]]
+
+
+class BlockSet:
+    """The blocks that one rank computes on, in a fixed order.
+
+    Args:
+        specs: the blocks.
+        lora_ranks: r of every pair that ``specs`` may name, by its number there.
+        device: where products are computed.
+        use_kernels: whether Triton kernels compute them; by default where they can.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[BlockSpec],
+        lora_ranks: Sequence[int],
+        device: torch.device,
+        use_kernels: bool | None = None,
+    ) -> None:
+        self.device = device
+        self.specs = tuple(specs)
+        self.pairs_by_rank: dict[int, list[int]] = {}
+        for pair, lora_rank in enumerate(lora_ranks):
+            self.pairs_by_rank.setdefault(lora_rank, []).append(pair)
+        self._lora_ranks = tuple(lora_ranks)
+        places = {pair: place for pairs in self.pairs_by_rank.values() for place, pair in enumerate(pairs)}
+        self._slots = [
+            spec.side * len(self.pairs_by_rank[lora_ranks[spec.pair]]) + places[spec.pair] for spec in self.specs
+        ]
+        self._plans: dict[tuple[torch.device | None, ...], _Plan] = {}
+        self._memory = torch.empty(0, dtype=torch.float64)
+        self._rooms: dict[tuple[Any, ...], tuple[Tensor, list[Tensor]]] = {}
+        self._tiled = None
+        if self.specs and (kernels.usable(device) if use_kernels is None else use_kernels):
+            from .kernels.launch import TiledBlocks  # imports Triton, which not every machine has
+
+            if max(lora_ranks) <= kernels.LARGEST_LORA_RANK:
+                self._tiled = TiledBlocks(self.specs, self._lora_ranks, self._slots, self.pairs_by_rank, device)
+
+    def grams(self, blocks: Sequence[Tensor | None]) -> Matrices:
+        """This rank's share of every Gram matrix.
+
+        Args:
+            blocks: the factors' blocks, in the order of ``specs``, contiguous; None counts as no rows.
+
+        Returns:
+            For every lora_rank r ``[2, P_r, r, r]`` float64: ``A A^T`` and ``B^T B`` over this rank's blocks,
+            zero where it holds none. Formed in float64, since a Gram squares the condition number.
+        """
+        if self._tiled is not None and (located := self._tiled.locate("grams", blocks)) is not None:
+            return self._tiled.grams(located)
+        plan = self._plan(blocks)
+        products = []
+        for batch in plan.batches:
+            stacked = self._load(batch, _tensors(batch, blocks))
+            products.append(stacked @ stacked.mT if batch.columns else stacked.mT @ stacked)
+        return self._sum(plan, products, 1)
+
+    def multiply_(self, blocks: Sequence[Tensor | None], matrices: Matrices) -> None:
+        """Multiply blocks in place: ``X <- X M``.
+
+        Args:
+            blocks: tensors in the order of ``specs`` (gradients, say); None is left out.
+            matrices: ``{r: [2, P_r, r, r]}`` float64, for lora_A's side and for lora_B's.
+
+        Products are formed in float64 and rounded once to the block's dtype: a gradient of lora_A is small just
+        where S^-1 is large, and in float32 that product loses two digits at cond(B) = 1e4.
+        """
+        if self._tiled is not None and (located := self._tiled.locate("products", blocks)) is not None:
+            self._tiled.multiply_(located, matrices)
+            return
+        plan = self._plan(blocks)
+        for batch, factors in zip(plan.batches, _matrices(plan, matrices), strict=True):
+            tensors = _tensors(batch, blocks)
+            stacked = self._load(batch, tensors)
+            product, parts = self._room(1, batch)
+            torch.bmm(*((factors.mT, stacked) if batch.columns else (stacked, factors)), out=product)
+            self._store(product, tensors, parts)
+
+    def stacked_grams(self, streams: Sequence[Sequence[Tensor | None]]) -> Matrices:
+        """This rank's share of the Grams of several tall matrices side by side, ``[X_1, X_2, ...]``.
+
+        Args:
+            streams: k lists of blocks, each as for :meth:`grams`: the factors, their gradients, ... A block of the
+                first that is None counts as no rows, of another as zeros.
+
+        Returns:
+            For every lora_rank r ``[2, P_r, k r, k r]`` float64.
+        """
+        plan = self._plan(streams[0])
+        products = []
+        for batch in plan.batches:
+            stacked = self._side_by_side(streams, batch)
+            products.append(stacked @ stacked.mT if batch.columns else stacked.mT @ stacked)
+        return self._sum(plan, products, len(streams))
+
+    def combine_(self, streams: Sequence[Sequence[Tensor | None]], outputs: Sequence[int], matrices: Matrices) -> None:
+        """Replace tall matrices by combinations of several, ``[X_1, X_2, ...] M``, formed in float64.
+
+        Args:
+            streams: k lists of blocks; where a block of the first output is None, nothing is done.
+            outputs: which m of the streams are overwritten.
+            matrices: ``{r: [2, P_r, k r, m r]}`` float64.
+        """
+        plan = self._plan(streams[outputs[0]])
+        for batch, factors in zip(plan.batches, _matrices(plan, matrices), strict=True):
+            stacked = self._side_by_side(streams, batch)
+            product = factors.mT @ stacked if batch.columns else stacked @ factors
+            parts = product.split(batch.lora_rank, dim=1 if batch.columns else 2)
+            for output, part in zip(outputs, parts, strict=True):
+                self._store(part, _tensors(batch, streams[output]))
+
+    def _side_by_side(self, streams: Sequence[Sequence[Tensor | None]], batch: _Batch) -> Tensor:
+        """``[blocks, k r, columns]`` or ``[blocks, rows, k r]``, float64."""
+        shape = batch.shape
+        dim = 1 if batch.columns else 2
+        whole = [len(batch.members), *shape]
+        whole[dim] *= len(streams)
+        side_by_side = torch.empty(whole, dtype=torch.float64, device=self.device)
+        for stream, part in zip(streams, side_by_side.split(batch.lora_rank, dim), strict=True):
+            blocks = [stream[member] for member in batch.members]
+            like = next((block for block in blocks if block is not None), torch.empty(0, device=self.device))
+            zeros = like.new_zeros(shape) if any(block is None for block in blocks) else None
+            tensors = [zeros if block is None else block.view(shape) for block in blocks]
+            part.copy_(_stack([tensor for tensor in tensors if tensor is not None]), non_blocking=True)
+        return side_by_side
+
+    def _load(self, batch: _Batch, tensors: list[Tensor]) -> Tensor:
+        """``[blocks, *shape]`` float64 on the device of the products."""
+        if self.device.type != "cpu":
+            return _stack(tensors).to(self.device, non_blocking=True).to(torch.float64)
+        stacked, parts = self._room(0, batch)
+        torch._foreach_copy_(parts, tensors)
+        return stacked
+
+    def _store(self, product: Tensor, tensors: list[Tensor], parts: list[Tensor] | None = None) -> None:
+        """Write a product into its blocks; ``parts`` are its views of each, where there are any already."""
+        if self.device.type != "cpu" and len({tensor.dtype for tensor in tensors}) == 1:
+            product = product.to(tensors[0])  # rounded in one kernel, since copies of one dtype are one kernel, too
+        torch._foreach_copy_(tensors, parts or list(product.unbind()))
+
+    def _room(self, which: int, batch: _Batch) -> tuple[Tensor, list[Tensor]]:
+        """Memory for a batch in float64. On a CPU used again and again, with views of blocks: it stays in the cache."""
+        shape = (len(batch.members), *batch.shape)
+        if self.device.type != "cpu":
+            return torch.empty(shape, dtype=torch.float64, device=self.device), []
+        if (which, shape) not in self._rooms:
+            numel = math.prod(shape)
+            if 2 * numel > self._memory.numel():
+                self._memory = torch.empty(2 * numel, dtype=torch.float64)
+                self._rooms.clear()
+            room = self._memory[which * numel : (which + 1) * numel].view(shape)
+            self._rooms[which, shape] = room, list(room.unbind())
+        return self._rooms[which, shape]
+
+    def _sum(self, plan: _Plan, products: list[Tensor], size: int) -> Matrices:
+        """Products of all batches to ``{r: [2, P_r, size r, size r]}``."""
+        grams = {}
+        for lora_rank, pairs in self.pairs_by_rank.items():
+            width = size * lora_rank
+            grams[lora_rank] = torch.zeros(2, len(pairs), width, width, dtype=torch.float64, device=self.device)
+        start = 0
+        for lora_rank, slots in plan.slots.items():
+            stop = start + len(plan.sizes[lora_rank])
+            grams[lora_rank].flatten(0, 1).index_add_(0, slots, torch.cat(products[start:stop]))
+            start = stop
+        return grams
+
+    def _plan(self, blocks: Sequence[Tensor | None]) -> _Plan:
+        """Batches of the blocks that are not None. Few patterns of absence occur, and each is planned once."""
+        # Received blocks lie on the communication device, direct ones where the engine has its shards.
+        devices = tuple([None if block is None else block.device for block in blocks])
+        assert len(devices) == len(self.specs)
+        if devices not in self._plans:
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.clear()
+            batches = sorted(self._batches(devices), key=lambda batch: batch.lora_rank)
+            slots: dict[int, list[int]] = {}
+            sizes: dict[int, list[int]] = {}
+            for batch in batches:
+                slots.setdefault(batch.lora_rank, []).extend(self._slots[member] for member in batch.members)
+                sizes.setdefault(batch.lora_rank, []).append(len(batch.members))
+            on_device = {lora_rank: torch.tensor(places).to(self.device) for lora_rank, places in slots.items()}
+            self._plans[devices] = _Plan(tuple(batches), on_device, sizes)
+        return self._plans[devices]
+
+    def _batches(self, devices: tuple[torch.device | None, ...]) -> Iterator[_Batch]:
+        by_shape: dict[tuple[Any, ...], list[int]] = {}
+        for position, spec in enumerate(self.specs):
+            if devices[position] is not None:
+                key = (self._lora_ranks[spec.pair], spec.shape, spec.columns, devices[position])
+                by_shape.setdefault(key, []).append(position)
+        elements = _STACKED_ELEMENTS.get(self.device.type, _STACKED_ELEMENTS_ELSEWHERE)
+        for (lora_rank, shape, columns, _), positions in by_shape.items():
+            size = max(1, elements // (shape[0] * shape[1]))
+            for start in range(0, len(positions), size):
+                yield _Batch(lora_rank, shape, columns, tuple(positions[start : start + size]))
+
+
+def _tensors(batch: _Batch, blocks: Sequence[Tensor | None]) -> list[Tensor]:
+    """The batch's blocks in its shape; never a copy, which would be changed in vain."""
+    present = [block for member in batch.members if (block := blocks[member]) is not None]
+    return [block if block.shape == batch.shape else block.view(batch.shape) for block in present]
+
+
+def _matrices(plan: _Plan, matrices: Matrices) -> Iterator[Tensor]:
+    """For every batch the matrices of its pairs, ``[blocks, ...]``."""
+    for lora_rank, slots in plan.slots.items():
+        yield from matrices[lora_rank].flatten(0, 1).index_select(0, slots).split(plan.sizes[lora_rank])
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """``[len(tensors), *shape]``, a view where the tensors follow each other in memory."""
+    flat = stack_view(tensors)
+    return torch.stack(list(tensors)) if flat is None else flat.view(len(tensors), *tensors[0].shape)

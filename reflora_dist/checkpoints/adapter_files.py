@@ -1,0 +1,252 @@
+"""The adapter's files, as PEFT writes them, from and to a model under any engine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..collectives.agreed import agreed, is_first_rank
+from ..engines.find_training import find_training_engine
+from ..engines.pairs import clean_name, find_peft_model
+from ..engines.tall import TALL_NAME, TallLinear, peft_key, transposed
+from ..engines.whole_parameters import Owner, gather, owned_tensors, scatter, whole_shapes
+from ..engines.zero import ZeroEngine
+from .start_file import readable, require_same_start, saved_mark, write_start
+
+
+class _Entry(NamedTuple):
+    """Where PEFT keeps one parameter of an adapter."""
+
+    lookup_key: str  # in the state dictionary that PEFT is given
+    file: str  # below the folder of the adapter
+    file_key: str
+    is_tall: bool  # the model stores it transposed
+
+
+def save_adapter(model: nn.Module, output_dir: str | Path) -> None:
+    """Write the adapters as PEFT does: ``adapter_model.safetensors``, ``adapter_config.json``; rank 0 writes.
+
+    Whatever PEFT counts to an adapter is in it (modules_to_save, DoRA magnitudes); an adapter that is not named
+    "default" gets its sub-folder. ``PeftModel.from_pretrained`` loads what was written.
+
+    Args:
+        model: the PEFT model, bare or wrapped; under FSDP1 as FSDP returned it.
+        output_dir: is made if it does not exist; files in it are replaced one by one, never written half.
+
+    Raises:
+        TypeError, ValueError, OSError, RuntimeError: on every rank; the model is no PEFT model, is a part of an
+            FSDP1 model, or the folder cannot be written.
+
+    Communication: every rank must call. One gather per saved parameter (FSDP1: per unit that holds any), nothing
+    for the frozen base; two all-gathers of small objects.
+    """
+    folder = Path(output_dir)
+    with agreed("preparing to save the adapter"):
+        peft_model = find_peft_model(model)
+        owners = owned_tensors(model, peft_model)
+        if is_first_rank():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass  # a folder that cannot be written is found before any gather
+    entries = _entries(peft_model, owners)
+    gathered: dict[str, Tensor] = {}
+    for name, tensor in gather(model, owners, entries):
+        # one parameter whole at a time, kept where it will be written
+        value = torch.empty(0)
+        if is_first_rank():
+            value = tensor.detach().to("cpu", copy=True)
+            value = transposed(value) if entries[name].is_tall else value
+        gathered[entries[name].lookup_key] = value
+    with agreed("saving the adapter"), tempfile.TemporaryDirectory() as elsewhere:
+        target = tempfile.mkdtemp(prefix=".adapter-", dir=folder) if is_first_rank() else elsewhere
+        try:
+            peft_model.save_pretrained(
+                target,
+                state_dict=gathered,
+                is_main_process=is_first_rank(),
+                save_embedding_layers=False,
+            )
+            if is_first_rank():
+                _clean_keys(Path(target))
+                _move_into_place(Path(target), folder)
+                write_start(model, folder)
+        finally:
+            shutil.rmtree(target, ignore_errors=True)
+
+
+def load_adapter(model: nn.Module, optimizer: Any, adapter_dir: str | Path) -> None:
+    """Load what :func:`save_adapter` or PEFT wrote into a running model, and into the masters that it trains.
+
+    DeepSpeed trains fp32 masters of its own and would overwrite whatever is put into the model alone. The
+    optimizer's moments stay as they are.
+
+    Args:
+        model: the PEFT model with the same adapters, bare or wrapped; under FSDP1 as FSDP returned it.
+        optimizer: as given to ``attach``.
+        adapter_dir: the folder with ``adapter_model.safetensors``, on storage that all ranks can read.
+
+    Raises:
+        TypeError, ValueError, OSError, RuntimeError: on every rank; a file is missing or cannot be read, or lacks
+            a parameter of the adapters or holds it in another shape.
+
+    Communication: every rank must call. As :func:`save_adapter`.
+    """
+    with agreed("opening the adapter"):
+        peft_model = find_peft_model(model)
+        require_same_start(model, saved_mark(adapter_dir), adapter_dir)
+        owners = owned_tensors(model, peft_model)
+    values = _read(model, adapter_dir, owners, _entries(peft_model, owners))
+    with agreed("loading the adapter"):
+        write_weights(model, optimizer, owners, values)
+
+
+def load_frozen(model: nn.Module, adapter_dir: str | Path) -> None:
+    """Load those parameters of the adapters that are not trained, which no engine keeps in its training state.
+
+    Args:
+        model, adapter_dir: as for :func:`load_adapter`.
+
+    Raises:
+        TypeError, ValueError, OSError, RuntimeError: as :func:`load_adapter`.
+
+    Communication: as :func:`load_adapter`, for what is frozen.
+    """
+    with agreed("opening the adapter"):
+        peft_model = find_peft_model(model)
+        owners = owned_tensors(model, peft_model)
+    entries = _entries(peft_model, owners)
+    frozen = {name: entry for name, entry in entries.items() if not getattr(*owners[name]).requires_grad}
+    values = _read(model, adapter_dir, owners, frozen, others=entries)
+    with agreed("loading the adapter"):
+        scatter(model, owners, values)
+
+
+def write_weights(model: nn.Module, optimizer: Any, owners: Mapping[str, Owner], values: Mapping[str, Tensor]) -> None:
+    """Put whole values, the same on all ranks, into the model and into the masters that its engine trains.
+
+    Communication: as :func:`scatter`; every rank must call.
+    """
+    scatter(model, owners, values)
+    engine = find_training_engine(model, optimizer)
+    if isinstance(engine, ZeroEngine):
+        engine.write_masters({getattr(*owners[name]): value for name, value in values.items()})
+
+
+def _read(
+    model: nn.Module,
+    adapter_dir: str | Path,
+    owners: Mapping[str, Owner],
+    entries: Mapping[str, _Entry],
+    others: Mapping[str, _Entry] | None = None,
+) -> dict[str, Tensor]:
+    """The values of ``entries``, as the model stores them; ``others`` may be in the files, too. Nothing is changed."""
+    with agreed("reading the adapter"):
+        files = {}
+        for file in {entry.file for entry in entries.values()}:
+            with readable(Path(adapter_dir) / file):
+                files[file] = load_file(Path(adapter_dir) / file)
+        for file, tensors in files.items():
+            known = {entry.file_key for entry in (others or entries).values() if entry.file == file}
+            wanted = {entry.file_key for entry in entries.values() if entry.file == file}
+            require_tensors(Path(adapter_dir) / file, tensors, wanted, known)
+        values = {name: files[entry.file][entry.file_key] for name, entry in entries.items()}
+        values = {name: transposed(value) if entries[name].is_tall else value for name, value in values.items()}
+        for name, shape in whole_shapes(model, {name: owners[name] for name in values}).items():
+            if values[name].shape != shape:
+                raise ValueError(
+                    f"{adapter_dir} holds {entries[name].file_key} in the shape {tuple(values[name].shape)}, the "
+                    f"model's is {tuple(shape)}: give LoraConfig the r of that adapter"
+                )
+        return values
+
+
+def require_tensors(path: Path, tensors: Mapping[str, Tensor], wanted: Collection[str], known: Collection[str]) -> None:
+    """Make sure that an adapter's file holds what a model needs, and nothing that the model has no place for.
+
+    Raises:
+        ValueError: a tensor is missing, has no place or is not finite; the message names it.
+    """
+    missing, extra = sorted(set(wanted) - tensors.keys()), sorted(tensors.keys() - set(known))
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} of the model's parameters ({missing[0]}, ...)")
+    if extra:
+        raise ValueError(
+            f"{path} holds {len(extra)} tensors that the model has no place for ({extra[0]}, ...): give LoraConfig the "
+            "target_modules of that adapter"
+        )
+    broken = [key for key in sorted(wanted) if not bool(torch.isfinite(tensors[key]).all())]
+    if broken:
+        raise ValueError(f"{path} holds {broken[0]} with values that are not finite: it is broken, take another one")
+
+
+def _entries(peft_model: PeftModel, owners: Mapping[str, Owner]) -> dict[str, _Entry]:
+    """What belongs to the adapters, by name. PEFT itself chooses, among empty stand-ins for the tensors."""
+    keys = _lookup_keys(peft_model, owners)
+    stand_ins = {name: torch.empty(0) for name in owners}
+    names = {id(stand_in): name for name, stand_in in stand_ins.items()}
+    entries: dict[str, _Entry] = {}
+    for adapter in peft_model.peft_config:
+        kept = get_peft_model_state_dict(
+            peft_model,
+            {keys[name]: stand_in for name, stand_in in stand_ins.items()},
+            adapter_name=adapter,
+            save_embedding_layers=False,
+        )
+        if not kept:
+            raise RuntimeError(f"PEFT finds nothing that belongs to adapter {adapter!r}")
+        file = SAFETENSORS_WEIGHTS_NAME if adapter == "default" else f"{adapter}/{SAFETENSORS_WEIGHTS_NAME}"
+        for key, stand_in in kept.items():
+            name = names[id(stand_in)]
+            module, attribute = owners[name]
+            is_tall = isinstance(module, TallLinear) and attribute == TALL_NAME
+            entries[name] = _Entry(keys[name], file, clean_name(key), is_tall)
+    return entries
+
+
+def _lookup_keys(peft_model: PeftModel, names: Iterable[str]) -> dict[str, str]:
+    """The keys by which PEFT looks up the tensors: it finds its layers by their paths with FSDP1's wrappers in them.
+
+    Given plain names it would take such a layer's factors for the base's and write an empty adapter.
+    """
+    paths = {
+        clean_name(path): path
+        for path, module in peft_model.named_modules()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and clean_name(path) != path
+    }
+    keys = {}
+    for name in names:
+        layer = name
+        while layer and layer not in paths:
+            layer = layer.rpartition(".")[0]
+        keys[name] = peft_key(paths[layer] + name.removeprefix(layer) if layer else name)
+    return keys
+
+
+def _clean_keys(folder: Path) -> None:
+    """Take the wrappers' names out of the keys again."""
+    for path in folder.rglob(SAFETENSORS_WEIGHTS_NAME):
+        tensors = load_file(path)
+        cleaned = {clean_name(key): tensor for key, tensor in tensors.items()}
+        if cleaned.keys() != tensors.keys():
+            save_file(cleaned, path, metadata={"format": "pt"})
+
+
+def _move_into_place(source: Path, target: Path) -> None:
+    for path in sorted(source.rglob("*")):
+        destination = target / path.relative_to(source)
+        if path.is_dir():
+            destination.mkdir(exist_ok=True)
+        elif path.name != "README.md" or not destination.exists():  # a model card may have been edited
+            os.replace(path, destination)

@@ -1,0 +1,102 @@
+"""Which checkpoint is whole: a record of every file's size, written after all else.
+
+    complete.json   {"files": {name: bytes}}; in each of HF Trainer's checkpoint folders, see CompleteCheckpoints
+
+A save that was interrupted leaves no record, a file that was truncated or lost differs from it. Contents are not
+checked: a device that returns other bytes than were written goes unnoticed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy, rotate_checkpoints, sort_checkpoints
+
+from ..collectives.agreed import agreed, is_first_rank
+from ..files.records import file_sizes, read_record, require_files, write_json
+from .trainer_folders import checkpoint_folder
+
+logger = logging.getLogger(__name__)
+
+_RECORD = "complete.json"
+
+
+class CompleteCheckpoints(TrainerCallback):
+    """Has Trainer mark a checkpoint as complete once every rank has written its part, and only then delete older ones.
+
+    Trainer itself deletes what ``save_total_limit`` no longer allows when the first rank is done, and resumes from the
+    last folder in whatever state: call ``train(resume_from_checkpoint=last_complete_checkpoint(output_dir))`` instead.
+    Put it behind the callbacks that write into a checkpoint. The output folder is one that all ranks share.
+    """
+
+    def __init__(self) -> None:
+        self._limit: int | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.save_total_limit is not None:
+            self._limit, args.save_total_limit = args.save_total_limit, None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # of an earlier run: what is written over it is no checkpoint until it is complete
+        if is_first_rank() and (control.should_save or args.save_strategy == SaveStrategy.BEST):
+            (checkpoint_folder(args, state) / _RECORD).unlink(missing_ok=True)
+
+    on_epoch_end = on_step_end
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        best, ended = state.best_model_checkpoint, state.global_step >= state.max_steps  # else it may be resumed
+        if is_first_rank() and self._limit == 1 and best is not None and ended:
+            # as Trainer does: the last one is kept beside the best only while training goes on
+            for checkpoint in sort_checkpoints(str(Path(best).parent)):
+                if not os.path.samefile(checkpoint, best):
+                    shutil.rmtree(checkpoint, ignore_errors=True)
+        if self._limit is not None:
+            args.save_total_limit, self._limit = self._limit, None
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Communication: two all-gathers of small objects."""
+        folder = checkpoint_folder(args, state)
+        with agreed("saving the checkpoint"):
+            pass  # every rank's part is there
+        with agreed("completing the checkpoint"):
+            if is_first_rank():
+                write_json(folder / _RECORD, {"files": file_sizes(folder)})
+                rotate_checkpoints(str(folder.parent), self._limit, state.best_model_checkpoint, use_mtime=True)
+
+
+def require_complete(folder: str | Path) -> None:
+    """Refuse a Trainer checkpoint that was not completed, or changed since.
+
+    Raises:
+        FileNotFoundError, ValueError: the record or a file is missing, or has another size; the message names it.
+    """
+    record = Path(folder) / _RECORD
+    if not record.is_file():
+        raise FileNotFoundError(
+            f"{folder} is no complete checkpoint: {_RECORD}, which is written last, is missing; name an earlier one"
+        )
+    require_files(folder, read_record(record, {})["files"])
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """The last checkpoint of a run that is whole, or None; a warning names each later one and what is wrong with it.
+
+    Local: call it on one rank and tell the others, since storage need not show all of them the same.
+    """
+    for checkpoint in reversed(sort_checkpoints(str(output_dir))):
+        try:
+            require_complete(checkpoint)
+        except (OSError, ValueError) as error:
+            logger.warning("passing over a checkpoint: %s", error)
+        else:
+            return os.fspath(checkpoint)
+    return None

@@ -1,0 +1,34 @@
+"""An error on one rank becomes an error on all of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch.distributed as dist
+
+
+@contextlib.contextmanager
+def agreed(action: str) -> Iterator[None]:
+    """An error on one rank is an error on all; also a barrier. Communication: one all-gather of objects."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if world_size() > 1:
+        messages: list[str | None] = [None] * world_size()
+        dist.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}")
+        for rank, message in enumerate(messages):
+            if message is not None and error is None:
+                raise RuntimeError(f"{action} failed on rank {rank}: {message}")
+    if error is not None:
+        raise error
+
+
+def is_first_rank() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1

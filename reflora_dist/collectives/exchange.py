@@ -1,0 +1,149 @@
+"""An exchange of pieces of tensors between ranks, and its way back: packing, sending, unpacking."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .communicator import Communicator, Counts
+from .tiling import Run, Tiling
+
+Channel = Sequence[Tensor | None]
+"""The local tensor of every factor: the weights, or the gradients."""
+
+
+class _Span(NamedTuple):
+    """Elements of a local tensor that take part in an exchange."""
+
+    peer: int
+    channel: int
+    factor: int
+    start: int
+    stop: int
+    whole: bool  # they are all of the tensor
+
+
+class Exchange:
+    """One exchange and its way back, for a fixed set of (channel, factor) entries.
+
+    Elements travel ordered by the other rank, then entry, then position in the factor. Senders collect their pieces in
+    that order; receivers bring what arrives into blocks in *grains*, the largest pieces of equal size that stay
+    together, with one gather whatever the number of adapters.
+
+    Args:
+        entries: what takes part.
+        tilings: of every factor.
+        local_numel: elements that this rank holds of every factor.
+        comm: carries the exchange.
+        dtype: of elements on the wire.
+        among_neighbours: every rank sends to few others.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[tuple[int, int]],
+        tilings: Sequence[Tiling],
+        local_numel: Sequence[int],
+        comm: Communicator,
+        dtype: torch.dtype,
+        among_neighbours: bool,
+    ) -> None:
+        self._comm = comm
+        self._dtype = dtype
+        self._send = comm.between_neighbours if among_neighbours else comm.all_to_all
+        spans = [
+            _Span(run.peer, channel, factor, run.start, run.start + run.numel, whole=run.numel == local_numel[factor])
+            for channel, factor in entries
+            for run in tilings[factor].sent
+        ]
+        self._spans = sorted(spans, key=lambda span: span.peer)
+        self._span_numel = [span.stop - span.start for span in self._spans]
+        self._send_counts: Counts = {}
+        for span, numel in zip(self._spans, self._span_numel, strict=True):
+            self._send_counts[span.peer] = self._send_counts.get(span.peer, 0) + numel
+        received = [tilings[factor] for _, factor in entries]
+        self._block_numel = [math.prod(tiling.received) for tiling in received if tiling.received is not None]
+        self._incoming = _Runs([run for tiling in received for run in tiling.arriving])
+        self._takes_part = bool(entries)
+
+    # Built when first used: weights are never sent back, so half of them would only take memory.
+
+    @functools.cached_property
+    def _unpack(self) -> Tensor:
+        return self._incoming.from_wire().to(self._comm.device)
+
+    @functools.cached_property
+    def _pack(self) -> Tensor:
+        return self._incoming.to_wire().to(self._comm.device)
+
+    def forward(self, channels: Sequence[Channel]) -> list[Tensor]:
+        """Send pieces, return the received blocks, flat."""
+        if not self._takes_part:
+            return []
+        flat = [torch.empty(0, dtype=self._dtype, device=self._comm.shard_device)]  # a rank may send nothing
+        for piece, numel in zip(self._pieces(channels), self._span_numel, strict=True):
+            flat.append(flat[0].new_zeros(numel) if piece is None else piece.reshape(-1).to(self._dtype))
+        sent = torch.cat(flat).to(self._comm.device, non_blocking=True)
+        arrived = self._send(sent, self._send_counts, self._incoming.counts)
+        return list(self._ordered(arrived, self._unpack).split(self._block_numel))
+
+    def backward(self, blocks: Sequence[Tensor], channels: Sequence[Channel]) -> None:
+        """Send received blocks back and write them into the pieces that they came from."""
+        if not self._takes_part:
+            return
+        flat = torch.empty(0, dtype=self._dtype, device=self._comm.device)
+        flat = torch.cat([flat, *(block.reshape(-1) for block in blocks)])
+        returned = self._send(self._ordered(flat, self._pack), self._incoming.counts, self._send_counts)
+        parts = returned.to(self._comm.shard_device).split(self._span_numel)
+        pairs = [(p.view(-1), part) for p, part in zip(self._pieces(channels), parts, strict=True) if p is not None]
+        if pairs:
+            torch._foreach_copy_([piece for piece, _ in pairs], [part for _, part in pairs])
+
+    def _pieces(self, channels: Sequence[Channel]) -> list[Tensor | None]:
+        """What of the tensors takes part, never a copy, into which nothing may be written."""
+        return [
+            tensor
+            if (tensor := channels[span.channel][span.factor]) is None or span.whole
+            else tensor.view(-1)[span.start : span.stop]
+            for span in self._spans
+        ]
+
+    def _ordered(self, flat: Tensor, index: Tensor) -> Tensor:
+        return flat.view(-1, self._incoming.grain).index_select(0, index).view(-1)
+
+
+class _Runs:
+    """Runs of elements in the order of blocks, and the order in which they travel."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        peers = torch.tensor([run.peer for run in runs], dtype=torch.int64)
+        self._numels = torch.tensor([run.numel for run in runs], dtype=torch.int64)
+        self._order = torch.sort(peers, stable=True).indices
+        self.counts: Counts = {}
+        for run in sorted(runs, key=lambda run: run.peer):
+            self.counts[run.peer] = self.counts.get(run.peer, 0) + run.numel
+        # Wherever a run begins, all before it are whole runs: so their sizes' divisor divides every position.
+        self.grain: int = max(1, math.gcd(*torch.unique(self._numels).tolist()))
+
+    def to_wire(self) -> Tensor:
+        """For every grain on the wire its place in the blocks."""
+        starts = self._numels.cumsum(0) - self._numels
+        return _expand(starts[self._order] // self.grain, self._numels[self._order] // self.grain)
+
+    def from_wire(self) -> Tensor:
+        """For every grain of the blocks its place on the wire."""
+        numels = self._numels[self._order]
+        starts = torch.empty_like(self._numels)
+        starts[self._order] = numels.cumsum(0) - numels
+        return _expand(starts // self.grain, self._numels // self.grain)
+
+
+def _expand(starts: Tensor, lengths: Tensor) -> Tensor:
+    """``[s, s + 1, ..., s + length - 1]`` of every start, concatenated; int64."""
+    before = lengths.cumsum(0) - lengths
+    return torch.repeat_interleave(starts - before, lengths) + torch.arange(int(lengths.sum()))

@@ -1,0 +1,116 @@
+"""A PEFT model without its base: on the meta device but for the adapter's parameters."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig, PeftModel
+from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear
+from peft.tuners.lora.variants import DoraConv1dVariant, DoraConv2dVariant, DoraEmbeddingVariant, DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import set_peft_model_state_dict
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from ..lora_sb.layer import LoraXSLinear
+
+ADAPTER = "default"
+_LAYERS = (Linear, Embedding, Conv1d, Conv2d, Conv3d, LoraXSLinear)
+_VARIANTS = (DoraLinearVariant, DoraEmbeddingVariant, DoraConv1dVariant, DoraConv2dVariant)
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+_HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
+
+
+def empty_base(folder: Path, config: PeftConfig, tensors: dict[str, Tensor], dtype: torch.dtype | None) -> Any:
+    """The base on the meta device, of the class that the adapter was trained on."""
+    try:
+        settings = transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds no model configuration that can be used ({error})") from error
+    if getattr(settings, "quantization_config", None) is not None:
+        raise ValueError(f"{folder} is quantized, so a merge would not be exact: give the base that it was made from")
+    labels = [tensors[key].shape[0] for key in tensors if key.endswith(_HEADS)]
+    if config.task_type in ("SEQ_CLS", "TOKEN_CLS") and labels and settings.num_labels != labels[0]:
+        settings.num_labels = labels[0]
+    chosen = _model_class(config, settings)
+    with torch.device("meta"):
+        kind = {"dtype": dtype or settings.dtype or torch.float32}
+        make = chosen.from_config if hasattr(chosen, "from_config") else chosen._from_config
+        return make(settings, **kind)
+
+
+def _model_class(config: PeftConfig, settings: Any) -> Any:
+    if config.task_type in _AUTO_CLASSES:
+        return getattr(transformers, _AUTO_CLASSES[config.task_type])
+    mapping = config.auto_mapping
+    if mapping:
+        return getattr(importlib.import_module(mapping["parent_library"]), mapping["base_model_class"])
+    if settings.architectures:
+        return getattr(transformers, settings.architectures[0])
+    raise ValueError("neither the adapter's task_type nor the base's architectures says of which class the model is")
+
+
+def with_adapter(base: Any, config: PeftConfig, tensors: dict[str, Tensor], source: Path) -> PeftModel:
+    """The PEFT model with the adapter's parameters, in the dtypes that PEFT gives them, on an empty base."""
+    try:
+        with torch.device("meta"):
+            model = PeftModel(base, config, ADAPTER)
+    except ValueError as error:  # no module has one of the target names
+        raise ValueError(f"the adapter in {source} does not fit the base: {error}") from error
+    _refuse_unsupported(model)
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False) if _is_adapters(model, name)}
+    _make_room(model, own | tensors.keys())
+    try:
+        result: Any = set_peft_model_state_dict(model, tensors, adapter_name=ADAPTER)
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"the adapter in {source} does not fit the base: {error}") from error
+    lacking = sorted(own.intersection(result.missing_keys))
+    if lacking or result.unexpected_keys:
+        problem = f"lacks {lacking[0]}" if lacking else f"holds {result.unexpected_keys[0]}, which has no place"
+        raise ValueError(f"the adapter in {source} {problem}: it belongs to another base or configuration")
+    return model
+
+
+def _make_room(model: PeftModel, names: set[str]) -> None:
+    """Take the parameters of these names, and those that are one with them, off the meta device."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    wanted = {id(parameters[name]): parameters[name] for name in names & parameters.keys()}
+    made = {key: nn.Parameter(torch.empty_like(p, device="cpu"), requires_grad=False) for key, p in wanted.items()}
+    for name, parameter in parameters.items():
+        if id(parameter) in made:
+            path, _, leaf = name.rpartition(".")
+            model.get_submodule(path)._parameters[leaf] = made[id(parameter)]
+
+
+def _is_adapters(model: PeftModel, name: str) -> bool:
+    """Whether a parameter is the adapter's and not the base's."""
+    layer, path, inside = None, "", ""
+    for part in name.split(".")[:-1]:
+        path = f"{path}.{part}" if path else part
+        module = model.get_submodule(path)
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            layer, inside = module, name.removeprefix(path + ".")
+    return layer is not None and not inside.startswith(("base_layer.", "original_module."))
+
+
+def _refuse_unsupported(model: PeftModel) -> None:
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, BaseTunerLayer) and type(module) not in _LAYERS:
+            raise ValueError(f"{name} is adapted as {kind}, which cannot be merged weight by weight: use PEFT's merge")
+        if isinstance(module, AuxiliaryTrainingWrapper) and not isinstance(module, ModulesToSaveWrapper):
+            raise ValueError(f"{name} is a {kind}, which cannot be merged weight by weight: use PEFT's merge")
+        for variant in getattr(module, "lora_variant", {}).values():
+            if not isinstance(variant, _VARIANTS):
+                raise ValueError(f"{name} has the LoRA variant {type(variant).__name__}, which is not supported")

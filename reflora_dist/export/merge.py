@@ -1,0 +1,363 @@
+"""Merge an adapter into its base, weight by weight, without ever holding the model.
+
+The PEFT model is built without its base (on the meta device), from the configurations and the adapter's file alone.
+So PEFT itself says which weights are adapted and how, and PEFT's own layers merge, each in its turn with the one base
+weight that it needs: the result is that of ``merge_and_unload``, bit by bit.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..checkpoints.start_file import changes_base, readable, saved_mark
+from ..files.output_folder import new_folder, require_empty, require_space
+from ..files.stored_weights import INDEX_NAME, Entry, StoredWeights, find_model, write_file
+from ..lora_sb.config import LoraXSConfig
+from ..starts.convert import convert_adapter
+from .empty_model import ADAPTER, empty_base, with_adapter
+
+# beside the weights: configurations, tokenizers, code
+_COPIED = (".json", ".model", ".txt", ".py", ".jinja", ".tiktoken")
+_TOKENIZER = ("token", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece", "sentencepiece")
+
+
+def merge_adapter(
+    adapter_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    base: str | None = None,
+    dtype: torch.dtype | None = None,
+    tokenizer_dir: str | Path | None = None,
+    progress: bool = False,
+) -> None:
+    """Write the model that PEFT's ``merge_and_unload()`` would make of a base and an adapter. One process, no ranks.
+
+    Files, names and order of the weights are the base's; ``from_pretrained(output_dir)`` loads them. In memory are
+    the adapter, one weight of the base and its change; the files that are read are mapped, not loaded.
+
+    Equal to PEFT's result on a CPU to the last bit, with one exception: where an embedding is adapted that the head
+    shares, PEFT changes the head too, which is another function than was trained. Here the two are separated.
+
+    Args:
+        adapter_dir: LoRA (also DoRA, rsLoRA, patterns, ``modules_to_save``), LoRA-XS or LoRA-SB, in PEFT's format;
+            one of a changed base (:func:`reflora_dist.convert_adapter`) is converted on the way.
+        output_dir: is made; must not exist, or be empty. Nothing is left there if anything fails.
+        base: local folder or hub name of the base; by default the one that the adapter's configuration names.
+        dtype: the base is rounded to it first, as by ``from_pretrained(dtype=...)``; None: as it is stored.
+        tokenizer_dir: whose tokenizer goes before the base's; by default ``adapter_dir``.
+        progress: show a progress bar.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or damaged, adapter and base do not fit, the adapter is of a
+            kind that cannot be merged, ``output_dir`` is not empty, or the disk is too small.
+    """
+    target = Path(output_dir)
+    require_empty(target)
+    with _ordinary_adapter(Path(adapter_dir)) as source:
+        config = _read_config(source)
+        name = base or config.base_model_name_or_path
+        if not name:
+            raise ValueError(f"{adapter_dir} does not name its base: give it")
+        stored = StoredWeights(find_model(name, None if base else config.revision))
+        merge = _Merge(source, config, stored, dtype)
+        files = merge.files()
+        copied = _other_files(stored.folder, Path(tokenizer_dir or adapter_dir))
+        total = sum(entry.num_bytes for entries in files.values() for entry in entries)
+        require_space(target, total + sum(path.stat().st_size for path in copied.values()))
+        with new_folder(target) as part, tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
+            for file, entries in files.items():
+                bar.set_description(file)
+                write_file(part / file, entries, stored.metadata(file), bar.update)
+            for file, path in copied.items():
+                shutil.copyfile(path, part / file)
+            _write_index(part, stored, files)
+            merge.write_config(part)
+
+
+class _Source(NamedTuple):
+    """Where a parameter of the merged model comes from: ``layer`` merges it, None where nothing is added."""
+
+    layer: Any
+    module: nn.Module
+    name: str
+
+    @property
+    def parameter(self) -> Tensor:
+        return self.module._parameters[self.name]  # type: ignore[return-value]
+
+    @property
+    def changed(self) -> bool:
+        """Whether the adapter adds to it or brings it."""
+        return self.layer is not None or not self.parameter.is_meta
+
+
+class _Merge:
+    """What every tensor of the merged model is made from.
+
+    Args:
+        source: the adapter's folder.
+        config: its configuration.
+        stored: the base.
+        dtype: of the result; None: as stored.
+    """
+
+    def __init__(self, source: Path, config: PeftConfig, stored: StoredWeights, dtype: torch.dtype | None) -> None:
+        self.stored, self.dtype = stored, dtype
+        tensors = _read_weights(source)
+        base = empty_base(stored.folder, config, tensors, dtype)
+        self.config, self.architecture = base.config, type(base).__name__
+        names = [name for name, _ in base.named_parameters(remove_duplicate=False)]
+        self.tied = _tied_names(base)
+        embeddings = {id(getattr(module, "weight", None)) for module in _embeddings(base)}
+        self.embedding_names = {n for n, p in base.named_parameters(remove_duplicate=False) if id(p) in embeddings}
+        self.names = _names_of_keys(stored, names, base.base_model_prefix)
+        self.keys = {name: key for key, name in self.names.items()}
+        self._need_not_be_stored = tuple(getattr(base, "_keys_to_ignore_on_load_missing", None) or ())
+        model = with_adapter(base, config, tensors, source)
+        root = model.get_base_model()
+        self.sources = {name: _find_source(root, name) for name in names}
+        self.untied = self._separated()
+
+    def _separated(self) -> set[str]:
+        """The names of parameters that were one and are different ones after the merge."""
+        untied: set[str] = set()
+        for group in self.tied:
+            identities = {id(self.sources[n].layer or self.sources[n].parameter) for n in group}
+            if len(identities) > 1:
+                if not self.embedding_names.issuperset(group):
+                    raise ValueError(f"the adapter changes one of {group}, which the base shares: leave it out")
+                untied.update(group)
+        return untied
+
+    def files(self) -> dict[str, list[Entry]]:
+        """What each file of the merged model holds: what the base's does; what it lacks comes into the last one."""
+        files = {file: [self._entry(key) for key in keys] for file, keys in self.stored.keys.items()}
+        files[list(files)[-1]] += [self._added(name) for name in self._missing()]
+        return files
+
+    def _missing(self) -> list[str]:
+        """Parameters that the base's files lack and the merged model's must have."""
+        elsewhere = {name for group in self.tied for name in group if any(other in self.keys for other in group)}
+        missing, absent = [], []
+        for name, source in self.sources.items():
+            if name in self.keys or (name in elsewhere and name not in self.untied):
+                continue
+            if source.layer is not None and name not in elsewhere:
+                raise ValueError(
+                    f"{name} is adapted, but {self.stored.folder} holds no weight of this name: transformers renames "
+                    "or joins this model's weights as it loads them, which merging file by file cannot follow; use "
+                    "PEFT's merge_and_unload"
+                )
+            if source.changed or name in self.untied:
+                missing.append(name)
+            elif not any(re.search(pattern, name) for pattern in self._need_not_be_stored):
+                absent.append(name)
+        self._refuse_a_base_that_lacks(absent)
+        return missing
+
+    def _refuse_a_base_that_lacks(self, absent: Sequence[str]) -> None:
+        # weights that transformers joins or renames have other keys, and together as many elements
+        unknown = sum(math.prod(shape) for key, (shape, _) in self.stored.specs.items() if key not in self.names)
+        if sum(self.sources[name].parameter.numel() for name in absent) > unknown:
+            raise ValueError(
+                f"{self.stored.folder} lacks {len(absent)} of the model's weights ({absent[0]}, ...): download the "
+                "model again"
+            )
+
+    def _entry(self, key: str) -> Entry:
+        shape, stored_dtype = self.stored.specs[key]
+        dtype = self.dtype if self.dtype is not None and stored_dtype.is_floating_point else stored_dtype
+        name = self.names.get(key)
+        if name is None:  # nothing that the model knows as a parameter: a buffer, or a left-over
+            return Entry(key=key, shape=shape, dtype=dtype, load=lambda: self.stored.read(key).to(dtype))
+        if tuple(self.sources[name].parameter.shape) != shape:
+            present = tuple(self.sources[name].parameter.shape)
+            raise ValueError(f"{key} is {shape} in {self.stored.folder} and {present} for the adapter: another base")
+        return Entry(key=key, shape=shape, dtype=dtype, load=lambda: self._value(name, dtype))
+
+    def _added(self, name: str) -> Entry:
+        parameter = self.sources[name].parameter
+        dtype = self.dtype or parameter.dtype
+        return Entry(key=name, shape=tuple(parameter.shape), dtype=dtype, load=lambda: self._value(name, dtype))
+
+    def _value(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A parameter of the merged model."""
+        source = self.sources[name]
+        if source.layer is None:
+            return self._unmerged(name, dtype)
+        prefix = name.removesuffix(source.name)
+        changed = {"weight", "bias"} if _has_bias(source.layer) else {"weight"}
+        if source.name not in changed:
+            return self._unmerged(name, dtype)
+        values = {each: self._unmerged(prefix + each, dtype) for each in changed}
+        merged = _merged(source.layer, source.module, values)[source.name]
+        if not torch.isfinite(merged).all():
+            raise ValueError(f"{name} is not finite after the merge: the adapter or the base is broken")
+        return merged
+
+    def _unmerged(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The adapter's own copy, or the base's as it is stored; a copy that may be changed."""
+        parameter = self.sources[name].parameter
+        if not parameter.is_meta:
+            return parameter.detach().to(dtype, copy=True)
+        group = next((group for group in self.tied if name in group), [name])
+        key = next(self.keys[other] for other in (name, *group) if other in self.keys)
+        return self.stored.read(key).to(dtype, copy=True)
+
+    def write_config(self, folder: Path) -> None:
+        """Where the merged model's configuration is not the base's."""
+        settings: dict[str, Any] = {}
+        if self.dtype is not None:
+            settings["dtype"] = self.dtype
+        if self.untied:
+            settings["tie_word_embeddings"] = False
+        if self.config.architectures != [self.architecture]:
+            settings["architectures"] = [self.architecture]
+        if settings:
+            for setting, value in settings.items():
+                setattr(self.config, setting, value)
+            self.config.save_pretrained(folder)
+
+
+# --- names ---
+
+
+def _tied_names(base: nn.Module) -> list[list[str]]:
+    groups = collections.defaultdict(list)
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        groups[id(parameter)].append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _embeddings(base: Any) -> list[nn.Module]:
+    both = (base.get_input_embeddings(), base.get_output_embeddings())
+    return [module for module in both if module is not None]
+
+
+def _names_of_keys(stored: StoredWeights, names: list[str], prefix: str) -> dict[str, str]:
+    """The parameter that each key of the base's files is; a bare model's lack the prefix."""
+    known, found = set(names), {}
+    for key in stored.specs:
+        candidates = (key, f"{prefix}.{key}", key.removeprefix(f"{prefix}."))
+        name = next((candidate for candidate in candidates if candidate in known), None)
+        if name is not None:
+            found[key] = name
+    return found
+
+
+def _find_source(root: nn.Module, name: str) -> _Source:
+    """Follow a parameter's name in the base through the layers that PEFT put in its way."""
+    *path, leaf = name.split(".")
+    module, layer = root, None
+    for part in path:
+        module, layer = getattr(module, part), None
+        if isinstance(module, ModulesToSaveWrapper):
+            module = module.modules_to_save[ADAPTER]
+        if isinstance(module, BaseTunerLayer):
+            module, layer = module.get_base_layer(), module
+    return _Source(layer, module, leaf)
+
+
+def _has_bias(layer: Any) -> bool:
+    return bool(getattr(layer, "lora_bias", {}).get(ADAPTER, False))
+
+
+def _merged(layer: Any, module: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """PEFT's own merge, of a layer that has its base's parameters for this moment only."""
+    empty = {name: module._parameters[name] for name in values}
+    try:
+        for name, value in values.items():
+            module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        layer.merge(adapter_names=[ADAPTER])
+        return {name: module._parameters[name].data for name in values}  # type: ignore[union-attr]
+    finally:
+        layer.merged_adapters.clear()
+        module._parameters.update(empty)
+
+
+# --- files ---
+
+
+def _read_config(source: Path) -> PeftConfig:
+    try:
+        config = PeftConfig.from_pretrained(str(source))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{source} holds no adapter in PEFT's format ({error})") from error
+    if not isinstance(config, (LoraConfig, LoraXSConfig)):
+        raise ValueError(f"{source} holds a {config.peft_type} adapter; LoRA, LoRA-XS and LoRA-SB can be merged")
+    start = getattr(config, "init_lora_weights", True)
+    if changes_base(start):
+        raise ValueError(
+            f"{source} was started by PEFT with init_lora_weights={start!r}, which changed its base: convert it with "
+            "PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
+    if getattr(config, "layer_replication", None):
+        raise ValueError(f"{source} replicates layers (layer_replication), which cannot be merged into the base")
+    config.inference_mode = True
+    return config
+
+
+def _read_weights(source: Path) -> dict[str, Tensor]:
+    """The adapter's tensors. PEFT would look on the hub for a file that the folder lacks."""
+    paths = [source / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{paths[0]} is missing: copy it from the run, or export from another checkpoint")
+    with readable(path):
+        return load_peft_weights(str(source), device="cpu")
+
+
+@contextmanager
+def _ordinary_adapter(adapter_dir: Path) -> Iterator[Path]:
+    """The folder of an adapter on the original base: itself, or for the moment a converted one."""
+    if not (adapter_dir / CONFIG_NAME).is_file():
+        raise ValueError(f"{adapter_dir} holds no adapter in PEFT's format: it has no {CONFIG_NAME}")
+    if saved_mark(adapter_dir) is None:
+        yield adapter_dir
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        convert_adapter(adapter_dir, folder)
+        yield Path(folder)
+
+
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """The files of the tokenizer in a folder, by name."""
+    return {p.name: p for p in folder.iterdir() if p.name.startswith(_TOKENIZER) and p.suffix in _COPIED}
+
+
+def _other_files(base: Path, trained: Path) -> dict[str, Path]:
+    """Configurations and tokenizer of the base; the tokenizer of the other folder, which is what the adapter was
+    trained with, goes before."""
+    files = {p.name: p for p in base.iterdir() if p.suffix in _COPIED and p.is_file() and not _is_index(p.name)}
+    return files | tokenizer_files(trained)
+
+
+def _is_index(name: str) -> bool:
+    return name.endswith(".index.json")
+
+
+def _write_index(folder: Path, stored: StoredWeights, files: dict[str, list[Entry]]) -> None:
+    if stored.index is None:
+        return
+    entries = [entry for each in files.values() for entry in each]
+    index = dict(stored.index)
+    index["metadata"] = {**index.get("metadata", {}), "total_size": sum(entry.num_bytes for entry in entries)}
+    index["weight_map"] = {entry.key: file for file, each in files.items() for entry in each}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,173 @@
+"""The safetensors files of a model: read tensor by tensor, and written as a stream.
+
+The library's own writer takes all tensors of a file at once, which may be a whole model; here one is in memory at a
+time. What is written is read back by the library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor
+
+from .records import plain_name
+
+INDEX_NAME = "model.safetensors.index.json"
+_ONE_FILE = "model.safetensors"
+# of the hub, what a merged model is made from: other formats of the same weights are left there
+_WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One tensor of a file that is to be written; ``load`` gives it when its turn has come."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class StoredWeights:
+    """The tensors in the safetensors files of a model's folder, by key. Nothing is kept in memory.
+
+    Attributes:
+        folder: of the model.
+        keys: of every file, by its name.
+        index: the content of ``model.safetensors.index.json``; None if there is one file.
+        specs: shape and dtype by key.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or one is damaged or of an unknown dtype.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.index = _read_index(folder)
+        names = [_ONE_FILE] if self.index is None else sorted(set(self.index["weight_map"].values()))
+        self.keys: dict[str, list[str]] = {}
+        self.specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self._files: dict[str, Path] = {}
+        for name in names:
+            self._scan(name)
+
+    def _scan(self, name: str) -> None:
+        path = self.folder / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing, which {INDEX_NAME} names: download the model again")
+        try:
+            with safe_open(path, "pt") as file:
+                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (it is no mapping)
+                specs = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
+        except Exception as error:
+            raise ValueError(f"{path} cannot be read ({error}): it is damaged, download it again") from error
+        for key, (shape, code) in specs.items():
+            if code not in _DTYPES:
+                raise ValueError(f"{path}: {key} is stored as {code}, which is not supported; choose another base")
+            self.specs[key] = (shape, _DTYPES[code])
+            self._files[key] = path
+        self.keys[name] = list(specs)
+
+    def read(self, key: str) -> Tensor:
+        """The tensor, mapped from its file: copy it to change it. The file is unmapped with the last reference."""
+        with safe_open(self._files[key], "pt") as file:
+            return file.get_tensor(key)
+
+    def metadata(self, name: str) -> dict[str, str]:
+        """What a file's header says beside its tensors."""
+        with safe_open(self.folder / name, "pt") as file:
+            return dict(file.metadata() or {})
+
+
+def find_model(name: str, revision: str | None = None) -> Path:
+    """The folder of a model: a local one as it is, another from the hub (or its cache).
+
+    Raises:
+        ValueError: there is none.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
+    except Exception as error:  # the hub client raises a dozen kinds; all mean that there is no model
+        raise ValueError(
+            f"model {name!r} is no local folder and cannot be had from the hub ({type(error).__name__}: {error})"
+        ) from error
+
+
+def write_file(path: Path, entries: Sequence[Entry], metadata: dict[str, str], done: Callable[[int], Any]) -> None:
+    """Write a safetensors file, one tensor in memory at a time.
+
+    Format: the header's length (8 bytes, little endian), the header (JSON: dtype, shape and byte range of each
+    tensor), the tensors without gaps. As the library does, those of wider elements come first, so that all are aligned.
+
+    Args:
+        path: of the new file.
+        entries: what is in it.
+        metadata: for its header.
+        done: called with the number of bytes after each tensor.
+    """
+    ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.key))
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for entry in ordered:
+        start, end = end, end + entry.num_bytes
+        header[entry.key] = {"dtype": _CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for entry in ordered:
+            tensor = entry.load()
+            assert tuple(tensor.shape) == entry.shape and tensor.dtype == entry.dtype, entry.key
+            file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            del tensor
+            done(entry.num_bytes)
+
+
+def _read_index(folder: Path) -> dict[str, Any] | None:
+    path = folder / INDEX_NAME
+    if path.is_file():
+        try:
+            index = json.loads(path.read_text())
+            names = set(index["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): download it again") from error
+        if not names:
+            raise ValueError(f"{path} names no file: download it again")
+        for name in names:
+            if not plain_name(name, path).endswith(".safetensors"):
+                raise ValueError(f"{path} names {name!r} among the weights, which is no safetensors file: get it anew")
+        return index
+    if (folder / _ONE_FILE).is_file():
+        return None
+    others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    found = f" (it has {others[0]}; AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) rewrites it)"
+    raise FileNotFoundError(f"{folder} holds no {_ONE_FILE} and no {INDEX_NAME}{found if others else ''}")

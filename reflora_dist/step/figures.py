@@ -1,0 +1,97 @@
+"""Figures of the last step in which a method acted, for logs: kept on the device, and computed when asked for."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from ..algebra.types import Matrices
+
+
+class Stopwatch:
+    """Times the laps of a step. On a GPU by events in its stream, for which nothing waits before :meth:`milliseconds`.
+
+    Args:
+        device: where the work is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._laps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # used again in every step
+        self._count = 0
+        self._begun = 0.0
+        self._seconds = 0.0
+
+    def start(self, *, new_step: bool) -> None:
+        """Begin a lap, and with ``new_step`` forget those of the step before."""
+        if new_step:
+            self._count, self._seconds = 0, 0.0
+        if self._device.type == "cuda":
+            if self._count == len(self._laps):
+                self._laps.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            self._laps[self._count][0].record(torch.cuda.current_stream(self._device))
+        else:
+            self._begun = time.perf_counter()
+
+    def stop(self) -> None:
+        """End the lap."""
+        if self._device.type == "cuda":
+            self._laps[self._count][1].record(torch.cuda.current_stream(self._device))
+        else:
+            self._seconds += time.perf_counter() - self._begun
+        self._count += 1
+
+    def milliseconds(self) -> float:
+        """Of all laps of the last step. Waits for the device."""
+        milliseconds = 1e3 * self._seconds
+        for begin, end in self._laps[: self._count]:
+            end.synchronize()
+            milliseconds += begin.elapsed_time(end)
+        return milliseconds
+
+
+def gram_figures(grams: Matrices) -> dict[str, float]:
+    """Conditioning of the Grams, and balance of the factors that they are of. Waits for the device.
+
+    Args:
+        grams: ``{r: [2, P_r, r, r]}`` float64, ``A A^T`` and ``B^T B``.
+
+    Returns:
+        ``gram_condition_median`` and ``gram_condition_max``, the ratio of a Gram's largest to its smallest eigenvalue
+        (the square of the factor's condition number), over all factors of full rank; and the figures of
+        :func:`balance_figures`. What no pair has is left out, so that every value is finite.
+    """
+    conditions, squared_norms = [], []
+    for lora_rank, both in grams.items():
+        on_host = both.cpu()
+        squared_norms.append(torch.diagonal(on_host, dim1=-2, dim2=-1).sum(dim=-1))
+        finite = on_host.isfinite().flatten(-2).all(dim=-1)
+        eigenvalues = torch.linalg.eigvalsh(on_host[finite])
+        smallest, largest = eigenvalues[:, 0], eigenvalues[:, -1]
+        full_rank = smallest > lora_rank * torch.finfo(torch.float64).eps * largest
+        conditions.append((largest / smallest)[full_rank])
+    figures = {}
+    found = torch.cat(conditions)
+    if found.numel():
+        figures = {"gram_condition_median": float(found.median()), "gram_condition_max": float(found.max())}
+    return figures | balance_figures(torch.cat(squared_norms, dim=1))
+
+
+def balance_figures(squared_norms: Tensor) -> dict[str, float]:
+    """Balance of the factors. Waits for the device.
+
+    Args:
+        squared_norms: ``[2, P]`` float64, ``|A|_F^2`` and ``|B|_F^2``.
+
+    Returns:
+        ``balance_min``, ``balance_median`` and ``balance_max`` of ``|A|_F / |B|_F`` over the pairs of which neither
+        factor is zero; nothing if there is none.
+    """
+    balance = (squared_norms[0] / squared_norms[1]).sqrt().cpu()
+    balance = balance[balance.isfinite() & (balance > 0)]
+    if not balance.numel():
+        return {}
+    values = {"min": balance.min(), "median": balance.median(), "max": balance.max()}
+    return {f"balance_{name}": float(value) for name, value in values.items()}

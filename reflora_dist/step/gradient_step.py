@@ -1,0 +1,104 @@
+"""One optimizer step: gradients refactored before the update, or factors rescaled after it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import Tensor
+
+from ..algebra.tall_blocks import BlockSet
+from ..algebra.types import Matrices
+from ..collectives.communicator import Communicator
+from ..collectives.exchange import Channel
+from ..collectives.grams import reduce_grams
+from ..collectives.retile import Retiler
+from ..engines.base import Engine, Firing
+from ..methods.base import Transform
+from .solver import Solver, count_unsolved
+
+
+class GradientStep:
+    """Applies a GradientMethod to the gradients that an engine is about to use.
+
+    Rows that are cut are made whole, Grams are summed, the method answers with small matrices, gradients are multiplied
+    by them where they lie, and rows that were cut go back.
+
+    Communication per step: one all-reduce of the Grams, for a method that uses gradients one per firing; the solver's
+    all-gather; and where factors move, two exchanges per firing. None if every rank holds the factors whole.
+
+    Args:
+        engine, retiler, communicator: over the same ranks.
+        solver: of the method.
+        uses_gradients: whether the method needs Grams of ``[X, grad_X]``.
+        hopeless: pairs for which the method does not exist, whose gradients are left alone.
+
+    Attributes:
+        grams: ``{r: [2, P_r, r, r]}``, of the factors before the last step; empty before the first.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        retiler: Retiler,
+        communicator: Communicator,
+        solver: Solver,
+        uses_gradients: bool,
+        hopeless: Collection[int] = (),
+    ) -> None:
+        self._engine = engine
+        self._retiler = retiler
+        self._comm = communicator
+        self._solver = solver
+        self._uses_gradients = uses_gradients
+        self._blocks = BlockSet(retiler.specs, [pair.lora_rank for pair in engine.pairs], communicator.device)
+        self._everything = (True,) * (2 * len(engine.pairs))
+        self._acts_on = tuple(factor // 2 not in hopeless for factor in range(2 * len(engine.pairs)))
+        self._transform: Transform | None = None
+        self.grams: Matrices = {}
+
+    def __call__(self, firing: Firing) -> Tensor | None:
+        """Replace the gradients of this firing.
+
+        Returns:
+            The number of pairs left as plain LoRA, a 0-dim tensor, on the first firing of a step; then None.
+        """
+        act = self._with_gradients if self._uses_gradients else self._with_weights
+        if not all(self._acts_on):
+            present = tuple(p and acts for p, acts in zip(firing.present, self._acts_on, strict=True))
+            firing = firing._replace(present=present)
+        transform = act(firing)
+        return count_unsolved(transform.solved) if firing.first else None
+
+    def _with_weights(self, firing: Firing) -> Transform:
+        gradients = self._engine.gradients()
+        if firing.first:
+            self.grams = {}  # not kept beside new ones
+            # The weights of all sub-groups are still those of before the step only now, so S is formed once.
+            weights: Channel = self._engine.weights()
+            of_weights, blocks = self._retiler.to_blocks([weights, gradients], [self._everything, firing.present])
+            self.grams = reduce_grams(self._blocks.grams(of_weights), self._comm)
+            self._transform = self._solver(self.grams)
+        else:
+            (blocks,) = self._retiler.to_blocks([gradients], [firing.present])
+        transform = self._transform
+        assert transform is not None
+        self._blocks.multiply_(blocks, transform.matrices)
+        self._retiler.from_blocks([blocks], [gradients], [firing.present])
+        if firing.last:
+            self._transform = None
+        return transform
+
+    def _with_gradients(self, firing: Firing) -> Transform:
+        weights, gradients = self._engine.weights(), self._engine.gradients()
+        # the other side's factor may have been updated by an earlier firing; its Gram of before the step is kept
+        present = self._everything if firing.first else firing.present
+        streams = self._retiler.to_blocks([weights, gradients], [present, firing.present])
+        grams = reduce_grams(self._blocks.stacked_grams(streams), self._comm)
+        if firing.first:
+            self.grams = {r: both[..., :r, :r].clone() for r, both in grams.items()}
+        for r, both in grams.items():
+            both[..., :r, :r] = self.grams[r]
+        transform = self._solver(grams)
+        self._blocks.combine_(streams, [1], transform.matrices)
+        self._retiler.from_blocks(streams[1:], [gradients], [firing.present])
+        return transform

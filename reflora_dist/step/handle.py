@@ -1,0 +1,337 @@
+"""attach(): find the engine, plan the layout, place the hooks."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import sys
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..collectives.agreed import agreed
+from ..collectives.communicator import Communicator
+from ..collectives.retile import Retiler
+from ..engines.base import Engine
+from ..engines.find import find_engine
+from ..engines.pairs import active_adapters, find_pairs, lora_layers
+from ..methods import GRADIENT_METHODS, RESCALING_METHODS, GradientMethod
+from ..methods.config import RefLoRAConfig
+from .figures import Stopwatch, balance_figures, gram_figures
+from .gradient_step import GradientStep
+from .handle_state import changed_settings, check_state, handle_state
+from .ranks_agree import compare_ranks, differ_between_replicas
+from .report import Report
+from .rescaling_step import RescalingStep
+from .rite_optimizer import LoRARite
+from .rite_step import RiteStep
+from .solver import Solver
+from .supported_optimizers import check_optimizer, pairs_without_solution
+
+logger = logging.getLogger(__name__)
+
+_attached: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+
+def attach(
+    model: nn.Module, optimizer: Any, config: RefLoRAConfig, *, state_dict: Mapping[str, Any] | None = None
+) -> Handle:
+    """Make an optimizer refactor the model's LoRA adapters. Call on every rank, after wrapping.
+
+    Gradients are changed in place: like any training loop, clear them after every step. A step that GradScaler leaves
+    out because of an overflow is not counted, unless a fused optimizer hides that from its hooks. An optimizer's step
+    that is compiled goes on without the hooks in its graph, so not with ``fullgraph=True``.
+
+    Args:
+        model: the PEFT model, bare or as DDP, fully_shard, FSDP, deepspeed.initialize or accelerator.prepare
+            returned it.
+        optimizer: likewise; any elementwise torch optimizer, for "reflora-s" one of the Adam family, for "lora-rite" a
+            LoRARite.
+        config: the method and its schedule, the same on all ranks.
+        state_dict: of a handle, to continue a run whose factors and optimizer state are loaded already.
+
+    Returns:
+        A handle for reports, checkpoints and detaching.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: on every rank and before anything changes, if there is no adapter, a
+            pair or optimizer that cannot be handled, an optimizer that does not own the factors, an option of the
+            engine that is not supported, or ranks that disagree.
+
+    Communication: one all-gather of a few numbers, for "lora-rite" also one of small objects; for "reflora-s" with
+    ``warmup_steps=0`` also the first rescaling. At the first step, where ranks hold factors whole, one all-reduce of
+    two numbers.
+    """
+    engine, error = None, None
+    try:
+        engine = _find(model, optimizer, config)
+        if state_dict is not None:
+            check_state(state_dict, config, engine.pairs)
+    except Exception as caught:  # whatever it is: the other ranks must hear of it
+        engine, error = None, caught
+    state = "" if state_dict is None else json.dumps(dict(state_dict), sort_keys=True, default=str)
+    resumed = compare_ranks(engine, config, state, error)
+    assert engine is not None
+    if hopeless := pairs_without_solution(engine.pairs, config):
+        _warn(
+            f"r is above in or out of {len(hopeless)} of {len(engine.pairs)} adapters "
+            f"({engine.pairs[hopeless[0]].name}, ...), where "
+            f"{config.method} does not exist: they are plain LoRA throughout; a lower r there (rank_pattern) mends it"
+        )
+    _tell_what_flat_adapters_cost(engine, config)
+    handle = Handle(model, config, engine)
+    if state_dict is not None:
+        _refuse_broken_factors(engine)
+        handle.load_state_dict(state_dict)
+    elif not resumed:
+        handle._rescale_before_first_step()
+    return handle
+
+
+class Handle:
+    """The link between a model's adapters and their optimizer. Made by :func:`attach`."""
+
+    def __init__(self, model: nn.Module, config: RefLoRAConfig, engine: Engine) -> None:
+        self.config = config
+        self._engine = engine
+        self._layers = lora_layers(model)
+        self._active_adapters = active_adapters(self._layers)
+        weights = engine.weights()
+        self._comm = Communicator(engine.group, weights[0].device)
+        self._steps = 0
+        self._applied_steps = 0
+        self._skipped_pairs = torch.zeros((), dtype=torch.int64, device=self._comm.device)
+        self._checked = False
+        self._is_no_step = False
+        self._stopwatch = Stopwatch(self._comm.device)
+        self._sent_bytes = 0
+        self._scalings: list[float] | None = None  # where the method uses them
+        self._gradient_step: GradientStep | None = None
+        self._rescaling_step: RescalingStep | None = None
+        self._rite_step: RiteStep | None = None
+        if config.method in RESCALING_METHODS:
+            self._rescaling_step = RescalingStep(RESCALING_METHODS[config.method](), engine, self._comm)
+        elif config.method != "lora":
+            wire_dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
+            retiler = Retiler(engine.layouts(), self._comm, wire_dtype)
+            if config.method in GRADIENT_METHODS:
+                self._gradient_step = self._make_gradient_step(GRADIENT_METHODS[config.method], retiler)
+            else:
+                assert isinstance(engine.optimizer, LoRARite)
+                self._rite_step = RiteStep(engine.optimizer, engine, retiler, self._comm)
+                with agreed("reading the optimizer's state"):
+                    self._rite_step.refuse_foreign_state()
+                engine.optimizer.connect(self._rite_step)
+        # a compiled step would be traced into the hooks, and not see that kernels change gradients by their addresses
+        untraced = functools.partial(torch.compiler.disable, reason="reflora_dist's hooks cannot be part of a graph")
+        self._hooks = [
+            engine.optimizer.register_step_pre_hook(untraced(self._before_update)),
+            engine.optimizer.register_step_post_hook(untraced(self._after_update)),
+        ]
+        _attached.add(engine.optimizer)
+
+    def _make_gradient_step(self, kind: type[GradientMethod], retiler: Retiler) -> GradientStep:
+        scalings = [pair.scaling for pair in self._engine.pairs]
+        if kind.uses_gradients:
+            self._scalings = scalings
+        lora_ranks = [pair.lora_rank for pair in self._engine.pairs]
+        hopeless = pairs_without_solution(self._engine.pairs, self.config)
+        solver = Solver(kind, self.config, scalings, lora_ranks, self._comm, hopeless)
+        return GradientStep(self._engine, retiler, self._comm, solver, kind.uses_gradients, hopeless)
+
+    def report(self) -> Report:
+        """Figures of this rank so far. Waits for the device; local, no communication."""
+        lora_ranks: dict[int, int] = {}
+        for pair in self._engine.pairs:
+            lora_ranks[pair.lora_rank] = lora_ranks.get(pair.lora_rank, 0) + 1
+        return Report(
+            method=self.config.method,
+            engine=self._engine.name,
+            layout=self._engine.layout,
+            world_size=dist.get_world_size() if dist.is_initialized() else 1,
+            num_pairs=len(self._engine.pairs),
+            lora_ranks=lora_ranks,
+            collectives_per_step=dict(self._comm.calls),
+            bytes_per_step=self._comm.bytes,
+            steps=self._steps,
+            applied_steps=self._applied_steps,
+            skipped_pairs=int(self._skipped_pairs),
+        )
+
+    def figures(self) -> dict[str, float]:
+        """Of the last step in which the method acted, for logs. Waits for the device; local, no communication.
+
+        Returns:
+            Empty until the method has acted, and for method="lora". Then ``step_ms``, that it took on this rank (for
+            "lora-rite" the whole update, and work on a side stream not counted); ``bytes_per_step`` that this rank
+            sent; ``skipped_pairs`` as in the report; ``balance_min``, ``balance_median`` and ``balance_max`` of
+            ``|A| / |B|`` before the step; and where it forms Grams, ``gram_condition_median`` and
+            ``gram_condition_max`` of these. All are finite.
+        """
+        figures: dict[str, float] = {}
+        grams = next((step.grams for step in (self._gradient_step, self._rite_step) if step is not None), {})
+        if grams:
+            figures = gram_figures(grams)
+        elif self._rescaling_step is not None and self._rescaling_step.squared_norms is not None:
+            figures = balance_figures(self._rescaling_step.squared_norms)
+        else:
+            return {}
+        return figures | {
+            "skipped_pairs": int(self._skipped_pairs),
+            "bytes_per_step": self._sent_bytes,
+            "step_ms": self._stopwatch.milliseconds(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to keep, JSON-ready and the same on all ranks."""
+        skipped_pairs = int(self._skipped_pairs)
+        return handle_state(self.config, self._steps, self._applied_steps, skipped_pairs, self._engine.pairs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue a run's schedule. The factors and the optimizer's state are the engine's to load.
+
+        Raises:
+            ValueError: the state was written by another version, for another method or other adapters.
+        """
+        check_state(state_dict, self.config, self._engine.pairs)
+        if changed := changed_settings(state_dict, self.config):
+            _warn(f"the run goes on with other settings than it was saved with: {changed}")
+        self._steps = int(state_dict["steps"])
+        self._applied_steps = int(state_dict["applied_steps"])
+        self._skipped_pairs.fill_(int(state_dict["skipped_pairs"]))
+
+    def detach(self) -> None:
+        """Take the hooks off the optimizer: training goes on as plain LoRA, but LoRARite's does not. On every rank."""
+        for hook in self._hooks:
+            hook.remove()
+        if self._hooks:
+            _attached.discard(self._engine.optimizer)
+            if isinstance(self._engine.optimizer, LoRARite):
+                self._engine.optimizer.connect(None)
+        self._hooks = []
+
+    @torch.no_grad()
+    def _before_update(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        # torch passes the optimizer itself as the first argument
+        if any(argument is not None for argument in args[1:]) or kwargs.get("closure") is not None:
+            raise RuntimeError(
+                "optimizer.step(closure) computes gradients after they would be refactored: call backward() first, "
+                "then step() without a closure"
+            )
+        self._is_no_step = not optimizer.state and _fills_state()
+        if self._is_no_step:
+            return
+        if not self._checked:
+            self._engine.check()
+            self._refuse_gradients_that_nobody_reduces()
+            self._checked = True
+        if active_adapters(self._layers) != self._active_adapters:
+            raise RuntimeError("the active adapters changed after attach(): detach, then attach again")
+        if self._scalings is not None and self._scalings != [pair.scaling for pair in self._engine.pairs]:
+            raise RuntimeError("the adapters' scaling changed after attach(): detach, then attach again")
+        firing = self._engine.firing()
+        if firing.first:
+            self._comm.start_step()
+        acts_now = self._gradient_step is not None and self.config.is_due(self._steps)
+        if acts_now or self._rite_step is not None:
+            self._stopwatch.start(new_step=firing.first)
+        if self._gradient_step is not None and acts_now:
+            skipped = self._gradient_step(firing)
+            self._stopwatch.stop()
+            if skipped is not None:
+                self._skipped_pairs += skipped
+                self._applied_steps += 1
+
+    @torch.no_grad()
+    def _after_update(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._is_no_step:
+            return
+        if self._rite_step is not None:
+            self._stopwatch.stop()
+        last = self._engine.firing().last
+        self._engine.end_firing()
+        if not last:
+            return
+        self._steps += 1
+        if self._rite_step is not None:
+            self._skipped_pairs += self._rite_step.take_skipped()
+            self._applied_steps += 1
+        if self._rescaling_step is not None and self.config.is_due(self._steps):
+            self._rescale(in_step=True)
+            self._applied_steps += 1
+        self._sent_bytes = self._comm.bytes or self._sent_bytes
+
+    def _refuse_gradients_that_nobody_reduces(self) -> None:
+        """Where every rank holds the factors whole, something has to keep them equal. On every rank."""
+        engine = self._engine
+        if engine.group is None and differ_between_replicas(engine, engine.gradients()):
+            raise RuntimeError(
+                "the gradients of the factors differ between ranks: nobody reduces them, and every rank would train an "
+                "adapter of its own. Wrap the model (DistributedDataParallel, fully_shard, FSDP, deepspeed.initialize, "
+                "accelerator.prepare); under fully_shard make the adapter first (get_peft_model), then shard"
+            )
+
+    @torch.no_grad()
+    def _rescale_before_first_step(self) -> None:
+        if self._rescaling_step is not None and self.config.is_due(0):
+            self._rescale(in_step=False)
+
+    def _rescale(self, in_step: bool) -> None:
+        assert self._rescaling_step is not None
+        self._stopwatch.start(new_step=True)
+        self._skipped_pairs += self._rescaling_step(in_step)
+        self._stopwatch.stop()
+
+
+def _find(model: nn.Module, optimizer: Any, config: RefLoRAConfig) -> Engine:
+    if not isinstance(config, RefLoRAConfig):
+        raise TypeError(f"config is a {type(config).__name__}; pass RefLoRAConfig(method=..., warmup_steps=...)")
+    engine = find_engine(model, optimizer, find_pairs(model))
+    check_optimizer(engine.optimizer, config, engine.pairs)
+    if engine.optimizer in _attached:
+        raise RuntimeError("this optimizer is attached already: call detach() on its handle first")
+    return engine
+
+
+def _refuse_broken_factors(engine: Engine) -> None:
+    """A run that continues has factors to go on from. On every rank; one all-gather of small objects."""
+    with agreed("reading the factors"):
+        names = engine._factor_names()
+        broken = [n for n, w in zip(names, engine.weights(), strict=True) if not bool(torch.isfinite(w).all())]
+        if broken:
+            raise ValueError(f"{broken[0]} is not finite in what was loaded: continue from an earlier checkpoint")
+
+
+def _tell_what_flat_adapters_cost(engine: Engine, config: RefLoRAConfig) -> None:
+    """Once, before training."""
+    acts = config.method in GRADIENT_METHODS or config.method == "lora-rite"
+    flat = [layout for layout in engine.layouts() if layout.moves and layout.columns]
+    if acts and flat:
+        megabytes = 3 * 4e-6 * sum(layout.numel for layout in flat)
+        _warn(
+            f"{len(flat)} of {len(engine.pairs)} lora_A are stored as [r, in] and cut by {engine.name}: in every step "
+            f"{megabytes:.1f} MB of weights and gradients move, in messages from every rank to every other. Call "
+            "reflora_dist.tall_adapters(model) after get_peft_model and before wrapping and the optimizer: then only "
+            "Grams are sent (RefLoRACallback does so by itself if it is given to Trainer(callbacks=[...]))"
+        )
+
+
+def _fills_state() -> bool:
+    """Whether torch.distributed.checkpoint is filling an empty optimizer state, by a step of size zero.
+
+    A first step of a learning-rate warm-up looks the same from here, and torch does it on some ranks only.
+    """
+    frame = sys._getframe()
+    while frame is not None and frame.f_code.co_name != "_init_optim_state":
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
+
+
+def _warn(text: str) -> None:
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        logger.warning(text)

@@ -1,0 +1,276 @@
+"""The update of the factors by an optimizer that is a method itself (LoRA-RITE), on all ranks together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..algebra.tall_blocks import BlockSet
+from ..algebra.types import Matrices
+from ..collectives.communicator import Communicator
+from ..collectives.grams import reduce_grams_and
+from ..collectives.retile import Retiler
+from ..collectives.tiling import head
+from ..engines.base import Engine
+from ..methods.lora_rite import Groups, Moments, bias_corrected, rite_update
+from .rite_optimizer import LoRARite
+
+_FACTORS, _MOMENTS = 0, 2  # streams that change
+
+
+def packed_size(lora_rank: int) -> int:
+    """Elements that a factor's second moment and escaped mass take."""
+    return lora_rank * (lora_rank + 1) // 2 + 1
+
+
+class RiteStep:
+    """Steps the factors of a LoRARite optimizer.
+
+    Communication per step: one all-reduce of the Grams of ``[X, grad, moment]`` together with the second moments, of
+    which every rank keeps a part; and two exchanges if factors move. None if every rank holds the factors whole.
+
+    Args:
+        optimizer: holds hyperparameters and state.
+        engine: of the optimizer.
+        retiler, communicator: over the engine's group.
+
+    Attributes:
+        grams: ``{r: [2, P_r, r, r]}``, of the factors before the last step; empty before the first.
+    """
+
+    def __init__(
+        self,
+        optimizer: LoRARite,
+        engine: Engine,
+        retiler: Retiler,
+        communicator: Communicator,
+    ) -> None:
+        self._optimizer = optimizer
+        self._engine = engine
+        self._retiler = retiler
+        self._comm = communicator
+        self._blocks = BlockSet(retiler.specs, [pair.lora_rank for pair in engine.pairs], communicator.device)
+        self._everything = (True,) * (2 * len(engine.pairs))
+        self._packed = _Packed(engine, self._blocks.pairs_by_rank, communicator)
+        self._rows = self._per_factor(
+            [float(size) for pair in engine.pairs for size in (pair.in_features, pair.out_features)]
+        )
+        device = communicator.device  # where a list as an index would make the step wait
+        self._pairs = {r: torch.tensor(pairs, device=device) for r, pairs in self._blocks.pairs_by_rank.items()}
+        self._stretches: dict[int, list[tuple[int, int]]] = {}
+        self._held: dict[int, Tensor | None] = {}  # gradients of earlier firings of this step
+        self._groups: dict[int, tuple[float, ...]] = {}  # settings of the factors of this step's firings so far
+        self._skipped = torch.zeros((), dtype=torch.int64, device=communicator.device)
+        self.grams: Matrices = {}
+
+    def refuse_foreign_state(self) -> None:
+        """Make sure that the optimizer's moments, if it was given any, are LoRA-RITE's. Local, no communication.
+
+        Raises:
+            ValueError: second moments go on where LoRA-RITE keeps nothing: an elementwise optimizer's.
+        """
+        heads = self._packed.heads()
+        for factor, state in enumerate(self._engine.moments()):
+            second = state.get("exp_avg_sq")
+            if second is None:
+                continue
+            own = sum(int(second.view(-1)[part].count_nonzero()) for part in heads.get(factor, []))
+            if int(second.count_nonzero()) > own:
+                raise ValueError(
+                    "the optimizer's state is that of another optimizer (AdamW keeps moments of the same names): start "
+                    "LoRARite without it, or continue with the optimizer that wrote it"
+                )
+
+    def others(self, parameter: Tensor) -> list[tuple[int, int]]:
+        """See :class:`reflora_dist.step.rite_optimizer.FactorUpdate`."""
+        if not self._stretches:
+            self._stretches = _stretches(self._engine)
+        numel = _local_numel(parameter)
+        return self._stretches.get(id(parameter), [(0, numel)] if numel else [])
+
+    def holds_no_factor(self, parameter: Tensor) -> bool:
+        """See :class:`reflora_dist.step.rite_optimizer.FactorUpdate`."""
+        self.others(parameter)  # which looks the factors' parameters up at first
+        return id(parameter) not in self._stretches
+
+    def __call__(self) -> None:
+        """Take this firing's gradients; update every factor once all of them are there."""
+        firing = self._engine.firing()
+        if firing.first:
+            self._held, self._groups = {}, {}
+        gradients = self._engine.gradients()
+        self._read_groups(firing.present)
+        if not firing.last:  # the engine frees these gradients before the last firing
+            for factor, present in enumerate(firing.present):
+                if present:
+                    gradient = gradients[factor]
+                    self._held[factor] = None if gradient is None else gradient.clone()
+            return
+        for factor, gradient in self._held.items():
+            gradients[factor] = gradient
+        self._held = {}
+        self._update(gradients)
+        if not firing.first:
+            self._engine.publish_weights(in_step=True)
+
+    def take_skipped(self) -> Tensor:
+        """The number of pairs, since the last call, of which a gradient was too large to be used; 0-dim."""
+        skipped, self._skipped = self._skipped, torch.zeros_like(self._skipped)
+        return skipped
+
+    def _update(self, gradients: list[Tensor | None]) -> None:
+        states = self._engine.moments()
+        weights, moments = self._engine.weights(), [state["exp_avg"] for state in states]
+        channels: list[Sequence[Tensor | None]] = [weights, gradients, moments]
+        streams = self._retiler.to_blocks(channels, [self._everything] * 3)
+        seconds = [state["exp_avg_sq"] for state in states]
+        local_grams = self._blocks.stacked_grams(streams)
+        shared = [self._packed.read(seconds), self._own_steps()]
+        grams, (packed, steps) = reduce_grams_and(local_grams, shared, self._comm)
+        self.grams = {r: both[..., :r, :r].clone() for r, both in grams.items()}  # a view would keep nine times as much
+        groups = self._read_settings(steps)
+        update = rite_update(grams, self._packed.unpack(packed), groups, self._optimizer.settings)
+        self._blocks.combine_(streams, [_FACTORS, _MOMENTS], update.matrices)
+        changed = [streams[_FACTORS], streams[_MOMENTS]]
+        self._retiler.from_blocks(changed, [weights, moments], [self._everything] * 2)
+        self._packed.write(self._packed.pack(update.moments), seconds)
+        self._skipped += torch.stack([skipped.sum() for skipped in update.skipped.values()]).sum()
+
+    def _read_groups(self, present: Sequence[bool]) -> None:
+        group_of = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+        for factor, (parameter, _) in enumerate(self._engine.holders()):
+            if present[factor]:
+                group = group_of[id(parameter)]
+                step = float(self._optimizer.state[parameter]["step"]) - 1  # counted by the optimizer before
+                self._groups[factor] = step, float(group["lr"]), float(group["weight_decay"]), *group["betas"]
+
+    def _own_steps(self) -> Tensor:
+        """Steps done, ``[2 P]`` float64, of the factors of which this rank has the first element; else zero.
+
+        Where a rank holds nothing of a factor, an engine may not load the factor's count of steps either.
+        """
+        first = self._packed.first
+        steps = [self._groups[factor][0] if factor in first else 0.0 for factor in range(len(self._groups))]
+        return torch.tensor(steps, dtype=torch.float64).to(self._comm.device, non_blocking=True)
+
+    def _read_settings(self, steps: Tensor) -> Groups:
+        values = zip(*(self._groups[factor][1:] for factor in range(len(self._groups))), strict=True)
+        lr, weight_decay, beta1, beta2 = map(self._per_factor, values)
+        both = steps.view(-1, 2).T
+        for r, pairs in self._pairs.items():
+            done = both.index_select(1, pairs)
+            beta1[r], beta2[r] = bias_corrected(beta1[r], done), bias_corrected(beta2[r], done)
+        return Groups(self._rows, lr, weight_decay, beta1, beta2)
+
+    def _per_factor(self, values: Sequence[float]) -> Matrices:
+        """``{r: [2, P_r]}`` from one value per factor."""
+        both = torch.tensor(values, dtype=torch.float64).view(-1, 2).T
+        return {
+            r: both[:, pairs].to(self._comm.device, non_blocking=True)
+            for r, pairs in self._blocks.pairs_by_rank.items()
+        }
+
+
+class _Packed:
+    """Second moments and escaped mass: at the head of every factor's ``exp_avg_sq``, wherever that lies.
+
+    A vector holds all of them, factor after factor; a rank knows its part of it, and the sum over ranks the rest.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        pairs_by_rank: dict[int, list[int]],
+        communicator: Communicator,
+    ) -> None:
+        self._device = device = communicator.device
+        self._runs: list[tuple[int, int, int, int]] = []  # factor, in the shard, in the vector, how many
+        self._starts: list[int] = []
+        size = 0
+        for factor, layout in enumerate(engine.layouts()):
+            count = packed_size(layout.lora_rank)
+            self._starts.append(size)
+            for start, position, numel in head(layout, communicator.rank, count):
+                self._runs.append((factor, start, size + position, numel))
+            size += count
+        self._size = size
+        self.first = {factor for factor, _, position, _ in self._runs if position == self._starts[factor]}
+        held = [torch.arange(position, position + numel) for _, _, position, numel in self._runs]
+        self._held = torch.cat([torch.empty(0, dtype=torch.int64), *held]).to(device)
+        self._places = {r: self._index(r, pairs).to(device) for r, pairs in pairs_by_rank.items()}
+
+    def _index(self, lora_rank: int, pairs: Sequence[int]) -> Tensor:
+        """``[2, P_r, r (r + 1) / 2 + 1]``: where each pair's numbers are in the vector."""
+        starts = torch.tensor([[self._starts[2 * pair + side] for pair in pairs] for side in (0, 1)])
+        return starts[..., None] + torch.arange(packed_size(lora_rank))
+
+    def heads(self) -> dict[int, list[slice]]:
+        """By factor where in this rank's shard the numbers are; factors of which it has none are left out."""
+        heads: dict[int, list[slice]] = {}
+        for factor, start, _, numel in self._runs:
+            heads.setdefault(factor, []).append(slice(start, start + numel))
+        return heads
+
+    def read(self, seconds: Sequence[Tensor]) -> Tensor:
+        """This rank's part of the vector, zero elsewhere, float64."""
+        vector = torch.zeros(self._size, dtype=torch.float64, device=self._device)
+        if self._runs:
+            parts = [seconds[factor].view(-1)[start : start + numel] for factor, start, _, numel in self._runs]
+            if len({part.device for part in parts}) > 1:  # a model spread over devices
+                parts = [part.to(self._device) for part in parts]
+            vector[self._held] = torch.cat(parts).to(self._device, torch.float64, non_blocking=True)
+        return vector
+
+    def write(self, vector: Tensor, seconds: Sequence[Tensor]) -> None:
+        """Put this rank's part of the vector into its shards."""
+        if not self._runs:
+            return
+        targets = [seconds[factor].view(-1)[start : start + numel] for factor, start, _, numel in self._runs]
+        values = vector[self._held].to(targets[0].device, targets[0].dtype)
+        torch._foreach_copy_(targets, list(values.split([numel for *_, numel in self._runs])))
+
+    def unpack(self, vector: Tensor) -> Moments:
+        moments = Moments({}, {})
+        for r, places in self._places.items():
+            values = vector[places]
+            rows, columns = torch.triu_indices(r, r, device=self._device)
+            second = values.new_zeros(*values.shape[:2], r, r)
+            second[..., rows, columns] = values[..., :-1]
+            second[..., columns, rows] = values[..., :-1]
+            moments.second[r], moments.escape[r] = second, values[..., -1]
+        return moments
+
+    def pack(self, moments: Moments) -> Tensor:
+        vector = torch.empty(self._size, dtype=torch.float64, device=self._device)
+        for r, places in self._places.items():
+            rows, columns = torch.triu_indices(r, r, device=self._device)
+            triangle = moments.second[r][..., rows, columns]
+            vector[places] = torch.cat([triangle, moments.escape[r][..., None]], dim=-1)
+        return vector
+
+
+def _stretches(engine: Engine) -> dict[int, list[tuple[int, int]]]:
+    """What of each parameter that holds a factor is not a factor's."""
+    pieces: dict[int, list[tuple[int, int]]] = {}
+    sizes: dict[int, int] = {}
+    for (parameter, start), weight in zip(engine.holders(), engine.weights(), strict=True):
+        pieces.setdefault(id(parameter), []).append((start, start + weight.numel()))
+        sizes[id(parameter)] = _local_numel(parameter)
+    stretches = {}
+    for key, taken in pieces.items():
+        position, free = 0, []
+        for start, stop in sorted(taken):
+            if start > position:
+                free.append((position, start))
+            position = max(position, stop)
+        if sizes[key] > position:
+            free.append((position, sizes[key]))
+        stretches[key] = free
+    return stretches
+
+
+def _local_numel(parameter: Tensor) -> int:
+    to_local = getattr(parameter, "to_local", None)
+    return (to_local() if to_local is not None else parameter).numel()

@@ -1,0 +1,105 @@
+"""Which optimizers may read refactored gradients, and which of them keep Adam's moments."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+
+from ..engines.pairs import AdapterPair
+from ..methods.config import RefLoRAConfig
+from .rite_optimizer import LoRARite
+from .rite_step import packed_size
+
+# Package of the class, class names: elementwise in the gradient, one step per backward.
+_ELEMENTWISE = {
+    "torch": {"Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"},
+    "deepspeed": {"DeepSpeedCPUAdam", "DeepSpeedCPUAdagrad", "DeepSpeedCPULion", "FusedAdam", "FusedLion"},
+    "apex": {"FusedAdam", "FusedSGD"},
+    "bitsandbytes": {"Adagrad", "Adam", "AdamW", "Lion", "RMSprop", "SGD"},
+}
+# Of these the moments are known: exp_avg and exp_avg_sq, in full precision.
+_ADAM_FAMILY = {
+    "torch": {"Adam", "AdamW", "NAdam", "RAdam"},
+    "deepspeed": {"DeepSpeedCPUAdam", "FusedAdam"},
+    "apex": {"FusedAdam"},
+}
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, config: RefLoRAConfig, pairs: Sequence[AdapterPair]) -> None:
+    """Make sure that a method can work with an optimizer, and with the adapters.
+
+    Raises:
+        ValueError: the optimizer is not known to be elementwise (a refactored, perhaps flat and partial gradient
+            means nothing to others), or has a ``step`` of its own; or, for "reflora-s", is not one of the Adam family;
+            or "lora-rite" without LoRARite, or with a factor of less than r rows.
+    """
+    name = type(optimizer).__name__
+    if (config.method == "lora-rite") != isinstance(optimizer, LoRARite):
+        raise ValueError(
+            f"method={config.method!r} with {name}: LoRA-RITE is an optimizer of its own, so RefLoRAConfig("
+            "method='lora-rite') and reflora_dist.LoRARite(params, ...) go together, and neither with another"
+        )
+    if config.method == "lora-rite":
+        _check_sizes(pairs)
+        return
+    if config.method == "lora":
+        return
+    if config.method == "reflora-s" and _listed(optimizer, _ADAM_FAMILY) is None:
+        known = ", ".join(sorted(set().union(*_ADAM_FAMILY.values())))
+        raise ValueError(f"method='reflora-s' rescales Adam's moments; {name} is not one of {known}")
+    base = _listed(optimizer, _ELEMENTWISE)
+    if base is None:
+        raise ValueError(
+            f"{name} is not known to update elementwise, so its gradients cannot be refactored; use AdamW or another "
+            "of torch.optim's elementwise optimizers"
+        )
+    if inspect.unwrap(type(optimizer).step) is not inspect.unwrap(base.step):
+        # which may read or change gradients as PEFT's does; and torch calls hooks in it and again in the step it calls
+        raise ValueError(
+            f"{name} has a step() of its own around {base.__name__}'s, in which gradients would be refactored twice or "
+            f"not as meant: use {base.__name__} itself (for PEFT's create_riemannian_optimizer method='scaled-gd')"
+        )
+
+
+def pairs_without_solution(pairs: Sequence[AdapterPair], config: RefLoRAConfig) -> list[int]:
+    """Numbers of the pairs that a method can never act on: with r above ``in`` or ``out`` a Gram has no inverse.
+
+    Raises:
+        ValueError: all of them are.
+    """
+    if config.method not in ("reflora", "lora-pro"):
+        return []
+    hopeless = [
+        number for number, pair in enumerate(pairs) if pair.lora_rank > min(pair.in_features, pair.out_features)
+    ]
+    if len(hopeless) == len(pairs):
+        pair = pairs[0]
+        raise ValueError(
+            f"r={pair.lora_rank} is above in={pair.in_features} or out={pair.out_features} of {pair.name}, and "
+            f"likewise in all adapters: {config.method} does not exist there, lower r"
+        )
+    return hopeless
+
+
+def _check_sizes(pairs: Sequence[AdapterPair]) -> None:
+    for pair in pairs:
+        rows, least = min(pair.in_features, pair.out_features), pair.lora_rank
+        if rows < least or rows * least < packed_size(least):
+            raise ValueError(
+                f"method='lora-rite' needs r orthonormal directions in each factor, and {pair.name} has r={least} with "
+                f"in={pair.in_features}, out={pair.out_features}: lower r there (rank_pattern) or leave it out"
+            )
+
+
+def _listed(optimizer: torch.optim.Optimizer, listed: dict[str, set[str]]) -> type[torch.optim.Optimizer] | None:
+    """The optimizer's class, or one that it derives from, that is in a list (bitsandbytes adds 8bit and Paged)."""
+    for base in type(optimizer).__mro__:
+        package = base.__module__.split(".")[0]
+        name = base.__name__
+        if package == "bitsandbytes":
+            name = name.removeprefix("Paged").removesuffix("8bit").removesuffix("32bit")
+        if name in listed.get(package, ()):
+            return base
+    return None

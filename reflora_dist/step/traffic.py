@@ -1,0 +1,137 @@
+"""What a method sends in an optimizer step, from the layout of the factors alone: no ranks have to exist."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from ..collectives.tiling import Layout, Tiling, tile
+from ..methods import GRADIENT_METHODS, RESCALING_METHODS
+from ..methods.config import RefLoRAConfig
+from .rite_step import packed_size
+from .solver import shares_out
+
+_FLOAT64 = 8
+
+
+class _Streams(NamedTuple):
+    """What a method exchanges and reduces.
+
+    Attributes:
+        there, back: how many tensors of a factor's size go to where their rows are whole, and come back.
+        gram: Gram matrices are ``gram x r`` wide.
+    """
+
+    there: int
+    back: int
+    gram: int
+
+
+class Traffic:
+    """The collectives of a step in which a method acts, all factors updated in one firing of the optimizer.
+
+    Args:
+        config: the method.
+        layouts: of every factor, lora_A and lora_B alternating, as ``Engine.layouts`` gives them.
+        ranks: that hold one copy of the factors together.
+        device: of the Grams; a CPU and a GPU solve at different speeds, and share the solve out accordingly.
+        element_bytes: of what is exchanged, 8 where a factor is float64.
+
+    Attributes:
+        reduced: bytes of the all-reduce's payload.
+        gathered: bytes that each rank gives to the all-gather of the shared solve.
+        neighbours: whether what is exchanged are rows that are cut, with neighbours alone.
+    """
+
+    def __init__(
+        self,
+        config: RefLoRAConfig,
+        layouts: Sequence[Layout],
+        ranks: int,
+        device: torch.device,
+        element_bytes: int = 4,
+    ) -> None:
+        self._layouts = layouts
+        self._ranks = ranks
+        self._element_bytes = element_bytes
+        self._acts = config.method != "lora" and ranks > 1 and bool(layouts)
+        self._streams = _streams(config.method)
+        lora_ranks = [layout.lora_rank for layout in layouts[::2]]
+        self.reduced = self._reduced(config.method, lora_ranks) if self._acts else 0
+        self.gathered = 0
+        if self._acts and config.method in GRADIENT_METHODS and shares_out(lora_ranks, ranks, device):
+            self.gathered = self._gathered(config.method, lora_ranks)
+        moving = [layout for layout in layouts if layout.moves] if self._acts and self._streams.there else []
+        self._moves = bool(moving)
+        self.neighbours = self._moves and not any(layout.columns for layout in moving)
+        self._tile = functools.cache(tile)
+
+    @property
+    def collectives(self) -> dict[str, int]:
+        """How many of each kind; a rank that has no cut row takes part in no exchange with neighbours."""
+        counts = {
+            "all_reduce": int(self.reduced > 0),
+            "all_gather": int(self.gathered > 0),
+            "all_to_all": 2 * int(self._moves and not self.neighbours),
+            "send_recv": 2 * int(self.neighbours),
+        }
+        return {kind: count for kind, count in counts.items() if count}
+
+    def sent(self, rank: int) -> int:
+        """Bytes that a rank sends, as ``Report.bytes_per_step`` counts them."""
+        reduced = 2 * (self._ranks - 1) * self.reduced // self._ranks
+        there, back = self.exchanged(rank)
+        return reduced + (self._ranks - 1) * self.gathered + there + back
+
+    def exchanged(self, rank: int) -> tuple[int, int]:
+        """Bytes that a rank sends to others in the exchanges: its pieces there, others' pieces back."""
+        there = back = 0
+        for tiling in self._tilings(rank):
+            there += sum(run.numel for run in tiling.sent if run.peer != rank)
+            back += sum(run.numel for run in tiling.arriving if run.peer != rank)
+        return self._element_bytes * self._streams.there * there, self._element_bytes * self._streams.back * back
+
+    def buffers(self, rank: int) -> int:
+        """Bytes of the exchanges' buffers on a rank: what it sends, and what arrives, there also in blocks."""
+        sent = received = 0
+        for tiling in self._tilings(rank):
+            sent += sum(run.numel for run in tiling.sent)
+            received += sum(run.numel for run in tiling.arriving)
+        return self._element_bytes * self._streams.there * (sent + 2 * received)
+
+    def _tilings(self, rank: int) -> Iterator[Tiling]:
+        """Of the factors that this rank holds a part of, or owns."""
+        for factor, layout in enumerate(self._layouts if self._moves else ()):
+            owner = layout.owner(factor // 2, self._ranks) if layout.columns else 0
+            if layout.piece(rank).numel or (layout.columns and rank == owner):
+                yield self._tile(layout, rank, owner)
+
+    def _reduced(self, method: str, lora_ranks: Sequence[int]) -> int:
+        if method in RESCALING_METHODS:
+            return _FLOAT64 * 2 * len(lora_ranks)
+        values = 0
+        for r in lora_ranks:
+            width = self._streams.gram * r
+            values += width * (width + 1)  # the upper triangles of two
+            if method == "lora-rite":
+                values += 2 * (packed_size(r) + 1)  # second moments and step counts
+        return _FLOAT64 * values
+
+    def _gathered(self, method: str, lora_ranks: Sequence[int]) -> int:
+        values = 0
+        for r in set(lora_ranks):
+            share = -(-lora_ranks.count(r) // self._ranks)
+            matrices = 2 * self._streams.gram * r * r if GRADIENT_METHODS[method].uses_gradients else r * (r + 1)
+            values += share * (1 + matrices)
+        return _FLOAT64 * values
+
+
+def _streams(method: str) -> _Streams:
+    if method == "lora-rite":
+        return _Streams(there=3, back=2, gram=3)
+    if method in GRADIENT_METHODS:
+        return _Streams(there=2, back=1, gram=2 if GRADIENT_METHODS[method].uses_gradients else 1)
+    return _Streams(there=0, back=0, gram=0)

@@ -1,0 +1,305 @@
+"""finetune.py --task seq-cls: a small DeBERTa on records with GLUE's fields, every task, under DDP and sharded."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2Model,
+    EvalPrediction,
+    PreTrainedTokenizerFast,
+)
+
+from launchers.training import classification
+from launchers.training.glue_tasks import GLUE, ClassificationOptions
+from launchers.training.options import parse_options
+from tests.launchers.test_runs import _finetune
+from tests.support.cluster import run_ranks
+
+WORDS = ("red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "good", "bad", "same", "other")
+LAYERS = 2
+# The papers' adapted layers: five kinds in each layer, and output.dense twice.
+TARGETS = ["query_proj", "key_proj", "value_proj", "output.dense", "intermediate.dense"]
+PAIRS = 6 * LAYERS
+
+
+def micro_deberta(folder: Path) -> Path:
+    """A DeBERTaV3 of 20 thousand parameters without a head, as it is published, with a tokenizer beside it."""
+    backend = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    backend.normalizer, backend.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
+    backend.train_from_iterator(
+        [" ".join(WORDS)], trainers.WordLevelTrainer(special_tokens=special, show_progress=False)
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = DebertaV2Config(
+        vocab_size=backend.get_vocab_size(),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        type_vocab_size=0,
+        # as microsoft/deberta-v3-base
+        relative_attention=True,
+        max_relative_positions=-1,
+        position_buckets=16,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type="p2c|c2p",
+        position_biased_input=False,
+        pooler_hidden_size=32,
+        pad_token_id=0,
+    )
+    DebertaV2Model(config).save_pretrained(folder)
+    return folder
+
+
+def write_glue(path: Path, task: str, count: int = 48, seed: int = 0) -> Path:
+    """Records of a task whose label can be learnt: it is decided by one word of the first text."""
+    glue, draw = GLUE[task], random.Random(seed)
+    lines = []
+    for index in range(count):
+        label = index % (glue.num_labels or 6)
+        record: dict[str, Any] = {
+            field: " ".join([*draw.choices(WORDS[6:], k=draw.randint(2, 6)), *([WORDS[label]] if first else [])])
+            for first, field in zip((True, False), glue.fields, strict=False)
+        }
+        lines.append(json.dumps({**record, "label": label if glue.num_labels else label * 0.9, "idx": index}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("glue")
+    micro_deberta(folder / "model")
+    for task in GLUE:
+        write_glue(folder / f"{task}.jsonl", task)
+        write_glue(folder / f"{task}-validation.jsonl", task, count=25, seed=1)
+    return folder
+
+
+def _options(folder: Path, glue_task: str, output: str, **changes: Any) -> list[str]:
+    options = {
+        "task": "seq-cls",
+        "glue_task": glue_task,
+        "model": folder / "model",
+        "dataset": folder / f"{glue_task}.jsonl",
+        "eval_dataset": folder / f"{glue_task}-validation.jsonl",
+        "output_dir": folder / output,
+        "cache_dir": folder / "cache",
+        "target_modules": " ".join(TARGETS),
+        "lora_r": 4,
+        "lora_alpha": 4,
+        "reflora_warmup_steps": 2,
+        "learning_rate": 1e-2,
+        "max_steps": 6,
+        "eval_steps": 3,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        **changes,
+    }
+    values = {name: value for name, value in options.items() if value is not None}
+    return [part for name, value in values.items() for part in (f"--{name}", *str(value).split(" "))]
+
+
+def _run(folder: Path, task: str, engine: str, output: str, **changes: Any) -> dict[str, Any]:
+    argv = _options(folder, task, output, **changes)
+    run_ranks(_finetune, 2, engine, argv, timeout=240, init_process_group=False)
+    return json.loads((folder / output / "metrics.json").read_text())
+
+
+_SAMPLED = {("mrpc", "ddp"), ("stsb", "zero3"), ("mnli", "fsdp2")}
+
+
+@pytest.mark.parametrize(
+    ("task", "engine"),
+    [
+        pytest.param(task, engine, marks=[] if (task, engine) in _SAMPLED else [pytest.mark.all_ranks])
+        for engine in ("ddp", "zero2", "zero3", "fsdp1", "fsdp2")
+        for task in (GLUE if engine == "ddp" else ("cola", "stsb", "mnli"))
+    ],
+)
+def test_every_task_trains_and_is_scored(folder: Path, task: str, engine: str) -> None:
+    output = f"{task}-{engine}"
+    more = {"mismatched_dataset": folder / "mnli-validation.jsonl"} if task == "mnli" else {}
+    metrics = _run(folder, task, engine, output, **more)
+    report = metrics["report"]
+    assert engine in report["engine"] and (report["num_pairs"], report["applied_steps"]) == (PAIRS, 4)
+    assert report["skipped_pairs"] == 0
+    points = metrics["held_out_metrics"]
+    expected = [("validation", 3), ("validation", 6)] + [("mismatched", 6)] * (task == "mnli")
+    assert [(point["set"], point["step"]) for point in points] == expected
+    assert all(set(point) == {"step", "set", *GLUE[task].metrics} for point in points)
+    assert metrics["settings"]["glue_task"] == task
+    assert [point["step"] for point in metrics["held_out_loss"]] == [3, 6]
+    losses = [point["loss"] for point in metrics["train_loss"]]
+    assert all(np.isfinite(losses)) and len(losses) == 6
+    _check_saved(folder, task, folder / output, points[-1])
+
+
+def _check_saved(folder: Path, task: str, adapter: Path, last: dict[str, Any]) -> None:
+    """PEFT loads it, the new layers were trained, and it scores what was recorded, in one process without a Trainer."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    heads = {name.split(".model.")[1] for name in tensors if "lora_" not in name}
+    assert heads == {"classifier.weight", "classifier.bias", "pooler.dense.weight", "pooler.dense.bias"}
+    assert sum("lora_" in name for name in tensors) == 2 * PAIRS
+    assert all(tensor.abs().sum() > 0 for name, tensor in tensors.items() if "lora_" in name)
+    for name, tensor in tensors.items():
+        if name.endswith((".bias", "pooler.dense.bias")):  # which start at zero
+            assert tensor.abs().sum() > 0, f"{name} was not trained"
+    options = parse_options(_options(folder, task, "scored"))
+    base = classification.load_model(str(folder / "model"), options, torch.float32)
+    model = PeftModel.from_pretrained(base, adapter).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "model")
+    _, records = classification.choose_records(options)
+    rows = [tokenizer(first, second, return_tensors="pt", return_token_type_ids=False) for first, second, _ in records]
+    with torch.no_grad():
+        logits = np.concatenate([model(**row).logits.numpy() for row in rows])
+    scores = classification.metrics_of(options)(EvalPrediction(logits, np.array([label for *_, label in records])))
+    for name, score in scores.items():
+        assert last[name] is None if np.isnan(score) else last[name] == pytest.approx(score, abs=1e-4)
+
+
+def test_labels_are_learnt_and_resumed(folder: Path) -> None:
+    """More steps, so that the task is solved; a run that resumes ends with the same head and factors."""
+    changes = {"max_steps": 60, "eval_steps": 30, "save_strategy": "steps", "save_steps": 30, "logging_steps": 10}
+    metrics = _run(folder, "mnli", "ddp", "learnt", **changes, lr_scheduler_type="constant")
+    assert metrics["held_out_metrics"][-1]["accuracy"] > 0.9
+    _run(
+        *(folder, "mnli", "ddp", "learnt-resumed"),
+        **{**changes, "lr_scheduler_type": "constant", "resume_from_checkpoint": folder / "learnt" / "checkpoint-30"},
+    )
+    whole, resumed = (load_file(folder / n / "adapter_model.safetensors") for n in ("learnt", "learnt-resumed"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("changes", [{"bf16": True}, {"target_modules": None}, {"init_lora_weights": "kaiming_both"}])
+@pytest.mark.parametrize("engine", ["zero3", pytest.param("ddp", marks=pytest.mark.all_ranks)])
+def test_options(folder: Path, engine: str, changes: dict[str, Any]) -> None:
+    """Regression in bf16; PEFT's all-linear leaves the new layers alone; a start that changes the base."""
+    output = f"{engine}-{next(iter(changes))}"
+    metrics = _run(folder, "stsb", engine, output, **changes)
+    assert metrics["report"]["applied_steps"] == 4
+    names = load_file(folder / output / "adapter_model.safetensors")
+    assert not any("lora_" in name for name in names if "pooler" in name or "classifier" in name)
+
+
+def test_metrics_by_hand() -> None:
+    """Against figures worked out on paper: 2 true and 1 false positive, 1 false and 2 true negatives."""
+
+    def scored(task: str, logits: Any, labels: Any) -> dict[str, float]:
+        options = type("Options", (), {"classification": ClassificationOptions(task="seq-cls", glue_task=task)})
+        return classification.metrics_of(options)(EvalPrediction(np.array(logits), np.array(labels)))  # type: ignore[arg-type]
+
+    labels, predicted = [1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0]
+    logits = [[0.0, 1.0] if p else [1.0, 0.0] for p in predicted]
+    assert scored("sst2", logits, labels) == pytest.approx({"accuracy": 4 / 6})
+    assert scored("mrpc", logits, labels) == pytest.approx({"accuracy": 4 / 6, "f1": 2 / 3})
+    assert scored("cola", logits, labels) == pytest.approx({"matthews_correlation": 1 / 3})
+    # ranks 1 2 3 against 1 3 2; deviations (-1, 0, 1) and (-2, 3, -1)
+    assert scored("stsb", [[1.0], [6.0], [2.0]], [1.0, 2.0, 3.0]) == pytest.approx(
+        {"pearson": 1 / (2 * 14) ** 0.5, "spearman": 0.5}
+    )
+    assert set(scored("mnli", [[0.0, 1.0, 2.0]], [2])) == {"accuracy"}
+
+
+def test_undefined_correlations_are_none() -> None:
+    options = type("Options", (), {"classification": ClassificationOptions(task="seq-cls", glue_task="stsb")})
+    history = [{"loss": 1.0, "step": 1}, {"eval_pearson": float("nan"), "eval_spearman": 0.5, "step": 2}]
+    points = classification.held_out_metrics(history, options)  # type: ignore[arg-type]
+    assert points == [{"step": 2, "set": "validation", "pearson": None, "spearman": 0.5}]
+    assert classification.describe(points[0]) == "validation, step 2: pearson none, spearman 0.5000\n"
+
+
+@pytest.mark.parametrize("task", sorted(GLUE))
+def test_glue_of_the_hub_has_these_fields(task: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rows as the hub has them give the records that local files give, from the splits of that task."""
+    asked: list[tuple[Any, ...]] = []
+    path = write_glue(tmp_path / "rows.jsonl", task, count=9)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+
+    def load_hub(*arguments: Any) -> Any:
+        asked.append(arguments)
+        return rows
+
+    monkeypatch.setattr(classification, "load_hub", load_hub)
+    common = ["--task=seq-cls", f"--glue_task={task}", "--model=any", f"--output_dir={tmp_path}"]
+    from_hub = parse_options(common)
+    local = parse_options([*common, f"--dataset={path}", f"--eval_dataset={path}"])
+    assert classification.choose_records(from_hub) == classification.choose_records(local)
+    further = classification.further_records(from_hub)
+    assert list(further) == (["mismatched"] if task == "mnli" else [])
+    splits = ["train", "validation_matched", "validation_mismatched"] if task == "mnli" else ["train", "validation"]
+    assert asked == [("nyu-mll/glue", split, task) for split in splits]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"sentence1": "a", "label": 1}, "a record of mrpc needs the texts sentence1, sentence2"),
+        ({"sentence1": "a", "sentence2": "b", "label": 2}, "label 2 is none of 0 to 1"),
+        ({"sentence1": "a", "sentence2": "b", "label": -1}, "test sets of GLUE have no labels"),
+        ({"sentence1": "a", "sentence2": "b", "label": "yes"}, "label 'yes' is none of"),
+        ({"sentence1": "a", "sentence2": "b"}, "label None is none of"),
+    ],
+)
+def test_unusable_records_are_named(folder: Path, tmp_path: Path, record: Any, message: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    with pytest.raises(ValueError, match=message) as caught:
+        classification.choose_records(parse_options(_options(folder, "mrpc", "bad", dataset=path)))
+    assert f"{path}, line 1" in str(caught.value)
+    path.write_text(json.dumps({"sentence1": "a", "sentence2": "b", "label": 5.5}))
+    with pytest.raises(ValueError, match=r"label 5.5 is no number from 0 to 5"):
+        classification.choose_records(parse_options(_options(folder, "stsb", "bad", dataset=path)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"no_glue_task": True}, "task=seq-cls needs --glue_task"),
+        ({"task": None}, "glue_task='mrpc' means nothing without --task seq-cls"),
+        ({"cls_dropout": 1.0}, r"cls_dropout=1.0 must be in \[0, 1\)"),
+        ({"mismatched_dataset": "x.jsonl"}, "is for mnli"),
+        ({"model": None}, "task=seq-cls needs --model"),
+        ({"method": "lora-xs", "reflora_warmup_steps": None}, "method='lora-xs' is for --task causal-lm"),
+        ({"packing": True}, "packing=True means nothing to --task seq-cls"),
+        ({"prompt_template": "alpaca"}, "prompt_template='alpaca' means nothing"),
+    ],
+)
+def test_mistakes_are_named(folder: Path, changes: dict[str, Any], message: str) -> None:
+    argv = _options(folder, "mrpc", "mistake", **changes)
+    if "no_glue_task" in changes:
+        argv = [part for part in argv[:-2] if part not in ("--glue_task", "mrpc")]
+    with pytest.raises(ValueError, match=message):
+        classification.choose_records(parse_options(argv))
+
+
+def test_the_dropout_of_the_classifier(folder: Path) -> None:
+    options = parse_options(_options(folder, "mrpc", "dropout", cls_dropout=0.25))
+    model = classification.load_model(str(folder / "model"), options, torch.float32)
+    assert (model.dropout.p, model.new_heads) == (0.25, ["pooler.dense"])
+    assert isinstance(model, type(AutoModelForSequenceClassification.from_config(model.config)))
+    with pytest.raises(ValueError, match=r"cls_dropout=0.25: models of type 'llama' have none"):
+        classification._set_dropout(type("Config", (), {"model_type": "llama"}), 0.25)

@@ -1,0 +1,128 @@
+"""The three launchers and the quickstart as a user starts them, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.support.launchers import REPOSITORY, launch, micro_model, short_training, write_records
+
+LAUNCHERS = REPOSITORY / "launchers"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scripts")
+    micro_model(folder / "model")
+    write_records(folder / "records.jsonl")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "engine"),
+    [
+        (["run_torchrun.sh"], "ddp"),
+        (["run_deepspeed.sh"], "zero3"),
+        (["run_deepspeed.sh", REPOSITORY / "ds_configs" / "zero2.json"], "zero2"),
+        (["run_accelerate.sh"], "zero3"),
+    ],
+    ids=["torchrun", "deepspeed", "deepspeed-zero2", "accelerate"],
+)
+def test_a_script_trains_with_two_ranks(folder: Path, script: list[str | Path], engine: str) -> None:
+    output = f"{script[0]}-{engine}"
+    command = ["bash", LAUNCHERS / script[0], *script[1:], *short_training(folder, output)]
+    printed = launch(command, timeout_s=280, PROCESSES="2")
+    metrics = json.loads((folder / output / "metrics.json").read_text())
+    assert metrics["report"]["engine"] == engine
+    assert (metrics["world_size"], metrics["steps"], metrics["report"]["applied_steps"]) == (2, 3, 2)
+    assert f"engine {engine}" in printed and "14 pairs of rank 16 on 2 process(es)" in printed
+    assert printed.count("attached reflora:") == 1  # one rank speaks
+    assert len(load_file(folder / output / "adapter_model.safetensors")) == 28
+
+
+@pytest.mark.slow
+def test_a_mistake_ends_every_rank_of_a_launch(folder: Path) -> None:
+    command = ["bash", LAUNCHERS / "run_torchrun.sh", *short_training(folder, "mistake"), "--max_length=2"]
+    printed = launch(command, timeout_s=180, expect_failure=True, PROCESSES="2")
+    assert "max_length=2 is too short" in printed
+
+
+def test_accelerate_with_fsdp_is_refused_without_a_gpu(folder: Path) -> None:
+    command = ["bash", LAUNCHERS / "run_accelerate.sh", LAUNCHERS / "accelerate" / "fsdp2.yaml"]
+    printed = launch([*command, *short_training(folder, "fsdp")], timeout_s=120, expect_failure=True)
+    assert "no FSDP on a CPU" in printed
+
+
+_NO_FSDP = "no FSDP on a CPU"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("distributed_type: FSDP\n", _NO_FSDP),
+        ('distributed_type:   "FSDP"\n', _NO_FSDP),
+        ("distributed_type : 'fsdp'  # sharded\n", _NO_FSDP),
+        ('{"num_machines": 1, "distributed_type": "FSDP"}', _NO_FSDP),
+        ("distributed_type: >-\n  FSDP\n", _NO_FSDP),
+        ("distributed_type: [FSDP\n", "cannot be read"),
+        ("- FSDP\n", "holds no settings"),
+        ("[" * 5000, "cannot be read"),
+        ("# distributed_type: FSDP\ndistributed_type: DEEPSPEED\n", ""),
+        ("machine_rank: 0\n", ""),
+    ],
+)
+def test_fsdp_is_recognized_however_it_is_written(content: str, message: str, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(content)
+    script = f". {LAUNCHERS / 'environment.sh'}; PYTHON={sys.executable}; gpus=0; refuse_fsdp_on_a_cpu '{config}'"
+    run = subprocess.run(["bash", "-c", f"set -euo pipefail; {script}"], capture_output=True, text=True, timeout=60)
+    assert (run.returncode != 0, message in run.stderr) == (bool(message), True), run.stderr
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("script", sorted((LAUNCHERS / "slurm").glob("*.sbatch")), ids=lambda script: script.stem)
+def test_a_batch_script_without_slurm_says_so(script: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    run = subprocess.run(["bash", script], capture_output=True, text=True, timeout=60, env=environment)
+    assert run.returncode != 0
+    assert "this is a batch script: sbatch" in run.stderr and f"run_{script.stem}.sh" in run.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_quickstart_runs_through(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    command = ["bash", LAUNCHERS / "quickstart.sh", "--steps", "4", "--pretrain-steps", "2"]
+    command += ["--cache-dir", tmp_path / "cache", "--output-dir", output, "--processes", "2"]
+    methods = ("lora", "reflora", "lora-rite", "lora-sb")
+    command += ["--methods", " ".join(methods)]
+    printed = launch(command, timeout_s=800)
+    for expected in ("held-out loss, step 0", "time per step", "bytes per step", "peak memory", "A: "):
+        assert expected in printed
+    assert (output / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    runs = {method: json.loads((output / method / "metrics.json").read_text()) for method in methods}
+    for method, run in runs.items():
+        assert (run["method"], run["report"]["engine"], run["world_size"]) == (method, "zero3", 2)
+        assert [point["step"] for point in run["held_out_loss"]] == [0, 2, 4]
+    assert runs["lora"]["held_out_loss"][0] == runs["reflora"]["held_out_loss"][0]
+    assert runs["lora"]["bytes_per_step"] == 0 < runs["reflora"]["bytes_per_step"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--bogus", "1"], "unknown option --bogus"),
+        (["--steps"], "needs a value"),
+        (["--steps", "one"], "whole number of at least 2"),
+    ],
+)
+def test_the_quickstart_names_a_mistake(options: list[str], message: str) -> None:
+    printed = launch(["bash", LAUNCHERS / "quickstart.sh", *options], timeout_s=60, expect_failure=True)
+    assert message in printed

@@ -1,0 +1,214 @@
+"""ScaledGD, LoRA-Pro and LoRA-RITE on whole factors in one process, as plainly as their papers state them.
+
+The oracles of the sharded implementations: float64, a loop over pairs, and other algebra than theirs. ScaledGD solves
+with the damped Grams, LoRA-Pro takes its Sylvester equation apart with eigenvectors, LoRA-RITE goes by QR
+factorizations and keeps moments in the basis of the step before. RefLoRA's are in ``reflora_dist.methods.reference``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reflora_dist import RefLoRAConfig
+from reflora_dist.engines.pairs import find_pairs
+from reflora_dist.methods.reference import refactored
+from tests.support.workloads import Factors, Settings, Workload, build_model, train_single
+
+Pair = tuple[Tensor, Tensor]
+"""Something of lora_A and something of lora_B."""
+
+
+def scaled_gd(lora_a: Tensor, lora_b: Tensor, grad_a: Tensor, grad_b: Tensor, damping: float) -> Pair:
+    """``(B^T B + delta I)^-1 grad_A`` and ``grad_B (A A^T + delta I)^-1``."""
+    damped = damping * torch.eye(lora_a.shape[0], dtype=lora_a.dtype)
+    new_a = torch.linalg.solve(lora_b.mT @ lora_b + damped, grad_a)
+    new_b = torch.linalg.solve(lora_a @ lora_a.mT + damped, grad_b.mT).mT
+    return new_a, new_b
+
+
+def lora_pro(
+    lora_a: Tensor, lora_b: Tensor, grad_a: Tensor, grad_b: Tensor, scaling: float, x: Tensor | None = None
+) -> Pair:
+    """Theorem 2.1 there with the X of theorem 2.3, or a given one; unchanged where a factor is rank-deficient."""
+    rank = lora_a.shape[0]
+    if min(torch.linalg.matrix_rank(lora_a), torch.linalg.matrix_rank(lora_b)) < rank:
+        return grad_a, grad_b
+    gram_a, gram_b = lora_a @ lora_a.mT, lora_b.mT @ lora_b
+    natural_a = torch.linalg.solve(gram_b, grad_a) / scaling**2
+    natural_b = torch.linalg.solve(gram_a, grad_b.mT).mT / scaling**2
+    natural_b = natural_b - lora_b @ torch.linalg.lstsq(lora_b, natural_b).solution
+    if x is None:
+        values_a, vectors_a = torch.linalg.eigh(gram_a)
+        values_b, vectors_b = torch.linalg.eigh(gram_b)
+        right_side = vectors_b.mT @ (-natural_a @ lora_a.mT) @ vectors_a
+        x = vectors_b @ (right_side / (values_b[:, None] + values_a)) @ vectors_a.mT
+    return natural_a + x @ lora_a, natural_b - lora_b @ x
+
+
+def new_gradients(
+    config: RefLoRAConfig, lora_a: Tensor, lora_b: Tensor, grad_a: Tensor, grad_b: Tensor, scaling: float
+) -> Pair:
+    """What a method makes of a pair's gradients."""
+    tensors = (lora_a.double(), lora_b.double(), grad_a.double(), grad_b.double())
+    match config.method:
+        case "scaled-gd":
+            return scaled_gd(*tensors, config.damping)
+        case "lora-pro":
+            return lora_pro(*tensors, scaling)
+        case "reflora":
+            return refactored(*tensors)
+    return tensors[2], tensors[3]
+
+
+class GradientOracle:
+    """Hooks a gradient method into a torch optimizer that holds a PEFT model's whole factors."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: RefLoRAConfig) -> None:
+        self._pairs = find_pairs(model)
+        self._config = config
+        self._steps = 0
+        optimizer.register_step_pre_hook(lambda *_: self._before())
+
+    def _before(self) -> None:
+        if self._config.is_due(self._steps):
+            for pair in self._pairs:
+                lora_a, lora_b = pair.lora_a, pair.lora_b
+                assert lora_a.grad is not None and lora_b.grad is not None
+                grad_a, grad_b = new_gradients(
+                    self._config, lora_a.detach(), lora_b.detach(), lora_a.grad, lora_b.grad, pair.scaling
+                )
+                lora_a.grad.copy_(grad_a)
+                lora_b.grad.copy_(grad_b)
+        self._steps += 1
+
+
+@dataclasses.dataclass
+class _Side:
+    """A tall factor ``[rows, r]`` and what LoRA-RITE keeps of it; ``other`` is of the other factor of the pair."""
+
+    parameter: Tensor
+    is_a: bool
+    group: dict[str, Any]
+    other_basis: Tensor
+    moment: Tensor
+    second: Tensor
+    escape: float = 0.0
+
+    def tall(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().double().mT if self.is_a else tensor.detach().double()
+
+
+class RiteOracle(torch.optim.Optimizer):
+    """LoRA-RITE, algorithm 1: parameters are lora_A, lora_B, lora_A, ... in every group."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        *,
+        clip_unmagnified_grad: float = 1.0,
+        update_capping: float = 0.0,
+        update_skipping: float = 1.0,
+        weight_decay: float = 0.0,
+        apply_escape: bool = False,
+        balance_param: bool = False,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self._betas, self._eps = betas, eps
+        self._clip, self._capping, self._skipping = clip_unmagnified_grad, update_capping, update_skipping
+        self._apply_escape, self._balance = apply_escape, balance_param
+        self._steps = 0
+        self.skipped_pairs = 0
+        self._pairs: list[tuple[_Side, _Side]] = []
+        for group in self.param_groups:
+            parameters = group["params"]
+            for pair in zip(parameters[0::2], parameters[1::2], strict=True):
+                self._pairs.append((self._side(pair, 0, group), self._side(pair, 1, group)))
+
+    @staticmethod
+    def _side(pair: Pair, side: int, group: dict[str, Any]) -> _Side:
+        lora_rank = pair[0].shape[0]
+        rows = (pair[0].shape[1], pair[1].shape[0])
+        zeros = [torch.zeros(number, lora_rank, dtype=torch.float64) for number in (rows[1 - side], rows[side])]
+        second = torch.zeros(lora_rank, lora_rank, dtype=torch.float64)
+        return _Side(pair[side], side == 0, group, zeros[0], zeros[1], second)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        work = []
+        for sides in self._pairs:
+            bases, triangles = zip(*(torch.linalg.qr(side.tall(side.parameter)) for side in sides), strict=True)
+            inverses = [torch.linalg.pinv(triangle) for triangle in triangles]
+            gradients, skipped = [], False
+            for number, side in enumerate(sides):
+                unmagnified = side.tall(side.parameter.grad) @ inverses[1 - number]
+                if self._skipping and unmagnified.square().mean().sqrt() > self._skipping:
+                    unmagnified, skipped = torch.zeros_like(unmagnified), True
+                gradients.append(unmagnified)
+            self.skipped_pairs += skipped
+            work.append((bases, inverses, gradients))
+        norm = sum(float(g.square().sum()) for *_, gradients in work for g in gradients) ** 0.5
+        clip = self._clip / norm if self._clip and norm > self._clip else 1.0
+        for sides, (bases, inverses, gradients) in zip(self._pairs, work, strict=True):
+            updates = [
+                self._update(side, clip * gradients[number], bases[1 - number]) @ inverses[1 - number].mT
+                for number, side in enumerate(sides)
+            ]
+            talls = [
+                side.tall(side.parameter) * (1 - side.group["lr"] * side.group["weight_decay"])
+                - side.group["lr"] * update
+                for side, update in zip(sides, updates, strict=True)
+            ]
+            if self._balance:
+                norms = [float(tall.norm()) + 1e-6 for tall in talls]
+                target = (norms[0] * norms[1]) ** 0.5
+                talls = [tall * target / size for tall, size in zip(talls, norms, strict=True)]
+            for side, tall in zip(sides, talls, strict=True):
+                side.parameter.copy_(tall.mT if side.is_a else tall)
+        self._steps += 1
+
+    def _update(self, side: _Side, gradient: Tensor, basis: Tensor) -> Tensor:
+        """The unmagnified update, in the basis of the other factor; moments turn into that basis first."""
+        beta1, beta2 = (beta * (1 - beta**self._steps) / (1 - beta ** (self._steps + 1)) for beta in self._betas)
+        turn = basis.mT @ side.other_basis
+        turned = turn @ side.second @ turn.mT
+        if self._apply_escape:
+            loss = (torch.linalg.eigvalsh(side.second) - torch.linalg.eigvalsh(turned)).max().clamp_min(0.0)
+            trace_loss = (side.second.trace() - turned.trace()).clamp_min(0.0)
+            side.escape = beta2 * (side.escape + float(torch.minimum(loss, trace_loss)))
+        side.second = beta2 * turned + (1 - beta2) * gradient.mT @ gradient / gradient.shape[0]
+        side.second = 0.5 * (side.second + side.second.mT)
+        values, vectors = torch.linalg.eigh(side.second)
+        inverse_root = (vectors / ((values.clamp_min(0.0) + side.escape).sqrt() + self._eps)) @ vectors.mT
+        side.moment = beta1 * side.moment @ turn.mT + (1 - beta1) * gradient @ inverse_root
+        side.other_basis = basis
+        size = float(side.moment.square().mean().sqrt())
+        return side.moment / max(1.0, size / self._capping) if self._capping else side.moment
+
+
+def factors_in_pairs(model: nn.Module) -> list[Tensor]:
+    """lora_A, lora_B, lora_A, ... as `RiteOracle` takes them."""
+    return [factor for pair in find_pairs(model) for factor in (pair.lora_a, pair.lora_b)]
+
+
+def train_oracle(
+    model: nn.Module, batches: Tensor, settings: Settings, config: RefLoRAConfig
+) -> tuple[list[float], Factors]:
+    """`train_single` under a method's oracle. Returns losses and final factors."""
+    if config.method == "lora-rite":
+        optimizer = RiteOracle(factors_in_pairs(model), **settings.lora_rite())
+        return train_single(model, batches, settings, optimizer=optimizer)
+    return train_single(model, batches, settings, lambda m, o: GradientOracle(m, o, config))
+
+
+def trained_in_float64(
+    workload: Workload, settings: Settings, config: RefLoRAConfig, **model: Any
+) -> tuple[list[float], Factors]:
+    """`train_oracle` on a workload's model, everything in float64; ``model`` goes to ``build_model``."""
+    return train_oracle(build_model(workload, dtype=torch.float64, **model), workload.batches, settings, config)

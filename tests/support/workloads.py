@@ -1,0 +1,269 @@
+"""What the engines train in tests: the tiny LLaMA of the reference trajectories, and a synthetic one.
+
+The reference (``../shared/reference`` beside the repository, or ``REFLORA_REFERENCE``) holds what the
+published single-process implementations do. The synthetic workload needs no file and is compared with `train_single`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from reflora_dist import LoRARite
+
+Factors = dict[str, Tensor]
+Attach = Callable[[Any, Any], Any]
+
+# Correct runs land at 1e-6 to 1.2e-5: the order of fp32 summation differs with the number of ranks and Adam
+# amplifies it where a gradient is nearly zero. The mildest wrong run is above 3e-4.
+FACTOR_TOLERANCE = 1e-4
+LOSS_TOLERANCE = 1e-5
+
+TINY_LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "attn_implementation": "eager",
+}
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TINY_LORA = {"r": 8, "lora_alpha": 16, "target_modules": list(LINEARS), "lora_dropout": 0.0}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to train: AdamW's hyperparameters, the clipping norm (0: off), micro-batches per optimizer step.
+
+    ``rite`` are further hyperparameters of LoRARite, in place of AdamW; None for AdamW.
+    """
+
+    lr: float = 5e-3
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip: float = 0.0
+    grad_accum: int = 1
+    rite: dict[str, Any] | None = None
+
+    def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
+        """Of parameters or groups of them."""
+        if self.rite is None:
+            return torch.optim.AdamW(parameters, **self.adamw())
+        return LoRARite(parameters, **self.lora_rite())
+
+    def lora_rite(self) -> dict[str, Any]:
+        """The keyword arguments of ``LoRARite``."""
+        return {"lr": self.lr, "weight_decay": self.weight_decay, "betas": self.betas, **(self.rite or {})}
+
+    def adamw(self) -> dict[str, Any]:
+        """The keyword arguments of ``torch.optim.AdamW``."""
+        return {"lr": self.lr, "weight_decay": self.weight_decay, "betas": self.betas, "eps": self.eps}
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A model recipe and its data. ``batches`` is ``[steps, global_batch, seq]``; labels are the inputs."""
+
+    llama: dict[str, Any]
+    lora: dict[str, Any]
+    base_weights: Mapping[str, Tensor]
+    initial_factors: Factors
+    batches: Tensor
+    settings: Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference(Workload):
+    """The reference trajectories: per case its settings with every step's loss, and the final factors."""
+
+    cases: dict[str, dict[str, Any]]
+    factors: dict[str, Factors]
+
+    def settings_of(self, name: str) -> Settings:
+        """How a case trains: with AdamW, or as LoRA-RITE with its own defaults."""
+        if self.cases[name]["method"] != "lora-rite":
+            return dataclasses.replace(self.settings, clip=self.cases[name].get("clip", 0.0))
+        return dataclasses.replace(self.settings, weight_decay=0.0, rite={})
+
+
+def reference_dir() -> Path:
+    """Where the reference trajectories lie: ``REFLORA_REFERENCE`` or ``../shared/reference``."""
+    beside = Path(__file__).resolve().parents[3] / "shared" / "reference"
+    return Path(os.environ.get("REFLORA_REFERENCE") or beside)
+
+
+needs_reference = pytest.mark.skipif(
+    not (reference_dir() / "meta.json").is_file(),
+    reason=f"no reference trajectories in {reference_dir()} (set REFLORA_REFERENCE)",
+)
+
+
+def reference_cases() -> dict[str, dict[str, Any]]:
+    """The reference's cases for RefLoRA's methods; empty when there is no reference."""
+    meta = reference_dir() / "meta.json"
+    if not meta.is_file():
+        return {}
+    return json.loads(meta.read_text())["cases"]
+
+
+def load_reference() -> Reference:
+    """Read the reference trajectories."""
+    folder = reference_dir()
+    meta = json.loads((folder / "meta.json").read_text())
+    adamw = {**meta["adamw"], "betas": tuple(meta["adamw"]["betas"])}
+    return Reference(
+        llama=meta["llama"],
+        lora=meta["lora"],
+        base_weights=load_file(folder / "base_model.safetensors"),
+        initial_factors=load_file(folder / "factors_init.safetensors"),
+        batches=load_file(folder / "batches.safetensors")["input_ids"],
+        settings=Settings(**adamw),
+        cases=meta["cases"],
+        factors={name: load_file(folder / f"factors_{name}.safetensors") for name in meta["cases"]},
+    )
+
+
+def synthetic_workload(
+    seed: int = 0,
+    *,
+    steps: int = 4,
+    global_batch: int = 12,
+    seq: int = 16,
+    llama: Mapping[str, Any] | None = None,
+    lora: Mapping[str, Any] | None = None,
+) -> Workload:
+    """A random tiny LLaMA with LoRA (B is not zero) and random batches; ``llama``, ``lora`` override."""
+    llama_settings, lora_settings = {**TINY_LLAMA, **(llama or {})}, {**TINY_LORA, **(lora or {})}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        base = LlamaForCausalLM(LlamaConfig(**llama_settings))
+        base_weights = {name: weight.clone() for name, weight in base.state_dict().items()}
+        model = get_peft_model(base, LoraConfig(**lora_settings))
+        factors = {name: 0.2 * torch.randn(factor.shape) for name, factor in named_factors(model).items()}
+        batches = torch.randint(llama_settings["vocab_size"], (steps, global_batch, seq))
+    return Workload(llama_settings, lora_settings, base_weights, factors, batches, Settings())
+
+
+def build_model(
+    workload: Workload,
+    *,
+    dtype: torch.dtype = torch.float32,
+    gradient_checkpointing: bool = False,
+    initial_factors: Factors | None = None,
+    **lora: Any,
+) -> PeftModel:
+    """The PEFT model of a workload before its first step.
+
+    Args:
+        workload: the recipe.
+        dtype: of base and factors alike.
+        gradient_checkpointing: Hugging Face's non-reentrant kind.
+        initial_factors: instead of the workload's; an empty dictionary keeps PEFT's own start (B = 0, and A
+            drawn from torch's generator).
+        lora: overrides of ``LoraConfig`` fields (``r``, ``use_rslora``, ...).
+    """
+    base = LlamaForCausalLM(LlamaConfig(**workload.llama))
+    base.load_state_dict(workload.base_weights)
+    base.config.use_cache = False
+    if gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.enable_input_require_grads()
+    model = get_peft_model(base, LoraConfig(**{**workload.lora, **lora}))
+    factors = workload.initial_factors if initial_factors is None else initial_factors
+    if factors:
+        load_factors(model, factors)
+    model.train()
+    return model.to(dtype)
+
+
+def load_factors(model: PeftModel, factors: Factors) -> None:
+    """Put values into every lora_A and lora_B."""
+    parameters = named_factors(model)
+    assert parameters.keys() == factors.keys(), parameters.keys() ^ factors.keys()
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(factors[name])
+
+
+def is_factor(name: str) -> bool:
+    """Whether a parameter of this name is a lora_A or lora_B, or what LoRA-XS trains."""
+    return any(f".lora_{kind}." in name for kind in ("A", "B", "embedding_A", "embedding_B", "xs_R"))
+
+
+def named_factors(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Every lora_A and lora_B of a model by parameter name, whatever its wrappers."""
+    return {plain_name(name): parameter for name, parameter in model.named_parameters() if is_factor(name)}
+
+
+def as_peft_names_them(factors: Factors) -> Factors:
+    """Those that a model stores tall, under the name ``tall`` and transposed, as PEFT has them."""
+    return {
+        name.replace(".tall", ".weight"): factor.t() if name.endswith(".tall") else factor
+        for name, factor in factors.items()
+    }
+
+
+def plain_name(name: str) -> str:
+    """PEFT's name of a parameter, without what DDP, FSDP1 and activation checkpointing insert."""
+    for inserted in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+        name = name.replace(inserted, "")
+    return name.removeprefix("module.")
+
+
+def train_single(
+    model: torch.nn.Module,
+    batches: Tensor,
+    settings: Settings,
+    attach: Attach | None = None,
+    optimizer: Any = None,
+) -> tuple[list[float], Factors]:
+    """One process, the settings' optimizer unless one is given. Returns losses and final factors."""
+    if optimizer is None:
+        optimizer = settings.optimizer([p for p in model.parameters() if p.requires_grad])
+    if attach is not None:
+        attach(model, optimizer)
+    losses = []
+    for batch in batches:
+        micro_losses = []
+        for micro_batch in batch.chunk(settings.grad_accum):
+            loss = model(input_ids=micro_batch, labels=micro_batch).loss
+            (loss / settings.grad_accum).backward()
+            micro_losses.append(loss.item())
+        if settings.clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(sum(micro_losses) / len(micro_losses))
+    return losses, as_peft_names_them({name: f.detach().clone() for name, f in named_factors(model).items()})
+
+
+def worst_factor_error(factors: Factors, expected: Factors) -> float:
+    """The largest ||x - ref|| / ||ref|| (Frobenius) over all factors; names and shapes must be the same."""
+    assert factors.keys() == expected.keys(), factors.keys() ^ expected.keys()
+    for name, reference in expected.items():
+        assert factors[name].shape == reference.shape, (name, factors[name].shape, reference.shape)
+    errors = [((factors[name].to(ref.dtype) - ref).norm() / ref.norm()).item() for name, ref in expected.items()]
+    assert all(map(math.isfinite, errors)), "NaN or inf in a factor"  # max() may pass over NaN
+    return max(errors)
+
+
+def worst_loss_error(losses: list[float], expected: list[float]) -> float:
+    """The largest relative difference of two sequences of losses."""
+    errors = [abs(loss - ref) / abs(ref) for loss, ref in zip(losses, expected, strict=True)]
+    assert all(map(math.isfinite, errors)), "NaN or inf in a loss"
+    return max(errors)

@@ -51,6 +51,7 @@ from benchmarks.harness.interleaved import (
 from benchmarks.harness.options import parse, require_known, require_positive
 from benchmarks.harness.workloads import STEP_ENGINES, OptimizerStep, TrainingStep, Workload
 from benchmarks.reports.overhead import markdown
+from reflora_dist.methods.registry import METHODS
 
 SCOPES = ("step", "training")
 
@@ -151,7 +152,8 @@ def measure_lora_rank(
     times, bare, placed = measure_times(workloads, arguments.schedule, device, advance, calls)
     figures = {name: summary(times[name], times[plain_variant(name)], arguments.scope) for name in workloads}
     for name, workload in workloads.items():
-        is_method = name.removesuffix(variants.FLAT) in variants.METHODS[1:]
+        method = METHODS.get(name.removesuffix(variants.FLAT))
+        is_method = method is not None and method.acts
         figures[name] |= {"memory": memory.get(name), "report": _report(workload, name) if is_method else None}
         if "reflora" in workloads:
             figures[name]["added_over_reflora"] = figures[name]["added_step_ms"] / figures["reflora"]["added_step_ms"]

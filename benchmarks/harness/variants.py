@@ -22,9 +22,9 @@ from reflora_dist import Handle, LoRARite, RefLoRAConfig, attach
 from reflora_dist.engines.base import Engine
 from reflora_dist.engines.find import find_engine
 from reflora_dist.engines.pairs import find_pairs
+from reflora_dist.methods.registry import METHODS
 
 FLAT = "-flat"
-METHODS = ("lora", "reflora", "reflora-s", "scaled-gd", "lora-pro", "lora-rite")
 _WHOLE = (*METHODS, "loop", "riemannian")
 _SHARDED = (*METHODS, "gather-coalesced", "gather-each")
 _SAME_RESULT = ("reflora", "loop", "gather-coalesced", "gather-each")

@@ -29,7 +29,7 @@ from launchers.data.tokenization import IGNORE_INDEX
 from reflora_dist import Handle, LoRARite, RefLoRAConfig, attach
 from reflora_dist.lora_sb import METHODS as LATENT_METHODS
 from reflora_dist.lora_sb import LoRASBConfig, LoraXSConfig, initialize_lora_sb, initialize_lora_xs
-from reflora_dist.methods.config import METHODS
+from reflora_dist.methods.registry import METHODS
 
 # zero: PEFT's default, B = 0. drawn: B is drawn as A is, and the base gives up the product (the published code's
 # re_init), so that the model is the same and S exists from the first step on.

@@ -24,7 +24,7 @@ from reflora_dist import LoRARite, RefLoRAConfig
 from reflora_dist.checkpoints.complete import last_complete_checkpoint, require_complete
 from reflora_dist.collectives.agreed import is_first_rank, world_size
 from reflora_dist.lora_sb import METHODS as LATENT_METHODS
-from reflora_dist.methods.config import METHODS
+from reflora_dist.methods.registry import METHODS
 from reflora_dist.starts.recipes import check_init
 
 MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -16,7 +16,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from ..collectives.tiling import Layout
 from ..engines.pairs import find_pairs
 from ..engines.tall import tall_adapters
-from ..methods import GRADIENT_METHODS
+from ..methods.registry import METHODS
 from ..step.traffic import Traffic
 from . import accelerate_config
 from .accelerate_config import accelerate_setup
@@ -343,7 +343,7 @@ def _check_flat_adapters(result: Diagnosis, setup: Setup, built: PeftModel, devi
     """What it costs to keep lora_A as ``[r, in]``. Stores those of ``built`` tall, so it has to come last."""
     config, layouts = result.options.reflora_config(), result.layouts or []
     flat = [layout for layout in layouts if layout.columns and layout.moves]
-    if not flat or not (config.method in GRADIENT_METHODS or config.method == "lora-rite"):
+    if not flat or not METHODS[config.method].channels_there:
         return
     cost = (
         f"{len(flat)} of {len(layouts) // 2} lora_A are stored as [r, in] and cut: in every step each goes to one rank "

@@ -10,7 +10,8 @@ from dataclasses import field
 
 from transformers import HfArgumentParser
 
-from ..methods.config import METHODS, RefLoRAConfig
+from ..methods.config import RefLoRAConfig
+from ..methods.registry import METHODS
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 OPTIMIZERS = {"adamw": 2, "sgd": 0, "sgd-momentum": 1}
@@ -30,7 +31,7 @@ class DoctorOptions:
     model: str | None = _option(
         None, "Hub name, local path or config.json. Only its configuration is read; without it, keys are checked only."
     )
-    method: str = _option("reflora", "Method.", choices=METHODS)
+    method: str = _option("reflora", "Method.", choices=tuple(METHODS))
     tall_adapters: bool = _option(
         True, "Under FSDP and DeepSpeed: store lora_A as [in, r], as RefLoRACallback and finetune.py do."
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..methods import GRADIENT_METHODS, RESCALING_METHODS
+from ..methods.base import RescalingMethod
 from ..methods.config import RefLoRAConfig
+from ..methods.registry import METHODS
 from ..step.traffic import Traffic
 from .base_model import MetaModel, Parameter
 from .held import BYTES, held_elements, persisted
@@ -31,7 +32,7 @@ def method_sends(config: RefLoRAConfig, traffic: Traffic, ranks: int) -> list[Se
     """
     most = max(range(ranks), key=traffic.sent)
     exchanged = sum(traffic.exchanged(most))
-    reduced = "norms" if config.method in RESCALING_METHODS else "Gram matrices"
+    reduced = "norms" if issubclass(METHODS[config.method], RescalingMethod) else "Gram matrices"
     if config.method == "lora-rite":
         reduced += " and second moments"
     by_kind = {
@@ -57,9 +58,9 @@ def method_bytes(config: RefLoRAConfig, lora_ranks: Sequence[int], traffic: Traf
 
     An estimate.
     """
-    if config.method == "lora" or config.method in RESCALING_METHODS:
+    gram = METHODS[config.method].gram_width
+    if not gram:
         return 0
-    gram = 3 if config.method == "lora-rite" else 2 if GRADIENT_METHODS[config.method].uses_gradients else 1
     matrices = _GRAM * sum(4 * (gram * r) ** 2 for r in lora_ranks)
     return matrices + ranks * traffic.gathered + max(map(traffic.buffers, range(ranks)))
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-METHODS = ("lora", "reflora", "reflora-s", "scaled-gd", "lora-pro", "lora-rite")
+from .registry import METHODS
 
-# PEFT starts with lora_B = 0, where these methods do nothing and Adam meets gradients of another scale. The others have
-# an answer there.
-_DEFAULT_WARMUP_STEPS = {"reflora": 100, "reflora-s": 100, "lora-pro": 100}
 _DEFAULT_DAMPING = 1e-2
 
 
@@ -41,18 +38,18 @@ class RefLoRAConfig:
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is unknown; choose one of {', '.join(METHODS)}")
         if self.warmup_steps is None:
-            object.__setattr__(self, "warmup_steps", _DEFAULT_WARMUP_STEPS.get(self.method, 0))
+            object.__setattr__(self, "warmup_steps", METHODS[self.method].default_warmup_steps)
         for name, least in (("warmup_steps", 0), ("interval", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
         if not isinstance(self.damping, int | float) or not 0 <= self.damping < float("inf"):
             raise ValueError(f"damping={self.damping!r} must be a number of at least 0, and finite")
-        if self.damping != _DEFAULT_DAMPING and self.method != "scaled-gd":
+        if self.damping != _DEFAULT_DAMPING and "damping" not in METHODS[self.method].own_settings:
             raise ValueError(f"damping={self.damping!r} means nothing to method={self.method!r}: leave it out")
-        if self.method == "lora-rite" and (self.warmup_steps or self.interval != 1):
+        if not METHODS[self.method].has_schedule and (self.warmup_steps or self.interval != 1):
             raise ValueError(
-                f"method='lora-rite' is the optimizer itself and acts in every step: leave out "
+                f"method={self.method!r} is the optimizer itself and acts in every step: leave out "
                 f"warmup_steps={self.warmup_steps} and interval={self.interval}"
             )
 
@@ -64,7 +61,7 @@ class RefLoRAConfig:
         """
         assert self.warmup_steps is not None
         since_warmup = completed_steps - self.warmup_steps
-        return self.method != "lora" and since_warmup >= 0 and since_warmup % self.interval == 0
+        return METHODS[self.method].acts and since_warmup >= 0 and since_warmup % self.interval == 0
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as a JSON-ready dictionary."""

@@ -26,7 +26,11 @@ class LoRAPro(GradientMethod):
     factors. ``grad_A A^T`` equals ``B^T grad_B``, and each side takes its own.
     """
 
+    name = "lora-pro"
+    default_warmup_steps = 100
+    needs_full_rank = True
     uses_gradients = True
+    gram_width = 2
 
     def solve(self, grams: Matrices) -> Transform:
         transform = Transform({}, {})

@@ -17,6 +17,26 @@ from torch import Tensor
 from ..algebra.decompositions import symmetric
 from ..algebra.roots import damped_inverse_root, pseudo_inverse_root
 from ..algebra.types import Matrices
+from .base import OptimizerMethod
+
+
+class LoRARiteMethod(OptimizerMethod):
+    """``reflora_dist.LoRARite`` is its optimizer; :func:`rite_update` is the step."""
+
+    name = "lora-rite"
+    gram_width = 3  # factor, gradient, moment
+    channels_there = 3
+    channels_back = 2
+
+    @classmethod
+    def reduced_values(cls, lora_rank: int) -> int:
+        """Beside the Grams the packed second moments, and the count of steps, of two factors."""
+        return super().reduced_values(lora_rank) + 2 * (packed_size(lora_rank) + 1)
+
+
+def packed_size(lora_rank: int) -> int:
+    """Elements that a factor's second moment and escaped mass take."""
+    return lora_rank * (lora_rank + 1) // 2 + 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,10 @@ from .base import GradientMethod, Transform
 class RefLoRA(GradientMethod):
     """``grad_A <- S^-1 grad_A`` and ``grad_B <- grad_B S`` with ``S (A A^T) S = B^T B``."""
 
+    name = "reflora"
+    default_warmup_steps = 100
+    needs_full_rank = True
+
     def solve(self, grams: Matrices) -> Transform:
         transform = Transform({}, {})
         for lora_rank, (gram_a, gram_b) in grams.items():

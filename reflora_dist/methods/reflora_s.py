@@ -11,6 +11,9 @@ from .base import Rescaling, RescalingMethod
 class RefLoRAS(RescalingMethod):
     """``A <- sqrt(s) A`` and ``B <- B / sqrt(s)`` with ``s = |B|_F / |A|_F``, which makes their norms equal."""
 
+    name = "reflora-s"
+    default_warmup_steps = 100
+
     def solve(self, squared_norms: Tensor) -> Rescaling:
         s, solved = solve_scale(squared_norms[0], squared_norms[1])
         return Rescaling(s.sqrt(), solved)

@@ -15,11 +15,14 @@ class ScaledGD(GradientMethod):
     ``delta`` is ``RefLoRAConfig.damping``. A pair whose damped Grams have no inverse keeps its gradients.
     """
 
+    name = "scaled-gd"
+    own_settings = frozenset({"damping"})
+
     def solve(self, grams: Matrices) -> Transform:
         transform = Transform({}, {})
         for lora_rank, both in grams.items():
             eye = torch.eye(lora_rank, dtype=both.dtype, device=both.device)
-            factors, full_rank = cholesky(both + self.config.damping * eye, eye)
+            factors, full_rank = cholesky(both + self.settings.damping * eye, eye)
             solved = full_rank.all(dim=0)
             inverses = torch.where(solved[:, None, None], inverse_from_cholesky(factors, eye), eye)
             # lora_A's gradient meets the inverse of lora_B's Gram, and the reverse

@@ -14,10 +14,12 @@ from ..collectives.grams import reduce_grams
 from ..collectives.retile import Retiler
 from ..engines.base import Engine, Firing
 from ..methods.base import Transform
+from .base import Step
+from .figures import gram_figures
 from .solver import Solver, count_unsolved
 
 
-class GradientStep:
+class GradientStep(Step):
     """Applies a GradientMethod to the gradients that an engine is about to use.
 
     Rows that are cut are made whole, Grams are summed, the method answers with small matrices, gradients are multiplied
@@ -45,9 +47,8 @@ class GradientStep:
         uses_gradients: bool,
         hopeless: Collection[int] = (),
     ) -> None:
-        self._engine = engine
+        super().__init__(engine, communicator)
         self._retiler = retiler
-        self._comm = communicator
         self._solver = solver
         self._uses_gradients = uses_gradients
         self._blocks = BlockSet(retiler.specs, [pair.lora_rank for pair in engine.pairs], communicator.device)
@@ -55,6 +56,20 @@ class GradientStep:
         self._acts_on = tuple(factor // 2 not in hopeless for factor in range(2 * len(engine.pairs)))
         self._transform: Transform | None = None
         self.grams: Matrices = {}
+        self._scalings = [pair.scaling for pair in engine.pairs] if uses_gradients else []
+
+    def before_update(self, firing: Firing, *, due: bool) -> Tensor | None:
+        if self._scalings and self._scalings != [pair.scaling for pair in self._engine.pairs]:
+            raise RuntimeError("the adapters' scaling changed after attach(): detach, then attach again")
+        if not due:
+            return None
+        self.stopwatch.start(new_step=firing.first)
+        skipped = self(firing)
+        self.stopwatch.stop()
+        return skipped
+
+    def figures(self) -> dict[str, float]:
+        return gram_figures(self.grams) if self.grams else {}
 
     def __call__(self, firing: Firing) -> Tensor | None:
         """Replace the gradients of this firing.

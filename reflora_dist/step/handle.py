@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,21 +16,15 @@ from torch import nn
 
 from ..collectives.agreed import agreed
 from ..collectives.communicator import Communicator
-from ..collectives.retile import Retiler
 from ..engines.base import Engine
 from ..engines.find import find_engine
 from ..engines.pairs import active_adapters, find_pairs, lora_layers
-from ..methods import GRADIENT_METHODS, RESCALING_METHODS, GradientMethod
 from ..methods.config import RefLoRAConfig
-from .figures import Stopwatch, balance_figures, gram_figures
-from .gradient_step import GradientStep
+from ..methods.registry import METHODS
 from .handle_state import changed_settings, check_state, handle_state
+from .kinds import make_step
 from .ranks_agree import compare_ranks, differ_between_replicas
 from .report import Report
-from .rescaling_step import RescalingStep
-from .rite_optimizer import LoRARite
-from .rite_step import RiteStep
-from .solver import Solver
 from .supported_optimizers import check_optimizer, pairs_without_solution
 
 logger = logging.getLogger(__name__)
@@ -77,26 +71,27 @@ def attach(
     state = "" if state_dict is None else json.dumps(dict(state_dict), sort_keys=True, default=str)
     resumed = compare_ranks(engine, config, state, error)
     assert engine is not None
-    if hopeless := pairs_without_solution(engine.pairs, config):
+    hopeless = pairs_without_solution(engine.pairs, config)
+    if hopeless:
         _warn(
             f"r is above in or out of {len(hopeless)} of {len(engine.pairs)} adapters "
             f"({engine.pairs[hopeless[0]].name}, ...), where "
             f"{config.method} does not exist: they are plain LoRA throughout; a lower r there (rank_pattern) mends it"
         )
     _tell_what_flat_adapters_cost(engine, config)
-    handle = Handle(model, config, engine)
+    handle = Handle(model, config, engine, hopeless)
     if state_dict is not None:
         _refuse_broken_factors(engine)
         handle.load_state_dict(state_dict)
     elif not resumed:
-        handle._rescale_before_first_step()
+        handle._start()
     return handle
 
 
 class Handle:
     """The link between a model's adapters and their optimizer. Made by :func:`attach`."""
 
-    def __init__(self, model: nn.Module, config: RefLoRAConfig, engine: Engine) -> None:
+    def __init__(self, model: nn.Module, config: RefLoRAConfig, engine: Engine, hopeless: Sequence[int]) -> None:
         self.config = config
         self._engine = engine
         self._layers = lora_layers(model)
@@ -108,25 +103,8 @@ class Handle:
         self._skipped_pairs = torch.zeros((), dtype=torch.int64, device=self._comm.device)
         self._checked = False
         self._is_no_step = False
-        self._stopwatch = Stopwatch(self._comm.device)
         self._sent_bytes = 0
-        self._scalings: list[float] | None = None  # where the method uses them
-        self._gradient_step: GradientStep | None = None
-        self._rescaling_step: RescalingStep | None = None
-        self._rite_step: RiteStep | None = None
-        if config.method in RESCALING_METHODS:
-            self._rescaling_step = RescalingStep(RESCALING_METHODS[config.method](), engine, self._comm)
-        elif config.method != "lora":
-            wire_dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
-            retiler = Retiler(engine.layouts(), self._comm, wire_dtype)
-            if config.method in GRADIENT_METHODS:
-                self._gradient_step = self._make_gradient_step(GRADIENT_METHODS[config.method], retiler)
-            else:
-                assert isinstance(engine.optimizer, LoRARite)
-                self._rite_step = RiteStep(engine.optimizer, engine, retiler, self._comm)
-                with agreed("reading the optimizer's state"):
-                    self._rite_step.refuse_foreign_state()
-                engine.optimizer.connect(self._rite_step)
+        self._step = make_step(engine, config, self._comm, hopeless)
         # a compiled step would be traced into the hooks, and not see that kernels change gradients by their addresses
         untraced = functools.partial(torch.compiler.disable, reason="reflora_dist's hooks cannot be part of a graph")
         self._hooks = [
@@ -134,15 +112,6 @@ class Handle:
             engine.optimizer.register_step_post_hook(untraced(self._after_update)),
         ]
         _attached.add(engine.optimizer)
-
-    def _make_gradient_step(self, kind: type[GradientMethod], retiler: Retiler) -> GradientStep:
-        scalings = [pair.scaling for pair in self._engine.pairs]
-        if kind.uses_gradients:
-            self._scalings = scalings
-        lora_ranks = [pair.lora_rank for pair in self._engine.pairs]
-        hopeless = pairs_without_solution(self._engine.pairs, self.config)
-        solver = Solver(kind, self.config, scalings, lora_ranks, self._comm, hopeless)
-        return GradientStep(self._engine, retiler, self._comm, solver, kind.uses_gradients, hopeless)
 
     def report(self) -> Report:
         """Figures of this rank so far. Waits for the device; local, no communication."""
@@ -173,18 +142,13 @@ class Handle:
             ``|A| / |B|`` before the step; and where it forms Grams, ``gram_condition_median`` and
             ``gram_condition_max`` of these. All are finite.
         """
-        figures: dict[str, float] = {}
-        grams = next((step.grams for step in (self._gradient_step, self._rite_step) if step is not None), {})
-        if grams:
-            figures = gram_figures(grams)
-        elif self._rescaling_step is not None and self._rescaling_step.squared_norms is not None:
-            figures = balance_figures(self._rescaling_step.squared_norms)
-        else:
+        figures = self._step.figures()
+        if not figures:
             return {}
         return figures | {
             "skipped_pairs": int(self._skipped_pairs),
             "bytes_per_step": self._sent_bytes,
-            "step_ms": self._stopwatch.milliseconds(),
+            "step_ms": self._step.stopwatch.milliseconds(),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -211,8 +175,7 @@ class Handle:
             hook.remove()
         if self._hooks:
             _attached.discard(self._engine.optimizer)
-            if isinstance(self._engine.optimizer, LoRARite):
-                self._engine.optimizer.connect(None)
+            self._step.close()
         self._hooks = []
 
     @torch.no_grad()
@@ -232,39 +195,26 @@ class Handle:
             self._checked = True
         if active_adapters(self._layers) != self._active_adapters:
             raise RuntimeError("the active adapters changed after attach(): detach, then attach again")
-        if self._scalings is not None and self._scalings != [pair.scaling for pair in self._engine.pairs]:
-            raise RuntimeError("the adapters' scaling changed after attach(): detach, then attach again")
         firing = self._engine.firing()
         if firing.first:
             self._comm.start_step()
-        acts_now = self._gradient_step is not None and self.config.is_due(self._steps)
-        if acts_now or self._rite_step is not None:
-            self._stopwatch.start(new_step=firing.first)
-        if self._gradient_step is not None and acts_now:
-            skipped = self._gradient_step(firing)
-            self._stopwatch.stop()
-            if skipped is not None:
-                self._skipped_pairs += skipped
-                self._applied_steps += 1
+        self._count(self._step.before_update(firing, due=self.config.is_due(self._steps)))
 
     @torch.no_grad()
     def _after_update(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         if self._is_no_step:
             return
-        if self._rite_step is not None:
-            self._stopwatch.stop()
-        last = self._engine.firing().last
+        firing = self._engine.firing()
         self._engine.end_firing()
-        if not last:
-            return
-        self._steps += 1
-        if self._rite_step is not None:
-            self._skipped_pairs += self._rite_step.take_skipped()
+        self._steps += firing.last
+        self._count(self._step.after_update(firing, due=firing.last and self.config.is_due(self._steps)))
+        if firing.last:
+            self._sent_bytes = self._comm.bytes or self._sent_bytes
+
+    def _count(self, skipped: torch.Tensor | None) -> None:
+        if skipped is not None:
+            self._skipped_pairs += skipped
             self._applied_steps += 1
-        if self._rescaling_step is not None and self.config.is_due(self._steps):
-            self._rescale(in_step=True)
-            self._applied_steps += 1
-        self._sent_bytes = self._comm.bytes or self._sent_bytes
 
     def _refuse_gradients_that_nobody_reduces(self) -> None:
         """Where every rank holds the factors whole, something has to keep them equal. On every rank."""
@@ -277,15 +227,10 @@ class Handle:
             )
 
     @torch.no_grad()
-    def _rescale_before_first_step(self) -> None:
-        if self._rescaling_step is not None and self.config.is_due(0):
-            self._rescale(in_step=False)
-
-    def _rescale(self, in_step: bool) -> None:
-        assert self._rescaling_step is not None
-        self._stopwatch.start(new_step=True)
-        self._skipped_pairs += self._rescaling_step(in_step)
-        self._stopwatch.stop()
+    def _start(self) -> None:
+        skipped = self._step.before_first_step(due=self.config.is_due(0))
+        if skipped is not None:
+            self._skipped_pairs += skipped
 
 
 def _find(model: nn.Module, optimizer: Any, config: RefLoRAConfig) -> Engine:
@@ -309,9 +254,8 @@ def _refuse_broken_factors(engine: Engine) -> None:
 
 def _tell_what_flat_adapters_cost(engine: Engine, config: RefLoRAConfig) -> None:
     """Once, before training."""
-    acts = config.method in GRADIENT_METHODS or config.method == "lora-rite"
     flat = [layout for layout in engine.layouts() if layout.moves and layout.columns]
-    if acts and flat:
+    if METHODS[config.method].channels_there and flat:
         megabytes = 3 * 4e-6 * sum(layout.numel for layout in flat)
         _warn(
             f"{len(flat)} of {len(engine.pairs)} lora_A are stored as [r, in] and cut by {engine.name}: in every step "

@@ -7,20 +7,18 @@ from torch import Tensor
 
 from ..algebra.tensor_lists import PerTensor
 from ..collectives.communicator import Communicator
-from ..engines.base import Engine
-from ..methods import RescalingMethod
+from ..engines.base import Engine, Firing
+from ..methods.base import RescalingMethod
+from .base import Step
+from .figures import balance_figures
 
 # Where Adam's variants keep what scales like 1 / factor, and like 1 / factor^2.
 _FIRST_MOMENTS = ("exp_avg",)
-
-
 _SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
-
-
 _NEEDED = {"exp_avg", "exp_avg_sq"}
 
 
-class RescalingStep:
+class RescalingStep(Step):
     """Applies a RescalingMethod to the factors and to Adam's moments.
 
     Communication per call: one all-reduce of two float64 values per pair; none if ranks hold the factors whole.
@@ -30,11 +28,25 @@ class RescalingStep:
     """
 
     def __init__(self, method: RescalingMethod, engine: Engine, communicator: Communicator) -> None:
+        super().__init__(engine, communicator)
         self._method = method
-        self._engine = engine
-        self._comm = communicator
         self._per_tensor = PerTensor(communicator.shard_device)
         self.squared_norms: Tensor | None = None
+
+    def before_first_step(self, *, due: bool) -> Tensor | None:
+        return self._timed(in_step=False) if due else None
+
+    def after_update(self, firing: Firing, *, due: bool) -> Tensor | None:
+        return self._timed(in_step=True) if due else None
+
+    def figures(self) -> dict[str, float]:
+        return {} if self.squared_norms is None else balance_figures(self.squared_norms)
+
+    def _timed(self, in_step: bool) -> Tensor:
+        self.stopwatch.start(new_step=True)
+        skipped = self(in_step)
+        self.stopwatch.stop()
+        return skipped
 
     def __call__(self, in_step: bool) -> Tensor:
         """Rescale; ``in_step`` as in ``Engine.publish_weights``. Returns the number of pairs left as they are."""

@@ -9,23 +9,21 @@ from torch import Tensor
 
 from ..algebra.tall_blocks import BlockSet
 from ..algebra.types import Matrices
+from ..collectives.agreed import agreed
 from ..collectives.communicator import Communicator
 from ..collectives.grams import reduce_grams_and
 from ..collectives.retile import Retiler
 from ..collectives.tiling import head
-from ..engines.base import Engine
-from ..methods.lora_rite import Groups, Moments, bias_corrected, rite_update
+from ..engines.base import Engine, Firing
+from ..methods.lora_rite import Groups, Moments, bias_corrected, packed_size, rite_update
+from .base import Step
+from .figures import gram_figures
 from .rite_optimizer import LoRARite
 
 _FACTORS, _MOMENTS = 0, 2  # streams that change
 
 
-def packed_size(lora_rank: int) -> int:
-    """Elements that a factor's second moment and escaped mass take."""
-    return lora_rank * (lora_rank + 1) // 2 + 1
-
-
-class RiteStep:
+class RiteStep(Step):
     """Steps the factors of a LoRARite optimizer.
 
     Communication per step: one all-reduce of the Grams of ``[X, grad, moment]`` together with the second moments, of
@@ -47,10 +45,9 @@ class RiteStep:
         retiler: Retiler,
         communicator: Communicator,
     ) -> None:
+        super().__init__(engine, communicator)
         self._optimizer = optimizer
-        self._engine = engine
         self._retiler = retiler
-        self._comm = communicator
         self._blocks = BlockSet(retiler.specs, [pair.lora_rank for pair in engine.pairs], communicator.device)
         self._everything = (True,) * (2 * len(engine.pairs))
         self._packed = _Packed(engine, self._blocks.pairs_by_rank, communicator)
@@ -64,6 +61,30 @@ class RiteStep:
         self._groups: dict[int, tuple[float, ...]] = {}  # settings of the factors of this step's firings so far
         self._skipped = torch.zeros((), dtype=torch.int64, device=communicator.device)
         self.grams: Matrices = {}
+
+    @classmethod
+    def connected(cls, engine: Engine, retiler: Retiler, communicator: Communicator) -> RiteStep:
+        """Make one, and tell the engine's optimizer of it. On every rank; one all-gather of small objects."""
+        assert isinstance(engine.optimizer, LoRARite)
+        step = cls(engine.optimizer, engine, retiler, communicator)
+        with agreed("reading the optimizer's state"):
+            step.refuse_foreign_state()
+        engine.optimizer.connect(step)
+        return step
+
+    def before_update(self, firing: Firing, *, due: bool) -> Tensor | None:
+        self.stopwatch.start(new_step=firing.first)  # the update itself is what takes time
+        return None
+
+    def after_update(self, firing: Firing, *, due: bool) -> Tensor | None:
+        self.stopwatch.stop()
+        return self._take_skipped() if firing.last else None
+
+    def figures(self) -> dict[str, float]:
+        return gram_figures(self.grams) if self.grams else {}
+
+    def close(self) -> None:
+        self._optimizer.connect(None)
 
     def refuse_foreign_state(self) -> None:
         """Make sure that the optimizer's moments, if it was given any, are LoRA-RITE's. Local, no communication.
@@ -115,7 +136,7 @@ class RiteStep:
         if not firing.first:
             self._engine.publish_weights(in_step=True)
 
-    def take_skipped(self) -> Tensor:
+    def _take_skipped(self) -> Tensor:
         """The number of pairs, since the last call, of which a gradient was too large to be used; 0-dim."""
         skipped, self._skipped = self._skipped, torch.zeros_like(self._skipped)
         return skipped

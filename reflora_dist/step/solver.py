@@ -10,8 +10,7 @@ from torch import Tensor
 from ..algebra.types import Matrices
 from ..collectives.communicator import Communicator
 from ..collectives.grams import from_triangles, triangles
-from ..methods import GradientMethod
-from ..methods.base import Transform
+from ..methods.base import GradientMethod, Transform
 from ..methods.config import RefLoRAConfig
 
 # Sum of r^3 over pairs from which a solve takes longer than an all-gather of what comes of it: on an H200, r = 64 for

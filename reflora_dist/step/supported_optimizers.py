@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import torch
 
 from ..engines.pairs import AdapterPair
+from ..methods.base import OptimizerMethod, RescalingMethod
 from ..methods.config import RefLoRAConfig
+from ..methods.lora_rite import packed_size
+from ..methods.registry import METHODS
 from .rite_optimizer import LoRARite
-from .rite_step import packed_size
 
 # Package of the class, class names: elementwise in the gradient, one step per backward.
 _ELEMENTWISE = {
@@ -36,19 +38,20 @@ def check_optimizer(optimizer: torch.optim.Optimizer, config: RefLoRAConfig, pai
             or "lora-rite" without LoRARite, or with a factor of less than r rows.
     """
     name = type(optimizer).__name__
-    if (config.method == "lora-rite") != isinstance(optimizer, LoRARite):
+    method = METHODS[config.method]
+    if issubclass(method, OptimizerMethod) != isinstance(optimizer, LoRARite):
         raise ValueError(
             f"method={config.method!r} with {name}: LoRA-RITE is an optimizer of its own, so RefLoRAConfig("
             "method='lora-rite') and reflora_dist.LoRARite(params, ...) go together, and neither with another"
         )
-    if config.method == "lora-rite":
+    if issubclass(method, OptimizerMethod):
         _check_sizes(pairs)
         return
-    if config.method == "lora":
+    if not method.acts:
         return
-    if config.method == "reflora-s" and _listed(optimizer, _ADAM_FAMILY) is None:
+    if issubclass(method, RescalingMethod) and _listed(optimizer, _ADAM_FAMILY) is None:
         known = ", ".join(sorted(set().union(*_ADAM_FAMILY.values())))
-        raise ValueError(f"method='reflora-s' rescales Adam's moments; {name} is not one of {known}")
+        raise ValueError(f"method={config.method!r} rescales Adam's moments; {name} is not one of {known}")
     base = _listed(optimizer, _ELEMENTWISE)
     if base is None:
         raise ValueError(
@@ -69,7 +72,7 @@ def pairs_without_solution(pairs: Sequence[AdapterPair], config: RefLoRAConfig) 
     Raises:
         ValueError: all of them are.
     """
-    if config.method not in ("reflora", "lora-pro"):
+    if not METHODS[config.method].needs_full_rank:
         return []
     hopeless = [
         number for number, pair in enumerate(pairs) if pair.lora_rank > min(pair.in_features, pair.out_features)

@@ -4,30 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 
 from ..collectives.tiling import Layout, Tiling, tile
-from ..methods import GRADIENT_METHODS, RESCALING_METHODS
 from ..methods.config import RefLoRAConfig
-from .rite_step import packed_size
+from ..methods.registry import METHODS
 from .solver import shares_out
 
 _FLOAT64 = 8
-
-
-class _Streams(NamedTuple):
-    """What a method exchanges and reduces.
-
-    Attributes:
-        there, back: how many tensors of a factor's size go to where their rows are whole, and come back.
-        gram: Gram matrices are ``gram x r`` wide.
-    """
-
-    there: int
-    back: int
-    gram: int
 
 
 class Traffic:
@@ -57,14 +42,14 @@ class Traffic:
         self._layouts = layouts
         self._ranks = ranks
         self._element_bytes = element_bytes
-        self._acts = config.method != "lora" and ranks > 1 and bool(layouts)
-        self._streams = _streams(config.method)
+        self._method = METHODS[config.method]
+        acts = self._method.acts and ranks > 1 and bool(layouts)
         lora_ranks = [layout.lora_rank for layout in layouts[::2]]
-        self.reduced = self._reduced(config.method, lora_ranks) if self._acts else 0
+        self.reduced = _FLOAT64 * sum(map(self._method.reduced_values, lora_ranks)) if acts else 0
         self.gathered = 0
-        if self._acts and config.method in GRADIENT_METHODS and shares_out(lora_ranks, ranks, device):
-            self.gathered = self._gathered(config.method, lora_ranks)
-        moving = [layout for layout in layouts if layout.moves] if self._acts and self._streams.there else []
+        if acts and shares_out(lora_ranks, ranks, device):
+            self.gathered = self._gathered(lora_ranks)
+        moving = [layout for layout in layouts if layout.moves] if acts and self._method.channels_there else []
         self._moves = bool(moving)
         self.neighbours = self._moves and not any(layout.columns for layout in moving)
         self._tile = functools.cache(tile)
@@ -92,7 +77,10 @@ class Traffic:
         for tiling in self._tilings(rank):
             there += sum(run.numel for run in tiling.sent if run.peer != rank)
             back += sum(run.numel for run in tiling.arriving if run.peer != rank)
-        return self._element_bytes * self._streams.there * there, self._element_bytes * self._streams.back * back
+        return (
+            self._element_bytes * self._method.channels_there * there,
+            self._element_bytes * self._method.channels_back * back,
+        )
 
     def buffers(self, rank: int) -> int:
         """Bytes of the exchanges' buffers on a rank: what it sends, and what arrives, there also in blocks."""
@@ -100,7 +88,7 @@ class Traffic:
         for tiling in self._tilings(rank):
             sent += sum(run.numel for run in tiling.sent)
             received += sum(run.numel for run in tiling.arriving)
-        return self._element_bytes * self._streams.there * (sent + 2 * received)
+        return self._element_bytes * self._method.channels_there * (sent + 2 * received)
 
     def _tilings(self, rank: int) -> Iterator[Tiling]:
         """Of the factors that this rank holds a part of, or owns."""
@@ -109,29 +97,7 @@ class Traffic:
             if layout.piece(rank).numel or (layout.columns and rank == owner):
                 yield self._tile(layout, rank, owner)
 
-    def _reduced(self, method: str, lora_ranks: Sequence[int]) -> int:
-        if method in RESCALING_METHODS:
-            return _FLOAT64 * 2 * len(lora_ranks)
-        values = 0
-        for r in lora_ranks:
-            width = self._streams.gram * r
-            values += width * (width + 1)  # the upper triangles of two
-            if method == "lora-rite":
-                values += 2 * (packed_size(r) + 1)  # second moments and step counts
-        return _FLOAT64 * values
-
-    def _gathered(self, method: str, lora_ranks: Sequence[int]) -> int:
-        values = 0
-        for r in set(lora_ranks):
-            share = -(-lora_ranks.count(r) // self._ranks)
-            matrices = 2 * self._streams.gram * r * r if GRADIENT_METHODS[method].uses_gradients else r * (r + 1)
-            values += share * (1 + matrices)
-        return _FLOAT64 * values
-
-
-def _streams(method: str) -> _Streams:
-    if method == "lora-rite":
-        return _Streams(there=3, back=2, gram=3)
-    if method in GRADIENT_METHODS:
-        return _Streams(there=2, back=1, gram=2 if GRADIENT_METHODS[method].uses_gradients else 1)
-    return _Streams(there=0, back=0, gram=0)
+    def _gathered(self, lora_ranks: Sequence[int]) -> int:
+        """Every rank sends as many numbers, so the last one's share is padded."""
+        shares = {r: -(-lora_ranks.count(r) // self._ranks) for r in set(lora_ranks)}
+        return _FLOAT64 * sum(share * self._method.solution_values(r) for r, share in shares.items())

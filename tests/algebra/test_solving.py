@@ -15,7 +15,7 @@ from reflora_dist import RefLoRAConfig
 from reflora_dist.collectives.retile import Retiler
 from reflora_dist.collectives.tiling import Layout
 from reflora_dist.engines.base import Firing
-from reflora_dist.methods import GRADIENT_METHODS
+from reflora_dist.methods.registry import METHODS
 from reflora_dist.step import solver as solving
 from reflora_dist.step.gradient_step import GradientStep
 from reflora_dist.step.solver import Solver, shares_out
@@ -75,7 +75,7 @@ def stepped(
             weights=lambda: own_weights,
             gradients=lambda: own_gradients,
         )
-        kind = GRADIENT_METHODS[method]
+        kind = METHODS[method]
         solver = Solver(kind, config, scalings, lora_ranks, comm)
         step = GradientStep(engine, Retiler(layouts, comm), comm, solver, kind.uses_gradients)
         halves = [range(len(layouts))]

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from reflora_dist import Handle, RefLoRACallback, RefLoRAConfig, attach
-from reflora_dist.methods.config import METHODS
+from reflora_dist.methods.registry import METHODS
 from reflora_dist.step.figures import gram_figures
 from tests.support.cluster import run_ranks
 from tests.support.engines_under_test import ENGINES

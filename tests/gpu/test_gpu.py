@@ -19,8 +19,8 @@ from reflora_dist.collectives.communicator import Communicator, Counts
 from reflora_dist.collectives.retile import Retiler
 from reflora_dist.collectives.tiling import Layout
 from reflora_dist.engines.base import Firing
-from reflora_dist.methods import GRADIENT_METHODS
 from reflora_dist.methods.reference import ReferenceRefLoRA, refactorization
+from reflora_dist.methods.registry import METHODS
 from reflora_dist.step.gradient_step import GradientStep
 from reflora_dist.step.solver import Solver
 from tests.algebra.test_kernels_interpreted import blocks_of_all_sizes
@@ -281,7 +281,7 @@ def test_a_step_over_cut_factors_never_waits(tall: bool) -> None:
     engine = SimpleNamespace(
         pairs=[SimpleNamespace(lora_rank=16)] * 2, weights=lambda: tensors[0], gradients=lambda: tensors[1]
     )
-    solver = Solver(GRADIENT_METHODS["reflora"], RefLoRAConfig(), [1.0] * 2, [16] * 2, comm)
+    solver = Solver(METHODS["reflora"], RefLoRAConfig(), [1.0] * 2, [16] * 2, comm)
     step = GradientStep(engine, Retiler(layouts, comm), comm, solver, uses_gradients=False)  # type: ignore[arg-type]
     firing = Firing((True,) * 4, first=True, last=True)
     for number in range(3):

@@ -1,0 +1,54 @@
+"""Which class of step carries out which kind of method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..collectives.communicator import Communicator
+from ..collectives.retile import Retiler
+from ..engines.base import Engine
+from ..methods.base import GradientMethod, OptimizerMethod, RescalingMethod
+from ..methods.config import RefLoRAConfig
+from ..methods.registry import METHODS
+from .base import Step
+from .gradient_step import GradientStep
+from .rescaling_step import RescalingStep
+from .rite_step import RiteStep
+from .solver import Solver
+
+
+def make_step(engine: Engine, config: RefLoRAConfig, communicator: Communicator, hopeless: Sequence[int]) -> Step:
+    """The step of the configured method.
+
+    Args:
+        engine: recognized, with its pairs.
+        config: the method and its settings.
+        communicator: over the engine's group.
+        hopeless: numbers of the pairs on which the method can never act.
+
+    Raises:
+        ValueError: on every rank; the optimizer's state is that of another optimizer.
+
+    Communication: for a method that is an optimizer one all-gather of small objects.
+    """
+    method = METHODS[config.method]
+    if issubclass(method, RescalingMethod):
+        return RescalingStep(method(), engine, communicator)
+    if issubclass(method, GradientMethod):
+        scalings = [pair.scaling for pair in engine.pairs]
+        lora_ranks = [pair.lora_rank for pair in engine.pairs]
+        solver = Solver(method, config, scalings, lora_ranks, communicator, hopeless)
+        return GradientStep(
+            engine, _retiler(engine, communicator), communicator, solver, method.uses_gradients, hopeless
+        )
+    if issubclass(method, OptimizerMethod):
+        return RiteStep.connected(engine, _retiler(engine, communicator), communicator)
+    return Step(engine, communicator)
+
+
+def _retiler(engine: Engine, communicator: Communicator) -> Retiler:
+    """float64 factors are exchanged as they are, all others as float32."""
+    double = any(weight.dtype == torch.float64 for weight in engine.weights())
+    return Retiler(engine.layouts(), communicator, torch.float64 if double else torch.float32)

@@ -22,7 +22,6 @@ from ..engines.find_training import find_training_engine
 from ..engines.pairs import clean_name, find_peft_model
 from ..engines.tall import TALL_NAME, TallLinear, peft_key, transposed
 from ..engines.whole_parameters import Owner, gather, owned_tensors, scatter, whole_shapes
-from ..engines.zero import ZeroEngine
 from .start_file import readable, require_same_start, saved_mark, write_start
 
 
@@ -140,8 +139,7 @@ def write_weights(model: nn.Module, optimizer: Any, owners: Mapping[str, Owner],
     """
     scatter(model, owners, values)
     engine = find_training_engine(model, optimizer)
-    if isinstance(engine, ZeroEngine):
-        engine.write_masters({getattr(*owners[name]): value for name, value in values.items()})
+    engine.write_masters({getattr(*owners[name]): value for name, value in values.items()})
 
 
 def _read(

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ..collectives.agreed import world_size
 from ..engines.base import Engine
@@ -62,9 +60,8 @@ def read_checkpoint_record(folder: Path) -> dict[str, Any]:
 
 
 def require_same_engine(record: Mapping[str, Any], engine: Engine, folder: Path) -> None:
-    # every rank of DDP holds what one process holds
-    written, present = ("ddp" if name == "single" else name for name in (record["engine"], engine.name))
-    if written != present:
+    written = "ddp" if record["engine"] == "single" else record["engine"]
+    if written != engine.state_name:
         raise ValueError(
             f"{folder} was written under {record['engine']} and this is {engine.name}: continue under "
             f"{record['engine']}, or start a new run from the adapter (PeftModel.from_pretrained)"
@@ -73,7 +70,7 @@ def require_same_engine(record: Mapping[str, Any], engine: Engine, folder: Path)
 
 def require_same_storage(record: Mapping[str, Any], engine: Engine, folder: Path) -> None:
     """Where the state is not brought into PEFT's form, lora_A has to be stored as it was."""
-    if not in_peft_form_on_disk(engine) or isinstance(engine.optimizer, LoRARite):  # whose moments are packed
+    if not engine.has_peft_form or isinstance(engine.optimizer, LoRARite):  # whose moments are packed
         written = {"adapters": (), "stored_tall": record.get("stored_tall", describe_storage([]))}
         check_storage(written, engine.pairs, str(folder))
 
@@ -81,16 +78,16 @@ def require_same_storage(record: Mapping[str, Any], engine: Engine, folder: Path
 def require_loadable_on(
     present: int, record: Mapping[str, Any], engine: Engine, folder: Path, trust_pickles: bool
 ) -> None:
-    if record["world_size"] == present or engine.name in ("single", "ddp", "fsdp2"):
+    if record["world_size"] == present or engine.resumes_on_other_ranks:
         return
     problem = f"{folder} was written by {record['world_size']} ranks and this run has {present}"
-    if is_deepspeed(engine) and not was_round_robin(folder / STATE, trust_pickles):
+    if engine.state_format == "deepspeed" and not was_round_robin(folder / STATE, trust_pickles):
         raise ValueError(
             f"{problem}; DeepSpeed needs a universal checkpoint for that: run "
             f"`{conversion(folder / STATE, folder / UNIVERSAL)}` and set "
             '{"checkpoint": {"load_universal": true}} in the DeepSpeed configuration'
         )
-    if is_deepspeed(engine):
+    if engine.state_format == "deepspeed":
         raise ValueError(
             f"{problem}, and ds_to_universal mixes up the parameters of runs with round_robin_gradients: use "
             f"{record['world_size']} ranks"
@@ -118,30 +115,11 @@ def require_in_order(model: Any, record: Mapping[str, Any], folder: Path, trust_
         )
 
 
-def require_wrapped(model: nn.Module, engine: Engine) -> None:
-    if is_deepspeed(engine) and not hasattr(model, "load_universal_checkpoint"):
-        raise ValueError(f"pass the engine that deepspeed.initialize returned, not the bare {type(model).__name__}")
-    if engine.name == "fsdp1" and not isinstance(model, FullyShardedDataParallel):
-        raise ValueError(f"pass the FullyShardedDataParallel model, not the bare {type(model).__name__}")
-
-
-def is_deepspeed(engine: Engine) -> bool:
-    return engine.name.startswith("zero")
-
-
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def in_peft_form_on_disk(engine: Engine) -> bool:
-    """Whether a checkpoint has lora_A as ``[r, in]``, its moments too, however the model stores it.
-
-    FSDP1 and DeepSpeed save by parameters' names and shapes.
-    """
-    return engine.name in ("single", "ddp", "fsdp2")
 
 
 def _group_settings(engine: Engine) -> list[dict[str, float]]:

@@ -47,15 +47,12 @@ from .record import (
     RECORD,
     STATE,
     UNIVERSAL,
-    in_peft_form_on_disk,
-    is_deepspeed,
     read_checkpoint_record,
     require_converted,
     require_in_order,
     require_loadable_on,
     require_same_engine,
     require_same_storage,
-    require_wrapped,
     write_record,
 )
 from .start_file import FILE_NAME as START_FILE
@@ -107,7 +104,7 @@ def save_into(folder: Path, model: nn.Module, optimizer: Any, handle: Handle | N
     """
     with agreed("preparing to save the checkpoint"):
         engine = find_training_engine(model, optimizer)
-        require_wrapped(model, engine)
+        engine.require_wrapped(model)
         find_peft_model(model)  # refuses several, before anything is removed
         if is_first_rank():
             folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +114,7 @@ def save_into(folder: Path, model: nn.Module, optimizer: Any, handle: Handle | N
     save_adapter(model, folder)
     # not agreed upon: a rank that leaves an engine's collectives early cannot tell the others by another collective
     with named_write_errors(folder):
-        if is_deepspeed(engine):
+        if engine.state_format == "deepspeed":
             with _frozen_left_out(model.module):  # type: ignore[arg-type]
                 model.save_checkpoint(str(folder), tag=STATE, exclude_frozen_parameters=True)  # type: ignore[operator]
         else:
@@ -154,8 +151,8 @@ def load_checkpoint(
     with agreed("opening the checkpoint"):
         folder = _replacement(output_dir).complete_copy()
         engine = find_training_engine(model, optimizer)
-        require_wrapped(model, engine)
-        universal = is_deepspeed(engine) and bool(model.load_universal_checkpoint())  # type: ignore[operator]
+        engine.require_wrapped(model)
+        universal = engine.state_format == "deepspeed" and bool(model.load_universal_checkpoint())  # type: ignore[operator]
         record = read_checkpoint_record(folder)
         require_same_engine(record, engine, folder)
         check_adapters(record["handle"], engine.pairs, str(folder))
@@ -168,12 +165,12 @@ def load_checkpoint(
         else:
             require_files(folder, record["files"])
             require_loadable_on(world_size(), record, engine, folder, trust_pickles)
-        if not is_deepspeed(engine):
+        if engine.state_format != "deepspeed":
             SafeReader(folder / STATE, trust_pickles).read_metadata()  # refuses what DCP would call
         elif not universal:  # DeepSpeed calls whatever its files name
             require_states(_own_share(sorted((folder / STATE).glob("*.pt"))), trust_pickles)
     with agreed("loading the checkpoint"), named_load_errors(folder):
-        if is_deepspeed(engine):
+        if engine.state_format == "deepspeed":
             tag = UNIVERSAL if universal else STATE
             model.load_checkpoint(str(folder), tag=tag, load_module_strict=False)  # type: ignore[operator]
             if universal:
@@ -235,14 +232,14 @@ class _Planner(DefaultLoadPlanner):
 def _training_state(model: nn.Module, engine: Engine) -> dict[str, Any]:
     """The state dictionaries of what is trained, as DCP saves it and as it loads into. Sharded, nothing is gathered."""
     with _without_empty_groups(engine.optimizer):
-        if _is_no_shard(engine):
+        if engine.state_dict_lacks_parameters:
             # torch loses parameters in an FSDP1 NO_SHARD model's own state_dict(); they are whole on every rank
             weights = {clean_name(name): p.detach() for name, p in model.named_parameters() if p.requires_grad}
             return {"model": weights, "optimizer": get_optimizer_state_dict(model, engine.optimizer)}
         weights, state = get_state_dict(model, engine.optimizer, options=_TRAINABLE_ONLY)  # type: ignore[assignment]
     frozen = _frozen_names(model)
     weights = {name: weight for name, weight in weights.items() if clean_name(name) not in frozen}
-    if in_peft_form_on_disk(engine):
+    if engine.has_peft_form:
         optimizer_state: dict[str, Any] = state  # type: ignore[assignment]
         state = _renamed_state(optimizer_state, {name: peft_key(name) for name in optimizer_state["state"]})
     return {"model": weights, "optimizer": state}
@@ -285,11 +282,11 @@ def _frozen_left_out(module: nn.Module) -> Iterator[None]:
 
 def _set_training_state(model: nn.Module, engine: Engine, state: dict[str, Any]) -> None:
     with _without_empty_groups(engine.optimizer):
-        if _is_no_shard(engine):
+        if engine.state_dict_lacks_parameters:
             # the weights were loaded in place
             set_optimizer_state_dict(model, engine.optimizer, state["optimizer"])
             return
-        if in_peft_form_on_disk(engine):
+        if engine.has_peft_form:
             own = {peft_key(name): name for name in map(clean_name, dict(model.named_parameters()))}
             saved: dict[str, Any] = state["optimizer"]
             state["optimizer"] = _renamed_state(saved, {name: own.get(name, name) for name in saved["state"]})
@@ -328,7 +325,3 @@ def _restore_groups(engine: Engine, record: Mapping[str, Any]) -> None:
             state["step"] = state["step"].clone()
     for group, settings in zip(engine.optimizer.param_groups, record["param_groups"], strict=True):
         group.update(settings)
-
-
-def _is_no_shard(engine: Engine) -> bool:
-    return engine.name == "fsdp1" and engine.layout == "whole"

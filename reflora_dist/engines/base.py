@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..collectives.tiling import Layout
 from .pairs import AdapterPair
@@ -37,6 +37,12 @@ class Engine(abc.ABC):
         group: the ranks that together hold one copy of every factor; None if each rank holds them whole.
         replicas: the ranks that hold the same part of every factor; None if there are none, or unknown.
         pairs: the adapters.
+        state_format: "dcp", state dictionaries that torch.distributed.checkpoint saves, or "deepspeed", its own files.
+        state_name: engines of one state_name read each other's checkpoints; ``name`` unless said otherwise.
+        resumes_on_other_ranks: whether a checkpoint loads on another number of ranks as it is.
+        has_peft_form: whether checkpoints have lora_A as ``[r, in]``, its moments too, however the model stores it.
+            Engines that save by parameters' names and shapes cannot.
+        state_dict_lacks_parameters: whether torch loses parameters in the model's own ``state_dict()``.
     """
 
     name: str
@@ -44,6 +50,10 @@ class Engine(abc.ABC):
     optimizer: torch.optim.Optimizer
     group: dist.ProcessGroup | None = None
     replicas: dist.ProcessGroup | None = None
+    state_format: Literal["dcp", "deepspeed"] = "dcp"
+    resumes_on_other_ranks = False
+    has_peft_form = False
+    state_dict_lacks_parameters = False
 
     def __init__(self, pairs: Sequence[AdapterPair], optimizer: torch.optim.Optimizer) -> None:
         self.pairs = tuple(pairs)
@@ -84,6 +94,24 @@ class Engine(abc.ABC):
             in_step: called from within the training step, in which the engine publishes some of them itself.
 
         Communication: as the engine's own; every rank must call.
+        """
+
+    @property
+    def state_name(self) -> str:
+        return self.name
+
+    def require_wrapped(self, model: nn.Module) -> None:
+        """Make sure that the model is the one that the engine saves by.
+
+        Raises:
+            ValueError: it is the bare model inside.
+        """
+
+    def write_masters(self, values: Mapping[Tensor, Tensor]) -> None:
+        """Put whole values into this rank's part of the masters, where these are separate from the weights.
+
+        Args:
+            values: by the model's parameter; what is not trained is left out.
         """
 
     def check(self) -> None:

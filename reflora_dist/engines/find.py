@@ -8,16 +8,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from . import fsdp1, fsdp2, zero
 from .base import Engine
-from .fsdp1_flat import flat_parameter_engine
 from .pairs import AdapterPair
-from .parameters import FSDP1Engine, FSDP2Engine, ReplicatedEngine
+from .replicated import ReplicatedEngine
 from .whole_parameters import reshard
-from .zero import ZeroEngine, is_deepspeed_optimizer
+from .zero import is_deepspeed_optimizer
+
+# Every engine but the one that holds factors whole. Each answers for its own models alone, so their order is no matter.
+_RECOGNIZERS = (zero.recognize, fsdp1.recognize, fsdp2.recognize)
 
 
 def find_engine(model: nn.Module, optimizer: Any, pairs: Sequence[AdapterPair]) -> Engine:
@@ -36,21 +37,10 @@ def find_engine(model: nn.Module, optimizer: Any, pairs: Sequence[AdapterPair]) 
     reshard(model)
     _refuse_frozen(pairs)
     innermost = _unwrap(optimizer)
-    if is_deepspeed_optimizer(innermost):
-        return ZeroEngine(pairs, innermost)
-    if any(hasattr(factor, "ds_id") for pair in pairs for factor in (pair.lora_a, pair.lora_b)):
-        raise ValueError(
-            "the model is partitioned by ZeRO-3 but the optimizer is a plain torch optimizer: pass the optimizer "
-            "that deepspeed.initialize or accelerator.prepare returned"
-        )
-    units = [module for module in model.modules() if isinstance(module, FullyShardedDataParallel)]
-    if units:
-        return _fsdp1_engine(pairs, innermost, units)
-    kinds = {isinstance(factor.data, DTensor) for pair in pairs for factor in (pair.lora_a, pair.lora_b)}
-    if kinds == {True}:
-        return FSDP2Engine(pairs, innermost)
-    if kinds == {True, False}:
-        raise ValueError("some factors are DTensors and some are not: shard all adapters with fully_shard, or none")
+    for recognize in _RECOGNIZERS:
+        engine = recognize(model, innermost, pairs)
+        if engine is not None:
+            return engine
     distributed = dist.is_initialized() and dist.get_world_size() > 1
     return ReplicatedEngine(pairs, innermost, "ddp" if distributed else "single")
 
@@ -68,29 +58,6 @@ def _unwrap(optimizer: Any) -> Any:
             "deepspeed.initialize returned"
         )
     return innermost
-
-
-def _fsdp1_engine(
-    pairs: Sequence[AdapterPair], optimizer: torch.optim.Optimizer, units: Sequence[FullyShardedDataParallel]
-) -> Engine:
-    groups = {id(unit.process_group): unit.process_group for unit in units if unit._handle is not None}
-    sharded = any(unit._handle is not None and unit._handle.uses_sharded_strategy for unit in units)
-    if sharded and len({tuple(dist.get_process_group_ranks(group)) for group in groups.values()}) > 1:
-        raise ValueError("FSDP modules of this model shard over different process groups; use one for all")
-    group = next(iter(groups.values()), None)
-    if group is None:
-        raise ValueError("the FSDP modules hold no parameters: pass the model that FSDP wrapped")
-    if not sharded and not all(unit._use_orig_params for unit in units):
-        raise ValueError("FSDP NO_SHARD with use_orig_params=False is not supported; set use_orig_params=True")
-    if not sharded:
-        return ReplicatedEngine(pairs, optimizer, "fsdp1")
-    engine: Engine
-    if all(unit._use_orig_params for unit in units):
-        engine = FSDP1Engine(pairs, optimizer, units, group)
-    else:
-        engine = flat_parameter_engine(pairs, optimizer, units, group)
-    engine.replicas = getattr(units[0], "_inter_node_pg", None)  # HYBRID_SHARD
-    return engine
 
 
 def _refuse_double_wrapping(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from .base import Engine
 from .find import find_engine
 from .pairs import find_pairs, lora_layers
-from .zero import ZeroEngine
+from .zero import PLAIN_OPTIMIZER, ZeroEngine
 
 
 def find_training_engine(model: nn.Module, optimizer: Any) -> Engine:
@@ -28,10 +28,7 @@ def find_training_engine(model: nn.Module, optimizer: Any) -> Engine:
     if isinstance(engine, ZeroEngine):
         return engine
     if any(hasattr(parameter, "ds_id") for parameter in trained):
-        raise ValueError(
-            "the model is partitioned by ZeRO-3 but the optimizer is a plain torch optimizer: pass the optimizer "
-            "that deepspeed.initialize or accelerator.prepare returned"
-        )
+        raise ValueError(PLAIN_OPTIMIZER)
     owned = {id(parameter) for group in engine.optimizer.param_groups for parameter in group["params"]}
     if not all(id(parameter) in owned for parameter in trained):
         raise ValueError(

@@ -12,15 +12,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from .base import Firing
+from .base import Engine, Firing
 from .flat_buffers import BufferEngine, Piece, piece_of_buffer
 from .pairs import AdapterPair
 
 _STAGE_3 = "DeepSpeedZeroOptimizer_Stage3"
 _STAGE_1_2 = "DeepSpeedZeroOptimizer"
 _BF16 = "BF16_Optimizer"
+PLAIN_OPTIMIZER = (
+    "the model is partitioned by ZeRO-3 but the optimizer is a plain torch optimizer: pass the optimizer that "
+    "deepspeed.initialize or accelerator.prepare returned"
+)
 
 
 def is_deepspeed_optimizer(optimizer: object) -> bool:
@@ -39,6 +43,8 @@ class ZeroEngine(BufferEngine):
     Raises:
         ValueError: the ZeRO variant, or an option of it, is not supported; or a factor is not in its buffers.
     """
+
+    state_format = "deepspeed"
 
     def __init__(self, pairs: Sequence[AdapterPair], zero: Any) -> None:
         kind = type(zero).__name__
@@ -89,12 +95,11 @@ class ZeroEngine(BufferEngine):
             ):
                 partitions[dist.get_rank(group)].data.copy_(master.data)
 
-    def write_masters(self, values: Mapping[Tensor, Tensor]) -> None:
-        """Put whole values into this rank's part of the masters.
+    def require_wrapped(self, model: nn.Module) -> None:
+        if not hasattr(model, "load_universal_checkpoint"):
+            raise ValueError(f"pass the engine that deepspeed.initialize returned, not the bare {type(model).__name__}")
 
-        Args:
-            values: by the model's parameter; what DeepSpeed does not train is left out.
-        """
+    def write_masters(self, values: Mapping[Tensor, Tensor]) -> None:
         buffers, places = _places(self._kind, self._zero)
         for parameter, value in values.items():
             piece = places.get(id(parameter))
@@ -108,6 +113,19 @@ class ZeroEngine(BufferEngine):
         current = {index for index, buffer in enumerate(self._buffers) if id(buffer) in active}
         # The same buffer again: the step before was cut short, and this is a new one.
         return current, set() if current & self._fired else self._fired
+
+
+def recognize(model: nn.Module, optimizer: Any, pairs: Sequence[AdapterPair]) -> Engine | None:
+    """The engine, if the optimizer is DeepSpeed's; None if this is another's model.
+
+    Raises:
+        ValueError: DeepSpeed's model without its optimizer, or an option that is not supported.
+    """
+    if is_deepspeed_optimizer(optimizer):
+        return ZeroEngine(pairs, optimizer)
+    if any(hasattr(factor, "ds_id") for pair in pairs for factor in (pair.lora_a, pair.lora_b)):
+        raise ValueError(PLAIN_OPTIMIZER)
+    return None
 
 
 def _refuse_unsupported(kind: str, zero: Any) -> None:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from reflora_dist import RefLoRAConfig, attach
-from reflora_dist.algebra import kernels
+from reflora_dist.algebra import kernel_check, kernels
 from reflora_dist.algebra.tall_blocks import BlockSet
 from reflora_dist.algebra.tensor_lists import PerTensor
 from reflora_dist.algebra.types import SIDE_A, SIDE_B, BlockSpec
@@ -348,8 +348,8 @@ def _trained(method: str) -> tuple[float, float, dict[str, int]]:
 
     expected, without = train(reference), train(lambda *_: None)
     with contextlib.ExitStack() as stack:
-        for name in ("usable", "work"):
-            stack.enter_context(mock.patch.object(kernels, name, lambda *_: True))
+        for where, name in ((kernels, "usable"), (kernel_check, "kernels_work")):
+            stack.enter_context(mock.patch.object(where, name, lambda *_: True))
         for where, names in (
             (launch.TiledBlocks, ("grams", "multiply_")),
             (launch, ("solve",)),

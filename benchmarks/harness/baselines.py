@@ -90,7 +90,7 @@ class Gather:
         solve = solve_as_published if each else solve_batched
         device = engine.weights()[0].device
         self._chunks = [
-            _GatheredPairs(layouts[start : start + size], engine.group, solve, device)
+            GatheredPairs(layouts[start : start + size], engine.group, solve, device)
             for start in range(0, len(layouts), size)
         ]
 
@@ -122,7 +122,7 @@ class _Batch(NamedTuple):
     slots: Tensor
 
 
-class _GatheredPairs:
+class GatheredPairs:
     """Some pairs of equal lora_rank: gathered in one collective, refactored in batched products.
 
     Args:
@@ -162,7 +162,7 @@ class _GatheredPairs:
 
     def __call__(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         own_gradients = [_present(gradients[factor], weights[factor]) for factor in self._order]
-        whole = self._gather([*(weights[factor].reshape(-1) for factor in self._order), *own_gradients])
+        whole = self.gather([*(weights[factor].reshape(-1) for factor in self._order), *own_gradients])
         whole_weights, whole_gradients = whole.view(2, -1).unbind()
         s, s_inv = self._solve(*self._grams(whole_weights))
         for batch, blocks in self._blocks(whole_gradients):
@@ -170,7 +170,7 @@ class _GatheredPairs:
             blocks.copy_(matrices @ blocks if batch.columns else blocks @ matrices)
         self._keep_own(whole_gradients, own_gradients)
 
-    def _gather(self, pieces: list[Tensor]) -> Tensor:
+    def gather(self, pieces: list[Tensor]) -> Tensor:
         """Every factor and every gradient, flat and whole, in ``_order``."""
         padding = pieces[0].new_zeros(self._slot - sum(piece.numel() for piece in pieces))
         send = torch.cat([*pieces, padding])

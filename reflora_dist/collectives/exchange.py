@@ -17,7 +17,7 @@ Channel = Sequence[Tensor | None]
 """The local tensor of every factor: the weights, or the gradients."""
 
 
-class _Span(NamedTuple):
+class _SentRun(NamedTuple):
     """Elements of a local tensor that take part in an exchange."""
 
     peer: int
@@ -56,20 +56,22 @@ class Exchange:
         self._comm = comm
         self._dtype = dtype
         self._send = comm.between_neighbours if among_neighbours else comm.all_to_all
-        spans = [
-            _Span(run.peer, channel, factor, run.start, run.start + run.numel, whole=run.numel == local_numel[factor])
+        sent = [
+            _SentRun(
+                run.peer, channel, factor, run.start, run.start + run.numel, whole=run.numel == local_numel[factor]
+            )
             for channel, factor in entries
             for run in tilings[factor].sent
         ]
-        self._spans = sorted(spans, key=lambda span: span.peer)
-        self._span_numel = [span.stop - span.start for span in self._spans]
+        self._sent = sorted(sent, key=lambda run: run.peer)
+        self._sent_numel = [run.stop - run.start for run in self._sent]
         self._send_counts: Counts = {}
-        for span, numel in zip(self._spans, self._span_numel, strict=True):
-            self._send_counts[span.peer] = self._send_counts.get(span.peer, 0) + numel
+        for run, numel in zip(self._sent, self._sent_numel, strict=True):
+            self._send_counts[run.peer] = self._send_counts.get(run.peer, 0) + numel
         received = [tilings[factor] for _, factor in entries]
         self._block_numel = [math.prod(tiling.received) for tiling in received if tiling.received is not None]
         self._incoming = _Runs([run for tiling in received for run in tiling.arriving])
-        self._takes_part = bool(entries)
+        self.takes_part = bool(entries)
 
     # Built when first used: weights are never sent back, so half of them would only take memory.
 
@@ -83,10 +85,10 @@ class Exchange:
 
     def forward(self, channels: Sequence[Channel]) -> list[Tensor]:
         """Send pieces, return the received blocks, flat."""
-        if not self._takes_part:
+        if not self.takes_part:
             return []
         flat = [torch.empty(0, dtype=self._dtype, device=self._comm.shard_device)]  # a rank may send nothing
-        for piece, numel in zip(self._pieces(channels), self._span_numel, strict=True):
+        for piece, numel in zip(self._pieces(channels), self._sent_numel, strict=True):
             flat.append(flat[0].new_zeros(numel) if piece is None else piece.reshape(-1).to(self._dtype))
         sent = torch.cat(flat).to(self._comm.device, non_blocking=True)
         arrived = self._send(sent, self._send_counts, self._incoming.counts)
@@ -94,12 +96,12 @@ class Exchange:
 
     def backward(self, blocks: Sequence[Tensor], channels: Sequence[Channel]) -> None:
         """Send received blocks back and write them into the pieces that they came from."""
-        if not self._takes_part:
+        if not self.takes_part:
             return
         flat = torch.empty(0, dtype=self._dtype, device=self._comm.device)
         flat = torch.cat([flat, *(block.reshape(-1) for block in blocks)])
         returned = self._send(self._ordered(flat, self._pack), self._incoming.counts, self._send_counts)
-        parts = returned.to(self._comm.shard_device).split(self._span_numel)
+        parts = returned.to(self._comm.shard_device).split(self._sent_numel)
         pairs = [(p.view(-1), part) for p, part in zip(self._pieces(channels), parts, strict=True) if p is not None]
         if pairs:
             torch._foreach_copy_([piece for piece, _ in pairs], [part for _, part in pairs])
@@ -108,9 +110,9 @@ class Exchange:
         """What of the tensors takes part, never a copy, into which nothing may be written."""
         return [
             tensor
-            if (tensor := channels[span.channel][span.factor]) is None or span.whole
-            else tensor.view(-1)[span.start : span.stop]
-            for span in self._spans
+            if (tensor := channels[run.channel][run.factor]) is None or run.whole
+            else tensor.view(-1)[run.start : run.stop]
+            for run in self._sent
         ]
 
     def _ordered(self, flat: Tensor, index: Tensor) -> Tensor:

@@ -58,7 +58,9 @@ class Retiler:
         )
         self._local_numel = [layout.piece(communicator.rank).numel for layout in layouts]
         self._direct = [
-            _Place(factor, tiling.direct[1], tiling.direct[0], math.prod(tiling.direct[1]) == self._local_numel[factor])
+            _DirectBlock(
+                factor, tiling.direct[1], tiling.direct[0], math.prod(tiling.direct[1]) == self._local_numel[factor]
+            )
             for factor, tiling in enumerate(self._tilings)
             if tiling.direct is not None
         ]
@@ -132,13 +134,13 @@ class Retiler:
         return self._exchanges[key]
 
 
-class _Place(NamedTuple):
+class _DirectBlock(NamedTuple):
     factor: int
     shape: Shape
     offset: int  # of its first element in the local piece
     whole: bool  # it is all of the local piece
 
 
-def _view(place: _Place, tensor: Tensor | None) -> Tensor | None:
+def _view(place: _DirectBlock, tensor: Tensor | None) -> Tensor | None:
     """Never a copy, which would be changed in vain."""
     return None if tensor is None else tensor.view(-1)[place.offset : place.offset + math.prod(place.shape)]

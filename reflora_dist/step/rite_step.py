@@ -11,7 +11,7 @@ from ..algebra.tall_blocks import BlockSet
 from ..algebra.types import Matrices
 from ..collectives.agreed import agreed
 from ..collectives.communicator import Communicator
-from ..collectives.grams import reduce_grams_and
+from ..collectives.grams import from_triangles, reduce_grams_and, triangles
 from ..collectives.retile import Retiler
 from ..collectives.tiling import head
 from ..engines.base import Engine, Firing
@@ -56,7 +56,7 @@ class RiteStep(Step):
         )
         device = communicator.device  # where a list as an index would make the step wait
         self._pairs = {r: torch.tensor(pairs, device=device) for r, pairs in self._blocks.pairs_by_rank.items()}
-        self._stretches: dict[int, list[tuple[int, int]]] = {}
+        self._free_runs: dict[int, list[tuple[int, int]]] = {}
         self._held: dict[int, Tensor | None] = {}  # gradients of earlier firings of this step
         self._groups: dict[int, tuple[float, ...]] = {}  # settings of the factors of this step's firings so far
         self._skipped = torch.zeros((), dtype=torch.int64, device=communicator.device)
@@ -106,15 +106,15 @@ class RiteStep(Step):
 
     def others(self, parameter: Tensor) -> list[tuple[int, int]]:
         """See :class:`reflora_dist.step.rite_optimizer.FactorUpdate`."""
-        if not self._stretches:
-            self._stretches = _stretches(self._engine)
+        if not self._free_runs:
+            self._free_runs = _free_runs(self._engine)
         numel = _local_numel(parameter)
-        return self._stretches.get(id(parameter), [(0, numel)] if numel else [])
+        return self._free_runs.get(id(parameter), [(0, numel)] if numel else [])
 
     def holds_no_factor(self, parameter: Tensor) -> bool:
         """See :class:`reflora_dist.step.rite_optimizer.FactorUpdate`."""
         self.others(parameter)  # which looks the factors' parameters up at first
-        return id(parameter) not in self._stretches
+        return id(parameter) not in self._free_runs
 
     def __call__(self) -> None:
         """Take this firing's gradients; update every factor once all of them are there."""
@@ -256,30 +256,24 @@ class _Packed:
         moments = Moments({}, {})
         for r, places in self._places.items():
             values = vector[places]
-            rows, columns = torch.triu_indices(r, r, device=self._device)
-            second = values.new_zeros(*values.shape[:2], r, r)
-            second[..., rows, columns] = values[..., :-1]
-            second[..., columns, rows] = values[..., :-1]
-            moments.second[r], moments.escape[r] = second, values[..., -1]
+            moments.second[r], moments.escape[r] = from_triangles(values[..., :-1], r), values[..., -1]
         return moments
 
     def pack(self, moments: Moments) -> Tensor:
         vector = torch.empty(self._size, dtype=torch.float64, device=self._device)
         for r, places in self._places.items():
-            rows, columns = torch.triu_indices(r, r, device=self._device)
-            triangle = moments.second[r][..., rows, columns]
-            vector[places] = torch.cat([triangle, moments.escape[r][..., None]], dim=-1)
+            vector[places] = torch.cat([triangles(moments.second[r]), moments.escape[r][..., None]], dim=-1)
         return vector
 
 
-def _stretches(engine: Engine) -> dict[int, list[tuple[int, int]]]:
+def _free_runs(engine: Engine) -> dict[int, list[tuple[int, int]]]:
     """What of each parameter that holds a factor is not a factor's."""
     pieces: dict[int, list[tuple[int, int]]] = {}
     sizes: dict[int, int] = {}
     for (parameter, start), weight in zip(engine.holders(), engine.weights(), strict=True):
         pieces.setdefault(id(parameter), []).append((start, start + weight.numel()))
         sizes[id(parameter)] = _local_numel(parameter)
-    stretches = {}
+    free_runs = {}
     for key, taken in pieces.items():
         position, free = 0, []
         for start, stop in sorted(taken):
@@ -288,8 +282,8 @@ def _stretches(engine: Engine) -> dict[int, list[tuple[int, int]]]:
             position = max(position, stop)
         if sizes[key] > position:
             free.append((position, sizes[key]))
-        stretches[key] = free
-    return stretches
+        free_runs[key] = free
+    return free_runs
 
 
 def _local_numel(parameter: Tensor) -> int:

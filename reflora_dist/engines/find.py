@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,15 +12,25 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import fsdp1, fsdp2, zero
 from .base import Engine
 from .pairs import AdapterPair
 from .replicated import ReplicatedEngine
 from .whole_parameters import reshard
 from .zero import is_deepspeed_optimizer
 
-# Every engine but the one that holds factors whole. Each answers for its own models alone, so their order is no matter.
-_RECOGNIZERS = (zero.recognize, fsdp1.recognize, fsdp2.recognize)
+
+def _recognizers() -> list[Callable[..., Engine | None]]:
+    """That of every module of this folder which defines ``recognize``.
+
+    Each answers for its own models alone, so their order is no matter.
+    """
+    package = __name__.rpartition(".")[0]
+    names = [module.name for module in pkgutil.iter_modules(importlib.import_module(package).__path__)]
+    modules = [importlib.import_module(f"{package}.{name}") for name in names if f"{package}.{name}" != __name__]
+    return [module.recognize for module in modules if hasattr(module, "recognize")]
+
+
+_RECOGNIZERS = _recognizers()
 
 
 def find_engine(model: nn.Module, optimizer: Any, pairs: Sequence[AdapterPair]) -> Engine:

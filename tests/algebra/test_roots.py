@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from reflora_dist.algebra import decompositions
-from reflora_dist.algebra import roots
+from reflora_dist.algebra import decompositions, roots
 from tests.algebra.test_methods import _positive
 from tests.algebra.test_refactor import factor, relative
 

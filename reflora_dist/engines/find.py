@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from .whole_parameters import reshard
 from .zero import is_deepspeed_optimizer
 
 
+@functools.cache
 def _recognizers() -> list[Callable[..., Engine | None]]:
     """That of every module of this folder which defines ``recognize``.
 
@@ -28,9 +30,6 @@ def _recognizers() -> list[Callable[..., Engine | None]]:
     names = [module.name for module in pkgutil.iter_modules(importlib.import_module(package).__path__)]
     modules = [importlib.import_module(f"{package}.{name}") for name in names if f"{package}.{name}" != __name__]
     return [module.recognize for module in modules if hasattr(module, "recognize")]
-
-
-_RECOGNIZERS = _recognizers()
 
 
 def find_engine(model: nn.Module, optimizer: Any, pairs: Sequence[AdapterPair]) -> Engine:
@@ -49,7 +48,7 @@ def find_engine(model: nn.Module, optimizer: Any, pairs: Sequence[AdapterPair]) 
     reshard(model)
     _refuse_frozen(pairs)
     innermost = _unwrap(optimizer)
-    for recognize in _RECOGNIZERS:
+    for recognize in _recognizers():
         engine = recognize(model, innermost, pairs)
         if engine is not None:
             return engine

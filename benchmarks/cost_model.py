@@ -73,7 +73,7 @@ def sent_bytes(way: str, adapters: Adapters, ranks: int, layout: str = "zero3", 
         gathered = _gathered_bytes(adapters) if way == "gather" else 0
         return np.full(ranks, (ranks - 1) * gathered // ranks)
     plan = moved(adapters, ranks, layout, way == "tall", device)
-    collectives = 2 * (ranks - 1) * plan.traffic.reduced // ranks + (ranks - 1) * plan.traffic.gathered
+    collectives = plan.traffic.sent_in_all_reduces + (ranks - 1) * plan.traffic.gathered
     there, back = plan.sent()
     return collectives + there + back
 

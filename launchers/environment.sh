@@ -83,11 +83,7 @@ detect_devices() {
 # DeepSpeed compiles a small shared-memory extension at its first run on a CPU. One that is interrupted while it does
 # leaves a lock, for which all later runs would wait for ever.
 require_compiler() {
-    local extensions=${TORCH_EXTENSIONS_DIR:-$HOME/.cache/torch_extensions}
-    if [ -d "$extensions" ] && [ -n "$(find "$extensions" -name lock -mmin +10)" ]; then
-        say "Removing the lock that an interrupted build left in $extensions"
-        find "$extensions" -name lock -mmin +10 -delete 2>/dev/null || true  # another machine may have been faster
-    fi
+    "$PYTHON" "$repository/launchers/cluster/extension_locks.py"
     [ "$gpus" -gt 0 ] || command -v c++ >/dev/null || command -v g++ >/dev/null \
         || die "DeepSpeed compiles a small extension for the CPU and finds no C++ compiler; install g++"
 }

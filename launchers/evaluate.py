@@ -11,7 +11,6 @@ command goes on where it was stopped, on any number of ranks.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import hashlib
 import json
 import os
@@ -29,20 +28,31 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from launchers.cluster.waiting import told, wait_for_ranks, working_first
+from launchers.data.limits import Limits
 from launchers.data.tokenization import PROMPT_TEMPLATES, encode_prompts, format_prompt, load_tokenizer
 from launchers.evaluation import generation
-from launchers.evaluation.answer_files import AnswerFile, Key, batches, check_settings, read_answers, write_settings
+from launchers.evaluation.answer_files import (
+    SETTINGS_FILE,
+    AnswerFile,
+    Key,
+    batches,
+    check_settings,
+    read_answers,
+    write_settings,
+)
 from launchers.evaluation.answer_rules import ANSWER_WORDS, extract_answer, is_correct
 from launchers.evaluation.questions import FROM_HUB, TASKS, Question, load_questions
+from launchers.training.batching import require_same_in_batch
 from launchers.training.fields import option
 from launchers.training.options import MODEL_DTYPES, check_output_dir
 from launchers.training.recorder import installed_versions, recorded_setting
+from reflora_dist.collectives.agreed import is_first_rank
+from reflora_dist.engines.bare_base import adapter_folder
 
 RESULTS_FILE = "results.json"
 # As published: 32 in RefLoRA's commonsense_reasoning/evaluate.py, 256 in LLM-Adapters' evaluate.py.
 MAX_NEW_TOKENS = {task: 256 if task == "gsm8k" else 32 for task in TASKS}
-# Ranks that are done wait for the slowest.
-WAIT = datetime.timedelta(days=7)
 
 
 @dataclasses.dataclass
@@ -86,13 +96,24 @@ class EvaluateOptions:
                 raise ValueError(f"tasks: {name!r} is none of {', '.join(TASKS)}")
         if len(set(names)) < len(names):
             raise ValueError(f"tasks={self.tasks}: a task is named twice")
-        if self.model is None:
-            self.model = generation.base_of(str(self.adapter))
+        self._find_base()
         if self.prompt_template is None:
             recorded = recorded_setting(self.adapter, "prompt_template") if self.adapter else None
             self.prompt_template = recorded or "alpaca"
         if self.model_dtype == "auto":
             self.model_dtype = "bfloat16" if torch.accelerator.is_available() else "float32"
+
+    def _find_base(self) -> None:
+        """An adapter that was given as the model is evaluated on the base that it names."""
+        if self.model is not None and adapter_folder(self.model) is not None:
+            if self.adapter is not None:
+                raise ValueError(
+                    f"model={self.model!r} is an adapter itself, and adapter={self.adapter!r} another: merge the first "
+                    "(export.py --merge) and give the merged model, or give one of them"
+                )
+            self.model, self.adapter = None, self.model
+        if self.model is None:
+            self.model = generation.base_of(str(self.adapter))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,12 +123,6 @@ class Ranks:
     rank: int
     world_size: int
     local_rank: int
-    group: dist.ProcessGroup | None = None
-
-    def wait(self) -> None:
-        """Until every rank is here."""
-        if self.world_size > 1:
-            dist.barrier(self.group)
 
 
 def join_ranks() -> Ranks:
@@ -116,12 +131,10 @@ def join_ranks() -> Ranks:
     The ranks exchange nothing but "I am here", for which gloo serves on every device.
     """
     rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in _VARIABLES)
-    ranks = Ranks(rank, world_size, local_rank)
-    if ranks.world_size > 1:
-        dist.init_process_group("gloo")
-        # only once all are there: a process that never comes is noticed within the default time
-        ranks = dataclasses.replace(ranks, group=dist.new_group(timeout=WAIT))
-    return ranks
+    if world_size > 1:
+        with told(f"waiting for all {world_size} ranks to join"):
+            dist.init_process_group("gloo")
+    return Ranks(rank, world_size, local_rank)
 
 
 _VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
@@ -137,6 +150,7 @@ def main(argv: list[str] | None = None) -> None:
         # What a user can mend is told in one line; a traceback would hide it.
         raise SystemExit(f"evaluate.py: error: {error}") from error
     if ranks.world_size > 1:
+        dist.barrier()  # the first rank may hold the store that the others still ask
         dist.destroy_process_group()
 
 
@@ -153,17 +167,20 @@ def evaluate(options: EvaluateOptions, ranks: Ranks) -> None:
     wanted: dict[Key, Question] = {
         (task, index): question for task in questions for index, question in enumerate(questions[task][: options.limit])
     }
-    check_settings(folder, settings)
     answered = read_answers(folder)
-    ranks.wait()  # everyone has read, so all divide the same remainder
+    if answered:
+        check_settings(folder, settings)
+    wait_for_ranks("reading the answers")  # so that all divide the same remainder
     if ranks.rank == 0:
+        if not answered:  # the settings are those of a run that was refused
+            (folder / SETTINGS_FILE).unlink(missing_ok=True)
         write_settings(folder, settings)
     remaining = {key: question for key, question in wanted.items() if key not in answered}
     if ranks.rank == 0 and len(remaining) < len(wanted):
         print(f"{len(wanted) - len(remaining)} of {len(wanted)} questions are answered already", flush=True)
     if remaining:
         answer_share(options, ranks, remaining)
-    ranks.wait()
+    wait_for_ranks("answering a share of the questions")
     if ranks.rank == 0:
         results = collect_results(read_answers(folder), wanted)
         results |= {"settings": settings, "limit": options.limit, "world_size": ranks.world_size}
@@ -171,18 +188,16 @@ def evaluate(options: EvaluateOptions, ranks: Ranks) -> None:
         (folder / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         Console(width=None if sys.stdout.isatty() else 100).print(results_table(results, options))
         print(f"results {folder / RESULTS_FILE}", flush=True)
-    ranks.wait()
+    wait_for_ranks("writing the results")
 
 
 def all_questions(options: EvaluateOptions, ranks: Ranks) -> dict[str, list[Question]]:
     """The questions of every task; what comes from the hub is downloaded by one rank of each machine."""
     questions: dict[str, list[Question]] = {}
-    for turn in (True, False):
-        if turn == (ranks.local_rank == 0):
-            for entry in options.tasks:
-                task, _, source = entry.partition("=")
-                questions[task] = load_questions(task, source or None, options.data)
-        ranks.wait()
+    with working_first(ranks.local_rank == 0, "loading the questions"):
+        for entry in options.tasks:
+            task, _, source = entry.partition("=")
+            questions[task] = load_questions(task, source or None, options.data)
     return questions
 
 
@@ -199,7 +214,7 @@ def answer_settings(options: EvaluateOptions, questions: dict[str, list[Question
         "num_beams": options.num_beams,
         "max_new_tokens": {task: options.max_new_tokens or MAX_NEW_TOKENS[task] for task in questions},
         "questions": {
-            task: hashlib.sha256(json.dumps([dataclasses.astuple(q) for q in asked]).encode()).hexdigest()[:16]
+            task: hashlib.sha256(json.dumps([question.texts for question in asked]).encode()).hexdigest()[:16]
             for task, asked in questions.items()
         },
     }
@@ -218,7 +233,9 @@ def answer_share(options: EvaluateOptions, ranks: Ranks, remaining: dict[Key, Qu
     template = str(options.prompt_template)
     texts = [format_prompt(question.instruction, question.input, template) for question in remaining.values()]
     prompts = dict(zip(remaining, encode_prompts(tokenizer, texts), strict=True))
-    check_lengths(model, prompts, ranks)
+    check_prompts(model, tokenizer, prompts, {key: question.place for key, question in remaining.items()}, options)
+    if options.batch_size > 1:
+        require_same_in_batch(model, max(prompts.values(), key=len))
     # prompts of one length in a batch, and every rank has long and short ones
     tasks = list(dict.fromkeys(task for task, _ in prompts))
     order = sorted(prompts, key=lambda key: (tasks.index(key[0]), -len(prompts[key]), key[1]))
@@ -248,12 +265,28 @@ def judged(key: Key, output: str, question: Question) -> dict[str, Any]:
     }
 
 
-def check_lengths(model: Any, prompts: dict[Key, list[int]], ranks: Ranks) -> None:
-    """Say so where prompts are longer than what the model was made for; nothing is cut."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    longer = [key for key, prompt in prompts.items() if positions and len(prompt) >= positions]
-    if longer and ranks.rank == 0:
-        print(f"warning: {len(longer)} of {len(prompts)} prompts exceed the model's {positions} positions", flush=True)
+def check_prompts(
+    model: Any, tokenizer: Any, prompts: dict[Key, list[int]], places: dict[Key, str], options: EvaluateOptions
+) -> None:
+    """Hold the prompts, and what is generated behind them, to what the model can take; nothing is cut.
+
+    Raises:
+        ValueError: a token has no row in the embedding, or an answer ends beyond a table of positions.
+    """
+    limits = Limits.of(model)
+    ids = {places[key]: max(prompt) for key, prompt in prompts.items()}
+    limits.require_tokens(tokenizer, ids)
+    for key, prompt in prompts.items():
+        new = options.max_new_tokens or MAX_NEW_TOKENS[key[0]]
+        if limits.positions is not None and len(prompt) + new - 1 > limits.positions:  # the last token is not read
+            raise ValueError(
+                f"{places[key]}: the prompt has {len(prompt)} tokens and the answer {new}, the model "
+                f"{limits.positions} positions; lower --max_new_tokens, or leave the question out"
+            )
+    longer = [key for key, prompt in prompts.items() if limits.advised and len(prompt) >= limits.advised]
+    if longer and is_first_rank():
+        count = f"{len(longer)} of {len(prompts)}"
+        print(f"warning: {count} prompts exceed the model's {limits.advised} positions", flush=True)
 
 
 def collect_results(answers: dict[Key, dict[str, Any]], wanted: dict[Key, Question]) -> dict[str, Any]:

@@ -31,7 +31,8 @@ from reflora_dist import convert_adapter
 from reflora_dist.checkpoints.adapter_files import require_tensors
 from reflora_dist.checkpoints.start_file import read_config, readable, saved_mark
 from reflora_dist.export.consolidate import CONFIG_NAME, consolidate_adapter, find_config, find_state
-from reflora_dist.export.merge import merge_adapter, tokenizer_files
+from reflora_dist.export.merge import merge_adapter
+from reflora_dist.files.other_files import tokenizer_files
 from reflora_dist.files.output_folder import new_folder, require_empty
 
 
@@ -128,7 +129,9 @@ def export_adapter(options: ExportOptions, output: Path) -> None:
     elif (source / CONFIG_NAME).is_file():
         raise ValueError(f"adapter={options.adapter!r} is in PEFT's format already: add --merge, or copy the folder")
     else:
-        raise ValueError(f"adapter={options.adapter!r} holds neither an adapter_config.json nor a sharded state")
+        is_model = (source / "config.json").is_file()
+        what = "is a model by itself" if is_model else "holds neither an adapter_config.json nor a sharded state"
+        raise ValueError(f"adapter={options.adapter!r} {what}: give the adapter that was trained")
 
 
 @contextmanager

@@ -24,15 +24,21 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from launchers.cluster.waiting import working_first
 from launchers.data import embedded
+from launchers.data.limits import check_examples
 from launchers.data.records import Record, load_records, split_records
-from launchers.data.tokenization import Collator, cached_examples, load_tokenizer
+from launchers.data.tokenization import Collator, cached_examples, load_tokenizer, padding_token
 from launchers.training import classification, plots, recorder
+from launchers.training.batching import BatchingChangesExamples, PackingCheck, require_position_ids
+from launchers.training.continued import continued_adapter
+from launchers.training.evaluations import EvaluationsToCome, NoEvaluations
 from launchers.training.failures import named_failures
 from launchers.training.interruptions import StopOnSignal
 from launchers.training.options import PEFT_STARTS, Options, check_output_dir, checkpoint_to_resume, parse_options
 from launchers.training.quantized import keep_weight_layout, quantization_config
 from launchers.training.starts import start_adapter
+from launchers.training.targets import adapter_targets, require_layers
 from reflora_dist import RefLoRACallback, export_adapter
 from reflora_dist.checkpoints.complete import CompleteCheckpoints
 from reflora_dist.lora_sb import LoRASBCallback, LoRASBConfig, LoraXSConfig
@@ -60,9 +66,11 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint = checkpoint_to_resume(options.training)
         trainer, run_recorder = prepare(options, checkpoint)
     stop = StopOnSignal()
-    for callback in (stop, CompleteCheckpoints()):  # which looks at whether the other one wants a checkpoint
+    # the last one looks at whether the one before wants a checkpoint
+    for callback in (EvaluationsToCome(), stop, CompleteCheckpoints()):
         trainer.add_callback(callback)
-    with named_failures(options.training.output_dir), contextlib.closing(stop):
+    found_late = (NoEvaluations, BatchingChangesExamples)
+    with named_failures(options.training.output_dir, mistakes=found_late), contextlib.closing(stop):
         trainer.train(resume_from_checkpoint=checkpoint)
         exit_code = stop.exit_code()
         if not exit_code:
@@ -80,35 +88,60 @@ def prepare(options: Options, checkpoint: str | None = None) -> tuple[Trainer, r
     """
     arguments = options.training
     classifies = options.classification.active
-    train_records, eval_records = (classification.choose_records if classifies else choose_records)(options)
-    encode = classification.encoded if classifies else tokenized
-    model_path = options.model.model or shared_once(arguments, embedded_model, options)
-    tokenizer = load_tokenizer(options.model.tokenizer or model_path)
-    train_data = shared_once(arguments, encode, options, tokenizer, train_records, packing=options.data.packing)
-    eval_data = shared_once(arguments, encode, options, tokenizer, eval_records) if eval_records else None
-    if eval_data is None:
-        arguments.eval_strategy, arguments.eval_on_start = "no", False
+    records = (classification.choose_records if classifies else choose_records)(options)
+    adapter = continued_adapter(options)
+    if adapter is not None:
+        model_path = adapter.base
+    else:
+        model_path = options.model.model or shared_once(arguments, "pre-training the model", embedded_model, options)
+    tokenizer = load_tokenizer(options.model.tokenizer or (adapter.tokenizer if adapter else model_path))
+    data = examples(options, tokenizer, *records)
     set_seed(arguments.seed)
-    model = add_adapter(load_model(model_path, options), options)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    collator = classification.collator(tokenizer) if classifies else Collator(pad_token_id=padding)
-    start_adapter(model, lambda: load_model(model_path, options), train_data, collator, options, checkpoint)
+    base = load_model(model_path, options)
+    if adapter is not None:
+        adapter.resize(base)
+    limits = check_examples(base, tokenizer, data)
+    if options.data.packing:
+        require_position_ids(base)
+    multiple = limits.padded_multiple()
+    collator: Any = Collator(pad_token_id=padding_token(tokenizer), multiple_of=multiple)
+    if classifies:
+        collator = classification.collator(tokenizer, base, multiple)
+    model = add_adapter(base, options)
+    if adapter is not None:
+        adapter.load(model)
+        if arguments.process_index == 0:
+            print(f"training goes on from the adapter in {adapter.folder}, on {adapter.base}", flush=True)
+    start_adapter(model, lambda: load_model(model_path, options), data["dataset"], collator, options, checkpoint)
     callback, first_step = method_callback(options)
     run_recorder = recorder.RunRecorder(callback, first_step)
-    if classifies:
-        for name, records in classification.further_records(options).items():
-            run_recorder.further_data[name] = shared_once(arguments, encode, options, tokenizer, records)
+    run_recorder.further_data = {name: rows for name, rows in data.items() if name not in ("dataset", "eval_dataset")}
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=train_data,
-        eval_dataset=eval_data,
+        train_dataset=data["dataset"],
+        eval_dataset=data.get("eval_dataset"),
         data_collator=collator,
         compute_metrics=classification.metrics_of(options) if classifies else None,
         callbacks=[callback, run_recorder],
         optimizer_cls_and_kwargs=options.optimizer(),
     )
+    base.config.get_text_config().use_cache = arguments.use_cache  # Trainer sets it on the outermost configuration
+    if options.data.packing:
+        trainer.add_callback(PackingCheck(trainer, collator, data["dataset"][0]["input_ids"]))
     return trainer, run_recorder
+
+
+def examples(options: Options, tokenizer: Any, train: list[Any], held_out: list[Any]) -> dict[str, Any]:
+    """Encoded records by the option that names them: ``dataset``, ``eval_dataset`` if there are any, further sets."""
+    encode = classification.encoded if options.classification.active else tokenized
+
+    def tokens(records: list[Any], **settings: Any) -> Any:
+        return shared_once(options.training, "tokenizing the records", encode, options, tokenizer, records, **settings)
+
+    data = {"dataset": tokens(train, packing=options.data.packing)}
+    further = classification.further_records(options) if options.classification.active else {}
+    return data | {name: tokens(records) for name, records in ({"eval_dataset": held_out} | further).items() if records}
 
 
 def method_callback(options: Options) -> tuple[TrainerCallback, int | None]:
@@ -128,10 +161,11 @@ def method_callback(options: Options) -> tuple[TrainerCallback, int | None]:
     return RefLoRACallback(reflora_config, tall=None if lora.tall_adapters else False), first_step
 
 
-def shared_once(arguments: Any, make: Any, *args: Any, **kwargs: Any) -> Any:
+def shared_once(arguments: Any, what: str, make: Any, *args: Any, **kwargs: Any) -> Any:
     """Call ``make`` with ``build=True`` on one rank of each machine; the others then find its files."""
-    with arguments.main_process_first(desc="prepare shared files"):
-        return make(*args, build=arguments.local_process_index == 0, **kwargs)
+    build = arguments.local_process_index == 0
+    with working_first(build, what):
+        return make(*args, build=build, **kwargs)
 
 
 def embedded_model(options: Options, *, build: bool) -> str:
@@ -149,9 +183,9 @@ def choose_records(options: Options) -> tuple[list[Record], list[Record]]:
     train_sources, eval_sources = data.dataset, data.eval_dataset
     if not train_sources:
         cache_dir = Path(data.cache_dir)
-        train_path, held_out_path = shared_once(arguments, embedded.ensure_records, cache_dir)
+        train_path, held_out_path = shared_once(arguments, "making records", embedded.ensure_records, cache_dir)
         train_sources, eval_sources = [str(train_path)], eval_sources or [str(held_out_path)]
-    with arguments.main_process_first(desc="load records"):
+    with working_first(arguments.local_process_index == 0, "loading the records"):
         train_records = load_records(train_sources, data.dataset_split)
         eval_records = load_records(eval_sources, data.eval_dataset_split)
     if data.eval_fraction:
@@ -202,8 +236,7 @@ def add_adapter(model: Any, options: Options) -> Any:
         ValueError: no layer has one of the target names.
     """
     lora = options.lora
-    targets: str | list[str] = lora.target_modules
-    targets = targets[0] if targets == ["all-linear"] else targets
+    targets = adapter_targets(model, lora.target_modules)
     training = options.training  # transformers 5.17 knows only the older name, later versions deprecate it
     if getattr(training, "activation_checkpointing", None) or training.gradient_checkpointing:
         model.enable_input_require_grads()  # reentrant checkpointing drops gradients of frozen inputs
@@ -213,9 +246,12 @@ def add_adapter(model: Any, options: Options) -> Any:
             r=lora.lora_r,
             lora_alpha=lora.lora_alpha,
             lora_dropout=lora.lora_dropout,
-            target_modules=targets,
+            **targets,
         )
-        return get_peft_model(model, latent)
+        try:
+            return get_peft_model(model, latent)
+        except TypeError as error:  # of layers that are quantized, or no linear ones
+            raise ValueError(f"method={lora.method!r}: {error}, or take another --method") from error
     classifies = options.classification.active
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS if classifies else TaskType.CAUSAL_LM,
@@ -223,13 +259,15 @@ def add_adapter(model: Any, options: Options) -> Any:
         r=lora.lora_r,
         lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # PEFT accepts fractions
         lora_dropout=lora.lora_dropout,
-        target_modules=targets,
+        **targets,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         # a start that changes the base is made afterwards, the same on every rank and under every engine
         init_lora_weights=PEFT_STARTS.get(lora.init_lora_weights, True),  # type: ignore[arg-type]
     )
-    return _with_heads(model, config) if classifies else get_peft_model(model, config)
+    adapted = _with_heads(model, config) if classifies else get_peft_model(model, config)
+    require_layers(adapted)
+    return adapted
 
 
 def _with_heads(model: Any, config: LoraConfig) -> Any:
@@ -247,15 +285,16 @@ def _with_heads(model: Any, config: LoraConfig) -> Any:
 
 
 def finish(trainer: Trainer, run_recorder: recorder.RunRecorder, options: Options) -> None:
-    """Last evaluation, adapter, metrics, plot and summary; every rank must call."""
+    """Adapter, last evaluation, metrics, plot and summary; every rank must call."""
     output_dir = options.training.output_dir
+    # before an evaluation, which casts the model in place with --bf16_full_eval and --fp16_full_eval, or may fail
+    export_adapter(trainer.model_wrapped, output_dir)
     history = trainer.state.log_history
     evaluated = any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in history)
     if trainer.eval_dataset is not None and not evaluated:
         trainer.evaluate()
     for name, data in run_recorder.further_data.items():
         trainer.evaluate(data, metric_key_prefix=name)
-    export_adapter(trainer.model_wrapped, output_dir)
     settings = {"method": options.lora.method}
     for part in (options.model, options.lora, options.data):
         settings |= recorder.jsonable(part)

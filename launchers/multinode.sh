@@ -77,7 +77,11 @@ case "$launcher" in
         config=$repository/launchers/accelerate/fsdp2.yaml
         [ "$gpus" -gt 0 ] || config=$repository/launchers/accelerate/deepspeed_zero3.yaml
         case "${1:-}" in *.yaml) config=$1; shift ;; esac
-        if [ -f "$config" ]; then refuse_fsdp_on_a_cpu "$config"; fi ;;
+        if [ -f "$config" ]; then
+            refuse_fsdp_on_a_cpu "$config"
+            kind=$(accelerate_setting "$config" distributed_type) || exit 1
+            [ "$kind" != DEEPSPEED ] || require_compiler
+        fi ;;
 esac
 [ -z "$config" ] || [ -f "$config" ] || die "the configuration $config does not exist"
 script=$(realpath "${script:-$repository/launchers/finetune.py}")
@@ -96,7 +100,10 @@ if [ -n "$hostfile" ]; then
     [ ${#hosts[@]} -ge 2 ] || die "--hostfile $hostfile names ${#hosts[@]} machine(s); on one, use run_deepspeed.sh"
     for host in "${hosts[@]}"; do
         code=0
-        ssh -n -o BatchMode=yes -o ConnectTimeout=10 "$host" "test -x '$PYTHON' && test -f '$script'" || code=$?
+        echo "looking at $host (up to 60 s)"
+        timeout 60 ssh -n -o BatchMode=yes -o ConnectTimeout=10 "$host" "test -x '$PYTHON' && test -f '$script'" \
+            || code=$?
+        [ "$code" -ne 124 ] || die "$host does not answer within 60 s: is a file system with $PYTHON or $script away?"
         [ "$code" -ne 255 ] || die "ssh $host fails (see above): --hostfile $hostfile needs ssh without a password"
         [ "$code" -eq 0 ] || die "$host has no $PYTHON or no $script: paths have to be the same on all machines"
     done

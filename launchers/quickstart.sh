@@ -51,8 +51,6 @@ for method in $methods; do
         lora-sb | lora-xs) options=(--lora_r 32 --lora_sb_learning_rate 1e-4) ;;
         *) options=(--lora_r 8 --lora_alpha 16 --reflora_warmup_steps "$plain") ;;
     esac
-    [ "$gpus" -gt 0 ] || [ -d "${TORCH_EXTENSIONS_DIR:-$HOME/.cache/torch_extensions}" ] \
-        || echo "(DeepSpeed's first run on a CPU compiles an extension; it takes about 40 s)"
     "$PYTHON" -m deepspeed.launcher.runner --log_level warning --num_gpus "$PROCESSES" --master_port "$(free_port)" \
         "$repository/launchers/finetune.py" --deepspeed "$repository/ds_configs/zero3.json" \
         --method "$method" \

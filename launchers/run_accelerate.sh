@@ -10,6 +10,8 @@ config=$repository/launchers/accelerate/fsdp2.yaml
 [ "$gpus" -gt 0 ] || config=$repository/launchers/accelerate/deepspeed_zero3.yaml
 case "${1:-}" in *.yaml) config=$1; shift ;; esac
 refuse_fsdp_on_a_cpu "$config"
+kind=$(accelerate_setting "$config" distributed_type) || exit 1
+[ "$kind" != DEEPSPEED ] || require_compiler
 set_mesh_options "$config" 1
 leave_sigusr1_to_ranks
 exec "$PYTHON" -m accelerate.commands.launch --config_file "$config" --num_processes "$PROCESSES" \

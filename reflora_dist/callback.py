@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from transformers.trainer_utils import SaveStrategy
 
-from .checkpoints.adapter_files import load_adapter, save_adapter
+from .checkpoints.adapter_files import has_resized_vocabulary, load_adapter, load_frozen, save_adapter
 from .checkpoints.start_file import mark_of, require_same_start, write_start
 from .checkpoints.trainer_folders import checkpoint_folder, resumed_checkpoint
 from .checkpoints.training_state import load_checkpoint, save_into
@@ -32,7 +32,8 @@ class RefLoRACallback(TrainerCallback, ExportableState):
     """Attaches at the beginning of training, whatever engine the Trainer uses.
 
     The schedule's state goes into every checkpoint's ``trainer_state.json`` and comes back on resume. Under FSDP, where
-    Trainer may leave it out, the adapter goes into every checkpoint too, and under FSDP1 the optimizer's state.
+    Trainer may leave it out, the adapter goes into every checkpoint too, and under FSDP1 the optimizer's state. Where
+    the vocabulary was resized, the adapter goes into it under every engine, and the embedding with it.
 
     Every log of the training loss also has what :meth:`Handle.figures` returns, as ``reflora/step_ms`` and so on;
     nothing waits for the device in between.
@@ -51,6 +52,7 @@ class RefLoRACallback(TrainerCallback, ExportableState):
         self.tall = tall
         self.handle: Handle | None = None
         self._start: str | None = None
+        self._resized = False
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Store lora_A tall, while the model is bare and has no optimizer."""
@@ -70,8 +72,12 @@ class RefLoRACallback(TrainerCallback, ExportableState):
         if state.global_step:
             require_same_start(kwargs["model"], self._saved_start(state), "the checkpoint")
         self._start = mark_of(kwargs["model"])
+        self._resized = has_resized_vocabulary(kwargs["model"])
         if state.global_step and isinstance(kwargs["model"], FullyShardedDataParallel):
             load_checkpoint(resumed_checkpoint(args, state), kwargs["model"], kwargs["optimizer"])
+        elif state.global_step and self._resized:
+            # which an engine's own state lacks
+            load_frozen(kwargs["model"], resumed_checkpoint(args, state))
         self.handle = attach(kwargs["model"], kwargs["optimizer"], self.config, state_dict=saved)
         if args.save_strategy != SaveStrategy.NO and self.handle.report().engine.startswith("fsdp"):
             find_peft_model(kwargs["model"])  # without which on_save could not write an adapter
@@ -120,7 +126,7 @@ class RefLoRACallback(TrainerCallback, ExportableState):
             # state accelerate does not load the optimizer's
             assert self.handle is not None
             save_into(checkpoint_folder(args, state), kwargs["model"], kwargs["optimizer"], self.handle)
-        elif engine == "fsdp2":
+        elif engine == "fsdp2" or self._resized:  # of which Trainer's own may leave out the embedding
             save_adapter(kwargs["model"], checkpoint_folder(args, state))
         else:
             write_start(kwargs["model"], checkpoint_folder(args, state))

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from launchers.data.embedded import EmbeddedSettings, ensure_model, ensure_records
 from launchers.data.records import load_records, split_records
 from launchers.data.tokenization import IGNORE_INDEX, Collator, TokenizationSettings, tokenize
+from reflora_dist.engines.bare_base import require_no_adapter
 
 EVAL_BATCH_SIZE = 16
 SPLIT_SEED = 0  # the held-out records are the same for every run, whatever its seed
@@ -91,6 +92,8 @@ def prepare(
     """
     if model is not None and not Path(model).is_dir():
         raise ValueError(f"model={model!r} is not a folder; give one with a pre-trained model and its tokenizer")
+    if model is not None:
+        require_no_adapter(model, "merge it into its base first (launchers/export.py --merge)")
     if dataset:
         train, held_out = load_records(dataset), load_records(eval_dataset) if eval_dataset else []
         if not held_out:

@@ -18,9 +18,14 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import psutil
 from torch.distributed import DistNetworkError, TCPStore
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launchers.cluster.waiting import told
 
 _PACKAGES = ("torch", "deepspeed", "accelerate", "transformers", "peft")
 _POLL_SECONDS = 0.2
@@ -145,25 +150,24 @@ def _open(head: str, port: int, wait: float) -> TCPStore:
         )
     except DistNetworkError as error:
         raise ValueError(f"port {port + 1} is taken on this machine; give another --port on all ({error})") from None
-    print(f"waiting for the other machines at {head}:{port + 1}", file=sys.stderr)
     return store
 
 
 def _join(head: str, port: int, wait: float) -> TCPStore:
     """Another machine's side; it may be there before the head."""
-    print(f"looking for the head at {head}:{port}", file=sys.stderr)
     deadline = time.monotonic() + wait
-    while True:
-        try:
-            socket.create_connection((head, port), timeout=5).close()
-            break
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise ValueError(
-                    f"nothing answers at {head}:{port} after {wait:g} s ({error}): was the command started with "
-                    "--node-rank 0 there, with the same --port, and does a firewall let the machines connect?"
-                ) from None
-        time.sleep(_POLL_SECONDS)
+    with told(f"waiting for the machine with --node-rank 0 to answer at {head}:{port}, for {wait:g} s at most"):
+        while True:
+            try:
+                socket.create_connection((head, port), timeout=5).close()
+                break
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise ValueError(
+                        f"nothing answers at {head}:{port} after {wait:g} s ({error}): was the command started with "
+                        "--node-rank 0 there, with the same --port, and does a firewall let the machines connect?"
+                    ) from None
+            time.sleep(_POLL_SECONDS)
     return TCPStore(head, port, timeout=datetime.timedelta(seconds=wait), wait_for_workers=False)
 
 
@@ -171,17 +175,21 @@ def _compare(store: TCPStore, own: Facts, nodes: int, node_rank: int, wait: floa
     """Compare every machine's facts with this one's as they arrive. Returns the addresses, in order."""
     addresses: dict[int, str] = {}
     deadline = time.monotonic() + wait
-    while len(addresses) < nodes:
-        for other in set(range(nodes)) - addresses.keys():
-            if store.check([f"facts {other}"]):
-                facts = json.loads(store.get(f"facts {other}"))
-                addresses[other] = facts["address"]
-                _require_equal(own, facts, node_rank, other)
-        if time.monotonic() > deadline:
-            missing = sorted(set(range(nodes)) - addresses.keys())
-            raise ValueError(f"after {wait:g} s there is no machine with --node-rank {', '.join(map(str, missing))}")
-        if len(addresses) < nodes:
-            time.sleep(_POLL_SECONDS)
+
+    def missing() -> str:
+        return ", ".join(str(other) for other in range(nodes) if other not in addresses)
+
+    with told(lambda: f"waiting for the machine with --node-rank {missing()}, for {wait:g} s at most"):
+        while len(addresses) < nodes:
+            for other in set(range(nodes)) - addresses.keys():
+                if store.check([f"facts {other}"]):
+                    facts = json.loads(store.get(f"facts {other}"))
+                    addresses[other] = facts["address"]
+                    _require_equal(own, facts, node_rank, other)
+            if time.monotonic() > deadline:
+                raise ValueError(f"after {wait:g} s there is no machine with --node-rank {missing()}")
+            if len(addresses) < nodes:
+                time.sleep(_POLL_SECONDS)
     return [address for _, address in sorted(addresses.items())]
 
 

@@ -5,19 +5,32 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 EXPECTED = 'every record needs the texts {"instruction": ..., "input": ..., "output": ...}; "input" may be absent'
+# The first bytes of files that are taken for JSON by mistake.
+_OTHER_FORMATS = {
+    b"\x1f\x8b": "a gzip archive",
+    b"BZh": "a bzip2 archive",
+    b"\xfd7zXZ": "an xz archive",
+    b"\x28\xb5\x2f\xfd": "a zstd archive",
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}:]')
+_DEEP = 100  # json gives up at about 1000
 
 
-class Record(TypedDict):
-    """One instruction, optional further input, and the answer to learn."""
+class Record(dict[str, str]):
+    """The texts ``instruction``, ``input`` and ``output``; ``place`` is where they were read, for error messages."""
 
-    instruction: str
-    input: str
-    output: str
+    place = "a record"
 
 
 def load_records(sources: Sequence[str], split: str = "train") -> list[Record]:
@@ -80,63 +93,191 @@ def parse_file(path: Path) -> Iterator[tuple[int, Any]]:
     Raises:
         ValueError: the file cannot be read; the message names the line.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error})") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error}); convert the file to UTF-8") from error
+    text = _read_text(path)
     return _parse_array(text, path) if text.lstrip().startswith("[") else _parse_lines(text, path)
 
 
-def load_hub(name: str, split: str, config: str | None = None, revision: str | None = None) -> Any:
-    """One split of a data set of the hub, or of a local folder.
+def text_field(row: Mapping[str, Any], field: str, place: str, expected: str) -> str:
+    """The text in a field of a record.
+
+    Args:
+        row: the record.
+        field: the name.
+        place: of the record, for error messages.
+        expected: what a record needs, for error messages.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError: the field is missing, or holds no text that a tokenizer can encode.
+    """
+    if field not in row:
+        raise ValueError(f"{place}: field {field!r} is missing (found {sorted(row)}); {expected}")
+    content = row[field]
+    if not isinstance(content, str):
+        raise ValueError(f"{place}: field {field!r} is a {type(content).__name__}, not a text; {expected}")
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{place}: field {field!r} holds {content[error.start]!r} (character {error.start + 1}), half of a "
+            "surrogate pair, which is no text; write the whole character or remove it"
+        ) from error
+    return content
+
+
+def require_record(value: Any, place: str, expected: str) -> None:
+    """Refuse what is no JSON object.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"{place}: a {type(value).__name__}, not a record; {expected}")
+
+
+def load_hub(name: str, split: str, config: str | None = None, revision: str | None = None) -> Iterator[Any]:
+    """The rows of one split of a data set of the hub, or of a local folder.
+
+    Raises:
+        ValueError: it cannot be loaded, or a row not be read.
     """
     import datasets
 
     try:
-        return datasets.load_dataset(name, config, split=split, revision=revision)
+        rows = datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as error:  # the hub client raises a dozen kinds; all mean that there is no data
         part = f"{split!r} of {config!r}" if config else repr(split)
+        cause = error.__cause__ or error  # a DatasetGenerationError says only that there was an error
         raise ValueError(
-            f"dataset {name!r}, split {part} cannot be loaded ({type(error).__name__}: {error}); check "
+            f"dataset {name!r}, split {part} cannot be loaded ({type(cause).__name__}: {cause}); check "
             "the name, the split and the network, or give a local JSON or JSONL file"
         ) from error
+    return _readable(rows, name)
+
+
+def _readable(rows: Iterable[Any], name: str) -> Iterator[Any]:
+    """The rows, whose texts are decoded one by one."""
+    number = 0
+    try:
+        for number, row in enumerate(rows, start=1):  # noqa: B007
+            yield row
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"dataset {name!r}, record {number + 1}: cannot be read ({error}); correct the data set's file"
+        ) from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error})") from error
+    for beginning, format_name in _OTHER_FORMATS.items():
+        if content.startswith(beginning):
+            raise ValueError(f"{path}: {format_name}, not UTF-8 text; give the JSON or JSONL that it holds, in UTF-8")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: not UTF-8 ({error}); convert the file to UTF-8") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _parse_lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     """(line number, value) of every non-empty line."""
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
+            value, end = _decode(line, _skip(line, 0), path, number, first_line=number)
+            end = _skip(line, end)
+            if end < len(line):
                 raise ValueError(
-                    f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}); "
-                    "write one record per line, or one array of records"
-                ) from error
+                    f"{path}, line {number}: not JSON (text behind the record at column {end + 1}); write one record "
+                    "per line, or one array of records"
+                )
+            yield number, value
 
 
 def _parse_array(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     """(line number, value) of every element of the file's array; element by element to know the lines."""
-    decoder = json.JSONDecoder()
     position = _skip(text, text.index("[") + 1)
     line, counted = 1, 0
     while text[position : position + 1] != "]":
         line, counted = line + text.count("\n", counted, position), position
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
+        value, position = _decode(text, position, path, line, first_line=1)
         yield line, value
         position = _skip(text, position)
         if text[position : position + 1] == ",":
             position = _skip(text, position + 1)
         elif text[position : position + 1] != "]":
             raise ValueError(f"{path}, line {line}: this record is not followed by ',' or ']'")
+    behind = _skip(text, position + 1)
+    if behind < len(text):
+        line = 1 + text.count("\n", 0, behind)
+        raise ValueError(f"{path}, line {line}: text behind the array; write one array, or one record per line")
+
+
+def _decode(text: str, position: int, path: Path, line: int, first_line: int) -> tuple[Any, int]:
+    """The JSON value at a position of ``text``, and the position behind it.
+
+    Args:
+        text: the whole file or one line of it.
+        position: where the value begins.
+        path: for error messages.
+        line: where the value begins.
+        first_line: number of the text's first line.
+    """
+    try:
+        return _DECODER.raw_decode(text, position)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}, line {first_line + error.lineno - 1}: not JSON ({error.msg} at column {error.colno}); write one "
+            "record per line, or one array of records"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path}, line {line}: {error}") from error
+    except RecursionError as error:
+        place = f"{path}, line {line}: {_deep_field(text[position:])}"
+        raise ValueError(f"{place} is nested too deeply; the fields of a record are texts") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ``json`` itself would keep the last of several equal keys in silence."""
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"field {name!r} is there twice; keep one of them")
+        if isinstance(value, LongInteger):
+            raise ValueError(f"field {name!r} is an integer of {len(value):,} digits; shorten it")
+        fields[name] = value
+    return fields
+
+
+class LongInteger(str):
+    """The digits of an integer that Python converts only at great cost, and so refuses to."""
+
+
+def _integer(digits: str) -> int | LongInteger:
+    try:
+        return int(digits)
+    except ValueError:
+        return LongInteger(digits)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
+
+
+def _deep_field(text: str) -> str:
+    """The record's first field that holds more than ``_DEEP`` levels."""
+    depth, field, last = 0, "", ""
+    for token in map(re.Match.group, _TOKEN.finditer(text)):
+        if token == ":":
+            field = last if depth == 1 else field
+        elif token in "[]{}":
+            depth += 1 if token in "[{" else -1
+            if depth > _DEEP:
+                break
+        else:
+            last = token
+    return f"field {json.loads(field)!r}" if field else "the record"
 
 
 def _skip(text: str, position: int) -> int:
@@ -147,16 +288,14 @@ def _skip(text: str, position: int) -> int:
 
 
 def _checked(value: Any, place: str) -> Record:
-    if not isinstance(value, dict):
-        raise ValueError(f"{place}: a {type(value).__name__}, not a record; {EXPECTED}")
-    for field in ("instruction", "output"):
-        if field not in value:
-            raise ValueError(f"{place}: field {field!r} is missing (found {sorted(value)}); {EXPECTED}")
-    fields = {field: value.get(field) for field in ("instruction", "input", "output")}
-    fields["input"] = fields["input"] or ""
-    for field, content in fields.items():
-        if not isinstance(content, str):
-            raise ValueError(f"{place}: field {field!r} is a {type(content).__name__}, not a text; {EXPECTED}")
-        if field != "input" and not content.strip():
+    require_record(value, place, EXPECTED)
+    record = Record()
+    record.place = place
+    for field in ("instruction", "input", "output"):
+        if field == "input" and value.get(field) is None:
+            record[field] = ""
+            continue
+        record[field] = text_field(value, field, place, EXPECTED)
+        if field != "input" and not record[field].strip():
             raise ValueError(f"{place}: field {field!r} is empty; remove the record or fill the field")
-    return Record(**fields)  # type: ignore[typeddict-item]
+    return record

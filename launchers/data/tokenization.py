@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 from launchers.data.cache import build_once
 from launchers.data.records import Record
 
-FORMAT_VERSION = 1  # part of the cache key; raise it when prompts, masking or packing change
+FORMAT_VERSION = 2  # part of the cache key; raise it when prompts, masking or packing change
 IGNORE_INDEX = -100  # the label that the loss leaves out
 # (without further input, with it); each ends with a line break, so that no tokenizer merges across it
 PROMPT_TEMPLATES = {
@@ -47,8 +47,8 @@ class TokenizationSettings:
     Attributes:
         max_length: tokens kept of prompt and answer together.
         train_on_prompt: learn the prompt's tokens too, not the answer's alone.
-        packing: put several short examples into one row of ``max_length`` tokens; they cannot attend to each
-            other.
+        packing: put several short examples into one row of ``max_length`` tokens; models that take them apart by
+            their positions are trained as without packing, see ``launchers.training.batching``.
         prompt_template: a name of :data:`PROMPT_TEMPLATES`.
     """
 
@@ -76,10 +76,25 @@ def load_tokenizer(name: str) -> Any:
         raise ValueError(f"the tokenizer of {name!r} cannot be loaded: {error}") from error
 
 
+def padding_token(tokenizer: Any) -> int:
+    """What fills up rows, and is masked, so that any token of the vocabulary will do."""
+    given = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in given if token is not None), 0)
+
+
 def encode_prompts(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
-    """Token ids of prompts to be continued: with the tokenizer's start token, without its end token."""
+    """Token ids of prompts to be continued: with the tokenizer's start token, without its end tokens."""
     encoded = tokenizer(prompts, verbose=False)["input_ids"]
-    return [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in encoded]
+    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.cls_token_id} - {None}
+    return [ids[: _length_without(ids, ends)] for ids in encoded]
+
+
+def _length_without(ids: list[int], ends: set[int]) -> int:
+    """The number of tokens in front of those that the tokenizer adds behind a text."""
+    length = len(ids)
+    while length > 1 and ids[length - 1] in ends:
+        length -= 1
+    return length
 
 
 def tokenize(tokenizer: Any, records: Sequence[Record], settings: TokenizationSettings) -> list[dict[str, list[int]]]:
@@ -88,28 +103,37 @@ def tokenize(tokenizer: Any, records: Sequence[Record], settings: TokenizationSe
     An answer that is cut at ``max_length`` gets no end token, so the model does not learn to stop there.
 
     Raises:
-        ValueError: the tokenizer has no end-of-sequence token, or no record keeps an answer token.
+        ValueError: the tokenizer has no end-of-sequence token, an answer has no token, or no record keeps one.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-sequence token; choose another")
     texts = [format_prompt(r["instruction"], r["input"], settings.prompt_template) for r in records]
     prompts = encode_prompts(tokenizer, texts)
     answers = tokenizer([r["output"] for r in records], add_special_tokens=False, verbose=False)["input_ids"]
-    examples = []
-    for prompt_ids, answer_ids in zip(prompts, answers, strict=True):
+    examples, dropped = [], []
+    for record, prompt_ids, answer_ids in zip(records, prompts, answers, strict=True):
+        place = getattr(record, "place", "a record")
+        if not answer_ids:
+            raise ValueError(
+                f"{place}: field 'output' {record['output']!r:.60} has no token in the tokenizer of "
+                f"{tokenizer.name_or_path!r}; remove the record, or choose another --tokenizer"
+            )
         if len(prompt_ids) < settings.max_length:
             examples.append(_example(prompt_ids, [*answer_ids, tokenizer.eos_token_id], settings))
+        else:
+            dropped.append(place)
     if not examples:
         raise ValueError(
             f"max_length={settings.max_length} is too short: no answer token of any of the {len(records)} "
             f"records survives; the shortest prompt has {min(map(len, prompts))} tokens: raise it above that"
         )
-    if len(examples) < len(records):
+    if dropped:
         logger.warning(
-            "%d of %d records dropped: their prompt alone fills max_length=%d tokens",
-            len(records) - len(examples),
+            "%d of %d records dropped: their prompt alone fills max_length=%d tokens; the first is %s",
+            len(dropped),
             len(records),
             settings.max_length,
+            dropped[0],
         )
     return pack(examples, settings.max_length) if settings.packing else examples
 
@@ -125,8 +149,8 @@ def _example(prompt: list[int], answer: list[int], settings: TokenizationSetting
 def pack(examples: list[dict[str, list[int]]], max_length: int) -> list[dict[str, list[int]]]:
     """Fill rows of at most ``max_length`` tokens, longest examples first, each into the fullest row it fits.
 
-    ``position_ids`` start again at 0 with every example. transformers builds a block-diagonal causal mask
-    from that (when no attention mask is given), so the loss is the same as without packing.
+    ``position_ids`` start again at 0 with every example. For many models transformers builds a block-diagonal causal
+    mask from that (when there is neither an attention mask nor a cache), so the loss is the same as without packing.
     """
     rows: list[dict[str, list[int]]] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), sorted

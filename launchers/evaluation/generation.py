@@ -11,8 +11,12 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from launchers.data.tokenization import padding_token
 from reflora_dist import lora_sb  # noqa: F401  (adapters that PEFT does not know by itself)
 from reflora_dist.checkpoints.adapter_files import require_tensors
+from reflora_dist.checkpoints.embeddings import resize_for
+from reflora_dist.checkpoints.merged_record import refuse_merged_twice
+from reflora_dist.engines.bare_base import require_adapter, require_no_adapter
 
 MODEL_FILES = ("*.safetensors", "*.bin", "*.index.json", "config.json", "adapter_config.json")
 
@@ -21,14 +25,16 @@ def base_of(adapter: str) -> str:
     """The base model that an adapter's configuration names.
 
     Raises:
-        ValueError: the folder holds no adapter, or its configuration names no base.
+        ValueError: the folder holds no adapter, or its configuration names no base, or another adapter as the base.
     """
+    require_adapter(adapter)
     try:
         base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
     except Exception as error:  # TypeError and KeyError of a configuration that is none, too
         raise ValueError(f"adapter={adapter!r} holds no adapter_config.json ({one_line(error)})") from error
     if not base:
         raise ValueError(f"adapter={adapter!r} names no base model; give --model")
+    require_no_adapter(base, f"{adapter} was trained on it; merge that one into its base first (export.py --merge)")
     return base
 
 
@@ -54,19 +60,23 @@ def load_model(base: str, adapter: str | None, dtype: torch.dtype | str, device:
     Raises:
         ValueError: one of them cannot be loaded.
     """
+    if adapter is not None:
+        require_adapter(adapter)
     try:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map={"": device})
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"model {base!r} cannot be loaded: {error}") from error
     stops = model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]
-    config.eos_token_id = sorted({config.eos_token_id, *(stop for stop in stops if stop is not None)})
+    config.eos_token_id = sorted({config.eos_token_id, *stops} - {None}) or None
     model.generation_config = config
     if adapter is None:
         return model.eval()
     try:
-        peft_model = PeftModel.from_pretrained(model, adapter).eval()
         tensors = load_peft_weights(adapter, device="cpu")
+        refuse_merged_twice(base, adapter)
+        resize_for(model, tensors, adapter)
+        peft_model = PeftModel.from_pretrained(model, adapter).eval()
     except Exception as error:  # of PEFT, safetensors or the hub's client, by what is wrong
         raise ValueError(f"adapter {adapter!r} does not load on {base!r}: {one_line(error)}") from error
     wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False).keys()
@@ -82,9 +92,11 @@ def one_line(error: Exception) -> str:
 
 def generation_config(tokenizer: Any, num_beams: int = 1) -> GenerationConfig:
     """No sampling: the likeliest token each time, or a beam search."""
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return GenerationConfig(
-        do_sample=False, num_beams=num_beams, pad_token_id=padding, eos_token_id=tokenizer.eos_token_id
+        do_sample=False,
+        num_beams=num_beams,
+        pad_token_id=padding_token(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
     )
 
 
@@ -92,17 +104,22 @@ def generation_config(tokenizer: Any, num_beams: int = 1) -> GenerationConfig:
 def generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
     """What the model writes after each prompt.
 
-    The prompts are padded on the left and the padding is masked, so in exact arithmetic the answers do not depend on
-    what else is in the batch; in bf16 a near tie between two tokens can be decided either way.
+    The prompts are padded on the left and the padding is masked, so in exact arithmetic the answers of most models do
+    not depend on what else is in the batch (``batching.require_same_in_batch`` asks the model); in bf16 a near tie
+    between two tokens can be decided either way.
     """
+    inputs = left_padded(model, prompts)
+    generated = model.generate(**inputs, max_new_tokens=max_new_tokens)[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(generated, skip_special_tokens=True)]
+
+
+def left_padded(model: Any, prompts: list[list[int]]) -> dict[str, torch.Tensor]:
+    """``input_ids`` and ``attention_mask`` of a batch of prompts, so that all of them end in its last column."""
     length = max(map(len, prompts))
     padding = model.generation_config.pad_token_id
     input_ids = torch.tensor([[padding] * (length - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    generated = model.generate(
-        input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens
-    )
-    return [text.strip() for text in tokenizer.batch_decode(generated[:, length:], skip_special_tokens=True)]
+    return {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device)}
 
 
 def fingerprint(name: str) -> str:

@@ -8,24 +8,32 @@ original sets are brought into the same wording, with the splits that those file
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from launchers.data.records import load_hub, parse_file
+from launchers.data.records import load_hub, parse_file, require_record, text_field
 from launchers.evaluation.answer_rules import ANSWER_WORDS
 
 TASKS = (*ANSWER_WORDS, "gsm8k")
 FROM_HUB = "hub"
+_EXPECTED = 'a record needs the texts {"instruction": ..., "answer": ...}, "input" may be absent'
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One record to be answered; ``answer`` is what extraction must find."""
+    """One record to be answered; ``answer`` is what extraction must find, ``place`` is for error messages."""
 
     instruction: str
     input: str
     answer: str
+    place: str = dataclasses.field(default="a question", compare=False)
+
+    @property
+    def texts(self) -> tuple[str, str, str]:
+        """All but where it stands."""
+        return self.instruction, self.input, self.answer
 
 
 def load_questions(task: str, source: str | None, data: str | None) -> list[Question]:
@@ -44,7 +52,8 @@ def load_questions(task: str, source: str | None, data: str | None) -> list[Ques
         hub = _HUB[task]
         name = hub.name
         loaded = load_hub(name, hub.split, hub.config, hub.revision)
-        rows = ((f"{name}, record {i}", hub.convert(row)) for i, row in enumerate(loaded, start=1))
+        places = ((f"{name}, record {i}", row) for i, row in enumerate(loaded, start=1))
+        rows = ((place, _converted(hub, row, place)) for place, row in places)
     else:
         path = Path(source) if source is not None else _local_file(task, Path(str(data)))
         name = str(path)
@@ -68,34 +77,45 @@ def _local_file(task: str, data: Path) -> Path:
     )
 
 
+def _converted(hub: _HubSet, row: Any, place: str) -> Any:
+    try:
+        return hub.convert(row)
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"{place}: not a row of the published data set ({type(error).__name__}: {error}); give a local file"
+        ) from error
+
+
 def _question(task: str, row: Any, place: str) -> Question:
     """A record in either form, checked.
 
     Raises:
-        ValueError: a field is missing, or the answer is none that extraction could find.
+        ValueError: a field is missing or no text, or the answer is none that extraction could find.
     """
-    if isinstance(row, dict) and task == "gsm8k" and "question" in row:
-        solution = str(row.get("answer", ""))
-        row = {"instruction": row["question"], "answer": solution.rpartition("####")[2].strip().replace(",", "")}
-    instruction, answer = (row.get(name) for name in ("instruction", "answer")) if isinstance(row, dict) else ("", "")
-    if not (instruction and isinstance(instruction, str) and answer and isinstance(answer, str)):
-        raise ValueError(
-            f'{place}: a record needs the texts {{"instruction": ..., "answer": ...}}, "input" may be absent'
-        )
+    require_record(row, place, _EXPECTED)
+    solved = task == "gsm8k" and "question" in row  # GSM8K's own form
+    asked = "question" if solved else "instruction"
+    texts = {field: text_field(row, field, place, _EXPECTED) for field in (asked, "answer")}
+    for field, text in texts.items():
+        if not text.strip():
+            raise ValueError(f"{place}: field {field!r} is empty; {_EXPECTED}")
+    further = "" if row.get("input") is None else text_field(row, "input", place, _EXPECTED)
+    answer = texts["answer"]
+    if solved:
+        answer = answer.rpartition("####")[2].strip().replace(",", "")
     if not _is_answer(task, answer):
         expected = "a number" if task == "gsm8k" else "one of " + ", ".join(ANSWER_WORDS[task])
         raise ValueError(f"{place}: answer {answer!r} is not {expected}; is this a file of {task}?")
-    return Question(instruction, row.get("input") or "", answer)
+    return Question(texts[asked], further, answer, place)
 
 
 def _is_answer(task: str, answer: str) -> bool:
     if task != "gsm8k":
         return answer in ANSWER_WORDS[task]
     try:
-        float(answer)
+        return math.isfinite(float(answer))
     except ValueError:
         return False
-    return True
 
 
 def _choice(question: str, word: str, choices: Sequence[str], correct: int, gaps: tuple[str, str]) -> dict[str, str]:

@@ -3,7 +3,8 @@
 #   bash launchers/recipes/glue.sh cola|sst2|mrpc|stsb|qqp|mnli|qnli|rte [--method reflora] [--engine ddp|zero3]
 #       [--weights NAME_OR_PATH] [--train-data FILE] [--eval-data FILE] [--output-dir DIR] [--processes N] [--seed N]
 #       [-- further options of finetune.py, which win]
-# Without --train-data and --eval-data the task comes from the hub (nyu-mll/glue).
+# Without --train-data and --eval-data the task comes from the hub (nyu-mll/glue). --train-data alone needs
+# "-- --eval_fraction F", or "-- --eval_strategy no" to train without evaluations.
 #
 # Of RefLoRA's hyperparameters only those of CoLA are in the published code (github.com/zhangyilang/RefLoRA,
 # NLU/debertaV3-base.sh); the table of the paper's appendix was not at hand. For the other tasks learning rate, epochs,

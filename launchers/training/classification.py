@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding, EvalPrediction
 
-from launchers.data.records import is_local_file, load_hub, parse_file, split_records
+from launchers.cluster.waiting import working_first
+from launchers.data.records import is_local_file, load_hub, parse_file, require_record, split_records, text_field
 from launchers.data.tokenization import cached_dataset
 from launchers.training.glue_tasks import ClassificationOptions
 
@@ -37,6 +38,9 @@ def check_options(options: Options) -> None:
         raise ValueError(f"method={options.lora.method!r} is for --task causal-lm: its adapter has no classifier")
     if options.model.load_in_4bit:
         raise ValueError("load_in_4bit is for --task causal-lm: drop it, classification models are small")
+    for name in ("prediction_loss_only", "batch_eval_metrics"):
+        if getattr(options.training, name):
+            raise ValueError(f"{name}=True: the metrics of --task seq-cls are of all predictions together; drop it")
     for name, default in (("packing", False), ("train_on_prompt", False), ("prompt_template", "plain")):
         if getattr(options.data, name) != default:
             raise ValueError(f"{name}={getattr(options.data, name)!r} means nothing to --task seq-cls: drop it")
@@ -50,7 +54,7 @@ def choose_records(options: Options) -> tuple[list[Any], list[Any]]:
     """
     data, arguments, task = options.data, options.training, options.classification
     check_options(options)
-    with arguments.main_process_first(desc="load records"):
+    with working_first(arguments.local_process_index == 0, "loading the records"):
         train = _load(task, data.dataset, data.dataset_split, "train")
         if data.eval_fraction:
             return _limited(split_records(train, data.eval_fraction, arguments.seed), data.max_eval_records)
@@ -67,7 +71,7 @@ def further_records(options: Options) -> dict[str, list[Any]]:
     task = options.classification
     if task.glue_task != "mnli" or (options.data.dataset and not task.mismatched_dataset):
         return {}
-    with options.training.main_process_first(desc="load records"):
+    with working_first(options.training.local_process_index == 0, "loading the records"):
         records = _load(task, task.mismatched_dataset, options.data.eval_dataset_split, "validation_mismatched")
     return {"mismatched": records[: options.data.max_eval_records]}
 
@@ -96,15 +100,14 @@ def _load(task: ClassificationOptions, sources: list[str], split: str, hub_split
 def _checked(task: ClassificationOptions, row: Any, place: str) -> list[Any]:
     glue = task.glue
     expected = f'a record of {task.glue_task} needs the texts {", ".join(glue.fields)} and a "label"'
-    texts = [row.get(field) for field in glue.fields] if isinstance(row, dict) else []
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{place}: {expected}")
+    require_record(row, place, expected)
+    texts = [text_field(row, field, place, expected) for field in glue.fields]
     label = row.get("label")
     if glue.num_labels is None:
         if not isinstance(label, int | float) or isinstance(label, bool) or not 0 <= label <= 5:
             raise ValueError(f"{place}: label {label!r} is no number from 0 to 5; {expected}")
         label = float(label)
-    elif not isinstance(label, int) or not 0 <= label < glue.num_labels:
+    elif not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < glue.num_labels:
         hint = "; test sets of GLUE have no labels" if label == -1 else ""
         raise ValueError(f"{place}: label {label!r} is none of 0 to {glue.num_labels - 1}{hint}; {expected}")
     return [texts[0], texts[1] if len(texts) > 1 else None, label]
@@ -115,6 +118,9 @@ def encoded(options: Options, tokenizer: Any, records: list[Any], *, build: bool
     if tokenizer.pad_token_id is None:
         raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} has no padding token; --task seq-cls needs one")
     max_length = options.data.max_length
+    special = tokenizer.num_special_tokens_to_add(pair=records[0][1] is not None)
+    if max_length <= special:
+        raise ValueError(f"max_length={max_length} leaves no token of a text beside {special} special ones: raise it")
 
     def encode() -> list[dict[str, Any]]:
         texts, pairs, labels = (list(column) for column in zip(*records, strict=True))
@@ -126,9 +132,15 @@ def encoded(options: Options, tokenizer: Any, records: list[Any], *, build: bool
     return cached_dataset(tokenizer, records, key, encode, Path(options.data.cache_dir), build=build)
 
 
-def collator(tokenizer: Any) -> DataCollatorWithPadding:
-    """Pads to the longest row of a batch."""
-    return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
+def collator(tokenizer: Any, model: Any, multiple_of: int) -> DataCollatorWithPadding:
+    """Pads to the longest row of a batch, on the side that the model's head expects.
+
+    Heads on decoders read the last token that is not the configuration's padding token, which a language model often
+    lacks. Other heads read the first token, which has to be in the first place; XLNet's reads the last place.
+    """
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    tokenizer.padding_side = "left" if model.config.model_type == "xlnet" else "right"
+    return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple_of)
 
 
 def load_model(name: str, options: Options, dtype: Any) -> Any:

@@ -68,3 +68,8 @@ class ClassificationOptions:
     @property
     def glue(self) -> GlueTask:
         return GLUE[str(self.glue_task)]
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What an evaluation yields beside the loss."""
+        return self.glue.metrics if self.active else ()

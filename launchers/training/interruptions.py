@@ -69,6 +69,12 @@ class StopOnSignal(TrainerCallback):
         self._step = state.global_step
         self._stop_reached.set()
         control.should_save = control.should_training_stop = True
+        # Trainer would evaluate first, which takes its time, and with --save_strategy best decides about the checkpoint
+        control.should_evaluate = False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stopped_by is not None:  # Trainer ends the epoch here as well, and the checkpoint is there
+            control.should_save = control.should_evaluate = False
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import datetime
-import os
 import tempfile
-from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser
 
 from launchers.data.cache import default_cache_dir
 from launchers.data.embedded import EmbeddedSettings
 from launchers.data.tokenization import PROMPT_TEMPLATES, TokenizationSettings
+from launchers.training.arguments import FinetuneArguments
+from launchers.training.evaluations import check_evaluations, shown
 from launchers.training.fields import option as _option
 from launchers.training.glue_tasks import ClassificationOptions
 from reflora_dist import LoRARite, RefLoRAConfig
@@ -36,7 +34,11 @@ PEFT_STARTS: dict[str, bool | str] = {"default": True, "gaussian": "gaussian", "
 class ModelOptions:
     """Which base model, and how it is loaded."""
 
-    model: str | None = _option(None, "Hub name or local path. Default: the embedded model, made on this machine.")
+    model: str | None = _option(
+        None,
+        "Hub name or local path, of an adapter too, which is then trained on. Default: the embedded model, made on "
+        "this machine.",
+    )
     tokenizer: str | None = _option(None, "Hub name or local path of the tokenizer. Default: the model's own.")
     model_dtype: str = _option(
         "auto",
@@ -161,7 +163,9 @@ class DataOptions:
     eval_fraction: float = _option(0.0, "Share of --dataset set aside for evaluation when --eval_dataset is not given.")
     max_eval_records: int | None = _option(None, "Evaluate on the first n records only.")
     max_length: int = _option(512, "Tokens of prompt and answer together; longer answers are cut.")
-    packing: bool = _option(False, "Pack several short examples into each row; they do not see each other.")
+    packing: bool = _option(
+        False, "Pack several short examples into each row. A model in which they see each other is refused."
+    )
     train_on_prompt: bool = _option(False, "Learn the prompt's tokens too, not the answer's alone.")
     prompt_template: str = _option(
         "plain",
@@ -182,6 +186,11 @@ class DataOptions:
             raise ValueError(f"eval_fraction={self.eval_fraction} must be in [0, 1)")
         self.cache_dir = str(Path(self.cache_dir).expanduser())
 
+    @property
+    def has_eval_records(self) -> bool:
+        """Whether there will be records to evaluate on; the embedded ones and the hub's GLUE bring their own."""
+        return bool(self.eval_dataset or self.eval_fraction or not self.dataset)
+
     def tokenization(self, *, packing: bool) -> TokenizationSettings:
         """How records are encoded; evaluation never packs, so that its loss is comparable between runs."""
         return TokenizationSettings(
@@ -190,59 +199,6 @@ class DataOptions:
             packing=packing,
             prompt_template=self.prompt_template,
         )
-
-
-@dataclasses.dataclass
-class FinetuneArguments(TrainingArguments):
-    """transformers' TrainingArguments with the defaults of LoRA fine-tuning."""
-
-    output_dir: str = _option("outputs/finetune", "Where checkpoints, adapter, metrics and plot are written.")
-    learning_rate: float = _option(3e-4, "Peak learning rate.")
-    logging_steps: float = _option(10, "Log the training loss every n steps.")
-    eval_strategy: str = _option("steps", "When to evaluate, if there are records to evaluate on.")
-    eval_steps: float | None = _option(50, "Evaluate every n steps.")
-    ddp_find_unused_parameters: bool | None = _option(False, "Every adapter is used in every step.")
-    label_names: list[str] | None = field(default_factory=lambda: ["labels"])
-    resume_from_checkpoint: str | None = _option(
-        None, "A checkpoint folder, or auto: the last complete one in output_dir, from the start if there is none."
-    )
-
-    def __post_init__(self) -> None:
-        self._check_deepspeed()
-        if not torch.accelerator.is_available():
-            self._prepare_cpu()
-        super().__post_init__()
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if launched != self.world_size:
-            raise ValueError(f"{launched} processes were launched, but {self.world_size} joined the process group")
-
-    def _check_deepspeed(self) -> None:
-        if not isinstance(self.deepspeed, str) or self.deepspeed.lstrip().startswith("{"):
-            return
-        if not Path(self.deepspeed).is_file():
-            raise ValueError(f"deepspeed={self.deepspeed!r}: no such file; ds_configs/ has some to start from")
-        if "LOCAL_RANK" not in os.environ:
-            raise ValueError(
-                f"deepspeed={self.deepspeed!r} needs a launcher: deepspeed --num_gpus N launchers/finetune.py ..."
-            )
-
-    def _prepare_cpu(self) -> None:
-        """Have accelerate count the ranks of a CPU run: left to itself each would train alone on all the data.
-
-        Under DeepSpeed the group is joined here, with its backend by name: told only that there is a CPU,
-        accelerate would leave DeepSpeed out.
-        """
-        self.use_cpu, self.dataloader_pin_memory = True, False
-        through_accelerate = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-        if not self.deepspeed and not through_accelerate:
-            return
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        try:
-            PartialState(backend="gloo", timeout=datetime.timedelta(seconds=self.ddp_timeout))
-        finally:
-            if not through_accelerate:
-                del os.environ["ACCELERATE_USE_DEEPSPEED"]
-        self.accelerator_config = {"use_configured_state": True}
 
 
 @dataclasses.dataclass
@@ -257,6 +213,7 @@ class Options:
 
     def __post_init__(self) -> None:
         self._check_quantization()
+        check_evaluations(self)
         self.optimizer()
 
     def _check_quantization(self) -> None:
@@ -267,6 +224,12 @@ class Options:
                 f"{asked} needs the weights of the base, or changes them, which 4 bits would round away: drop "
                 "--load_in_4bit, or take another method or start"
             )
+        for dtype in ("bf16", "fp16") if self.model.load_in_4bit else ():
+            if getattr(self.training, f"{dtype}_full_eval") and not getattr(self.training, dtype):
+                raise ValueError(
+                    f"{dtype}_full_eval=True would cast the packed weights of --load_in_4bit, which are no numbers: "
+                    f"give --{dtype} True, or drop --{dtype}_full_eval"
+                )
 
     def optimizer(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
         """The optimizer's class and arguments where the method is one; None for that of --optim.
@@ -284,6 +247,9 @@ class Options:
                 f"deepspeed={training.deepspeed!r} has an optimizer of its own, which would replace LoRARite: take "
                 '"optimizer" out, and with offload_optimizer set "zero_force_ds_cpu_optimizer": false'
             )
+        for name, remedy in (("optim", "drop it"), ("adam_epsilon", "give --optim_args eps=...")):
+            if (value := getattr(training, name)) != getattr(FinetuneArguments, name):
+                raise ValueError(f"{name}={shown(value)} means nothing to --method lora-rite, an optimizer: {remedy}")
         arguments: dict[str, Any] = {
             "lr": training.learning_rate,
             "betas": (training.adam_beta1, training.adam_beta2),
@@ -309,8 +275,11 @@ def parse_options(argv: list[str] | None = None) -> Options:
     Raises:
         ValueError: an option's value cannot be used.
     """
-    groups = (ModelOptions, LoraOptions, DataOptions, FinetuneArguments, ClassificationOptions)
-    return Options(*HfArgumentParser(groups).parse_args_into_dataclasses(args=argv))  # type: ignore[arg-type]
+    parser = HfArgumentParser((ModelOptions, LoraOptions, DataOptions, FinetuneArguments, ClassificationOptions))  # type: ignore[arg-type]
+    given, _ = parser.parse_known_args(argv)
+    if given.dataset and not given.eval_dataset and not given.eval_fraction:
+        parser.set_defaults(eval_strategy="no")  # before transformers checks what needs evaluations
+    return Options(*parser.parse_args_into_dataclasses(args=argv))
 
 
 def check_output_dir(output_dir: str) -> None:

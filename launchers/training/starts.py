@@ -11,6 +11,7 @@ from peft import LoraConfig, preprocess_loraga
 from peft.tuners.lora import LoraGAConfig
 from transformers.integrations import deepspeed as deepspeed_integration
 
+from launchers.cluster.waiting import working_first
 from launchers.training.options import PEFT_STARTS, Options
 from reflora_dist import initialize_adapters, replay_initialization
 from reflora_dist.checkpoints.start_file import init_of_mark, saved_mark, write_start
@@ -40,7 +41,8 @@ def start_adapter(model: Any, load_base: Any, data: Any, collator: Any, options:
         elif init not in PEFT_STARTS:
             lora_ga_config = LoraGAConfig() if init == "lora_ga" else None
             if lora_ga_config is not None:
-                with agreed("estimating LoRA-GA's gradient"):
+                estimating = "estimating LoRA-GA's gradient"
+                with agreed(estimating), working_first(is_first_rank(), estimating):
                     if is_first_rank():
                         _estimate_gradients(model, load_base, data, collator, options, lora_ga_config)
             initialize_adapters(model, init, lora_ga_config=lora_ga_config)
@@ -76,6 +78,7 @@ def _estimate_gradients(
     batches = [order[i * size : (i + 1) * size] for i in range(options.lora.lora_ga_batches)]
     with _outside_zero_init(), torch.random.fork_rng():
         base = load_base().to(training.device)
+    base.config.get_text_config().use_cache = False  # with a cache packed examples would see each other
 
     def accumulate() -> None:
         for indices in batches:

@@ -5,23 +5,27 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..collectives.agreed import agreed, is_first_rank
+from ..collectives.agreed import agreed, is_first_rank, world_size
 from ..engines.find_training import find_training_engine
 from ..engines.pairs import clean_name, find_peft_model
 from ..engines.tall import TALL_NAME, TallLinear, peft_key, transposed
 from ..engines.whole_parameters import Owner, gather, owned_tensors, scatter, whole_shapes
+from .embeddings import embedding_names, is_spare, kept_embeddings, vocabulary_is_resized
 from .start_file import readable, require_same_start, saved_mark, write_start
 
 
@@ -37,8 +41,9 @@ class _Entry(NamedTuple):
 def save_adapter(model: nn.Module, output_dir: str | Path) -> None:
     """Write the adapters as PEFT does: ``adapter_model.safetensors``, ``adapter_config.json``; rank 0 writes.
 
-    Whatever PEFT counts to an adapter is in it (modules_to_save, DoRA magnitudes); an adapter that is not named
-    "default" gets its sub-folder. ``PeftModel.from_pretrained`` loads what was written.
+    Whatever PEFT counts to an adapter is in it (modules_to_save, DoRA magnitudes); so are the embedding and the head if
+    LoRA adapts them or the vocabulary was resized. An adapter that is not named "default" gets its sub-folder.
+    ``PeftModel.from_pretrained`` loads what was written, onto a base that was resized likewise.
 
     Args:
         model: the PEFT model, bare or wrapped; under FSDP1 as FSDP returned it.
@@ -49,7 +54,7 @@ def save_adapter(model: nn.Module, output_dir: str | Path) -> None:
             FSDP1 model, or the folder cannot be written.
 
     Communication: every rank must call. One gather per saved parameter (FSDP1: per unit that holds any), nothing
-    for the frozen base; two all-gathers of small objects.
+    for the rest of the frozen base; four all-gathers of small objects.
     """
     folder = Path(output_dir)
     with agreed("preparing to save the adapter"):
@@ -60,29 +65,47 @@ def save_adapter(model: nn.Module, output_dir: str | Path) -> None:
             with tempfile.TemporaryFile(dir=folder):
                 pass  # a folder that cannot be written is found before any gather
     entries = _entries(peft_model, owners)
+    resized = has_resized_vocabulary(model)
+    embeddings = {
+        _file(adapter): kept_embeddings(peft_model, owners, adapter, resized) for adapter in peft_model.peft_config
+    }
+    frozen = {name for keys in embeddings.values() for name in keys.values()}
     gathered: dict[str, Tensor] = {}
-    for name, tensor in gather(model, owners, entries):
+    for name, tensor in gather(model, owners, entries.keys() | frozen):
         # one parameter whole at a time, kept where it will be written
-        value = torch.empty(0)
+        gathered[name] = torch.empty(0)
         if is_first_rank():
             value = tensor.detach().to("cpu", copy=True)
-            value = transposed(value) if entries[name].is_tall else value
-        gathered[entries[name].lookup_key] = value
+            gathered[name] = transposed(value) if name in entries and entries[name].is_tall else value
     with agreed("saving the adapter"), tempfile.TemporaryDirectory() as elsewhere:
         target = tempfile.mkdtemp(prefix=".adapter-", dir=folder) if is_first_rank() else elsewhere
         try:
             peft_model.save_pretrained(
                 target,
-                state_dict=gathered,
+                state_dict={entry.lookup_key: gathered[name] for name, entry in entries.items()},
                 is_main_process=is_first_rank(),
                 save_embedding_layers=False,
             )
             if is_first_rank():
-                _clean_keys(Path(target))
+                for file, keys in embeddings.items():
+                    _complete(Path(target) / file, {key: gathered[name] for key, name in keys.items()})
                 _move_into_place(Path(target), folder)
                 write_start(model, folder)
         finally:
             shutil.rmtree(target, ignore_errors=True)
+
+
+def has_resized_vocabulary(model: nn.Module) -> bool:
+    """Whether the model's vocabulary has another size than its base's, so that the base alone is not enough.
+
+    Communication: every rank must call. Two all-gathers of small objects; the first rank looks for the base.
+    """
+    with agreed("looking for the base's vocabulary"):
+        peft_models = [module for module in model.modules() if isinstance(module, PeftModel)]
+        found = [is_first_rank() and any(map(vocabulary_is_resized, peft_models))] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(found, found[0])
+    return found[0]
 
 
 def load_adapter(model: nn.Module, optimizer: Any, adapter_dir: str | Path) -> None:
@@ -93,12 +116,14 @@ def load_adapter(model: nn.Module, optimizer: Any, adapter_dir: str | Path) -> N
 
     Args:
         model: the PEFT model with the same adapters, bare or wrapped; under FSDP1 as FSDP returned it.
-        optimizer: as given to ``attach``.
+        optimizer: as given to ``attach``; None before there is one.
         adapter_dir: the folder with ``adapter_model.safetensors``, on storage that all ranks can read.
 
     Raises:
         TypeError, ValueError, OSError, RuntimeError: on every rank; a file is missing or cannot be read, or lacks
             a parameter of the adapters or holds it in another shape.
+
+    Warns where the model's vocabulary was resized and the files hold no embedding.
 
     Communication: every rank must call. As :func:`save_adapter`.
     """
@@ -107,12 +132,15 @@ def load_adapter(model: nn.Module, optimizer: Any, adapter_dir: str | Path) -> N
         require_same_start(model, saved_mark(adapter_dir), adapter_dir)
         owners = owned_tensors(model, peft_model)
     values = _read(model, adapter_dir, owners, _entries(peft_model, owners))
+    values |= _read_embeddings(model, adapter_dir, owners, has_resized_vocabulary(model))
     with agreed("loading the adapter"):
         write_weights(model, optimizer, owners, values)
 
 
 def load_frozen(model: nn.Module, adapter_dir: str | Path) -> None:
-    """Load those parameters of the adapters that are not trained, which no engine keeps in its training state.
+    """Load what is saved with the adapters and not trained, which no engine keeps in its training state.
+
+    Frozen factors, and the embedding of a model whose vocabulary was resized.
 
     Args:
         model, adapter_dir: as for :func:`load_adapter`.
@@ -128,6 +156,8 @@ def load_frozen(model: nn.Module, adapter_dir: str | Path) -> None:
     entries = _entries(peft_model, owners)
     frozen = {name: entry for name, entry in entries.items() if not getattr(*owners[name]).requires_grad}
     values = _read(model, adapter_dir, owners, frozen, others=entries)
+    if has_resized_vocabulary(model):
+        values |= _read_embeddings(model, adapter_dir, owners, resized=True)
     with agreed("loading the adapter"):
         scatter(model, owners, values)
 
@@ -138,8 +168,9 @@ def write_weights(model: nn.Module, optimizer: Any, owners: Mapping[str, Owner],
     Communication: as :func:`scatter`; every rank must call.
     """
     scatter(model, owners, values)
-    engine = find_training_engine(model, optimizer)
-    engine.write_masters({getattr(*owners[name]): value for name, value in values.items()})
+    if optimizer is not None:
+        engine = find_training_engine(model, optimizer)
+        engine.write_masters({getattr(*owners[name]): value for name, value in values.items()})
 
 
 def _read(
@@ -151,12 +182,14 @@ def _read(
 ) -> dict[str, Tensor]:
     """The values of ``entries``, as the model stores them; ``others`` may be in the files, too. Nothing is changed."""
     with agreed("reading the adapter"):
+        embeddings = embedding_names(find_peft_model(model), owners)
         files = {}
         for file in {entry.file for entry in entries.values()}:
             with readable(Path(adapter_dir) / file):
                 files[file] = load_file(Path(adapter_dir) / file)
         for file, tensors in files.items():
             known = {entry.file_key for entry in (others or entries).values() if entry.file == file}
+            known |= {key for key in tensors if key in embeddings or is_spare(key, known)}
             wanted = {entry.file_key for entry in entries.values() if entry.file == file}
             require_tensors(Path(adapter_dir) / file, tensors, wanted, known)
         values = {name: files[entry.file][entry.file_key] for name, entry in entries.items()}
@@ -166,6 +199,39 @@ def _read(
                 raise ValueError(
                     f"{adapter_dir} holds {entries[name].file_key} in the shape {tuple(values[name].shape)}, the "
                     f"model's is {tuple(shape)}: give LoraConfig the r of that adapter"
+                )
+        return values
+
+
+def _read_embeddings(
+    model: nn.Module, adapter_dir: str | Path, owners: Mapping[str, Owner], resized: bool
+) -> dict[str, Tensor]:
+    """The base's embedding and head, as far as the files hold them; nothing is changed."""
+    with agreed("reading the embedding"):
+        peft_model = find_peft_model(model)
+        values: dict[str, Tensor] = {}
+        for adapter in peft_model.peft_config:
+            path = Path(adapter_dir) / _file(adapter)
+            names = embedding_names(peft_model, owners)
+            with readable(path), safe_open(path, "pt") as file:
+                tensors = {key: file.get_tensor(key) for key in names.keys() & set(file.keys())}
+            names = {key: name for key, name in names.items() if key in tensors}
+            require_tensors(path, tensors, names, tensors)
+            values |= {name: tensors[key] for key, name in names.items()}
+            found = {id(getattr(*owners[name])) for name in names.values()}
+            for key, name in kept_embeddings(peft_model, owners, adapter, resized).items() if resized else ():
+                if id(getattr(*owners[name])) not in found and is_first_rank():
+                    warnings.warn(
+                        f"{path} holds no {key}, and the model's vocabulary is not its base's: the model keeps the "
+                        "rows that it has, which may be others than were trained with",
+                        stacklevel=3,
+                    )
+        for name, shape in whole_shapes(model, {name: owners[name] for name in values}).items():
+            if values[name].shape != shape:
+                raise ValueError(
+                    f"{adapter_dir} holds {name} in the shape {tuple(values[name].shape)}, the model's is "
+                    f"{tuple(shape)}: call resize_token_embeddings({values[name].shape[0]}) on the base before "
+                    "get_peft_model"
                 )
         return values
 
@@ -204,12 +270,11 @@ def _entries(peft_model: PeftModel, owners: Mapping[str, Owner]) -> dict[str, _E
         )
         if not kept:
             raise RuntimeError(f"PEFT finds nothing that belongs to adapter {adapter!r}")
-        file = SAFETENSORS_WEIGHTS_NAME if adapter == "default" else f"{adapter}/{SAFETENSORS_WEIGHTS_NAME}"
         for key, stand_in in kept.items():
             name = names[id(stand_in)]
             module, attribute = owners[name]
             is_tall = isinstance(module, TallLinear) and attribute == TALL_NAME
-            entries[name] = _Entry(keys[name], file, clean_name(key), is_tall)
+            entries[name] = _Entry(keys[name], _file(adapter), clean_name(key), is_tall)
     return entries
 
 
@@ -232,13 +297,17 @@ def _lookup_keys(peft_model: PeftModel, names: Iterable[str]) -> dict[str, str]:
     return keys
 
 
-def _clean_keys(folder: Path) -> None:
-    """Take the wrappers' names out of the keys again."""
-    for path in folder.rglob(SAFETENSORS_WEIGHTS_NAME):
-        tensors = load_file(path)
-        cleaned = {clean_name(key): tensor for key, tensor in tensors.items()}
-        if cleaned.keys() != tensors.keys():
-            save_file(cleaned, path, metadata={"format": "pt"})
+def _file(adapter: str) -> str:
+    """Where PEFT puts the tensors of an adapter, below the folder."""
+    return SAFETENSORS_WEIGHTS_NAME if adapter == "default" else f"{adapter}/{SAFETENSORS_WEIGHTS_NAME}"
+
+
+def _complete(path: Path, embeddings: Mapping[str, Tensor]) -> None:
+    """Take the wrappers' names out of a file's keys again, and add the embeddings, which PEFT was not given."""
+    tensors = load_file(path)
+    completed = {**{clean_name(key): tensor for key, tensor in tensors.items()}, **embeddings}
+    if completed.keys() != tensors.keys():
+        save_file(completed, path, metadata={"format": "pt"})
 
 
 def _move_into_place(source: Path, target: Path) -> None:

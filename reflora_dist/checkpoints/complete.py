@@ -45,7 +45,8 @@ class CompleteCheckpoints(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # of an earlier run: what is written over it is no checkpoint until it is complete
-        if is_first_rank() and (control.should_save or args.save_strategy == SaveStrategy.BEST):
+        may_be_best = args.save_strategy == SaveStrategy.BEST and control.should_evaluate
+        if is_first_rank() and (control.should_save or may_be_best):
             (checkpoint_folder(args, state) / _RECORD).unlink(missing_ok=True)
 
     on_epoch_end = on_step_end

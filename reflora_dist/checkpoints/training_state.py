@@ -6,7 +6,7 @@ A checkpoint is a folder that all ranks share::
     adapter_model.safetensors  the adapter and its configuration as PEFT writes them
     state/                     trainable weights and optimizer state, as the engine itself saves them
 
-The frozen base is in none of these files.
+The frozen base is in none of these files, but for the embedding and the head where the vocabulary was resized.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..algebra.types import SIDE_A, SIDE_B
 from ..collectives.tiling import Layout
+from ..engines.bare_base import require_no_adapter
 from ..engines.pairs import AdapterPair, find_pairs
 from ..engines.tall import tall_adapters
 from .options import DoctorOptions
@@ -73,6 +74,7 @@ def load_config(name: str) -> Any:
     Raises:
         ValueError: it cannot be found or read.
     """
+    require_no_adapter(name, "give the base that it names")
     try:
         return AutoConfig.from_pretrained(name)
     except Exception as error:  # by what is wrong in it

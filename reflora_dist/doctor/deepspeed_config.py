@@ -333,4 +333,5 @@ def _setup(loaded: Any, world_size: int, num_nodes: int) -> Setup:
         sub_group_elements=int(zero.sub_group_size) if stage == 3 else 0,
         round_robin=is_round_robin(stage, bool(zero.round_robin_gradients)),
         alignment=16 // (4 if precision == "no" else 2) if zero.parameter_alignment and stage in (1, 2) else 1,
+        half_gradients=loaded.float16_config.fp16_master_weights_and_grads,
     )

@@ -246,7 +246,7 @@ def _estimate(result: Diagnosis, setup: Setup, model_config: Any, device: torch.
     if packing is not None:
         model = pack(model, packing, BYTES[setup.precision])
     result.pairs = _pair_rows(setup, model, result.layouts)
-    result.traffic = Traffic(config, result.layouts, setup.shard_size, device)
+    result.traffic = Traffic(config, result.layouts, setup.shard_size, device, half=setup.half_gradients)
     result.method_sends = method_sends(config, result.traffic, setup.shard_size)
     result.engine_sends = engine_traffic(setup, model)
     try:
@@ -352,7 +352,8 @@ def _check_flat_adapters(result: Diagnosis, setup: Setup, built: PeftModel, devi
     if not tall_adapters(built):
         result.findings.note("adapters", f"{cost}; those of embeddings and convolutions have no tall form")
         return
-    tall = Traffic(config, factor_layouts(setup, whole_layouts(find_pairs(built))), setup.shard_size, device)
+    stored_tall = factor_layouts(setup, whole_layouts(find_pairs(built)))
+    tall = Traffic(config, stored_tall, setup.shard_size, device, half=setup.half_gradients)
     instead = sum(sent.bytes for sent in method_sends(config, tall, setup.shard_size))
     cost += f", {instead / 1e6:.2f} MB if they are stored tall, [in, r]"
     padded = sum(setup.shard_size * layout.chunk for layout in flat) / sum(layout.numel for layout in flat)

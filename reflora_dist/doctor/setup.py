@@ -30,6 +30,7 @@ class Setup:
         class_names: FSDP: of the modules that the file has wrapped; empty for the model's own choice.
         moments: tensors of a factor's size that the optimizer of DeepSpeed's file keeps; None if it names none.
         tall_adapters: lora_A of linear layers are stored ``[in, r]``.
+        half_gradients: DeepSpeed: masters and their gradients are float16.
     """
 
     engine: str
@@ -54,6 +55,7 @@ class Setup:
     class_names: list[str] = dataclasses.field(default_factory=list)
     moments: int | None = None
     tall_adapters: bool = False
+    half_gradients: bool = False
 
     @property
     def is_zero(self) -> bool:

@@ -35,8 +35,10 @@ def method_sends(config: RefLoRAConfig, traffic: Traffic, ranks: int) -> list[Se
     reduced = "norms" if issubclass(METHODS[config.method], RescalingMethod) else "Gram matrices"
     if config.method == "lora-rite":
         reduced += " and second moments"
+    if traffic.flags:
+        reduced += " and a flag per pair"
     by_kind = {
-        "all_reduce": (reduced, _ring(traffic.reduced, ranks)),
+        "all_reduce": (reduced, traffic.sent_in_all_reduces),
         "all_gather": ("what each rank has solved", (ranks - 1) * traffic.gathered),
         "send_recv": ("rows that are cut, with neighbours", exchanged),
         "all_to_all": ("lora_A stored [r, in], to one rank and back", exchanged),

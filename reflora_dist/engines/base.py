@@ -43,6 +43,7 @@ class Engine(abc.ABC):
         has_peft_form: whether checkpoints have lora_A as ``[r, in]``, its moments too, however the model stores it.
             Engines that save by parameters' names and shapes cannot.
         state_dict_lacks_parameters: whether torch loses parameters in the model's own ``state_dict()``.
+        reduces_gradients_to_half: gradients are float16, whatever the weights are.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Engine(abc.ABC):
     resumes_on_other_ranks = False
     has_peft_form = False
     state_dict_lacks_parameters = False
+    reduces_gradients_to_half = False
 
     def __init__(self, pairs: Sequence[AdapterPair], optimizer: torch.optim.Optimizer) -> None:
         self.pairs = tuple(pairs)
@@ -71,6 +73,10 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def gradients(self) -> list[Tensor | None]:
         """The local part of every factor's gradient, ready for the optimizer; None where there is none."""
+
+    def has_half_gradients(self) -> bool:
+        """Whether some are float16. All ranks answer alike, also one that has no gradient since it holds nothing."""
+        return self.reduces_gradients_to_half or any(weight.dtype == torch.float16 for weight in self.weights())
 
     @abc.abstractmethod
     def moments(self) -> list[dict[str, Tensor]]:

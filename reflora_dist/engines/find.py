@@ -91,6 +91,8 @@ def _refuse_frozen(pairs: Sequence[AdapterPair]) -> None:
         ]
         if pair.layer.disable_adapters:
             raise ValueError(f"{pair.name} is switched off: call enable_adapter_layers() on the model first")
+        if pair.layer.merged:
+            raise ValueError(f"{pair.name} is merged into the base: call unmerge_adapter() on the model first")
         if frozen:
             raise ValueError(
                 f"{' and '.join(frozen)} of {pair.name} is frozen, S refactors both factors of a pair: set "

@@ -67,12 +67,19 @@ def recognize(model: nn.Module, optimizer: Any, pairs: Sequence[AdapterPair]) ->
         raise ValueError("the FSDP modules hold no parameters: pass the model that FSDP wrapped")
     if not sharded and not all(unit._use_orig_params for unit in units):
         raise ValueError("FSDP NO_SHARD with use_orig_params=False is not supported; set use_orig_params=True")
-    if not sharded:
-        return ReplicatedEngine(pairs, optimizer, "fsdp1")
     engine: Engine
-    if all(unit._use_orig_params for unit in units):
+    if not sharded:
+        engine = ReplicatedEngine(pairs, optimizer, "fsdp1")
+    elif all(unit._use_orig_params for unit in units):
         engine = FSDP1Engine(pairs, optimizer, units, group)
     else:
         engine = flat_parameter_engine(pairs, optimizer, units, group)
-    engine.replicas = getattr(units[0], "_inter_node_pg", None)  # HYBRID_SHARD
+    if sharded:
+        engine.replicas = getattr(units[0], "_inter_node_pg", None)  # HYBRID_SHARD
+    engine.reduces_gradients_to_half = any(
+        unit._handle is not None
+        and unit._handle._keep_low_precision_grads
+        and unit._handle._fwd_bwd_param_dtype == torch.float16
+        for unit in units
+    )
     return engine

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..algebra.types import SIDE_A, SIDE_B
 from ..collectives.tiling import Layout
+from .bare_base import require_plain_peft_model
 from .tall import TALL_NAME, is_tall
 
 # Wrappers put their own attribute into a module's path; names without them agree between engines.
@@ -102,8 +103,11 @@ def find_pairs(model: nn.Module) -> list[AdapterPair]:
         model: anything that contains PEFT LoRA layers.
 
     Raises:
-        ValueError: there is no active adapter, or one of a kind to which the algebra does not apply.
+        TypeError: the model is a PeftMixedModel.
+        ValueError: there is no active adapter, one of a kind to which the algebra does not apply, or one that took the
+            place of a trained one.
     """
+    require_plain_peft_model(model)
     pairs = [pair for name, module in model.named_modules() for pair in _pairs_of(name, module)]
     if not pairs:
         raise ValueError(
@@ -203,6 +207,7 @@ def find_peft_model(model: nn.Module) -> PeftModel:
     if len(found) > 1:
         found = {name: module for name, module in found.items() if _is_trained(module)} or found
     if not found:
+        require_plain_peft_model(model)
         raise TypeError(f"{type(model).__name__} contains no PeftModel: wrap the model with peft.get_peft_model(...)")
     if len(found) > 1:
         raise ValueError(

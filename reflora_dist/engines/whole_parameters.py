@@ -71,6 +71,11 @@ def whole_shapes(model: nn.Module, owners: Mapping[str, Owner]) -> dict[str, tor
     return shapes
 
 
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """The shape of a parameter of which this rank may hold a part."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def reshard(model: nn.Module) -> None:
     """Have FSDP2 put sharded parameters back: the root keeps whole ones after an evaluation, until a backward."""
     for module in model.modules():

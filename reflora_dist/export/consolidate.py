@@ -19,7 +19,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..checkpoints.deepspeed_universal import conversion, model_states, refuse_round_robin
+from ..checkpoints.embeddings import is_spare, local_model_folder
 from ..checkpoints.errors import named_read_errors
 from ..checkpoints.start_file import FILE_NAME as START_FILE
 from ..checkpoints.start_file import find_start, is_mark, read_config, readable
@@ -41,6 +42,7 @@ from ..engines.tall import in_peft_form
 from ..files.output_folder import new_folder, require_empty
 from ..files.records import plain_name, require_zip
 from ..files.safe_pickles import SafeReader, load_states, require_states
+from ..files.stored_weights import StoredWeights
 from ..lora_sb.config import LoraXSType
 from ..starts.convert import convert_adapter
 
@@ -48,8 +50,8 @@ CONFIG_NAME = "adapter_config.json"
 _PREFIX = "base_model.model."
 _OF_MODEL = re.compile(rf"(?!optim)(\w+\.)*{re.escape(_PREFIX)}")  # and not optimizer.state.(...)
 _RANK = re.compile(r"(.*zero_pp_rank_)(\d+)(_mp_rank_\d+_optim_states\.pt)")
-# by name: which tensors are wanted, and what they are called in PEFT's file
-_Choose = Callable[[Iterable[str]], dict[str, str]]
+# by names and shapes: which tensors are wanted, and what they are called in PEFT's file
+_Choose = Callable[[Mapping[str, Sequence[int]]], dict[str, str]]
 
 
 def consolidate_adapter(
@@ -84,7 +86,7 @@ def consolidate_adapter(
     config_path = find_config(source if adapter_config is None else Path(adapter_config), state)
     config = read_config(config_path)
     _require_known(config, config_path)
-    tensors = _read_state(state, lambda names: _chosen(list(names), config, adapter, state), trust_pickles)
+    tensors = _read_state(state, lambda shapes: _chosen(shapes, config, adapter, state), trust_pickles)
     _complete(tensors, config, config_path.parent, state)
     with new_folder(target) as part:
         if not is_mark(config.get("init_lora_weights")):
@@ -148,7 +150,7 @@ def _read_dcp(folder: Path, choose: _Choose, trust_pickles: bool) -> dict[str, T
         for key, spec in metadata.state_dict_metadata.items()
         if isinstance(spec, TensorStorageMetadata) and _OF_MODEL.match(key)
     }
-    chosen = choose(specs)
+    chosen = choose({key: spec.size for key, spec in specs.items()})
     if any(key.startswith("optimizer.") for key in metadata.state_dict_metadata):
         # save_checkpoint's, which holds nothing but what is trained
         _warn_of_others(specs.keys() - chosen.keys(), folder)
@@ -172,7 +174,7 @@ def _read_zero(folder: Path, choose: _Choose, trust_pickles: bool) -> dict[str, 
         state = deepspeed.get_fp32_state_dict_from_zero_checkpoint(
             str(folder.parent), tag=folder.name, exclude_frozen_parameters=True
         )
-    chosen = choose(state)
+    chosen = choose({name: tensor.shape for name, tensor in state.items()})
     _warn_of_others(shapes.keys() - chosen.keys(), folder)
     return {key: state[name] for name, key in chosen.items()}
 
@@ -250,13 +252,15 @@ def _require_all_ranks(folder: Path, trust_pickles: bool) -> None:
 # --- names ---
 
 
-def _chosen(names: list[str], config: Mapping[str, Any], adapter: str, state: Path) -> dict[str, str]:
+def _chosen(
+    shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], adapter: str, state: Path
+) -> dict[str, str]:
     """What of a state belongs to the adapter, and PEFT's name for each.
 
     Raises:
         ValueError: nothing does, or it is of several models.
     """
-    plain = {name: _plain_name(name) for name in names if _OF_MODEL.match(clean_name(name))}
+    plain = {name: _plain_name(name) for name in shapes if _OF_MODEL.match(clean_name(name))}
     if len(set(plain.values())) < len(plain):
         raise ValueError(f"{state} holds several PEFT models ({', '.join(_prefixes(plain))}), and an adapter is of one")
     if any(re.search(r"\.lora_(A|embedding_A|xs_R)(\.weight|\.tall)?$", path) for path in plain.values()):
@@ -265,7 +269,25 @@ def _chosen(names: list[str], config: Mapping[str, Any], adapter: str, state: Pa
     if not chosen:
         others = sorted({match[1] for path in plain.values() if (match := re.search(r"\.lora_\w+\.(\w+)", path))})
         raise ValueError(f"{state} holds nothing of the adapter {adapter!r}; it has {', '.join(others) or 'none'}")
-    return chosen
+    return chosen | _resized({name: path for name, path in plain.items() if name not in chosen}, shapes, config)
+
+
+def _resized(
+    plain: Mapping[str, str], shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any]
+) -> dict[str, str]:
+    """What a state holds of the base in another size than the base has it: the embedding and head of added tokens."""
+    try:
+        base = StoredWeights(Path(local_model_folder(config["base_model_name_or_path"] or "", config.get("revision"))))
+    except (KeyError, OSError, ValueError):  # the base is not on this machine
+        return {}
+    resized = {}
+    for name, path in plain.items():
+        key = path.removeprefix(_PREFIX).replace(".token_adapter", "").replace(".base_layer", "")
+        stored, present = base.specs.get(key, ((), None))[0], tuple(shapes[name])
+        # 4-bit weights have another width, too
+        if stored and stored[1:] == present[1:] and stored[0] != present[0]:
+            resized[name] = path
+    return resized
 
 
 def _prefixes(plain: Mapping[str, str]) -> list[str]:
@@ -333,8 +355,10 @@ def _complete(tensors: dict[str, Tensor], config: Mapping[str, Any], folder: Pat
         with readable(path), safe_open(path, "pt") as file:
             modules = config.get("modules_to_save") or ()
             trained = (".lora_", ".trainable_tokens_delta", *(f".{name}." for name in modules))
-            beside = {key for key in file.keys() if any(part in key for part in trained)}  # noqa: SIM118
-            frozen = [key for key in beside if re.search(r"\.lora_xs_[AB]\.", key)]
+            keys = {key for key in file.keys() if not is_spare(key)}  # noqa: SIM118
+            beside = {key for key in keys if any(part in key for part in trained)}
+            # A and B of LoRA-XS, and the embedding of a base whose vocabulary was resized
+            frozen = [key for key in keys if key not in beside or re.search(r"\.lora_xs_[AB]\.", key)]
             tensors |= {key: file.get_tensor(key) for key in frozen if key not in tensors}
     partners: tuple[tuple[str, str], ...] = (
         ("lora_A.weight", "lora_B.weight"),

@@ -16,6 +16,7 @@ from peft.utils import set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from ..checkpoints.embeddings import saved_embeddings, set_vocabulary
 from ..lora_sb.layer import LoraXSLinear
 
 ADAPTER = "default"
@@ -44,9 +45,14 @@ def empty_base(folder: Path, config: PeftConfig, tensors: dict[str, Tensor], dty
     if config.task_type in ("SEQ_CLS", "TOKEN_CLS") and labels and settings.num_labels != labels[0]:
         settings.num_labels = labels[0]
     chosen = _model_class(config, settings)
+    make = chosen.from_config if hasattr(chosen, "from_config") else chosen._from_config
+    kind = {"dtype": dtype or settings.dtype or torch.float32}
     with torch.device("meta"):
-        kind = {"dtype": dtype or settings.dtype or torch.float32}
-        make = chosen.from_config if hasattr(chosen, "from_config") else chosen._from_config
+        base = make(settings, **kind)
+        rows = {weight.shape[0] for weight in saved_embeddings(base, tensors).values()}
+        if len(rows) != 1 or rows == {base.get_input_embeddings().weight.shape[0]}:
+            return base
+        set_vocabulary(settings, rows.pop())  # tokens were added before the adapter was trained
         return make(settings, **kind)
 
 

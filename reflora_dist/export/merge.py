@@ -26,16 +26,15 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..checkpoints.merged_record import merged_header, refuse_merged_twice
 from ..checkpoints.start_file import changes_base, readable, saved_mark
+from ..engines.bare_base import require_no_adapter
+from ..files.other_files import other_files, require_fitting_tokenizer
 from ..files.output_folder import new_folder, require_empty, require_space
 from ..files.stored_weights import INDEX_NAME, Entry, StoredWeights, find_model, write_file
 from ..lora_sb.config import LoraXSConfig
 from ..starts.convert import convert_adapter
 from .empty_model import ADAPTER, empty_base, with_adapter
-
-# beside the weights: configurations, tokenizers, code
-_COPIED = (".json", ".model", ".txt", ".py", ".jinja", ".tiktoken")
-_TOKENIZER = ("token", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece", "sentencepiece")
 
 
 def merge_adapter(
@@ -66,7 +65,8 @@ def merge_adapter(
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged, adapter and base do not fit, the adapter is of a
-            kind that cannot be merged, ``output_dir`` is not empty, or the disk is too small.
+            kind that cannot be merged or is in the base already, the tokenizer has ids for which the merged embedding
+            has no rows, ``output_dir`` is not empty, or the disk is too small.
     """
     target = Path(output_dir)
     require_empty(target)
@@ -75,16 +75,20 @@ def merge_adapter(
         name = base or config.base_model_name_or_path
         if not name:
             raise ValueError(f"{adapter_dir} does not name its base: give it")
-        stored = StoredWeights(find_model(name, None if base else config.revision))
+        folder = find_model(name, None if base else config.revision)
+        require_no_adapter(str(folder), "merge it into the base that it names first, and give the merged model as base")
+        refuse_merged_twice(folder, adapter_dir)
+        stored, merged = StoredWeights(folder), merged_header(folder, Path(adapter_dir))
         merge = _Merge(source, config, stored, dtype)
         files = merge.files()
-        copied = _other_files(stored.folder, Path(tokenizer_dir or adapter_dir))
+        copied = other_files(stored.folder, Path(tokenizer_dir or adapter_dir))
+        require_fitting_tokenizer(copied.values(), stored.folder, merge.vocabulary)
         total = sum(entry.num_bytes for entries in files.values() for entry in entries)
         require_space(target, total + sum(path.stat().st_size for path in copied.values()))
         with new_folder(target) as part, tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
             for file, entries in files.items():
                 bar.set_description(file)
-                write_file(part / file, entries, stored.metadata(file), bar.update)
+                write_file(part / file, entries, {**stored.metadata(file), **merged}, bar.update)
             for file, path in copied.items():
                 shutil.copyfile(path, part / file)
             _write_index(part, stored, files)
@@ -125,7 +129,7 @@ class _Merge:
         self.config, self.architecture = base.config, type(base).__name__
         names = [name for name, _ in base.named_parameters(remove_duplicate=False)]
         self.tied = _tied_names(base)
-        embeddings = {id(getattr(module, "weight", None)) for module in _embeddings(base)}
+        embeddings = {id(parameter) for module in _embeddings(base) for parameter in module.parameters(recurse=False)}
         self.embedding_names = {n for n, p in base.named_parameters(remove_duplicate=False) if id(p) in embeddings}
         self.names = _names_of_keys(stored, names, base.base_model_prefix)
         self.keys = {name: key for key, name in self.names.items()}
@@ -134,6 +138,16 @@ class _Merge:
         root = model.get_base_model()
         self.sources = {name: _find_source(root, name) for name in names}
         self.untied = self._separated()
+        self.resized = any(
+            self.sources[name].parameter.shape != stored.specs[key][0]
+            for key, name in self.names.items()
+            if name in self.embedding_names
+        )
+
+    @property
+    def vocabulary(self) -> int:
+        """The rows of the merged model's embedding, or of its head if these are fewer."""
+        return min((self.sources[name].parameter.shape[0] for name in self.embedding_names), default=0)
 
     def _separated(self) -> set[str]:
         """The names of parameters that were one and are different ones after the merge."""
@@ -187,10 +201,23 @@ class _Merge:
         name = self.names.get(key)
         if name is None:  # nothing that the model knows as a parameter: a buffer, or a left-over
             return Entry(key=key, shape=shape, dtype=dtype, load=lambda: self.stored.read(key).to(dtype))
-        if tuple(self.sources[name].parameter.shape) != shape:
-            present = tuple(self.sources[name].parameter.shape)
+        present = tuple(self.sources[name].parameter.shape)
+        if present != shape and not self._is_resized(name):
             raise ValueError(f"{key} is {shape} in {self.stored.folder} and {present} for the adapter: another base")
+        shape = present
         return Entry(key=key, shape=shape, dtype=dtype, load=lambda: self._value(name, dtype))
+
+    def _is_resized(self, name: str) -> bool:
+        """Whether an embedding or head comes from the adapter, of another size than the base's."""
+        parameter = self.sources[name].parameter
+        if name not in self.embedding_names:
+            return False
+        if parameter.is_meta:
+            raise ValueError(
+                f"the adapter was trained with a vocabulary of {parameter.shape[0]}, which is not that of the base in "
+                f"{self.stored.folder}, and lacks {name}: save it anew with save_adapter"
+            )
+        return True
 
     def _added(self, name: str) -> Entry:
         parameter = self.sources[name].parameter
@@ -230,7 +257,7 @@ class _Merge:
             settings["tie_word_embeddings"] = False
         if self.config.architectures != [self.architecture]:
             settings["architectures"] = [self.architecture]
-        if settings:
+        if settings or self.resized:  # the configuration has the vocabulary's size already
             for setting, value in settings.items():
                 setattr(self.config, setting, value)
             self.config.save_pretrained(folder)
@@ -328,29 +355,14 @@ def _read_weights(source: Path) -> dict[str, Tensor]:
 def _ordinary_adapter(adapter_dir: Path) -> Iterator[Path]:
     """The folder of an adapter on the original base: itself, or for the moment a converted one."""
     if not (adapter_dir / CONFIG_NAME).is_file():
-        raise ValueError(f"{adapter_dir} holds no adapter in PEFT's format: it has no {CONFIG_NAME}")
+        model = ", and is a model by itself" if (adapter_dir / "config.json").is_file() else ""
+        raise ValueError(f"{adapter_dir} holds no adapter in PEFT's format: it has no {CONFIG_NAME}{model}")
     if saved_mark(adapter_dir) is None:
         yield adapter_dir
         return
     with tempfile.TemporaryDirectory() as folder:
         convert_adapter(adapter_dir, folder)
         yield Path(folder)
-
-
-def tokenizer_files(folder: Path) -> dict[str, Path]:
-    """The files of the tokenizer in a folder, by name."""
-    return {p.name: p for p in folder.iterdir() if p.name.startswith(_TOKENIZER) and p.suffix in _COPIED}
-
-
-def _other_files(base: Path, trained: Path) -> dict[str, Path]:
-    """Configurations and tokenizer of the base; the tokenizer of the other folder, which is what the adapter was
-    trained with, goes before."""
-    files = {p.name: p for p in base.iterdir() if p.suffix in _COPIED and p.is_file() and not _is_index(p.name)}
-    return files | tokenizer_files(trained)
-
-
-def _is_index(name: str) -> bool:
-    return name.endswith(".index.json")
 
 
 def _write_index(folder: Path, stored: StoredWeights, files: dict[str, list[Entry]]) -> None:

@@ -169,5 +169,6 @@ def _read_index(folder: Path) -> dict[str, Any] | None:
     if (folder / _ONE_FILE).is_file():
         return None
     others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    found = f" (it has {others[0]}; AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) rewrites it)"
-    raise FileNotFoundError(f"{folder} holds no {_ONE_FILE} and no {INDEX_NAME}{found if others else ''}")
+    rewrites = "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) rewrites it"
+    found = "".join(f" (it has {name}; {rewrites})" for name in others[:1])
+    raise FileNotFoundError(f"{folder} holds no {_ONE_FILE} and no {INDEX_NAME}{found}")

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft.tuners.lora.layer import Embedding
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.fsdp import is_fsdp_enabled
 
 from ..engines.pairs import AdapterPair
+from ..engines.whole_parameters import whole_shape
 from .base_change import Block, blocks_of_flat_piece, checksum
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -29,11 +30,6 @@ def base_weight(pair: AdapterPair) -> nn.Parameter:
 def stored_transposed(pair: AdapterPair) -> bool:
     """Whether the weight lies in memory as ``(B A)^T`` does: embeddings, and transformers' Conv1D."""
     return isinstance(pair.layer, Embedding) or bool(getattr(pair.layer, "fan_in_fan_out", False))
-
-
-def whole_shape(parameter: Tensor) -> torch.Size:
-    """The shape of a parameter of which this rank may hold a part."""
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def rank_holds_base() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import torch
 from torch import Tensor
 
 from ..algebra.tall_blocks import BlockSet
@@ -16,6 +17,7 @@ from ..engines.base import Engine, Firing
 from ..methods.base import Transform
 from .base import Step
 from .figures import gram_figures
+from .half import HalfGuard
 from .solver import Solver, count_unsolved
 
 
@@ -26,7 +28,11 @@ class GradientStep(Step):
     by them where they lie, and rows that were cut go back.
 
     Communication per step: one all-reduce of the Grams, for a method that uses gradients one per firing; the solver's
-    all-gather; and where factors move, two exchanges per firing. None if every rank holds the factors whole.
+    all-gather; where factors move, two exchanges per firing; and of float16 gradients an all-reduce of a flag per pair,
+    per firing. None if every rank holds the factors whole.
+
+    A pair whose new gradient would leave the range of float16 is left as plain LoRA. Of one whose factors are updated
+    by two firings, the first factor may be updated by then: only the second is left so.
 
     Args:
         engine, retiler, communicator: over the same ranks.
@@ -55,6 +61,11 @@ class GradientStep(Step):
         self._everything = (True,) * (2 * len(engine.pairs))
         self._acts_on = tuple(factor // 2 not in hopeless for factor in range(2 * len(engine.pairs)))
         self._transform: Transform | None = None
+        self._guard = HalfGuard(communicator) if engine.has_half_gradients() else None
+        self._left: Tensor | None = None  # pairs that the guard has left as they are in this step
+        self._solved: dict[int, Tensor] = {}
+        by_rank = self._blocks.pairs_by_rank if self._guard is not None else {}
+        self._pairs = {r: torch.tensor(pairs, device=communicator.device) for r, pairs in by_rank.items()}
         self.grams: Matrices = {}
         self._scalings = [pair.scaling for pair in engine.pairs] if uses_gradients else []
 
@@ -75,14 +86,24 @@ class GradientStep(Step):
         """Replace the gradients of this firing.
 
         Returns:
-            The number of pairs left as plain LoRA, a 0-dim tensor, on the first firing of a step; then None.
+            The number of pairs left as plain LoRA, a 0-dim tensor, once in a step; on its other firings None.
         """
         act = self._with_gradients if self._uses_gradients else self._with_weights
         if not all(self._acts_on):
             present = tuple(p and acts for p, acts in zip(firing.present, self._acts_on, strict=True))
             firing = firing._replace(present=present)
+        if self._guard is None:
+            transform = act(firing)
+            return count_unsolved(transform.solved) if firing.first else None
+        gradients = self._engine.gradients()
+        self._guard.keep([[g if p else None for g, p in zip(gradients, firing.present, strict=True)]])
         transform = act(firing)
-        return count_unsolved(transform.solved) if firing.first else None
+        self._left = left = self._guard.restore(None if firing.first else self._left)
+        if firing.first:
+            self._solved = transform.solved
+        if not firing.last:
+            return None
+        return count_unsolved({r: flags & ~left.index_select(0, self._pairs[r]) for r, flags in self._solved.items()})
 
     def _with_weights(self, firing: Firing) -> Transform:
         gradients = self._engine.gradients()

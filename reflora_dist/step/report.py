@@ -23,8 +23,9 @@ class Report:
         bytes_per_step: bytes that this rank sent in them; an all-reduce counts 2 (N - 1) / N times its payload.
         steps: optimizer steps since the start of training.
         applied_steps: those of them in which the method was applied.
-        skipped_pairs: pairs for which the method had no solution, which left them plain LoRA, summed over the applied
-            steps; for "lora-rite" pairs of which a gradient was too large to be used.
+        skipped_pairs: pairs for which the method had no solution, or none that float16 factors can hold, which left
+            them plain LoRA, summed over the applied steps; for "lora-rite" pairs of which a gradient was too large to
+            be used, or the update.
     """
 
     method: str

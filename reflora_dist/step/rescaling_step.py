@@ -11,6 +11,7 @@ from ..engines.base import Engine, Firing
 from ..methods.base import RescalingMethod
 from .base import Step
 from .figures import balance_figures
+from .half import HalfGuard
 
 # Where Adam's variants keep what scales like 1 / factor, and like 1 / factor^2.
 _FIRST_MOMENTS = ("exp_avg",)
@@ -21,7 +22,10 @@ _NEEDED = {"exp_avg", "exp_avg_sq"}
 class RescalingStep(Step):
     """Applies a RescalingMethod to the factors and to Adam's moments.
 
-    Communication per call: one all-reduce of two float64 values per pair; none if ranks hold the factors whole.
+    Communication per call: one all-reduce of two float64 values per pair, and of float16 factors one of a flag per
+    pair; none if ranks hold the factors whole.
+
+    A pair whose new factors or moments would leave the range of float16 is left as it is.
 
     Attributes:
         squared_norms: ``[2, P]``, of lora_A and lora_B before the last rescaling; None before the first.
@@ -31,6 +35,7 @@ class RescalingStep(Step):
         super().__init__(engine, communicator)
         self._method = method
         self._per_tensor = PerTensor(communicator.shard_device)
+        self._guard = HalfGuard(communicator) if engine.has_half_gradients() else None
         self.squared_norms: Tensor | None = None
 
     def before_first_step(self, *, due: bool) -> Tensor | None:
@@ -56,20 +61,26 @@ class RescalingStep(Step):
         self.squared_norms = squared_norms.view(-1, 2).T
         rescaling = self._method.solve(self.squared_norms)
         factors = torch.stack([rescaling.factor_a, 1 / rescaling.factor_a], dim=1).flatten()
-        self._scale(weights, factors)
+        moments, solved = self._moments(), rescaling.solved
+        if self._guard is not None:
+            self._guard.keep([weights, *moments.values()])
+        self._scale(weights, moments, factors.to(self._comm.shard_device))
+        if self._guard is not None:
+            solved = solved & ~self._guard.restore()
         self._engine.publish_weights(in_step)
-        return (~rescaling.solved).sum()
+        return (~solved).sum()
 
-    def _scale(self, weights: list[Tensor], factors: Tensor) -> None:
-        factors = factors.to(self._comm.shard_device)
+    def _moments(self) -> dict[str, list[Tensor | None]]:
+        """By name those that there are: none before the first step, and AMSGrad's rarely."""
         states = self._engine.moments()
         for state in states:
             if state and not state.keys() >= _NEEDED:
                 raise RuntimeError(f"the optimizer keeps {sorted(state)}, RefLoRA-S needs exp_avg and exp_avg_sq")
+        moments = {key: [state.get(key) for state in states] for key in (*_FIRST_MOMENTS, *_SECOND_MOMENTS)}
+        return {key: of_key for key, of_key in moments.items() if any(moment is not None for moment in of_key)}
+
+    def _scale(self, weights: list[Tensor], moments: dict[str, list[Tensor | None]], factors: Tensor) -> None:
         self._per_tensor.scale_("weights", weights, factors)
         inverse = factors.reciprocal()
-        for keys, powers in ((_FIRST_MOMENTS, inverse), (_SECOND_MOMENTS, inverse.square())):
-            for key in keys:
-                moments = [state.get(key) for state in states]
-                if any(moment is not None for moment in moments):  # AMSGrad's are rarely there
-                    self._per_tensor.scale_(key, moments, powers)
+        for key, of_key in moments.items():
+            self._per_tensor.scale_(key, of_key, inverse if key in _FIRST_MOMENTS else inverse.square())

@@ -42,8 +42,8 @@ class LoRARite(torch.optim.Optimizer):
 
     Where it differs from the published code: bases are ``X (X^T X)^(-1/2)`` instead of QR factors (the step does not
     depend on the choice), Gram matrices are float64, singular values below 1e-6 of a factor's norm count as zero, a
-    negative eigenvalue of a second moment counts as zero instead of dropping the step, and a gradient that is
-    not finite makes its pair not finite, as with AdamW.
+    negative eigenvalue of a second moment counts as zero instead of dropping the step, a gradient that is not finite
+    makes its pair not finite, as with AdamW, and an update that would leave the range of float16 factors is left out.
 
     Args:
         params: as for any torch optimizer; per-group ``lr``, ``betas`` and ``weight_decay``. A factor without a

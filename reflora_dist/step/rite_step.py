@@ -18,6 +18,7 @@ from ..engines.base import Engine, Firing
 from ..methods.lora_rite import Groups, Moments, bias_corrected, packed_size, rite_update
 from .base import Step
 from .figures import gram_figures
+from .half import HalfGuard
 from .rite_optimizer import LoRARite
 
 _FACTORS, _MOMENTS = 0, 2  # streams that change
@@ -27,7 +28,10 @@ class RiteStep(Step):
     """Steps the factors of a LoRARite optimizer.
 
     Communication per step: one all-reduce of the Grams of ``[X, grad, moment]`` together with the second moments, of
-    which every rank keeps a part; and two exchanges if factors move. None if every rank holds the factors whole.
+    which every rank keeps a part; two exchanges if factors move; and of float16 factors an all-reduce of a flag per
+    pair. None if every rank holds the factors whole.
+
+    A pair whose new factors would leave the range of float16 is left as it is, its moments too.
 
     Args:
         optimizer: holds hyperparameters and state.
@@ -60,6 +64,7 @@ class RiteStep(Step):
         self._held: dict[int, Tensor | None] = {}  # gradients of earlier firings of this step
         self._groups: dict[int, tuple[float, ...]] = {}  # settings of the factors of this step's firings so far
         self._skipped = torch.zeros((), dtype=torch.int64, device=communicator.device)
+        self._guard = HalfGuard(communicator) if engine.has_half_gradients() else None
         self.grams: Matrices = {}
 
     @classmethod
@@ -137,7 +142,7 @@ class RiteStep(Step):
             self._engine.publish_weights(in_step=True)
 
     def _take_skipped(self) -> Tensor:
-        """The number of pairs, since the last call, of which a gradient was too large to be used; 0-dim."""
+        """The number of pairs, since the last call, of which a gradient or the update was too large; 0-dim."""
         skipped, self._skipped = self._skipped, torch.zeros_like(self._skipped)
         return skipped
 
@@ -153,11 +158,24 @@ class RiteStep(Step):
         self.grams = {r: both[..., :r, :r].clone() for r, both in grams.items()}  # a view would keep nine times as much
         groups = self._read_settings(steps)
         update = rite_update(grams, self._packed.unpack(packed), groups, self._optimizer.settings)
+        if self._guard is not None:
+            self._guard.keep([weights, moments, seconds])
         self._blocks.combine_(streams, [_FACTORS, _MOMENTS], update.matrices)
         changed = [streams[_FACTORS], streams[_MOMENTS]]
         self._retiler.from_blocks(changed, [weights, moments], [self._everything] * 2)
         self._packed.write(self._packed.pack(update.moments), seconds)
-        self._skipped += torch.stack([skipped.sum() for skipped in update.skipped.values()]).sum()
+        skipped = update.skipped
+        if self._guard is not None:
+            left = self._guard.restore(never=self._broken(grams))
+            skipped = {r: flags | left.index_select(0, self._pairs[r]) for r, flags in skipped.items()}
+        self._skipped += torch.stack([flags.sum() for flags in skipped.values()]).sum()
+
+    def _broken(self, grams: Matrices) -> Tensor:
+        """``[P]`` bool, the pairs that were not finite before the step: they stay so, as with AdamW."""
+        broken = torch.empty(len(self._engine.pairs), dtype=torch.bool, device=self._comm.device)
+        for r, both in grams.items():
+            broken.index_copy_(0, self._pairs[r], ~torch.isfinite(both).flatten(2).all(dim=2).all(dim=0))
+        return broken
 
     def _read_groups(self, present: Sequence[bool]) -> None:
         group_of = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}

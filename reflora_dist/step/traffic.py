@@ -10,6 +10,7 @@ import torch
 from ..collectives.tiling import Layout, Tiling, tile
 from ..methods.config import RefLoRAConfig
 from ..methods.registry import METHODS
+from .half import FLAG_BYTES
 from .solver import shares_out
 
 _FLOAT64 = 8
@@ -24,9 +25,11 @@ class Traffic:
         ranks: that hold one copy of the factors together.
         device: of the Grams; a CPU and a GPU solve at different speeds, and share the solve out accordingly.
         element_bytes: of what is exchanged, 8 where a factor is float64.
+        half: gradients are float16 (``Engine.has_half_gradients``).
 
     Attributes:
-        reduced: bytes of the all-reduce's payload.
+        reduced: bytes of the all-reduce's payload: Grams or norms.
+        flags: bytes of the payload of another all-reduce: of every pair, whether it stays in the range of float16.
         gathered: bytes that each rank gives to the all-gather of the shared solve.
         neighbours: whether what is exchanged are rows that are cut, with neighbours alone.
     """
@@ -38,6 +41,7 @@ class Traffic:
         ranks: int,
         device: torch.device,
         element_bytes: int = 4,
+        half: bool = False,
     ) -> None:
         self._layouts = layouts
         self._ranks = ranks
@@ -46,6 +50,7 @@ class Traffic:
         acts = self._method.acts and ranks > 1 and bool(layouts)
         lora_ranks = [layout.lora_rank for layout in layouts[::2]]
         self.reduced = _FLOAT64 * sum(map(self._method.reduced_values, lora_ranks)) if acts else 0
+        self.flags = FLAG_BYTES * len(lora_ranks) if half and acts else 0
         self.gathered = 0
         if acts and shares_out(lora_ranks, ranks, device):
             self.gathered = self._gathered(lora_ranks)
@@ -58,18 +63,22 @@ class Traffic:
     def collectives(self) -> dict[str, int]:
         """How many of each kind; a rank that has no cut row takes part in no exchange with neighbours."""
         counts = {
-            "all_reduce": int(self.reduced > 0),
+            "all_reduce": int(self.reduced > 0) + int(self.flags > 0),
             "all_gather": int(self.gathered > 0),
             "all_to_all": 2 * int(self._moves and not self.neighbours),
             "send_recv": 2 * int(self.neighbours),
         }
         return {kind: count for kind, count in counts.items() if count}
 
+    @property
+    def sent_in_all_reduces(self) -> int:
+        """Bytes that every rank sends, by the rule of a ring."""
+        return sum(2 * (self._ranks - 1) * payload // self._ranks for payload in (self.reduced, self.flags))
+
     def sent(self, rank: int) -> int:
         """Bytes that a rank sends, as ``Report.bytes_per_step`` counts them."""
-        reduced = 2 * (self._ranks - 1) * self.reduced // self._ranks
         there, back = self.exchanged(rank)
-        return reduced + (self._ranks - 1) * self.gathered + there + back
+        return self.sent_in_all_reduces + (self._ranks - 1) * self.gathered + there + back
 
     def exchanged(self, rank: int) -> tuple[int, int]:
         """Bytes that a rank sends to others in the exchanges: its pieces there, others' pieces back."""

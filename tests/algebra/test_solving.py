@@ -74,6 +74,7 @@ def stepped(
             pairs=[SimpleNamespace(lora_rank=r, scaling=2.0) for r in lora_ranks],
             weights=lambda: own_weights,
             gradients=lambda: own_gradients,
+            has_half_gradients=lambda: False,
         )
         kind = METHODS[method]
         solver = Solver(kind, config, scalings, lora_ranks, comm)

@@ -25,10 +25,12 @@ TARGETS = {("fsdp1-full", 2): ["k_proj", "v_proj", "gate_proj"]}
 OTHERS = ["q_proj", "k_proj", "o_proj"]
 
 
-def _stepped(engine_name: str, method: str, tall: bool, **lora: Any) -> dict[str, Any]:
+def _stepped(
+    engine_name: str, method: str, tall: bool, dtype: torch.dtype = torch.float32, **lora: Any
+) -> dict[str, Any]:
     """What this rank reports of one step, and the plan from the layouts that its engine found."""
     workload = synthetic_workload(steps=1, llama={"num_hidden_layers": 1} if lora else None, lora=lora)
-    model = build_model(workload)
+    model = build_model(workload, dtype=dtype)
     if tall:
         tall_adapters(model)
     handles = []
@@ -43,7 +45,7 @@ def _stepped(engine_name: str, method: str, tall: bool, **lora: Any) -> dict[str
     engine, report = handle._engine, handle.report()
     assert report.layout == ("tall" if tall else "flat") and report.applied_steps == 1
     layouts, ranks = engine.layouts(), report.world_size
-    traffic = Traffic(handle.config, layouts, ranks, CPU)
+    traffic = Traffic(handle.config, layouts, ranks, CPU, half=engine.has_half_gradients())
     rank = torch.distributed.get_rank()
     return {
         "label": (engine_name, method, "tall" if tall else "flat"),
@@ -52,6 +54,7 @@ def _stepped(engine_name: str, method: str, tall: bool, **lora: Any) -> dict[str
         "planned": (traffic.sent(rank), traffic.collectives),
         "exchanged": traffic.exchanged(rank),
         "reduced": traffic.reduced,
+        "flags": traffic.flags,
         "neighbours": traffic.neighbours,
     }
 
@@ -124,6 +127,21 @@ def test_a_shared_solve_is_gathered(world_size: int) -> None:
             assert sent == reduced + gathered + sum(outcome["exchanged"])
 
 
+def _half_steps(rank: int, world_size: int, tall: bool) -> list[dict[str, Any]]:
+    lora = {"r": 20, "target_modules": OTHERS}
+    return [_stepped("fsdp2", method, tall, torch.float16, **lora) for method in METHODS]
+
+
+@pytest.mark.parametrize("tall", [True, False], ids=["tall", "flat"])
+def test_of_float16_a_flag_per_pair_is_reduced(tall: bool) -> None:
+    """By every method, in an all-reduce of its own."""
+    for outcomes in run_ranks(_half_steps, 2, tall):
+        for outcome in outcomes:
+            _check(outcome)
+            assert outcome["planned"][1]["all_reduce"] == 2
+            assert outcome["flags"] == 4 * len(OTHERS)
+
+
 def _llama_7b(engine: str, tall: bool, ranks: int, r: int = 16) -> list[Layout]:
     """All 224 linear layers, from their sizes alone."""
     layouts = []
@@ -144,6 +162,8 @@ def test_llama_7b_on_64_ranks(engine: str) -> None:
     assert {tall.sent(rank) for rank in range(64)} == {2 * 63 * tall.reduced // 64}
     assert max(map(tall.sent, range(64))) <= 1_000_000
     assert max(map(tall.buffers, range(64))) == 0
+    half = Traffic(RefLoRAConfig(), _llama_7b(engine, True, 64), 64, torch.device("cuda"), half=True)
+    assert half.collectives == {"all_reduce": 2} and half.sent(0) == tall.sent(0) + 2 * 63 * 4 * 224 // 64
     flat = Traffic(RefLoRAConfig(), _llama_7b(engine, False, 64), 64, torch.device("cuda"))
     assert flat.collectives == {"all_reduce": 1, "all_to_all": 2}
     assert max(map(flat.sent, range(64))) > 4_000_000

@@ -117,6 +117,17 @@ def test_what_flat_adapters_cost_is_said_before(
     assert _method_bytes(tall) < _method_bytes(flat)
 
 
+def test_a_flag_per_pair_of_float16_masters(small_model: str, tmp_path: Path) -> None:
+    options = DoctorOptions(model=small_model, world_size=4, mixed_precision="fp16")
+    sent = []
+    for masters in (False, True):
+        fp16 = {"enabled": True, "fp16_master_weights_and_grads": masters}
+        diagnosis = diagnose([written(tmp_path, zero3({"bf16": None, "fp16": fp16}))], options)
+        sent.append(diagnosis.sent_bytes)
+    assert "reflora: Gram matrices and a flag per pair (2 all_reduce)" in text(diagnosis)
+    assert sent[1] - sent[0] == 2 * 3 * 4 * 35 // 4
+
+
 def _method_bytes(diagnosis: Diagnosis) -> int:
     """Of its matrices and buffers."""
     return next(item.bytes for item in diagnosis.memory or () if item.name.startswith("the method's"))

@@ -153,13 +153,14 @@ class _Reads(TorchDispatchMode):
 
 
 # The others read values on a CPU, to end an iteration early or to count steps; tests/gpu/test_gpu.py has all of them.
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 @pytest.mark.parametrize("method", ["scaled-gd", "reflora-s"])
-def test_nothing_is_read_before_figures_are_asked_for(method: str) -> None:
-    model = small_model()
+def test_nothing_is_read_before_figures_are_asked_for(method: str, dtype: torch.dtype) -> None:
+    model = small_model(dtype=dtype)
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, foreach=True)
     handle = attach(model, optimizer, RefLoRAConfig(method=method, warmup_steps=1))
     reads = _Reads()
-    for batch in small_batches(3):
+    for batch in small_batches(3, dtype=dtype):
         backward(model, batch)
         hooks = [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]
         with reads:

@@ -11,7 +11,8 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from reflora_dist import RefLoRAConfig, attach
+from reflora_dist import RefLoRAConfig, attach, initialize_adapters
+from reflora_dist.checkpoints.training_state import save_adapter
 
 CONFIG = RefLoRAConfig(method="reflora", warmup_steps=0)
 DEEPSPEED = {"train_micro_batch_size_per_gpu": 6, "zero_allow_untested_optimizer": True}
@@ -77,6 +78,28 @@ def test_frozen_factors() -> None:
     next(p for n, p in model.named_parameters() if "first.lora_A" in n).requires_grad_(False)
     with pytest.raises(ValueError, match=r"lora_A of .*first.default is frozen.*is_trainable=True"):
         attach(model, optimizer, CONFIG)
+
+
+def test_merged_adapters() -> None:
+    """The layers would leave out the factors, which then get no gradient."""
+    model = adapted()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"first.default is merged into the base: call unmerge_adapter\(\)"):
+        attach(model, torch.optim.AdamW(trainable(model), lr=1e-3), CONFIG)
+    model.unmerge_adapter()
+    attach(model, torch.optim.AdamW(trainable(model), lr=1e-3), CONFIG)
+
+
+def test_a_mixed_model() -> None:
+    """PEFT cannot save it, so it is refused before it is trained."""
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), LoraConfig(r=2, target_modules=["0"]), mixed=True)
+    for refusal in (
+        lambda: attach(model, torch.optim.AdamW(trainable(model), lr=1e-3), CONFIG),
+        lambda: save_adapter(model, "never-written"),
+        lambda: initialize_adapters(model, "pissa"),
+    ):
+        with pytest.raises(TypeError, match=r"PeftMixedModel's adapters cannot be saved.*without mixed=True"):
+            refusal()
 
 
 def test_optimizer_that_does_not_own_the_factors() -> None:

@@ -269,17 +269,21 @@ def test_steps_over_cut_factors_are_those_on_the_cpu(world_size: int, method: st
         assert relative(gpu.double(), exact) < (1e-4 if method == "lora-pro" else 1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("tall", [True, False])
-def test_a_step_over_cut_factors_never_waits(tall: bool) -> None:
+def test_a_step_over_cut_factors_never_waits(tall: bool, dtype: torch.dtype) -> None:
     """Alone among ranks that would send what this one sends."""
     layouts = [
         Layout(rows, 16, columns, chunk=rows * 8 - 8, offset=8)
         for rows, columns in ((96, not tall), (64, False), (80, not tall), (48, False))
     ]
     comm = _LoopedBack(3, rank=1)
-    tensors = [[torch.randn(layout.piece(1).numel, device=CUDA) for layout in layouts] for _ in range(2)]
+    tensors = [[torch.randn(layout.piece(1).numel, device=CUDA).to(dtype) for layout in layouts] for _ in range(2)]
     engine = SimpleNamespace(
-        pairs=[SimpleNamespace(lora_rank=16)] * 2, weights=lambda: tensors[0], gradients=lambda: tensors[1]
+        pairs=[SimpleNamespace(lora_rank=16)] * 2,
+        weights=lambda: tensors[0],
+        gradients=lambda: tensors[1],
+        has_half_gradients=lambda: dtype == torch.float16,
     )
     solver = Solver(METHODS["reflora"], RefLoRAConfig(), [1.0] * 2, [16] * 2, comm)
     step = GradientStep(engine, Retiler(layouts, comm), comm, solver, uses_gradients=False)  # type: ignore[arg-type]

@@ -10,17 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     DebertaV2Config,
     DebertaV2Model,
     EvalPrediction,
     PreTrainedTokenizerFast,
 )
 
+from launchers import finetune
 from launchers.training import classification
 from launchers.training.glue_tasks import GLUE, ClassificationOptions
 from launchers.training.options import parse_options
@@ -262,6 +265,13 @@ def test_glue_of_the_hub_has_these_fields(task: str, monkeypatch: pytest.MonkeyP
         ({"sentence1": "a", "sentence2": "b", "label": -1}, "test sets of GLUE have no labels"),
         ({"sentence1": "a", "sentence2": "b", "label": "yes"}, "label 'yes' is none of"),
         ({"sentence1": "a", "sentence2": "b"}, "label None is none of"),
+        ({"sentence1": "a", "sentence2": "b", "label": True}, "label True is none of"),
+        (
+            {"sentence1": "a", "sentence2": ["b"], "label": 1},
+            "field 'sentence2' is a list, not a text; a record of mrpc",
+        ),
+        ({"sentence1": "a \ud800", "sentence2": "b", "label": 1}, "field 'sentence1' holds .*half of a surrogate pair"),
+        ("text", "a str, not a record; a record of mrpc needs"),
     ],
 )
 def test_unusable_records_are_named(folder: Path, tmp_path: Path, record: Any, message: str) -> None:
@@ -294,6 +304,43 @@ def test_mistakes_are_named(folder: Path, changes: dict[str, Any], message: str)
         argv = [part for part in argv[:-2] if part not in ("--glue_task", "mrpc")]
     with pytest.raises(ValueError, match=message):
         classification.choose_records(parse_options(argv))
+
+
+_USUAL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+PADDED = {
+    "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+    "Llama": {**_USUAL, "intermediate_size": 48},
+    "OPT": {**_USUAL, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "Bert": {**_USUAL, "intermediate_size": 48},
+    "Roberta": {**_USUAL, "intermediate_size": 48, "pad_token_id": 1},  # which is in its table of positions
+    "XLNet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_head": 8, "d_inner": 48},
+}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", PADDED)
+def test_padding_changes_no_logits(folder: Path, name: str, side: str) -> None:
+    """Whichever side the tokenizer's files name, and though language models' configurations name no padding token."""
+    config = getattr(transformers, f"{name}Config")(**{"vocab_size": 50, "pad_token_id": None, **PADDED[name]})
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model", padding_side=side)
+    if name == "Roberta":
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(1)
+    collate = classification.collator(tokenizer, model, 8)
+    rows = [{"input_ids": list(range(7, 7 + length)), "labels": 0} for length in (3, 9)]
+    with torch.no_grad():
+        together = model(**collate(rows)).logits
+        alone = torch.cat([model(input_ids=torch.tensor([row["input_ids"]])).logits for row in rows])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)  # fp32 sums in another order
+
+
+def test_a_length_for_special_tokens_alone_is_refused(folder: Path) -> None:
+    with pytest.raises(SystemExit, match="max_length=3 leaves no token of a text beside 3 special ones: raise it"):
+        finetune.main(_options(folder, "mrpc", "short", max_length=3))
 
 
 def test_the_dropout_of_the_classifier(folder: Path) -> None:

@@ -295,11 +295,12 @@ def test_recorded_answers_give_the_table(
             texts[task, record["instruction"]] = recorded[task][index]
     current: list[str] = []
 
-    def load(*_: Any) -> Any:
-        class Model:
-            config = type("Config", (), {"max_position_embeddings": 8})
+    load_model = generation.load_model
 
-        return Model()
+    def load(*arguments: Any) -> Any:
+        model = load_model(*arguments)
+        model.config.max_position_embeddings = 8
+        return model
 
     def write(model: Any, tokenizer: Any, prompts: list[list[int]], tokens: int) -> list[str]:
         task = {6: "boolq", 7: "winogrande", 8: "gsm8k"}[tokens]

@@ -173,8 +173,20 @@ def test_layouts_of_local_files(tmp_path: Path) -> None:
         ("gsm8k", {"instruction": "How many?", "answer": "ten"}, "answer 'ten' is not a number"),
         ("gsm8k", {"question": "How many?", "answer": "It is 10."}, "answer 'It is 10.' is not a number"),
         ("boolq", {"instruction": "Is it?"}, "needs the texts"),
-        ("boolq", {"instruction": "", "answer": "true"}, "needs the texts"),
-        ("boolq", ["Is it?"], "needs the texts"),
+        ("boolq", {"instruction": "", "answer": "true"}, "field 'instruction' is empty; a record needs the texts"),
+        ("boolq", ["Is it?"], "a str, not a record; a record needs the texts"),
+        ("boolq", {"instruction": "Is it?", "answer": True}, "field 'answer' is a bool, not a text"),
+        ("boolq", {"instruction": "Is it?", "input": [], "answer": "true"}, "field 'input' is a list, not a text"),
+        ("boolq", {"instruction": "Is it?", "input": ["x"], "answer": "true"}, "field 'input' is a list, not a text"),
+        (
+            "boolq",
+            {"instruction": "Is it \ud800?", "answer": "true"},
+            "field 'instruction' holds .*half of a surrogate",
+        ),
+        ("gsm8k", {"question": "How \udfff?", "answer": "#### 1"}, "field 'question' holds .*half of a surrogate"),
+        ("gsm8k", {"question": "How many?", "answer": 10}, "field 'answer' is a int, not a text"),
+        ("gsm8k", {"instruction": "How many?", "answer": "nan"}, "answer 'nan' is not a number"),
+        ("gsm8k", {"instruction": "How many?", "answer": "1e999"}, "answer '1e999' is not a number"),
     ],
 )
 def test_unusable_records_are_named(tmp_path: Path, task: str, record: Any, message: str) -> None:
@@ -193,6 +205,28 @@ def test_a_missing_file_is_named_with_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "empty.json").write_text("[]")
     with pytest.raises(ValueError, match=r"empty.json holds no record"):
         load_questions("boolq", str(tmp_path / "empty.json"), None)
+
+
+def test_file_mistakes_are_named_as_in_training(tmp_path: Path) -> None:
+    path = tmp_path / "test.json"
+    for content, message in (
+        ('[\n{"instruction": "Is it?", "answer": "true", "answer": "false"}]', "line 2: field 'answer' is there twice"),
+        (
+            '[\n{"instruction": "Is it?", "answer": ' + "[" * 5000 + "]" * 5000 + "}]",
+            "line 2: field 'answer' is nested",
+        ),
+        ('\n{"instruction": "Is it?", "answer": ' + "1" * 5000 + "}", "line 2: field 'answer' is an integer of 5,000"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=f"test.json, {message}"):
+            load_questions("boolq", str(path), None)
+
+
+def test_rows_of_another_data_set_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = {"goal": "Sit.", "sol1": "On a chair.", "sol2": "On a cat.", "label": 0}
+    for row in ({"goal": "Sit."}, {**good, "label": ""}, {**good, "label": None}):
+        with pytest.raises(ValueError, match=r"ybisk/piqa, record 2: not a row of the published data set \(\w+Error: "):
+            _from_hub(monkeypatch, "piqa", [good, row])
 
 
 def test_every_task_has_a_set_on_the_hub() -> None:

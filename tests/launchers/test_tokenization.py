@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import normalizers, processors
 from transformers import AutoModelForCausalLM
 
+from launchers.data.records import Record
 from launchers.data.tokenization import (
     IGNORE_INDEX,
     Collator,
@@ -67,7 +69,7 @@ def test_a_long_answer_is_cut_and_a_long_prompt_is_dropped(tokenizer: Any, caplo
     assert short < long
     with caplog.at_level(logging.WARNING):
         examples = tokenize(tokenizer, RECORDS, TokenizationSettings(max_length=short + 1))
-    assert "1 of 2 records dropped" in caplog.text
+    assert "1 of 2 records dropped" in caplog.text and "the first is a record" in caplog.text
     (example,) = examples
     assert len(example["input_ids"]) == short + 1
     assert example["labels"][-1] == example["input_ids"][-1] != tokenizer.eos_token_id
@@ -79,6 +81,31 @@ def test_a_tokenizer_without_an_end_token_is_refused(tokenizer: Any) -> None:
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end-of-sequence token"):
         tokenize(tokenizer, RECORDS, TokenizationSettings())
+
+
+def test_an_answer_without_a_token_is_named(tmp_path: Path) -> None:
+    """The tokenizer drops what stands for nothing: the model would learn to say nothing."""
+    tokenizer = TOKENIZERS["fast"](tmp_path)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    record = Record(instruction="Say it.", input="", output="\u200b")
+    record.place = "records.jsonl, line 7"
+    with pytest.raises(
+        ValueError, match=r"records.jsonl, line 7: field 'output' '\\u200b' has no token in the tokenizer"
+    ):
+        tokenize(tokenizer, [*RECORDS, record], TokenizationSettings())
+
+
+def test_every_token_that_the_tokenizer_adds_behind_a_text_is_left_out(tmp_path: Path) -> None:
+    """As XLNet's <sep> <cls>, so that generation and training go on from the text itself."""
+    tokenizer = TOKENIZERS["fast"](tmp_path)
+    plain = encode_prompts(tokenizer, ["Say it."])
+    tokenizer.add_special_tokens({"sep_token": "<sep>", "cls_token": "<cls>"})
+    added = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<sep>", "<cls>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <sep> <cls>", special_tokens=added
+    )
+    assert tokenizer("Say it.")["input_ids"] == [*plain[0], *(number for _, number in added)]
+    assert encode_prompts(tokenizer, ["Say it."]) == plain
 
 
 def test_packing_keeps_every_example_whole_and_fills_rows() -> None:

@@ -1,0 +1,90 @@
+"""Waiting for other processes with a word about it: what is waited for, and since when."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+FIRST_WORD_SECONDS = 3.0
+NEXT_WORD_SECONDS = 60.0
+_LONGEST_PAUSE = 0.5  # between two looks
+_open: list[threading.Event] = []
+_meetings = itertools.count()
+
+
+@contextlib.contextmanager
+def told(what: str | Callable[[], str]) -> Iterator[None]:
+    """Say on stderr what the code inside waits for, if it takes longer than some seconds, and again every minute.
+
+    If one stands within another, the inner one speaks. An empty text is not said.
+    """
+    since, done = time.strftime("%H:%M:%S"), threading.Event()
+
+    def talk() -> None:
+        pause = FIRST_WORD_SECONDS
+        while not done.wait(pause):
+            pause = NEXT_WORD_SECONDS
+            text = what() if callable(what) else what
+            if text and _open[-1:] == [done]:
+                say(f"since {since} {text}")
+
+    _open.append(done)
+    threading.Thread(target=talk, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+        _open.remove(done)
+
+
+def say(text: str) -> None:
+    """One line on stderr, with the program and the rank."""
+    rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+    print(f"{Path(sys.argv[0]).name}: {rank}{text}", file=sys.stderr, flush=True)
+
+
+def wait_for_ranks(what: str) -> None:
+    """Return once every rank has called; while some are missing, one of the others names them.
+
+    Before the process group is left a barrier has to follow, since one rank may hold the store that others still ask.
+    A collective would end after ``--ddp_timeout``, however much the missing ranks still have to do.
+
+    Communication: small requests to the job's store, at most some per second and rank.
+    """
+    import torch.distributed as dist  # the shell scripts run modules that import this one, and torch takes seconds
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    store, rank, ranks = _get_default_store(), dist.get_rank(), range(dist.get_world_size())
+    key = f"launchers/meeting {next(_meetings)}"
+
+    def missing() -> str:
+        if next(other for other in ranks if store.check([f"{key}/{other}"])) != rank:
+            return ""
+        return f"waiting for rank {', '.join(str(r) for r in ranks if not store.check([f'{key}/{r}']))}: {what}"
+
+    store.set(f"{key}/{rank}", "here")
+    arrived, pause = store.add(key, 1), 0.01
+    with told(missing):
+        while arrived < len(ranks):
+            time.sleep(pause)
+            arrived, pause = store.add(key, 0), min(2 * pause, _LONGEST_PAUSE)
+
+
+@contextlib.contextmanager
+def working_first(first: bool, what: str) -> Iterator[None]:
+    """Have the ranks with ``first`` do what is inside before the others do it; every rank must enter."""
+    if not first:
+        wait_for_ranks(what)
+    try:
+        yield
+    finally:
+        if first:
+            wait_for_ranks(what)

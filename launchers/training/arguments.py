@@ -1,0 +1,120 @@
+"""finetune.py's training arguments: transformers' own, with the defaults of LoRA fine-tuning, on CPUs too."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
+
+from launchers.cluster.extension_locks import speak_while_building
+from launchers.cluster.waiting import told
+from launchers.training.evaluations import check_strategy
+from launchers.training.fields import option as _option
+
+
+@dataclasses.dataclass
+class FinetuneArguments(TrainingArguments):
+    """transformers' TrainingArguments with the defaults of LoRA fine-tuning."""
+
+    output_dir: str = _option("outputs/finetune", "Where checkpoints, adapter, metrics and plot are written.")
+    learning_rate: float = _option(3e-4, "Peak learning rate.")
+    logging_steps: float = _option(10, "Log the training loss every n steps.")
+    eval_strategy: str = _option("steps", "When to evaluate. Default where there are no records to evaluate on: no.")
+    eval_steps: float | None = _option(50, "Evaluate every n steps.")
+    ddp_find_unused_parameters: bool | None = _option(False, "Every adapter is used in every step.")
+    label_names: list[str] | None = field(default_factory=lambda: ["labels"])
+    resume_from_checkpoint: str | None = _option(
+        None, "A checkpoint folder, or auto: the last complete one in output_dir, from the start if there is none."
+    )
+
+    def __post_init__(self) -> None:
+        self._check_deepspeed()
+        self._check_full_eval()
+        check_strategy(self)
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        address = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        with told(f"waiting for all {launched} ranks to join at {address}" if launched > 1 else ""):
+            if not torch.accelerator.is_available():
+                self._prepare_cpu()
+            super().__post_init__()
+        if launched != self.world_size:
+            raise ValueError(f"{launched} processes were launched, but {self.world_size} joined the process group")
+
+    @property
+    def _under_deepspeed(self) -> bool:
+        return bool(self.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+    def _check_deepspeed(self) -> None:
+        if self._under_deepspeed:
+            speak_while_building()
+        if not isinstance(self.deepspeed, str) or self.deepspeed.lstrip().startswith("{"):
+            return
+        if not Path(self.deepspeed).is_file():
+            raise ValueError(f"deepspeed={self.deepspeed!r}: no such file; ds_configs/ has some to start from")
+        if "LOCAL_RANK" not in os.environ:
+            raise ValueError(
+                f"deepspeed={self.deepspeed!r} needs a launcher: deepspeed --num_gpus N launchers/finetune.py ..."
+            )
+
+    def _check_full_eval(self) -> None:
+        """Refuse an evaluation in 16 bits where it fails, under FSDP, or has all of the training in 16 bits."""
+        by_fsdp = bool(self.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        for dtype in ("bf16", "fp16"):
+            if not getattr(self, f"{dtype}_full_eval"):
+                continue
+            if by_fsdp:
+                raise ValueError(f"{dtype}_full_eval=True: the parameters that FSDP shards cannot be cast; drop it")
+            by_accelerate = not self.deepspeed and os.environ.get("ACCELERATE_MIXED_PRECISION") == dtype
+            if self._under_deepspeed and not getattr(self, dtype) and not by_accelerate:
+                raise ValueError(
+                    f"{dtype}_full_eval=True: DeepSpeed trains and evaluates in one precision; give --{dtype} True, or "
+                    f"drop --{dtype}_full_eval"
+                )
+
+    def _prepare_cpu(self) -> None:
+        """Have accelerate count the ranks of a CPU run: left to itself each would train alone on all the data.
+
+        Under DeepSpeed the group is joined here, with its backend by name: told only that there is a CPU,
+        accelerate would leave DeepSpeed out.
+        """
+        self.use_cpu, self.dataloader_pin_memory = True, False
+        if not self._under_deepspeed:
+            return
+        before = os.environ.get("ACCELERATE_USE_DEEPSPEED")
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        try:
+            PartialState(backend=self.ddp_backend or "gloo", timeout=datetime.timedelta(seconds=self.ddp_timeout))
+        finally:
+            if before is None:
+                del os.environ["ACCELERATE_USE_DEEPSPEED"]
+            else:
+                os.environ["ACCELERATE_USE_DEEPSPEED"] = before
+        self.accelerator_config = _with_configured_state(self.accelerator_config)
+
+
+def _with_configured_state(config: Any) -> Any:
+    """An ``accelerator_config``, in any form that transformers takes, that uses the group which was joined here.
+
+    Raises:
+        ValueError: it is no JSON, or no file that can be read.
+    """
+    wanted = {"use_configured_state": True}
+    if isinstance(config, AcceleratorConfig):
+        return dataclasses.replace(config, use_configured_state=True)
+    if not isinstance(config, str):
+        return {**(config or {}), **wanted}
+    try:
+        if config.startswith("{"):
+            return json.dumps({**json.loads(config), **wanted})  # whose values transformers converts
+        return {**AcceleratorConfig.from_json_file(config).to_dict(), **wanted}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"accelerator_config={config!r} is neither JSON nor a file of it: {error}") from error

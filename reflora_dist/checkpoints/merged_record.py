@@ -1,0 +1,47 @@
+"""Which adapters a model was merged from, in the headers of its safetensors files: none is to be added twice."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+
+_KEY = "merged_adapters"
+
+
+def merged_header(base: Path, adapter: Path) -> dict[str, str]:
+    """What the headers of the model say that is merged from a base and an adapter."""
+    digests = [*_digests(base), *_digest(adapter)]
+    return {_KEY: " ".join(digests)} if digests else {}
+
+
+def refuse_merged_twice(base: str | Path, adapter: str | Path) -> None:
+    """Refuse an adapter that is in the base already; a model that others merged does not say so.
+
+    Raises:
+        ValueError: it is in it.
+    """
+    digest = _digest(Path(adapter))
+    if digest and digest[0] in _digests(Path(base)):
+        raise ValueError(
+            f"{base} is a model with this adapter ({adapter}) merged into it, which would count twice: give the base "
+            "that it was merged into, or leave out the adapter"
+        )
+
+
+def _digests(folder: Path) -> list[str]:
+    path = next(iter(sorted(folder.glob("model*.safetensors"))), None)
+    if path is None:
+        return []
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get(_KEY, "").split()
+
+
+def _digest(folder: Path) -> list[str]:
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        return []
+    with open(path, "rb") as file:
+        return [hashlib.file_digest(file, "sha256").hexdigest()]

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..engines.pairs import AdapterPair
+from ..engines.whole_parameters import whole_shape
 from .base_change import compute_device
-from .base_weights import stored_transposed, whole_shape
+from .base_weights import stored_transposed
 
 KAIMING_BOTH = "kaiming_both"
 _PEFT = re.compile(r"pissa|pissa_niter_[1-9]\d*|olora|lora_ga")

@@ -13,9 +13,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launchers.data.records import load_records
-from launchers.data.tokenization import encode_prompts, format_prompt, load_tokenizer
+from launchers.data.tokenization import encode_prompts, format_prompt
 from launchers.evaluation.generation import base_of, generate, generation_config, load_model, own_device
-from launchers.training.recorder import recorded_setting
+from launchers.training.recorder import recorded_template
+from reflora_dist.files.base_files import load_tokenizer
 
 
 def load(adapter: str) -> tuple[Any, Any]:
@@ -47,9 +48,9 @@ def main() -> None:
     try:
         model, tokenizer = load(options.adapter)
         records = load_records([options.records])[: options.count] if options.records else []
+        template = recorded_template(options.adapter) or "plain"
     except ValueError as error:
         raise SystemExit(f"ask.py: error: {error}") from error
-    template = recorded_setting(options.adapter, "prompt_template") or "plain"
     if options.question:
         prompt = format_prompt(options.question, options.input, template)
         print(f"Q: {options.question}\nA: {answer(model, tokenizer, prompt)}")

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,26 @@ from rich.table import Table
 
 from launchers.training.plots import plot_comparison
 from launchers.training.recorder import METRICS_FILE
+from reflora_dist.files.open_files import read_json
+from reflora_dist.files.records import require_fields
 from reflora_dist.lora_sb import METHODS as LATENT_METHODS
 
 # What may differ between runs that are compared; anything else would make the comparison unfair.
 METHOD_SETTINGS = frozenset(("method", "reflora_warmup_steps", "reflora_interval", "scaled_gd_damping", "optim_args"))
 # What only these read, or read otherwise: they train an r x r matrix between frozen factors.
 LATENT_SETTINGS = frozenset(("lora_r", "lora_alpha", "lora_sb_batches", "lora_sb_learning_rate"))
+_FIELDS: dict[str, Any] = {
+    "method": str,
+    "settings": Mapping,
+    "report": Mapping,
+    "train_loss": list,
+    "held_out_loss": list,
+    "world_size": int,
+    "step_seconds_median": int | float,
+    "bytes_per_step": int,
+    "peak_memory_bytes": int,
+    "peak_memory_kind": str,
+}
 START_TOLERANCE = 1e-3  # relative; the untrained adapter is zero, so only the order of sums differs
 
 
@@ -35,11 +48,14 @@ def load_run(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: the folder holds none.
     """
-    path = folder / METRICS_FILE
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); give the output_dir of a finished run") from error
+    path, remedy = folder / METRICS_FILE, "give the output_dir of a finished run"
+    run = read_json(path, remedy)
+    require_fields(run, _FIELDS, path, remedy)
+    require_fields(run["report"], {"engine": str}, f"{path}, report", remedy)
+    for name in ("train_loss", "held_out_loss"):
+        for point in run[name]:
+            require_fields(point, {"step": int, "loss": int | float}, f"{path}, {name}", remedy)
+    return run
 
 
 def check_comparable(runs: Sequence[dict[str, Any]]) -> None:

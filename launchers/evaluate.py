@@ -30,7 +30,7 @@ from transformers import HfArgumentParser
 
 from launchers.cluster.waiting import told, wait_for_ranks, working_first
 from launchers.data.limits import Limits
-from launchers.data.tokenization import PROMPT_TEMPLATES, encode_prompts, format_prompt, load_tokenizer
+from launchers.data.tokenization import PROMPT_TEMPLATES, encode_prompts, format_prompt
 from launchers.evaluation import generation
 from launchers.evaluation.answer_files import (
     SETTINGS_FILE,
@@ -46,9 +46,10 @@ from launchers.evaluation.questions import FROM_HUB, TASKS, Question, load_quest
 from launchers.training.batching import require_same_in_batch
 from launchers.training.fields import option
 from launchers.training.options import MODEL_DTYPES, check_output_dir
-from launchers.training.recorder import installed_versions, recorded_setting
+from launchers.training.recorder import installed_versions, recorded_template
 from reflora_dist.collectives.agreed import is_first_rank
 from reflora_dist.engines.bare_base import adapter_folder
+from reflora_dist.files.base_files import load_tokenizer
 
 RESULTS_FILE = "results.json"
 # As published: 32 in RefLoRA's commonsense_reasoning/evaluate.py, 256 in LLM-Adapters' evaluate.py.
@@ -98,8 +99,7 @@ class EvaluateOptions:
             raise ValueError(f"tasks={self.tasks}: a task is named twice")
         self._find_base()
         if self.prompt_template is None:
-            recorded = recorded_setting(self.adapter, "prompt_template") if self.adapter else None
-            self.prompt_template = recorded or "alpaca"
+            self.prompt_template = (recorded_template(self.adapter) if self.adapter else None) or "alpaca"
         if self.model_dtype == "auto":
             self.model_dtype = "bfloat16" if torch.accelerator.is_available() else "float32"
 

@@ -23,15 +23,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
 from launchers.training.options import MODEL_DTYPES
 from reflora_dist import convert_adapter
 from reflora_dist.checkpoints.adapter_files import require_tensors
-from reflora_dist.checkpoints.start_file import read_config, readable, saved_mark
+from reflora_dist.checkpoints.start_file import saved_mark
 from reflora_dist.export.consolidate import CONFIG_NAME, consolidate_adapter, find_config, find_state
 from reflora_dist.export.merge import merge_adapter
+from reflora_dist.files.open_files import read_json, read_tensors
 from reflora_dist.files.other_files import tokenizer_files
 from reflora_dist.files.output_folder import new_folder, require_empty
 
@@ -119,9 +119,8 @@ def export_adapter(options: ExportOptions, output: Path) -> None:
         with new_folder(output) as part:
             convert_adapter(source, part)
     elif has_adapter(source) and find_state(source) is not None:
-        read_config(source / CONFIG_NAME)
-        with readable(source / SAFETENSORS_WEIGHTS_NAME):
-            tensors = load_file(source / SAFETENSORS_WEIGHTS_NAME)
+        read_json(source / CONFIG_NAME)
+        tensors = read_tensors(source / SAFETENSORS_WEIGHTS_NAME)
         require_tensors(source / SAFETENSORS_WEIGHTS_NAME, tensors, tensors or {"any"}, tensors)
         with new_folder(output) as part:
             for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):

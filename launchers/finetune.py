@@ -28,7 +28,7 @@ from launchers.cluster.waiting import working_first
 from launchers.data import embedded
 from launchers.data.limits import check_examples
 from launchers.data.records import Record, load_records, split_records
-from launchers.data.tokenization import Collator, cached_examples, load_tokenizer, padding_token
+from launchers.data.tokenization import Collator, cached_examples, padding_token
 from launchers.training import classification, plots, recorder
 from launchers.training.batching import BatchingChangesExamples, PackingCheck, require_position_ids
 from launchers.training.continued import continued_adapter
@@ -41,6 +41,8 @@ from launchers.training.starts import start_adapter
 from launchers.training.targets import adapter_targets, require_layers
 from reflora_dist import RefLoRACallback, export_adapter
 from reflora_dist.checkpoints.complete import CompleteCheckpoints
+from reflora_dist.files.base_files import load_base, load_tokenizer, require_no_missing
+from reflora_dist.files.open_files import cause_of
 from reflora_dist.lora_sb import LoRASBCallback, LoRASBConfig, LoraXSConfig
 
 # Trainer's settings that two runs must share to be comparable.
@@ -212,12 +214,14 @@ def load_model(name: str, options: Options) -> Any:
     settings: dict[str, Any] = {}
     if options.model.load_in_4bit:
         settings["quantization_config"] = quantization_config(getattr(torch, computed_dtype(arguments) or dtype))
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), attn_implementation=options.model.attn_implementation, **settings
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
+    model, missing = load_base(
+        AutoModelForCausalLM,
+        name,
+        dtype=getattr(torch, dtype),
+        attn_implementation=options.model.attn_implementation,
+        **settings,
+    )
+    require_no_missing(name, missing)
     keep_weight_layout(model)
     return model
 
@@ -233,8 +237,17 @@ def add_adapter(model: Any, options: Options) -> Any:
     """Freeze the base and put the LoRA factors beside it.
 
     Raises:
-        ValueError: no layer has one of the target names.
+        ValueError: no layer has one of the target names, or PEFT cannot adapt it.
     """
+    try:
+        return _with_adapter(model, options)
+    except Exception as error:  # which PEFT describes by the whole model, over many lines
+        names = ("lora_r", "lora_alpha", "target_modules", "init_lora_weights")
+        asked = ", ".join(f"{name}={getattr(options.lora, name)!r}" for name in names)
+        raise ValueError(f"PEFT makes no adapter of {asked} ({cause_of(error)}): correct these options") from error
+
+
+def _with_adapter(model: Any, options: Options) -> Any:
     lora = options.lora
     targets = adapter_targets(model, lora.target_modules)
     training = options.training  # transformers 5.17 knows only the older name, later versions deprecate it

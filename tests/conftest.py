@@ -10,6 +10,7 @@ import torch
 from hypothesis import settings
 
 from benchmarks.harness.two_hosts import SYSTEM_PATH
+from tests.support import tally
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -18,17 +19,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run every engine on every number of ranks it is valid on, not only on one",
     )
-    parser.addoption("--examples", type=int, help="how many inputs property tests try that do not say it themselves")
+    parser.addoption(
+        "--examples",
+        type=int,
+        help="how many random inputs each property test tries that does not say it itself; others in every run",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if examples := config.getoption("--examples"):
-        settings.register_profile("examples", max_examples=examples, deadline=None)
-        settings.load_profile("examples")
+    examples = config.getoption("--examples")
+    settings.register_profile("few", max_examples=60, derandomize=True, deadline=None)
+    settings.register_profile("many", max_examples=examples or 1, deadline=None)
+    settings.load_profile("many" if examples else "few")
     config.addinivalue_line("markers", "slow: takes minutes")
     config.addinivalue_line("markers", "all_ranks: an engine on a further number of ranks; runs with --all-ranks")
     config.addinivalue_line("markers", "gpu: needs a GPU, and is left out where there is none")
     config.addinivalue_line("markers", "pdsh: needs pdsh and sshd, and is left out where they are not installed")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if tally.COUNTS:
+        terminalreporter.section("random inputs")
+        for line in tally.table():
+            terminalreporter.line(line)
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from launchers.data.cache import build_once
 from launchers.data.records import Record
@@ -62,18 +61,6 @@ def format_prompt(instruction: str, further_input: str = "", template: str = "pl
     """The text in front of the answer, in training and in generation."""
     without_input, with_input = PROMPT_TEMPLATES[template]
     return (with_input if further_input else without_input).format(instruction=instruction, input=further_input)
-
-
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer, whichever kind it is.
-
-    Raises:
-        ValueError: it cannot be found or read.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"the tokenizer of {name!r} cannot be loaded: {error}") from error
 
 
 def padding_token(tokenizer: Any) -> int:

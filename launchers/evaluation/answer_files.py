@@ -8,7 +8,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from reflora_dist.files.open_files import read_json, readable
+from reflora_dist.files.records import require_fields
+
 SETTINGS_FILE = "settings.json"
+_REMEDY = "delete the folder, or give another --output_dir"
 Key = tuple[str, int]  # the task, and the question's place in it
 
 
@@ -25,7 +29,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / SETTINGS_FILE
     if not path.is_file():
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path, _REMEDY)
     for name, value in settings.items():
         old = before.get(name)
         if isinstance(value, dict) and isinstance(old, dict):
@@ -41,7 +45,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Keep the settings for runs to come; entries of dictionaries are added to those that are there."""
     path = folder / SETTINGS_FILE
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before = read_json(path, _REMEDY) if path.is_file() else {}
     merged = {n: {**before.get(n, {}), **v} if isinstance(v, dict) else v for n, v in settings.items()}
     unfinished = path.with_suffix(".part")
     unfinished.write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8")
@@ -56,13 +60,17 @@ def read_answers(folder: Path) -> dict[Key, dict[str, Any]]:
     """
     answers: dict[Key, dict[str, Any]] = {}
     for path in sorted(folder.glob("answers.rank*.jsonl")):
-        lines = path.read_text(encoding="utf-8").split("\n")
+        with readable(path, _REMEDY):
+            lines = path.read_text(encoding="utf-8").split("\n")
         for number, line in enumerate(lines[:-1], start=1):  # what follows the last line break is unfinished
             try:
                 answer = json.loads(line)
-                answers[answer["task"], answer["index"]] = answer
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}: not an answer ({error!r}); delete the file") from error
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: not an answer ({error}); delete the file") from error
+            require_fields(answer, {"task": str, "index": int}, f"{path}, line {number},", "delete the file")
+            if not isinstance(answer.get("correct"), bool) or "answer" not in answer:
+                raise ValueError(f"{path}, line {number}, is damaged (correct or answer is missing): delete the file")
+            answers[answer["task"], answer["index"]] = answer
     return answers
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.utils import load_peft_weights
+from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from launchers.data.tokenization import padding_token
@@ -17,6 +16,8 @@ from reflora_dist.checkpoints.adapter_files import require_tensors
 from reflora_dist.checkpoints.embeddings import resize_for
 from reflora_dist.checkpoints.merged_record import refuse_merged_twice
 from reflora_dist.engines.bare_base import require_adapter, require_no_adapter
+from reflora_dist.files.base_files import load_base, require_no_missing
+from reflora_dist.files.open_files import cause_of, read_peft_config, read_peft_weights
 
 MODEL_FILES = ("*.safetensors", "*.bin", "*.index.json", "config.json", "adapter_config.json")
 
@@ -28,11 +29,8 @@ def base_of(adapter: str) -> str:
         ValueError: the folder holds no adapter, or its configuration names no base, or another adapter as the base.
     """
     require_adapter(adapter)
-    try:
-        base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    except Exception as error:  # TypeError and KeyError of a configuration that is none, too
-        raise ValueError(f"adapter={adapter!r} holds no adapter_config.json ({one_line(error)})") from error
-    if not base:
+    base = read_peft_config(adapter).base_model_name_or_path
+    if not isinstance(base, str) or not base:
         raise ValueError(f"adapter={adapter!r} names no base model; give --model")
     require_no_adapter(base, f"{adapter} was trained on it; merge that one into its base first (export.py --merge)")
     return base
@@ -62,32 +60,27 @@ def load_model(base: str, adapter: str | None, dtype: torch.dtype | str, device:
     """
     if adapter is not None:
         require_adapter(adapter)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map={"": device})
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"model {base!r} cannot be loaded: {error}") from error
+    model, missing = load_base(AutoModelForCausalLM, base, dtype=dtype, device_map={"": device})
+    require_no_missing(base, missing)
     stops = model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]
+    if not all(stop is None or isinstance(stop, int) for stop in stops):
+        raise ValueError(f"model {base!r} has eos_token_id={stops!r}: correct generation_config.json or config.json")
     config.eos_token_id = sorted({config.eos_token_id, *stops} - {None}) or None
     model.generation_config = config
     if adapter is None:
         return model.eval()
     try:
-        tensors = load_peft_weights(adapter, device="cpu")
+        tensors = read_peft_weights(adapter)
         refuse_merged_twice(base, adapter)
         resize_for(model, tensors, adapter)
         peft_model = PeftModel.from_pretrained(model, adapter).eval()
     except Exception as error:  # of PEFT, safetensors or the hub's client, by what is wrong
-        raise ValueError(f"adapter {adapter!r} does not load on {base!r}: {one_line(error)}") from error
+        raise ValueError(f"adapter {adapter!r} does not load on {base!r}: {cause_of(error)}") from error
     wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False).keys()
     embeddings = {key for key in tensors if ".lora_" not in key}  # which PEFT keeps where they were resized
     require_tensors(Path(adapter), tensors, wanted, wanted | embeddings)
     return peft_model
-
-
-def one_line(error: Exception) -> str:
-    """What an exception says, in its first line."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
 def generation_config(tokenizer: Any, num_beams: int = 1) -> GenerationConfig:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding, EvalPrediction
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, EvalPrediction
 
 from launchers.cluster.waiting import working_first
 from launchers.data.records import is_local_file, load_hub, parse_file, require_record, split_records, text_field
 from launchers.data.tokenization import cached_dataset
 from launchers.training.glue_tasks import ClassificationOptions
+from reflora_dist.files.base_files import load_base, read_model_config, require_no_missing
 
 if TYPE_CHECKING:
     from launchers.training.options import Options
@@ -150,20 +152,21 @@ def load_model(name: str, options: Options, dtype: Any) -> Any:
         ValueError: the model cannot be found or read, or has no dropout to be set.
     """
     classification = options.classification
-    try:
-        config = AutoConfig.from_pretrained(name, num_labels=classification.glue.num_labels or 1)
-        if classification.cls_dropout is not None:
-            _set_dropout(config, classification.cls_dropout)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            name,
-            config=config,
-            dtype=dtype,
-            attn_implementation=options.model.attn_implementation,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
-    layers = sorted({key.rpartition(".")[0] for key in info["missing_keys"]})
+    config = read_model_config(name, num_labels=classification.glue.num_labels or 1)
+    if classification.cls_dropout is not None:
+        _set_dropout(config, classification.cls_dropout)
+    model, missing = load_base(
+        AutoModelForSequenceClassification,
+        name,
+        config,
+        dtype=dtype,
+        attn_implementation=options.model.attn_implementation,
+    )
+    # a head is new; numbered layers and the embedding of the tokens never are
+    layer = re.compile(rf"{model.base_model_prefix}\..*\.\d+\.")
+    embedding = {f"{n}.weight" for n, m in model.named_modules() if m is model.get_input_embeddings()}
+    require_no_missing(name, [key for key in missing if layer.match(key) or key in embedding])
+    layers = sorted({key.rpartition(".")[0] for key in missing})
     model.new_heads = [layer for layer in layers if not set(PEFT_HEADS) & set(layer.split("."))]
     return model
 

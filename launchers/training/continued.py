@@ -8,14 +8,14 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file
 
 from launchers.evaluation.generation import base_of
 from launchers.training.options import Options
 from reflora_dist.checkpoints.adapter_files import load_adapter
 from reflora_dist.checkpoints.embeddings import resize_for
-from reflora_dist.checkpoints.start_file import changes_base, readable, saved_mark
+from reflora_dist.checkpoints.start_file import changes_base, saved_mark
 from reflora_dist.engines.bare_base import adapter_folder
+from reflora_dist.files.open_files import read_peft_config, read_tensors
 from reflora_dist.files.other_files import tokenizer_files
 from reflora_dist.files.stored_weights import find_model
 
@@ -52,10 +52,7 @@ class ContinuedAdapter:
         Raises:
             ValueError: the file cannot be read, or holds one of embedding and head only.
         """
-        path = self.folder / SAFETENSORS_WEIGHTS_NAME
-        with readable(path):
-            tensors = load_file(path)
-        resize_for(base, tensors, self.folder)
+        resize_for(base, read_tensors(self.folder / SAFETENSORS_WEIGHTS_NAME), self.folder)
 
     def load(self, model: Any) -> None:
         """Put its factors into the model; every rank must call.
@@ -66,7 +63,8 @@ class ContinuedAdapter:
         try:
             load_adapter(model, None, self.folder)
         except ValueError as error:
-            targets: Any = PeftConfig.from_pretrained(str(self.folder)).target_modules
+            config: Any = read_peft_config(self.folder)
+            targets = config.target_modules
             # for all-linear PEFT writes every layer's path
             names = targets if isinstance(targets, str) else " ".join(sorted({name.split(".")[-1] for name in targets}))
             raise ValueError(f"{error}; the adapter was made with --target_modules {names}") from error
@@ -92,7 +90,7 @@ def continued_adapter(options: Options) -> ContinuedAdapter | None:
             f"model={name!r} is an adapter without an {SAFETENSORS_WEIGHTS_NAME}: export it from its sharded state "
             f"first (export.py --adapter {name} --output_dir ADAPTER) and give --model ADAPTER"
         )
-    config = PeftConfig.from_pretrained(str(folder))
+    config: Any = read_peft_config(folder)
     _require_plain_lora(name, folder, config, options, merge)
     _require_same_settings(name, config, options, merge)
     return ContinuedAdapter(folder, base)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,10 @@ class LoraOptions:
             raise ValueError(f"lora_ga_batches={self.lora_ga_batches} must be at least 1")
         if self.lora_sb_batches < 1:
             raise ValueError(f"lora_sb_batches={self.lora_sb_batches} must be at least 1")
-        if self.lora_sb_learning_rate is not None and self.lora_sb_learning_rate <= 0:
-            raise ValueError(f"lora_sb_learning_rate={self.lora_sb_learning_rate} must be above 0")
+        for name in ("lora_alpha", "lora_sb_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} must be above 0, and finite")
         if self.scaled_gd_damping != RefLoRAConfig.damping and self.method != "scaled-gd":
             raise ValueError(
                 f"scaled_gd_damping={self.scaled_gd_damping} means nothing to --method {self.method}: drop it"
@@ -178,6 +181,8 @@ class DataOptions:
     def __post_init__(self) -> None:
         if self.max_length < 2:
             raise ValueError(f"max_length={self.max_length} must be at least 2: a prompt token and an answer token")
+        if self.pretrain_steps < 1:
+            raise ValueError(f"pretrain_steps={self.pretrain_steps} must be at least 1")
         if self.max_eval_records is not None and self.max_eval_records < 1:
             raise ValueError(f"max_eval_records={self.max_eval_records} must be at least 1")
         if self.eval_fraction and self.eval_dataset:

@@ -8,12 +8,17 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
+
+from launchers.data.tokenization import PROMPT_TEMPLATES
+from reflora_dist.files.open_files import read_json
+from reflora_dist.files.records import require_fields
 
 METRICS_FILE = "metrics.json"
 RECORDED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed")
@@ -131,9 +136,19 @@ def jsonable(options: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(options), default=str))
 
 
-def recorded_setting(adapter: str, name: str) -> Any:
-    """A setting of the run that wrote this adapter or checkpoint, from its metrics; None if it left none."""
+def recorded_template(adapter: str) -> str | None:
+    """The prompt template of the run that wrote this adapter or checkpoint, from its metrics; None if it left none.
+
+    Raises:
+        ValueError: the metrics are damaged.
+    """
     for folder in (Path(adapter), Path(adapter).parent):
         if (folder / METRICS_FILE).is_file():
-            return json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))["settings"].get(name)
+            path, remedy = folder / METRICS_FILE, "give --prompt_template, and remove this file"
+            metrics = read_json(path, remedy)
+            require_fields(metrics, {"settings": Mapping}, path, remedy)
+            template = metrics["settings"].get("prompt_template")
+            if template is not None and template not in list(PROMPT_TEMPLATES):
+                raise ValueError(f"{path} holds prompt_template={template!r:.60}, which is unknown: {remedy}")
+            return template
     return None

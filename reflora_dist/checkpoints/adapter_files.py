@@ -16,8 +16,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..collectives.agreed import agreed, is_first_rank, world_size
@@ -25,8 +24,9 @@ from ..engines.find_training import find_training_engine
 from ..engines.pairs import clean_name, find_peft_model
 from ..engines.tall import TALL_NAME, TallLinear, peft_key, transposed
 from ..engines.whole_parameters import Owner, gather, owned_tensors, scatter, whole_shapes
+from ..files.open_files import open_tensors, read_tensors
 from .embeddings import embedding_names, is_spare, kept_embeddings, vocabulary_is_resized
-from .start_file import readable, require_same_start, saved_mark, write_start
+from .start_file import require_same_start, saved_mark, write_start
 
 
 class _Entry(NamedTuple):
@@ -183,10 +183,7 @@ def _read(
     """The values of ``entries``, as the model stores them; ``others`` may be in the files, too. Nothing is changed."""
     with agreed("reading the adapter"):
         embeddings = embedding_names(find_peft_model(model), owners)
-        files = {}
-        for file in {entry.file for entry in entries.values()}:
-            with readable(Path(adapter_dir) / file):
-                files[file] = load_file(Path(adapter_dir) / file)
+        files = {file: read_tensors(Path(adapter_dir) / file) for file in {entry.file for entry in entries.values()}}
         for file, tensors in files.items():
             known = {entry.file_key for entry in (others or entries).values() if entry.file == file}
             known |= {key for key in tensors if key in embeddings or is_spare(key, known)}
@@ -213,7 +210,7 @@ def _read_embeddings(
         for adapter in peft_model.peft_config:
             path = Path(adapter_dir) / _file(adapter)
             names = embedding_names(peft_model, owners)
-            with readable(path), safe_open(path, "pt") as file:
+            with open_tensors(path) as file:
                 tensors = {key: file.get_tensor(key) for key in names.keys() & set(file.keys())}
             names = {key: name for key, name in names.items() if key in tensors}
             require_tensors(path, tensors, names, tensors)
@@ -304,7 +301,7 @@ def _file(adapter: str) -> str:
 
 def _complete(path: Path, embeddings: Mapping[str, Tensor]) -> None:
     """Take the wrappers' names out of a file's keys again, and add the embeddings, which PEFT was not given."""
-    tensors = load_file(path)
+    tensors = read_tensors(path)
     completed = {**{clean_name(key): tensor for key, tensor in tensors.items()}, **embeddings}
     if completed.keys() != tensors.keys():
         save_file(completed, path, metadata={"format": "pt"})

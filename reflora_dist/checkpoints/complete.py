@@ -2,8 +2,8 @@
 
     complete.json   {"files": {name: bytes}}; in each of HF Trainer's checkpoint folders, see CompleteCheckpoints
 
-A save that was interrupted leaves no record, a file that was truncated or lost differs from it. Contents are not
-checked: a device that returns other bytes than were written goes unnoticed.
+A save that was interrupted leaves no record, a file that was truncated or lost differs from it. Of contents only the
+headers are read: a device that returns other tensors than were written goes unnoticed.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints, sort_checkpoints
 
 from ..collectives.agreed import agreed, is_first_rank
-from ..files.records import file_sizes, read_record, require_files, write_json
+from ..files.open_files import open_tensors, read_json
+from ..files.records import file_sizes, read_record, require_files, require_zip, write_json
 from .trainer_folders import checkpoint_folder
 
 logger = logging.getLogger(__name__)
@@ -86,6 +88,20 @@ def require_complete(folder: str | Path) -> None:
             f"{folder} is no complete checkpoint: {_RECORD}, which is written last, is missing; name an earlier one"
         )
     require_files(folder, read_record(record, {})["files"])
+    _require_openable(Path(folder))
+
+
+def _require_openable(folder: Path) -> None:
+    """Of the right size, but zeroed, say: what Trainer reads would end in errors of libraries that name no file."""
+    remedy = "it is damaged, name an earlier checkpoint"
+    if (folder / TRAINER_STATE_NAME).is_file():
+        read_json(folder / TRAINER_STATE_NAME, remedy)
+    for path in folder.glob("*.safetensors"):
+        with open_tensors(path, remedy):
+            pass
+    for pattern in ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth"):
+        for path in folder.glob(pattern):
+            require_zip(path)
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ..files.open_files import cause_of
+
 
 @contextlib.contextmanager
 def named_write_errors(folder: Path) -> Iterator[None]:
@@ -59,9 +61,7 @@ def _is_unreadable(cause: BaseException) -> bool:
 
 
 def _damaged(folder: Path, cause: BaseException) -> str:
-    # torch's message goes on with how to switch the safety off
-    first = str(cause).strip().partition("\n")[0].partition(". ")[0]
-    return f"{folder} cannot be read ({type(cause).__name__}: {first}): it is damaged; load an earlier checkpoint"
+    return f"{folder} cannot be read ({cause_of(cause)}): it is damaged; load an earlier checkpoint"
 
 
 def _write_error(folder: Path, failures: Mapping[int, BaseException]) -> str:

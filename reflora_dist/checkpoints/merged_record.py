@@ -6,7 +6,8 @@ import hashlib
 from pathlib import Path
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
+
+from ..files.open_files import open_tensors
 
 _KEY = "merged_adapters"
 
@@ -35,7 +36,7 @@ def _digests(folder: Path) -> list[str]:
     path = next(iter(sorted(folder.glob("model*.safetensors"))), None)
     if path is None:
         return []
-    with safe_open(path, "pt") as file:
+    with open_tensors(path) as file:
         return (file.metadata() or {}).get(_KEY, "").split()
 
 

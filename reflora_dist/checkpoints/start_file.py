@@ -15,18 +15,18 @@ import dataclasses
 import hashlib
 import json
 import os
-import pickle
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from ..files.open_files import open_tensors, read_json, read_tensors, readable
+from ..files.records import require_fields
 
 FILE_NAME = "initial_factors.safetensors"
 _CONFIG_NAME = "adapter_config.json"
@@ -94,31 +94,6 @@ def mark_of(model: nn.Module) -> str | None:
     return next((init for init in starts if is_mark(init)), None)
 
 
-@contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Whatever goes wrong inside becomes a ValueError that names the file: each library has errors of its own."""
-    try:
-        yield
-    except pickle.UnpicklingError as error:  # torch's message goes on with how to switch the safety off
-        first = str(error).partition(". ")[0]
-        raise ValueError(f"{path} cannot be read (UnpicklingError: {first}): it is damaged, get it anew") from error
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """What an ``adapter_config.json`` holds.
-
-    Raises:
-        ValueError: it cannot be read, or holds no JSON object.
-    """
-    with readable(path):
-        config = json.loads(path.read_text())
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds {config!r:.40} where a JSON object is wanted: it is no adapter's configuration")
-    return config
-
-
 def saved_mark(adapter_dir: str | Path) -> str | None:
     """The mark of a saved adapter or checkpoint; None if its base is the original one, or it holds no adapter.
 
@@ -128,7 +103,7 @@ def saved_mark(adapter_dir: str | Path) -> str | None:
     path = Path(adapter_dir) / _CONFIG_NAME
     if not path.is_file():
         return None
-    value = read_config(path).get("init_lora_weights")
+    value = read_json(path).get("init_lora_weights")
     return value if is_mark(value) else None
 
 
@@ -203,17 +178,25 @@ def read_start(folder: str | Path) -> Start:
         FileNotFoundError, ValueError: there is none, it is damaged, or it belongs to another run.
     """
     path = find_start(folder)
+    with open_tensors(path) as file:
+        header = file.metadata() or {}
+    if header.get("version", str(_VERSION)) != str(_VERSION):
+        raise ValueError(f"{path} has version {header['version']}, and this release reads {_VERSION}: install another")
+    factors = read_tensors(path)
     with readable(path):
-        with safe_open(path, "pt") as file:
-            header = file.metadata()
-        if int(header["version"]) != _VERSION:
-            raise ValueError(f"version {header['version']}, this release reads {_VERSION}")
         fields = {field: json.loads(header[field]) for field in ("scaling", "before", "after", "base_dtype")}
-        factors = load_file(path)
-    start = Start(init=header["init"], mark=header["mark"], factors=factors, **fields)
-    if make_mark(start.init, factors, start.before) != start.mark:
+        _require_fields(fields, path)
+        start = Start(init=header["init"], mark=header["mark"], factors=factors, **fields)
+        mark = make_mark(start.init, factors, start.before)
+    if mark != start.mark:
         raise ValueError(f"{path} is damaged: its factors are not those that its header names")
     wanted = saved_mark(folder)
     if wanted is not None and wanted != start.mark:
         raise ValueError(f"{path} belongs to {start.mark!r}, not to {folder}, which is {wanted!r}")
     return start
+
+
+def _require_fields(fields: Mapping[str, Any], path: Path) -> None:
+    require_fields(fields, dict.fromkeys(fields, Mapping), path)
+    for field, kind in (("scaling", int | float), ("before", int), ("after", int), ("base_dtype", str)):
+        require_fields(fields[field], dict.fromkeys(fields[field], kind), f"{path}, {field}")

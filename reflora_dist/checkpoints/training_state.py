@@ -38,7 +38,7 @@ from ..engines.pairs import clean_name, find_peft_model
 from ..engines.tall import peft_key, transposed
 from ..files.records import require_files
 from ..files.replacement import Replacement, remove
-from ..files.safe_pickles import SafeReader, require_states
+from ..files.safe_pickles import SafeReader, require_safe, require_states
 from ..step.handle import Handle
 from ..step.handle_state import check_adapters, describe_storage
 from .adapter_files import load_adapter, load_frozen, save_adapter
@@ -220,8 +220,7 @@ class _Planner(DefaultLoadPlanner):
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         if not self._trust_pickles:
-            torch.load(value, weights_only=True)
-            value.seek(0)
+            require_safe(value)
         super().load_bytes(read_item, value)
 
     def create_local_plan(self) -> LoadPlan:

@@ -7,9 +7,9 @@ import difflib
 import io
 from typing import Any
 
-from .files import ACCELERATE_SECTIONS
+from .files import ACCELERATE_SECTIONS, read
 from .findings import Findings
-from .fsdp_config import fsdp1, fsdp2, plugin_accepts
+from .fsdp_config import fsdp1, fsdp2
 from .options import PRECISIONS, DoctorOptions
 from .setup import Setup
 from .values import count, truth
@@ -36,64 +36,46 @@ def launch_arguments(path: str, config: dict[str, Any], findings: Findings) -> A
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             arguments = parser.parse_args(["--config_file", path, "script.py"])
-            arguments, _, has_precision = _validate_launch_command(arguments)
+            arguments, _, _ = _validate_launch_command(arguments)
     except Exception as error:  # ValueError, TypeError and KeyError, by what is wrong
         findings.error(path, f"accelerate refuses it: {error}".replace("\n", " "), "correct or remove that key")
         return None
-    # as launch_command does, for DeepSpeedPlugin to compare with deepspeed_config_file
-    fields = [*(config.get("deepspeed_config") or {}), *["mixed_precision"] * has_precision]
-    arguments.deepspeed_fields_from_accelerate_config = ",".join(fields)
     return arguments
 
 
-def deepspeed_contents(path: str, arguments: Any, options: DoctorOptions, findings: Findings) -> dict[str, Any] | None:
-    """The DeepSpeed configuration that accelerate makes of the file; None if it refuses."""
-    from accelerate import DeepSpeedPlugin
-    from accelerate.utils import patch_environment
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+def deepspeed_contents(arguments: Any) -> dict[str, Any]:
+    """What accelerate's file says to DeepSpeed, by DeepSpeed's keys; all else is "auto".
 
-    precision = _precision(path, arguments, options, findings)
-    if precision is None:
-        return None
-    names = ("gradient_clipping", "zero_stage", "offload_optimizer_device", "offload_param_device",
-             "offload_optimizer_nvme_path", "offload_param_nvme_path", "zero3_init_flag",
-             "zero3_save_16bit_model")  # fmt: skip
-    given = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
-    given["gradient_accumulation_steps"] = getattr(arguments, "gradient_accumulation_steps", None) or "auto"
+    Raises:
+        ValueError: the file that it names cannot be read.
+    """
     file = getattr(arguments, "deepspeed_config_file", None)
-    try:
-        with patch_environment(ACCELERATE_CONFIG_DS_FIELDS=arguments.deepspeed_fields_from_accelerate_config):
-            plugin = DeepSpeedPlugin(hf_ds_config=file, **given)
-        if file is None:
-            plugin.set_mixed_precision(precision)
-        return plugin.deepspeed_config
-    except Exception as error:
-        findings.error(path, f"accelerate's DeepSpeedPlugin refuses it: {error}".replace("\n", " "), "")
-        return None
-    finally:
-        unset_hf_deepspeed_config()
+    if file is not None:
+        try:
+            return read(str(file))
+        except ValueError as error:
+            raise ValueError(f"deepspeed_config_file {file}: {error}") from error
+    names = ("gradient_accumulation_steps", "gradient_clipping")
+    return {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
 
 
 def accelerate_setup(
-    path: str, arguments: Any, options: DoctorOptions, size: tuple[int, int], findings: Findings
-) -> Setup | None:
-    """What FSDP or DDP would do by this file; None if it cannot work."""
+    path: str, arguments: Any, precision: str, options: DoctorOptions, size: tuple[int, int], findings: Findings
+) -> Setup:
+    """What FSDP or DDP would do by this file."""
     world_size, num_nodes = size
-    precision = _precision(path, arguments, options, findings)
-    if precision is None:
-        return None
     setup = Setup(
         engine="ddp" if world_size > 1 else "single",
         world_size=world_size,
         num_nodes=num_nodes,
         precision=precision,
         micro_batch_size=options.micro_batch_size or 1,
-        accumulation=options.gradient_accumulation_steps or arguments.gradient_accumulation_steps or 1,
+        accumulation=options.gradient_accumulation_steps or 1,
         activation_checkpointing=options.activation_checkpointing,
     )
-    if arguments.use_fsdp and not plugin_accepts(path, arguments, findings):
-        return None
     version = int(arguments.fsdp_version) if arguments.use_fsdp else 0
+    if version not in (0, 1, 2):
+        findings.error(path, f"fsdp_version: {version} is unknown to accelerate", "fsdp_version: 2")
     if arguments.use_parallelism_config and version != 2:
         findings.error(path, "parallelism_config is for FSDP2 only", "fsdp_version: 2, or remove parallelism_config")
     if not version:
@@ -108,7 +90,7 @@ def accelerate_setup(
     return setup
 
 
-def _precision(path: str, arguments: Any, options: DoctorOptions, findings: Findings) -> str | None:
+def accelerate_precision(path: str, arguments: Any, options: DoctorOptions, findings: Findings) -> str | None:
     """The option, else the file's; "no" there leaves it to the trainer's --bf16. None if the file's is unusable."""
     said = arguments.mixed_precision if isinstance(arguments.mixed_precision, str) else repr(arguments.mixed_precision)
     said = said.lower()

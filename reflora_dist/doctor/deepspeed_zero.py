@@ -1,4 +1,4 @@
-"""What stands in the way in DeepSpeed's JSON beside its optimizer: batch sizes, ZeRO's options, other parallelism."""
+"""What stands in the way in DeepSpeed's configuration beside its optimizer: ZeRO's options, other parallelism."""
 
 from __future__ import annotations
 
@@ -7,23 +7,6 @@ from typing import Any
 from ..checkpoints.deepspeed_universal import is_round_robin
 from .findings import Findings
 from .values import count
-
-
-def check_batch(where: str, filled: dict[str, Any], findings: Findings) -> bool:
-    """Whether DeepSpeed and a DataLoader can do with the batch sizes."""
-    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    if not any(name in filled for name in names[:2]):
-        findings.error(
-            where,
-            f"neither {names[0]} nor {names[1]} is there, of which DeepSpeed needs one",
-            f'"{names[1]}": "auto"',
-        )
-        return False
-    values = {name: filled[name] for name in names if name in filled}
-    wrong = {name: value for name, value in values.items() if not isinstance(value, int) or isinstance(value, bool)}
-    for name, value in wrong.items():
-        findings.error(where, f"{name}: {value!r} is no whole number", 'correct it, or write "auto"')
-    return not wrong
 
 
 def check_zero(where: str, filled: dict[str, Any], loaded: Any, size: tuple[int, int], findings: Findings) -> None:
@@ -37,12 +20,6 @@ def check_zero(where: str, filled: dict[str, Any], loaded: Any, size: tuple[int,
     if zero.offload_optimizer is not None and zero.offload_optimizer.ratio < 1:
         ratio = zero.offload_optimizer.ratio
         findings.error(where, f"offload_optimizer.ratio={ratio}: attach refuses two optimizers in a step", "set 1.0")
-    if filled.get("prescale_gradients") and zero.reduce_scatter and stage >= 2:
-        findings.error(
-            where,
-            "prescale_gradients with reduce_scatter: DeepSpeed refuses the two together under ZeRO",
-            "remove prescale_gradients, or set zero_optimization.reduce_scatter to false",
-        )
     if zero.zenflow is not None:
         findings.error(where, "zenflow: attach refuses it, it updates outside the optimizer's step", "remove it")
     if loaded.load_universal_checkpoint and is_round_robin(stage, bool(zero.round_robin_gradients)):

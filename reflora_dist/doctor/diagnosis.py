@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -18,11 +17,8 @@ from ..engines.pairs import find_pairs
 from ..engines.tall import tall_adapters
 from ..methods.registry import METHODS
 from ..step.traffic import Traffic
-from . import accelerate_config
-from .accelerate_config import accelerate_setup
 from .activations import activation_bytes
 from .base_model import MetaModel, build, describe, layer_classes, load_config, whole_layouts
-from .deepspeed_config import deepspeed_setup
 from .files import is_for_accelerate, read
 from .findings import Findings
 from .four_bit import four_bit, pack
@@ -30,7 +26,8 @@ from .held import BYTES, Item, factor_layouts, memory, persisted
 from .options import OPTIMIZERS, PRECISIONS, DoctorOptions
 from .ranks import compare
 from .setup import Setup
-from .values import count, one_line
+from .setups import setup_of
+from .values import one_line
 from .versions import PackageVersion, check_versions
 from .wire import Sent, engine_traffic, method_bytes, method_sends
 
@@ -131,8 +128,15 @@ def diagnose(configs: Sequence[str], options: DoctorOptions, device: torch.devic
             model_config = load_config(options.model)
         except ValueError as error:
             findings.error("--model", str(error), "give a hub name, a folder or a config.json")
+    else:
+        findings.note(
+            "--model",
+            "is not given: what a rank holds and sends, and whether it fits, have not been looked at, nor the names of "
+            "layers in the files and in --target_modules",
+            "--model NAME_OR_PATH",
+        )
     if len(files) == len(set(configs)):
-        result.setup = _setup(for_accelerate[:1], for_deepspeed[:1], files, model_config, options, findings)
+        result.setup = setup_of(for_accelerate[:1], for_deepspeed[:1], files, options, findings)
     if result.setup is not None:
         sharded = result.setup.engine not in ("single", "ddp")
         result.setup.tall_adapters = sharded and options.tall_adapters
@@ -149,81 +153,6 @@ def _read(configs: Sequence[str], findings: Findings) -> dict[str, Any]:
         except ValueError as error:
             findings.error(path, str(error), "give DeepSpeed's JSON or accelerate's YAML")
     return files
-
-
-def _setup(
-    for_accelerate: list[str],
-    for_deepspeed: list[str],
-    files: dict[str, Any],
-    model_config: Any,
-    options: DoctorOptions,
-    findings: Findings,
-) -> Setup | None:
-    arguments = None
-    path = for_accelerate[0] if for_accelerate else ""
-    size = _size(path, files.get(path, {}), options, findings)
-    if size is None:
-        return None
-    if for_accelerate:
-        arguments = accelerate_config.launch_arguments(path, files[path], findings)
-        if arguments is None:
-            return None
-        if not accelerate_config.check_distributed_type(path, files[path], arguments, size[0], findings):
-            return None
-        if arguments.use_deepspeed and not for_deepspeed:
-            contents = accelerate_config.deepspeed_contents(path, arguments, options, findings)
-            if contents is None:
-                return None
-            return deepspeed_setup(path, contents, model_config, options, size, findings)
-        if for_deepspeed and not arguments.use_deepspeed:
-            kind = files[path].get("distributed_type")
-            findings.error(
-                path, f"distributed_type: {kind}, beside DeepSpeed's {for_deepspeed[0]}", "distributed_type: DEEPSPEED"
-            )
-            return None
-    if for_deepspeed:
-        return deepspeed_setup(for_deepspeed[0], files[for_deepspeed[0]], model_config, options, size, findings)
-    if for_accelerate:
-        return accelerate_setup(for_accelerate[0], arguments, options, size, findings)
-    world_size, num_nodes = size
-    return Setup(
-        engine="ddp" if world_size > 1 else "single",
-        world_size=world_size,
-        num_nodes=num_nodes,
-        precision=options.mixed_precision or "bf16",
-        micro_batch_size=options.micro_batch_size or 1,
-        accumulation=options.gradient_accumulation_steps or 1,
-        activation_checkpointing=options.activation_checkpointing,
-    )
-
-
-def _size(path: str, config: dict[str, Any], options: DoctorOptions, findings: Findings) -> tuple[int, int] | None:
-    """Ranks and machines: of the options, else of the launcher, else of the file, else of this machine.
-
-    None, with an error among the findings, where the file's are unusable.
-    """
-    before = len(findings)
-    processes, machines = (count(path, config, name, findings) for name in ("num_processes", "num_machines"))
-    if len(findings) > before:
-        return None
-    if config.get("distributed_type") == "NO":
-        processes = processes or 1  # as accelerate fills it in
-    launched = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else None
-    nodes = options.num_nodes
-    if nodes is None and launched:
-        nodes = max(1, launched // int(os.environ.get("LOCAL_WORLD_SIZE", launched)))
-    nodes = nodes or machines or 1
-    here = torch.accelerator.device_count() if torch.accelerator.is_available() else 1
-    ranks = options.world_size or launched or processes or max(1, here) * nodes
-    if not launched and ranks % nodes:
-        findings.error(
-            path or "--num_nodes",
-            f"{ranks} ranks on {nodes} machines: every machine starts {ranks // nodes}, which makes "
-            f"{ranks // nodes * nodes}",
-            "num_processes (--world_size) is that of all machines together, a multiple of num_machines (--num_nodes)",
-        )
-        return None
-    return ranks, nodes
 
 
 def _estimate(result: Diagnosis, setup: Setup, model_config: Any, device: torch.device) -> None:

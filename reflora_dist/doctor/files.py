@@ -13,11 +13,6 @@ from .values import check_sections
 ACCELERATE_SECTIONS = ("fsdp_config", "deepspeed_config", "parallelism_config")
 _ACCELERATE_KEYS = ("distributed_type", "compute_environment")
 _LARGEST = 2**20
-_DEEPSPEED_SECTIONS = [
-    *((name,) for name in ("fp16", "bf16", "zero_optimization", "optimizer", "scheduler", "tensor_parallel")),
-    ("optimizer", "params"),
-    ("scheduler", "params"),
-]
 
 
 def is_for_accelerate(config: dict[str, Any]) -> bool:
@@ -47,9 +42,7 @@ def read(path: str) -> dict[str, Any]:
         config["distributed_type"] = "NO"  # which YAML takes for a truth value
     if is_for_accelerate(config):
         check_sections(config, [(name,) for name in ACCELERATE_SECTIONS])
-    elif is_json:
-        check_sections(config, _DEEPSPEED_SECTIONS)
-    else:
+    elif not is_json:
         raise ValueError("there is no distributed_type, as accelerate needs it, and DeepSpeed reads JSON only")
     return config
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 from .findings import Findings
@@ -18,34 +17,6 @@ _FSDP2_STRATEGIES = {
     "HYBRID_SHARD_ZERO2": "parallelism_config with both sizes, and fsdp_reshard_after_forward: false",
 }
 _OTHER_PARALLELISM = {"tp": "tensor", "cp": "context", "sp": "sequence"}
-
-
-def plugin_accepts(path: str, arguments: Any, findings: Findings) -> bool:
-    """Whether accelerate's plugin can be made of the variables that its launcher would set."""
-    from accelerate import FullyShardedDataParallelPlugin
-    from accelerate.utils import patch_environment, str_to_bool
-    from accelerate.utils.launch import prepare_multi_gpu_env
-
-    version = arguments.fsdp_version
-    if str(version) not in ("1", "2"):
-        findings.error(path, f"fsdp_version: {version!r} is unknown to accelerate", "fsdp_version: 2")
-        return False
-    # one machine and any port: the launcher would look whether the port is free
-    launched = {**vars(arguments), "num_machines": 1, "main_process_port": 0, "mixed_precision": "no"}
-    try:
-        environment = prepare_multi_gpu_env(argparse.Namespace(**launched))
-        variables = {name: value for name, value in environment.items() if name.startswith("FSDP_")}
-        for name in ("FSDP_CPU_RAM_EFFICIENT_LOADING", "FSDP_SYNC_MODULE_STATES"):
-            str_to_bool(variables.get(name, "false"))
-        # with these the plugin would look for the accelerator to broadcast on
-        variables |= {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_SYNC_MODULE_STATES": "false"}
-        with patch_environment(**variables):
-            FullyShardedDataParallelPlugin()
-    except Exception as error:  # KeyError, ValueError and others, by what is wrong
-        message = f"accelerate refuses it with fsdp_version: {version}: {type(error).__name__}: {error}"
-        findings.error(path, message.replace("\n", " "), "correct or remove that key")
-        return False
-    return True
 
 
 def _strategy(arguments: Any) -> str:
@@ -99,8 +70,10 @@ def _wrap(path: str, arguments: Any, setup: Setup, findings: Findings) -> None:
     if policy == "TRANSFORMER_BASED_WRAP":
         setup.class_names = _class_names(arguments)
     elif policy == "SIZE_BASED_WRAP":
-        findings.warning(
-            path, f"fsdp_auto_wrap_policy: {policy}: the sizes below assume that decoder layers are the units", remedy
+        findings.error(
+            path,
+            f"fsdp_auto_wrap_policy: {policy}: FSDP2 cannot wrap a list of layers, to which accelerate comes",
+            remedy,
         )
     else:
         setup.reshard_after_forward = False

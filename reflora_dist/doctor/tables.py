@@ -127,4 +127,9 @@ def _findings(diagnosis: Diagnosis) -> Iterator[str]:
                 yield f"{level}: {finding.where}: {finding.message}"
                 if finding.remedy:
                     yield f"    -> {finding.remedy}"
-    yield "The run could not work." if diagnosis.findings.failed else "Nothing stands in the way of the run."
+    if diagnosis.findings.failed:
+        yield "The run could not work."
+    elif diagnosis.options.model is None:
+        yield "Nothing in the files stands in the way of the run; without --model no more was looked at."
+    else:
+        yield "Nothing stands in the way of the run."

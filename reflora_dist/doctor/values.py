@@ -24,22 +24,12 @@ def check_sections(config: dict[Any, Any], sections: Sequence[tuple[str, ...]]) 
             section = section.get(name) if isinstance(section, dict) else None
         name = ".".join(path)
         if section is None:
-            if path and _is_there(config, path):
-                raise ValueError(f"{name}: null is not a section of keys and values: fill it in, or remove it")
             continue
         if not isinstance(section, dict):
             raise ValueError(f"{name}: {section!r} is not a section of keys and values")
         for key in section:
             if not isinstance(key, str):
                 raise ValueError(f"{name or 'the top level'}: the key {key!r} is not a string")
-
-
-def _is_there(config: dict[Any, Any], path: tuple[str, ...]) -> bool:
-    """Whether there is a key, whatever it holds."""
-    section: Any = config
-    for name in path[:-1]:
-        section = section.get(name) if isinstance(section, dict) else None
-    return isinstance(section, dict) and path[-1] in section
 
 
 def count(where: str, config: dict[str, Any], name: str, findings: Findings) -> int | None:

@@ -26,7 +26,6 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -35,10 +34,11 @@ from ..checkpoints.deepspeed_universal import conversion, model_states, refuse_r
 from ..checkpoints.embeddings import is_spare, local_model_folder
 from ..checkpoints.errors import named_read_errors
 from ..checkpoints.start_file import FILE_NAME as START_FILE
-from ..checkpoints.start_file import find_start, is_mark, read_config, readable
+from ..checkpoints.start_file import find_start, is_mark
 from ..checkpoints.training_state import complete_state
 from ..engines.pairs import clean_name
 from ..engines.tall import in_peft_form
+from ..files.open_files import open_tensors, read_json
 from ..files.output_folder import new_folder, require_empty
 from ..files.records import plain_name, require_zip
 from ..files.safe_pickles import SafeReader, load_states, require_states
@@ -84,7 +84,7 @@ def consolidate_adapter(
     if state is None:
         raise FileNotFoundError(f"{source} holds no sharded state (.metadata, *_optim_states.pt or zero/*/fp32.pt)")
     config_path = find_config(source if adapter_config is None else Path(adapter_config), state)
-    config = read_config(config_path)
+    config = read_json(config_path)
     _require_known(config, config_path)
     tensors = _read_state(state, lambda shapes: _chosen(shapes, config, adapter, state), trust_pickles)
     _complete(tensors, config, config_path.parent, state)
@@ -163,24 +163,30 @@ def _read_dcp(folder: Path, choose: _Choose, trust_pickles: bool) -> dict[str, T
 
 
 def _read_zero(folder: Path, choose: _Choose, trust_pickles: bool) -> dict[str, Tensor]:
-    shapes = _trained_shapes(folder, trust_pickles)
+    shapes, frozen = _shapes(folder, trust_pickles)
     paths = sorted(folder.glob("*_states.pt"))
     for path in paths:
         require_zip(path)
     require_states(paths, trust_pickles)  # DeepSpeed itself would call whatever they name
     _require_all_ranks(folder, trust_pickles)
-    deepspeed = _zero_to_fp32()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it tells what it does
-        state = deepspeed.get_fp32_state_dict_from_zero_checkpoint(
-            str(folder.parent), tag=folder.name, exclude_frozen_parameters=True
-        )
-    chosen = choose({name: tensor.shape for name, tensor in state.items()})
+    state = _fp32_state(folder, with_frozen=False)
+    chosen = choose({**frozen, **{name: tensor.shape for name, tensor in state.items()}})
+    if chosen.keys() - state.keys():
+        state = _fp32_state(folder, with_frozen=True)
     _warn_of_others(shapes.keys() - chosen.keys(), folder)
     return {key: state[name] for name, key in chosen.items()}
 
 
+def _fp32_state(folder: Path, with_frozen: bool) -> dict[str, Tensor]:
+    deepspeed = _zero_to_fp32()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it tells what it does
+        return deepspeed.get_fp32_state_dict_from_zero_checkpoint(
+            str(folder.parent), tag=folder.name, exclude_frozen_parameters=not with_frozen
+        )
+
+
 def _read_universal(folder: Path, choose: _Choose, trust_pickles: bool) -> dict[str, Tensor]:
-    shapes = _trained_shapes(folder, trust_pickles)
+    shapes, _ = _shapes(folder, trust_pickles)
     refuse_round_robin(folder, "export from the checkpoint that was converted", trust_pickles)
     chosen = choose(shapes)
     _warn_of_others(shapes.keys() - chosen.keys(), folder)
@@ -194,13 +200,14 @@ def _read_universal(folder: Path, choose: _Choose, trust_pickles: bool) -> dict[
     return tensors
 
 
-def _trained_shapes(folder: Path, trust_pickles: bool) -> dict[str, torch.Size]:
-    """The shape of every parameter that DeepSpeed trained."""
+def _shapes(folder: Path, trust_pickles: bool) -> tuple[dict[str, torch.Size], dict[str, torch.Size]]:
+    """The shape of every parameter that DeepSpeed trained, and of every frozen one that it saved."""
     path = model_states(folder)
     require_zip(path)
     require_states([path], trust_pickles)
-    groups = _zero_to_fp32().parse_model_states([str(path)])[0].param_shapes
-    return {name: shape for group in groups for name, shape in group.items()}
+    states = _zero_to_fp32().parse_model_states([str(path)])[0]
+    trained = {name: shape for group in states.param_shapes for name, shape in group.items()}
+    return trained, states.frozen_param_shapes or {}
 
 
 def _warn_of_others(names: Iterable[str], folder: Path) -> None:
@@ -352,7 +359,7 @@ def _complete(tensors: dict[str, Tensor], config: Mapping[str, Any], folder: Pat
     path = folder / SAFETENSORS_WEIGHTS_NAME
     beside: set[str] = set()
     if path.is_file():
-        with readable(path), safe_open(path, "pt") as file:
+        with open_tensors(path) as file:
             modules = config.get("modules_to_save") or ()
             trained = (".lora_", ".trainable_tokens_delta", *(f".{name}." for name in modules))
             keys = {key for key in file.keys() if not is_spare(key)}  # noqa: SIM118

@@ -17,6 +17,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..checkpoints.embeddings import saved_embeddings, set_vocabulary
+from ..files.base_files import read_model_config, require_size
+from ..files.open_files import cause_of, readable
+from ..files.stored_weights import StoredWeights
 from ..lora_sb.layer import LoraXSLinear
 
 ADAPTER = "default"
@@ -33,21 +36,23 @@ _AUTO_CLASSES = {
 _HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 
 
-def empty_base(folder: Path, config: PeftConfig, tensors: dict[str, Tensor], dtype: torch.dtype | None) -> Any:
-    """The base on the meta device, of the class that the adapter was trained on."""
-    try:
-        settings = transformers.AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no model configuration that can be used ({error})") from error
+def empty_base(
+    stored: StoredWeights, source: Path, config: PeftConfig, tensors: dict[str, Tensor], dtype: torch.dtype | None
+) -> Any:
+    """The base of these weights on the meta device, of the class that the adapter in ``source`` was trained on."""
+    folder = stored.folder
+    settings = read_model_config(str(folder))
+    require_size(folder, settings, [shape for shape, _ in stored.specs.values()])
     if getattr(settings, "quantization_config", None) is not None:
         raise ValueError(f"{folder} is quantized, so a merge would not be exact: give the base that it was made from")
     labels = [tensors[key].shape[0] for key in tensors if key.endswith(_HEADS)]
     if config.task_type in ("SEQ_CLS", "TOKEN_CLS") and labels and settings.num_labels != labels[0]:
         settings.num_labels = labels[0]
-    chosen = _model_class(config, settings)
+    chosen = _model_class(source, config, settings)
+    remedy = "correct it, or name the base that the adapter was trained on"
     make = chosen.from_config if hasattr(chosen, "from_config") else chosen._from_config
     kind = {"dtype": dtype or settings.dtype or torch.float32}
-    with torch.device("meta"):
+    with readable(folder / "config.json", remedy), torch.device("meta"):
         base = make(settings, **kind)
         rows = {weight.shape[0] for weight in saved_embeddings(base, tensors).values()}
         if len(rows) != 1 or rows == {base.get_input_embeddings().weight.shape[0]}:
@@ -56,35 +61,40 @@ def empty_base(folder: Path, config: PeftConfig, tensors: dict[str, Tensor], dty
         return make(settings, **kind)
 
 
-def _model_class(config: PeftConfig, settings: Any) -> Any:
-    if config.task_type in _AUTO_CLASSES:
-        return getattr(transformers, _AUTO_CLASSES[config.task_type])
-    mapping = config.auto_mapping
-    if mapping:
-        return getattr(importlib.import_module(mapping["parent_library"]), mapping["base_model_class"])
-    if settings.architectures:
-        return getattr(transformers, settings.architectures[0])
-    raise ValueError("neither the adapter's task_type nor the base's architectures says of which class the model is")
+def _model_class(source: Path, config: PeftConfig, settings: Any) -> Any:
+    if config.task_type in list(_AUTO_CLASSES):
+        return getattr(transformers, _AUTO_CLASSES[str(config.task_type)])
+    mapping: Any = config.auto_mapping or {}
+    with readable(source / "adapter_config.json", "correct its task_type or auto_mapping"):
+        if mapping:
+            library = mapping["parent_library"]
+            if not library.startswith("transformers."):  # importing anything else could run anything
+                raise ValueError(f"its auto_mapping names {library}, and models of transformers can be merged")
+            return getattr(importlib.import_module(library), mapping["base_model_class"])
+        if settings.architectures:
+            return getattr(transformers, settings.architectures[0])
+        raise ValueError("neither its task_type nor the base's architectures says of which class the model is")
 
 
 def with_adapter(base: Any, config: PeftConfig, tensors: dict[str, Tensor], source: Path) -> PeftModel:
     """The PEFT model with the adapter's parameters, in the dtypes that PEFT gives them, on an empty base."""
+    folder = base.config._name_or_path
     try:
         with torch.device("meta"):
             model = PeftModel(base, config, ADAPTER)
-    except ValueError as error:  # no module has one of the target names
-        raise ValueError(f"the adapter in {source} does not fit the base: {error}") from error
+    except Exception as error:  # no module has one of the target names, or the configuration makes no sense to PEFT
+        raise ValueError(f"the adapter in {source} does not fit the base in {folder}: {cause_of(error)}") from error
     _refuse_unsupported(model)
     own = {name for name, _ in model.named_parameters(remove_duplicate=False) if _is_adapters(model, name)}
     _make_room(model, own | tensors.keys())
     try:
         result: Any = set_peft_model_state_dict(model, tensors, adapter_name=ADAPTER)
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(f"the adapter in {source} does not fit the base: {error}") from error
+    except Exception as error:
+        raise ValueError(f"the adapter in {source} does not fit the base in {folder}: {cause_of(error)}") from error
     lacking = sorted(own.intersection(result.missing_keys))
     if lacking or result.unexpected_keys:
         problem = f"lacks {lacking[0]}" if lacking else f"holds {result.unexpected_keys[0]}, which has no place"
-        raise ValueError(f"the adapter in {source} {problem}: it belongs to another base or configuration")
+        raise ValueError(f"the adapter in {source} {problem}: it belongs to another base than {folder}, or is damaged")
     return model
 
 

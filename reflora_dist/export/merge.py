@@ -21,14 +21,15 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
+from peft.utils import CONFIG_NAME
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..checkpoints.merged_record import merged_header, refuse_merged_twice
-from ..checkpoints.start_file import changes_base, readable, saved_mark
+from ..checkpoints.start_file import changes_base, saved_mark
 from ..engines.bare_base import require_no_adapter
+from ..files.open_files import read_peft_config, read_peft_weights
 from ..files.other_files import other_files, require_fitting_tokenizer
 from ..files.output_folder import new_folder, require_empty, require_space
 from ..files.stored_weights import INDEX_NAME, Entry, StoredWeights, find_model, write_file
@@ -124,8 +125,8 @@ class _Merge:
 
     def __init__(self, source: Path, config: PeftConfig, stored: StoredWeights, dtype: torch.dtype | None) -> None:
         self.stored, self.dtype = stored, dtype
-        tensors = _read_weights(source)
-        base = empty_base(stored.folder, config, tensors, dtype)
+        tensors = read_peft_weights(source)
+        base = empty_base(stored, source, config, tensors, dtype)
         self.config, self.architecture = base.config, type(base).__name__
         names = [name for name, _ in base.named_parameters(remove_duplicate=False)]
         self.tied = _tied_names(base)
@@ -323,10 +324,7 @@ def _merged(layer: Any, module: nn.Module, values: dict[str, Tensor]) -> dict[st
 
 
 def _read_config(source: Path) -> PeftConfig:
-    try:
-        config = PeftConfig.from_pretrained(str(source))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{source} holds no adapter in PEFT's format ({error})") from error
+    config = read_peft_config(source)
     if not isinstance(config, (LoraConfig, LoraXSConfig)):
         raise ValueError(f"{source} holds a {config.peft_type} adapter; LoRA, LoRA-XS and LoRA-SB can be merged")
     start = getattr(config, "init_lora_weights", True)
@@ -339,16 +337,6 @@ def _read_config(source: Path) -> PeftConfig:
         raise ValueError(f"{source} replicates layers (layer_replication), which cannot be merged into the base")
     config.inference_mode = True
     return config
-
-
-def _read_weights(source: Path) -> dict[str, Tensor]:
-    """The adapter's tensors. PEFT would look on the hub for a file that the folder lacks."""
-    paths = [source / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        raise FileNotFoundError(f"{paths[0]} is missing: copy it from the run, or export from another checkpoint")
-    with readable(path):
-        return load_peft_weights(str(source), device="cpu")
 
 
 @contextmanager

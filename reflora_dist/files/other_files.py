@@ -9,6 +9,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from .open_files import read_json
+
 _COPIED = (".json", ".model", ".txt", ".py", ".jinja", ".tiktoken")
 _TOKENIZER = ("token", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece", "sentencepiece")
 
@@ -21,7 +23,11 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
 def other_files(base: Path, trained: Path) -> dict[str, Path]:
     """Configurations and tokenizer of the base; the tokenizer of the other folder, which is what the adapter was
     trained with, goes before."""
-    return _of_base(base) | tokenizer_files(trained)
+    files = _of_base(base) | tokenizer_files(trained)
+    for path in files.values():
+        if path.suffix == ".json":
+            read_json(path)
+    return files
 
 
 def require_fitting_tokenizer(files: Iterable[Path], base: Path, rows: int) -> None:

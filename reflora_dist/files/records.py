@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .open_files import read_json
+
 
 def write_json(path: Path, content: Any) -> None:
     """Write a file that other files' completeness rests on: on the disk, then under its name."""
@@ -41,24 +43,27 @@ def plain_name(name: Any, source: Path, *, with_folders: bool = False) -> str:
     return name
 
 
-def require_fields(content: Any, kinds: Mapping[str, Any], source: str | Path) -> None:
+def require_fields(
+    content: Any, kinds: Mapping[str, Any], source: str | Path, remedy: str = "load an earlier checkpoint"
+) -> None:
     """Make sure that a record, which was read from a file, holds what is going to be used.
 
     Args:
         content: as it was read.
         kinds: of every field, as for isinstance; True and False are no numbers.
         source: of the record, for the error.
+        remedy: likewise.
 
     Raises:
         ValueError: it is no mapping, or a field is missing or of another kind.
     """
     if not isinstance(content, Mapping):
-        raise ValueError(f"{source} is damaged (it holds {content!r:.60}, no fields): load an earlier checkpoint")
+        raise ValueError(f"{source} is damaged (it holds {content!r:.60}, no fields): {remedy}")
     for name, kind in kinds.items():
         value = content.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
             found = f"{name} is {value!r:.60}" if name in content else f"{name} is missing"
-            raise ValueError(f"{source} is damaged ({found}): load an earlier checkpoint")
+            raise ValueError(f"{source} is damaged ({found}): {remedy}")
 
 
 def read_record(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,10 +76,7 @@ def read_record(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: it is no JSON, or does not hold what it has to.
     """
-    try:
-        record = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): load an earlier checkpoint") from error
+    record = read_json(path, "it is damaged, load an earlier checkpoint")
     require_fields(record, {**kinds, "files": Mapping}, path)
     require_fields(record["files"], dict.fromkeys(record["files"], int), f"{path}, files")
     return record

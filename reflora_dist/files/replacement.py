@@ -9,11 +9,12 @@ What is removed was written here: a folder counts as such if it holds the record
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Collection
 from pathlib import Path
+
+from .open_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ class Replacement:
     def _listed(self, folder: Path) -> set[str]:
         """The top of every name in the record."""
         try:
-            return {name.split("/")[0] for name in json.loads((folder / self._record).read_text())["files"]}
+            return {name.split("/")[0] for name in read_json(folder / self._record)["files"]}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return set()
 

@@ -11,7 +11,7 @@ import importlib
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from .open_files import cause_of, readable
 from .records import plain_name
 
 _DTYPES = {("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
@@ -70,7 +71,7 @@ class RefusedPickleError(ValueError):
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _OF_DCP:
-            raise RefusedPickleError(f"it wants {module}.{name} called, which no checkpoint of this kind needs")
+            raise RefusedPickleError(f"it wants {module}.{name} called, which no file of this kind needs")
         return super().find_class(module, name)
 
 
@@ -155,6 +156,26 @@ def require_states(paths: Iterator[Path] | list[Path], trust_pickles: bool = Fal
             load_states(path)
 
 
+def require_safe(file: BinaryIO) -> None:
+    """Make sure that an open file of torch's holds nothing but what it takes for safe; it is at its beginning then.
+
+    Raises:
+        pickle.UnpicklingError: it does not.
+    """
+    torch.load(file, map_location="cpu", weights_only=True)
+    file.seek(0)
+
+
+def require_weights(path: Path) -> None:
+    """Make sure that a ``.bin`` of a model, which a library unpickles by itself, can be read.
+
+    Raises:
+        ValueError: it cannot, or it holds more than tensors.
+    """
+    with readable(path, "it is damaged, or was changed to run code; get the model as safetensors"):
+        torch.load(path, map_location="meta", weights_only=True)
+
+
 @contextlib.contextmanager
 def _deepspeeds_classes() -> Iterator[None]:
     allowed: list[Any] = [set]
@@ -168,13 +189,7 @@ def _deepspeeds_classes() -> Iterator[None]:
 
 
 def _refusal(path: Path, error: Exception) -> str:
-    text = str(error).strip()
-    marker = "Unsupported global: GLOBAL "
-    if marker in text:  # torch's message, of which the rest tells how to switch the safety off
-        name = text.partition(marker)[2].split(" ")[0]
-        text = f"it wants {name} called, which no checkpoint of this kind needs"
-    elif not isinstance(error, RefusedPickleError):
-        text = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+    text = str(error) if isinstance(error, RefusedPickleError) else cause_of(error)
     return (
         f"{path} cannot be read ({text}): it is damaged, or was changed to run code; take it from where it was "
         "written, or, if you trust it, --trust_pickles (trust_pickles=True)"

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from torch import Tensor
 
+from .open_files import GET_ANEW, cause_of, open_tensors, read_json
 from .records import plain_name
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -71,39 +71,46 @@ class StoredWeights:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.index = _read_index(folder)
-        names = [_ONE_FILE] if self.index is None else sorted(set(self.index["weight_map"].values()))
         self.keys: dict[str, list[str]] = {}
         self.specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self._files: dict[str, Path] = {}
-        for name in names:
-            self._scan(name)
+        for path in weight_files(folder):
+            self._scan(path)
 
-    def _scan(self, name: str) -> None:
-        path = self.folder / name
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing, which {INDEX_NAME} names: download the model again")
-        try:
-            with safe_open(path, "pt") as file:
-                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (it is no mapping)
-                specs = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
-        except Exception as error:
-            raise ValueError(f"{path} cannot be read ({error}): it is damaged, download it again") from error
+    def _scan(self, path: Path) -> None:
+        with open_tensors(path) as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (it is no mapping)
+            specs = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
         for key, (shape, code) in specs.items():
             if code not in _DTYPES:
                 raise ValueError(f"{path}: {key} is stored as {code}, which is not supported; choose another base")
             self.specs[key] = (shape, _DTYPES[code])
             self._files[key] = path
-        self.keys[name] = list(specs)
+        self.keys[path.name] = list(specs)
 
     def read(self, key: str) -> Tensor:
         """The tensor, mapped from its file: copy it to change it. The file is unmapped with the last reference."""
-        with safe_open(self._files[key], "pt") as file:
+        with open_tensors(self._files[key]) as file:
             return file.get_tensor(key)
 
     def metadata(self, name: str) -> dict[str, str]:
         """What a file's header says beside its tensors."""
-        with safe_open(self.folder / name, "pt") as file:
+        with open_tensors(self.folder / name) as file:
             return dict(file.metadata() or {})
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model.
+
+    Raises:
+        FileNotFoundError, ValueError: there are none, one is missing, or their index is damaged.
+    """
+    index = _read_index(folder)
+    names = [_ONE_FILE] if index is None else sorted(set(index["weight_map"].values()))
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing, which {INDEX_NAME} names: download the model again")
+    return [folder / name for name in names]
 
 
 def find_model(name: str, revision: str | None = None) -> Path:
@@ -118,7 +125,7 @@ def find_model(name: str, revision: str | None = None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
     except Exception as error:  # the hub client raises a dozen kinds; all mean that there is no model
         raise ValueError(
-            f"model {name!r} is no local folder and cannot be had from the hub ({type(error).__name__}: {error})"
+            f"model {name!r} is no local folder and cannot be had from the hub ({cause_of(error)})"
         ) from error
 
 
@@ -155,13 +162,13 @@ def write_file(path: Path, entries: Sequence[Entry], metadata: dict[str, str], d
 def _read_index(folder: Path) -> dict[str, Any] | None:
     path = folder / INDEX_NAME
     if path.is_file():
-        try:
-            index = json.loads(path.read_text())
-            names = set(index["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): download it again") from error
+        index = read_json(path)
+        for field in ("weight_map", "metadata"):
+            if not isinstance(index.get(field, {}), dict):
+                raise ValueError(f"{path} holds {field} as {index[field]!r:.40} where an object is wanted: {GET_ANEW}")
+        names = list(index.get("weight_map", {}).values())
         if not names:
-            raise ValueError(f"{path} names no file: download it again")
+            raise ValueError(f"{path} names no file: {GET_ANEW}")
         for name in names:
             if not plain_name(name, path).endswith(".safetensors"):
                 raise ValueError(f"{path} names {name!r} among the weights, which is no safetensors file: get it anew")
@@ -169,6 +176,7 @@ def _read_index(folder: Path) -> dict[str, Any] | None:
     if (folder / _ONE_FILE).is_file():
         return None
     others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    rewrites = "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) rewrites it"
-    found = "".join(f" (it has {name}; {rewrites})" for name in others[:1])
-    raise FileNotFoundError(f"{folder} holds no {_ONE_FILE} and no {INDEX_NAME}{found}")
+    remedy = "name another folder, or download the model again"
+    if others:
+        remedy = f"it has {others[0]}; AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) rewrites it"
+    raise FileNotFoundError(f"{folder} holds no {_ONE_FILE} and no {INDEX_NAME}: {remedy}")

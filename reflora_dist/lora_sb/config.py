@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import sys
 
 from peft import PeftConfig
 
@@ -87,13 +88,14 @@ class LoRASBConfig:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is unknown; choose one of {', '.join(METHODS)}")
-        for name in ("num_batches", "modules_per_pass"):
+        for name, least in (("num_batches", 1), ("modules_per_pass", 1), ("oversampling", 0), ("power_iterations", 0)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be positive")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ValueError(f"learning_rate={self.learning_rate} must be positive")
-        if self.power_iterations < 0 or (self.oversampling or 0) < 0:
-            raise ValueError(
-                f"power_iterations={self.power_iterations} and oversampling={self.oversampling} must not be negative"
-            )
+            may_be_none = name in ("modules_per_pass", "oversampling")
+            if not (value is None and may_be_none) and (type(value) is not int or value < least):
+                raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
+        rate = self.learning_rate
+        is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
+        if rate is not None and not (is_number and 0 < rate <= sys.float_info.max):
+            raise ValueError(f"learning_rate={rate!r} must be a number above 0, and finite")
+        if type(self.seed) is not int or not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed!r} must be an integer of 64 bits")

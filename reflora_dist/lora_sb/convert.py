@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files.open_files import read_peft_config, read_tensors
 from ..starts.convert import exact_pattern
 from .config import LoraXSConfig
 
@@ -30,14 +31,14 @@ def save_as_lora(adapter_dir: str | Path, output_dir: str | Path) -> None:
         OSError: a file cannot be read or written.
     """
     source, target = Path(adapter_dir), Path(output_dir)
-    config = PeftConfig.from_pretrained(str(source))
+    config = read_peft_config(source)
     if not isinstance(config, LoraXSConfig):
         raise ValueError(
             f"{source} holds a {config.peft_type} adapter; only LoRA-XS and LoRA-SB adapters are converted"
         )
     if source.resolve() == target.resolve():
         raise ValueError(f"output_dir={str(target)!r} is the adapter's own folder, whose files would be lost")
-    tensors = load_file(source / SAFETENSORS_WEIGHTS_NAME)
+    tensors = read_tensors(source / SAFETENSORS_WEIGHTS_NAME)
     lora_config = _lora_config(config, tensors)
     target.mkdir(parents=True, exist_ok=True)
     save_file(_as_lora(tensors), target / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -48,7 +49,9 @@ def _as_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     converted = {}
     for key, tensor in tensors.items():
         if ".lora_xs_B." in key:
-            latent = tensors[key.replace(".lora_xs_B.", ".lora_xs_R.")]
+            latent = tensors.get(key.replace(".lora_xs_B.", ".lora_xs_R."))
+            if latent is None or latent.shape != (tensor.shape[-1], tensor.shape[-1]):
+                raise ValueError(f"the adapter lacks the r x r matrix that belongs to {key}, or it has another shape")
             product = (tensor.double() @ latent.double()).to(torch.promote_types(tensor.dtype, latent.dtype))
             converted[key.replace(".lora_xs_B.", ".lora_B.")] = product
         elif ".lora_xs_R." not in key:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any
 
 from .registry import METHODS
@@ -43,7 +44,8 @@ class RefLoRAConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
-        if not isinstance(self.damping, int | float) or not 0 <= self.damping < float("inf"):
+        is_number = isinstance(self.damping, int | float) and not isinstance(self.damping, bool)
+        if not is_number or not 0 <= self.damping <= sys.float_info.max:
             raise ValueError(f"damping={self.damping!r} must be a number of at least 0, and finite")
         if self.damping != _DEFAULT_DAMPING and "damping" not in METHODS[self.method].own_settings:
             raise ValueError(f"damping={self.damping!r} means nothing to method={self.method!r}: leave it out")

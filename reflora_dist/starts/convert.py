@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from ..checkpoints.start_file import _CONFIG_NAME, Start, _Value, read_config, read_start, readable, saved_mark
+from ..checkpoints.start_file import _CONFIG_NAME, Start, _Value, read_start, saved_mark
+from ..files.open_files import read_json, read_tensors
 
 
 def convert_adapter(adapter_dir: str | Path, output_dir: str | Path) -> None:
@@ -36,8 +37,7 @@ def convert_adapter(adapter_dir: str | Path, output_dir: str | Path) -> None:
     if saved_mark(source) is None:
         raise ValueError(f"{source} holds no adapter of a changed base: there is nothing to convert")
     start = read_start(source)
-    with readable(source / SAFETENSORS_WEIGHTS_NAME):
-        tensors = load_file(source / SAFETENSORS_WEIGHTS_NAME)
+    tensors = read_tensors(source / SAFETENSORS_WEIGHTS_NAME)
     missing = sorted(start.factors.keys() - tensors.keys())
     if missing:
         raise ValueError(f"{source / SAFETENSORS_WEIGHTS_NAME} lacks {missing[0]}")
@@ -50,7 +50,7 @@ def convert_adapter(adapter_dir: str | Path, output_dir: str | Path) -> None:
         initial = initial.to(tensors[name].dtype)
         side_a = _is_lora_a(name)
         tensors[name] = torch.cat([tensors[name], initial if side_a else -initial], dim=0 if side_a else 1).contiguous()
-    config = read_config(source / _CONFIG_NAME)
+    config = read_json(source / _CONFIG_NAME)
     config |= _ordinary_config(start)
     target.mkdir(parents=True, exist_ok=True)
     part = target / f".{SAFETENSORS_WEIGHTS_NAME}.part"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -77,12 +78,16 @@ class LoRARite(torch.optim.Optimizer):
         balance_param: bool = False,
     ) -> None:
         for name, value in (("lr", lr), ("weight_decay", weight_decay), ("update_capping", update_capping)):
-            _require(_is_number(value) and value >= 0, name, value, "a number of at least 0")
+            _require(_is_number(value) and value >= 0, name, value, "a finite number of at least 0")
         for name, value in (("clip_unmagnified_grad", clip_unmagnified_grad), ("update_skipping", update_skipping)):
-            _require(_is_number(value) and value >= 0, name, value, "a number of at least 0 (0: off)")
+            _require(_is_number(value) and value >= 0, name, value, "a finite number of at least 0 (0: off)")
         two = isinstance(betas, Sequence) and len(betas) == 2
-        _require(two and all(0 <= beta < 1 for beta in betas), "betas", betas, "two numbers in [0, 1)")
-        _require(_is_number(eps) and eps > 0, "eps", eps, "a number above 0")
+        _require(
+            two and all(_is_number(beta) and 0 <= beta < 1 for beta in betas), "betas", betas, "two numbers in [0, 1)"
+        )
+        _require(_is_number(eps) and eps > 0, "eps", eps, "a finite number above 0")
+        for name, flag in (("apply_escape", apply_escape), ("balance_param", balance_param)):
+            _require(isinstance(flag, bool), name, flag, "True or False")
         self.settings = RiteSettings(
             eps=eps,
             clip_unmagnified_grad=clip_unmagnified_grad,
@@ -185,7 +190,9 @@ class LoRARite(torch.optim.Optimizer):
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float | Tensor)
+    if isinstance(value, Tensor):  # a learning rate on the device: its value is not waited for
+        return True
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _require(fulfilled: bool, name: str, value: object, condition: str) -> None:

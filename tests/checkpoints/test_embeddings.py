@@ -314,6 +314,22 @@ def test_a_merged_model_has_the_added_tokens(kind: str, base: Path, tmp_path: Pa
     assert torch.allclose(_logits(merged), _logits(model), atol=1e-4)
 
 
+def _save_whole(rank: int, world_size: int, engine: str, base: Path, folder: Path) -> None:
+    wrapped, _ = _wrap(_randomized(_model(base, "attention", seed=1)), engine)
+    wrapped.save_checkpoint(str(folder), tag="whole")
+
+
+@pytest.mark.parametrize("engine", ["zero3", pytest.param("zero2", marks=pytest.mark.all_ranks)])
+def test_deepspeeds_own_checkpoint_gives_the_added_tokens(engine: str, tmp_path: Path) -> None:
+    """It holds the frozen parameters, unless told otherwise."""
+    base = _save_base(tmp_path / "base", tied=False)
+    run_ranks(_save_whole, 2, engine, base, tmp_path / "checkpoint")
+    model = _randomized(_model(base, "attention", seed=1))
+    model.peft_config["default"].save_pretrained(str(tmp_path / "checkpoint"))
+    consolidate_adapter(tmp_path / "checkpoint", tmp_path / "adapter")
+    assert torch.equal(_logits(PeftModel.from_pretrained(_resized(base, 2), tmp_path / "adapter")), _logits(model))
+
+
 def _tokenizer(folder: Path, size: int) -> None:
     words = {f"word{index}": index for index in range(size)}
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "word0"))).save_pretrained(folder)

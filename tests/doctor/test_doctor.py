@@ -79,11 +79,22 @@ WRONG = [
     (zero3({"gradient_cliping": 1.0}), {}, "warning", "'gradient_cliping' is unknown"),
     (zero3({"gradient_clipping": None}), {}, "warning", "DeepSpeed clips at 1.0"),
     (zero3(stage_3_persistence=1), {}, "error", "stage_3_persistence"),
-    (zero3(cpu_offload=True), {}, "warning", "zero_optimization.cpu_offload is deprecated"),
-    (zero3({"fp16": {"enabled": True}}), {}, "error", "fp16 and bf16 are both enabled"),
+    (zero3(cpu_offload=False), {}, "warning", "zero_optimization.cpu_offload is deprecated"),
+    (zero3(cpu_offload=True), {}, "error", "You are using ZeRO-Offload with a client provided optimizer"),
+    (
+        zero3({"fp16": {"enabled": True}}),
+        {},
+        "error",
+        "`--mixed_precision` arg cannot be set to `bf16` when `fp16` is set",
+    ),
     (zero3({"train_batch_size": 7}), {}, "error", "train_batch_size=7"),
     (zero3(), {"micro_batch_size": 2}, "error", "train_micro_batch_size_per_gpu=1"),
-    (zero3(), {"mixed_precision": "fp16"}, "error", "bf16.enabled=True"),
+    (
+        zero3(),
+        {"mixed_precision": "fp16"},
+        "error",
+        "`--mixed_precision` arg cannot be set to `fp16` when `bf16` is set",
+    ),
     (zero3(offload_optimizer={"device": "nvme", "nvme_path": "/nvme"}), {}, "error", "attach refuses it"),
     (zero3(offload_optimizer={"device": "cpu", "ratio": 0.5}), {}, "error", "ratio=0.5"),
     (zero3(offload_optimizer={"device": "cpu"}), {}, "warning", "without an optimizer section"),
@@ -191,9 +202,12 @@ def test_files_of_machines_must_agree(tmp_path: Path) -> None:
 
 
 def test_deepspeed_beside_accelerate(tmp_path: Path) -> None:
-    launch = {"distributed_type": "DEEPSPEED", "num_processes": 4, "deepspeed_config": {"zero_stage": 2}}
+    launch: dict[str, Any] = {"distributed_type": "DEEPSPEED", "num_processes": 4}
     diagnosis = diagnose([written(tmp_path, launch), written(tmp_path, ZERO3)], DoctorOptions())
     assert diagnosis.setup is not None and diagnosis.setup.engine == "zero3" and diagnosis.setup.world_size == 4
+    launch["deepspeed_config"] = {"zero_stage": 2}
+    diagnosis = diagnose([written(tmp_path, launch), written(tmp_path, ZERO3)], DoctorOptions())
+    assert found(diagnosis, "error", "the following accelerate config variables will be ignored"), diagnosis.findings
     diagnosis = diagnose([written(tmp_path, FSDP2), written(tmp_path, ZERO3)], DoctorOptions())
     assert found(diagnosis, "error", "distributed_type: FSDP, beside DeepSpeed's")
 

@@ -18,10 +18,9 @@ WITHOUT_MICRO = {key: value for key, value in ZERO3.items() if key != "train_mic
     ("batch", "options", "expected"),
     [
         ({"train_batch_size": 8}, {}, (2, 1)),
-        ({"train_batch_size": 16, "train_micro_batch_size_per_gpu": 2}, {}, (2, 2)),
         ({"train_batch_size": 16, "gradient_accumulation_steps": 2}, {}, (2, 2)),
-        ({"train_batch_size": 16}, {"micro_batch_size": 1}, (1, 4)),
-        ({"train_batch_size": 16}, {"gradient_accumulation_steps": 4}, (1, 4)),
+        ({"train_batch_size": 16, "gradient_accumulation_steps": "auto"}, {"micro_batch_size": 1}, (1, 4)),
+        ({"train_batch_size": "auto"}, {"micro_batch_size": 3}, (3, 1)),
         ({"train_batch_size": 16, "train_micro_batch_size_per_gpu": "auto"}, {}, (4, 1)),
         ({"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3}, {}, (2, 3)),
         ({"train_micro_batch_size_per_gpu": 2}, {}, (2, 1)),
@@ -36,19 +35,28 @@ def test_batch_sizes_that_follow_from_the_file(
     assert (diagnosis.setup.micro_batch_size, diagnosis.setup.accumulation) == expected
 
 
-@pytest.mark.parametrize(
-    "batch",
-    [
-        {"train_batch_size": 2},
-        {"train_batch_size": 9},
-        {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 3},
-        {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 0},
-    ],
-)
-def test_batch_sizes_that_do_not_work_out(batch: dict[str, int], tmp_path: Path) -> None:
-    findings = diagnose([written(tmp_path, {**WITHOUT_MICRO, **batch})], DoctorOptions(world_size=4)).findings
+MISMATCH = "DeepSpeed config values that mismatch TrainingArguments"
+BATCHES: list[tuple[dict[str, int], dict[str, int], str, str]] = [
+    ({"train_batch_size": 2}, {}, MISMATCH, "--micro_batch_size"),
+    ({"train_batch_size": 9}, {}, MISMATCH, "--micro_batch_size"),
+    ({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 3}, {}, MISMATCH, "--micro_batch_size"),
+    ({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 0}, {}, "batch_size=0", "correct or remove that key"),
+    ({"train_micro_batch_size_per_gpu": -1}, {}, "batch_size=-1", "correct or remove that key"),
+    # accelerate takes accumulation for 1 where it is absent
+    ({"train_batch_size": 16, "train_micro_batch_size_per_gpu": 2}, {}, "16 != 2 * 1 * 4", '"auto"'),
+    ({"train_batch_size": 16}, {"micro_batch_size": 1}, "step of 1 micro batches, the trainer of 4", '"auto"'),
+    ({"train_batch_size": 16}, {"gradient_accumulation_steps": 4}, "step of 1 micro batches, the trainer", '"auto"'),
+]
+
+
+@pytest.mark.parametrize(("batch", "options", "message", "remedy"), BATCHES, ids=str)
+def test_batch_sizes_that_do_not_work_out(
+    batch: dict[str, int], options: dict[str, int], message: str, remedy: str, tmp_path: Path
+) -> None:
+    path = written(tmp_path, {**WITHOUT_MICRO, **batch})
+    findings = diagnose([path], DoctorOptions(world_size=4, **options)).findings
     (error,) = [finding for finding in findings if finding.level == "error"]
-    assert "does not fit the options" in error.message and "--micro_batch_size" in error.remedy
+    assert message in error.message and remedy in error.remedy
 
 
 def _optimizer(kind: str | None = "AdamW", **params: Any) -> dict[str, Any]:
@@ -60,25 +68,34 @@ def _scheduler(kind: str, **section: Any) -> dict[str, Any]:
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    (zero3({"tensor_parallel": {"autotp_size": "2"}}), "tensor_parallel.autotp_size=2"),
-    (zero3({"scheduler": {"type": 5}}), "scheduler.type=5 is neither"),
+    (
+        zero3({"tensor_parallel": {"autotp_size": "2"}}),
+        "'>' not supported between instances of 'str' and 'int' (at accelerator.py: if tp_size",
+    ),
+    (zero3({"scheduler": {"type": 5}}), "attribute name must be string, not 'int'"),
     (zero3({"sequence_parallel_size": 2}), "sequence_parallel_size=2: sequence parallelism is not supported"),
     (zero3({"sequence_parallel_size": 2, "data_parallel_size": 2}), "sequence parallelism is not supported"),
     (zero3({"sequence_parallel_size": 1, "data_parallel_size": 2}), "data_parallel_size=2 x sequence_parallel_size=1"),
-    (zero3({"sequence_parallel_size": "two"}), "sequence_parallel_size: 'two' is no whole number"),
-    (zero3({"data_types": {"grad_accum_dtype": "fp31"}}), "data_types.grad_accum_dtype: 'fp31' is unknown"),
+    (zero3({"sequence_parallel_size": "two"}), "unsupported operand type(s) for /: 'int' and 'str' (at config.py"),
+    (zero3({"data_types": {"grad_accum_dtype": "fp31"}}), "'fp31' is not a valid DtypeEnum"),
     (_optimizer(None, lr=1e-3), "optimizer without type"),
-    (_optimizer(learning_rate=1e-3), "optimizer.params.learning_rate: adamw has no such parameter"),
-    (_optimizer("Adam", max_grad_norm=1.0), "optimizer.params.max_grad_norm: adam has no such parameter"),
-    (_optimizer("Lion", eps=1e-8), "optimizer.params.eps: lion has no such parameter"),
-    (_optimizer(adamw_mode=True), "optimizer.params.adamw_mode: adamw has no such parameter"),
-    (_optimizer("Adagrad", torch_adam=True), "optimizer.params.torch_adam: adagrad has no such parameter"),
-    (_optimizer(lr="1e-3"), "optimizer.params.lr: '1e-3' is no number"),
-    (_optimizer(betas=[0.9, "0.999"]), "optimizer.params.betas[1]: '0.999' is no number"),
-    (_scheduler("WarmupLR"), "scheduler without params"),
-    (_scheduler("WarmupLR", params={"warmup_steps": 10}), "scheduler.params.warmup_steps: WarmupLR has no such"),
-    (_scheduler("WarmupDecayLR", params={}), "scheduler.params.total_num_steps is absent"),
-    (_scheduler("StepLR", params={"gamma": 0.5}), "scheduler.params.step_size is absent"),
+    (_optimizer(learning_rate=1e-3), "FusedAdam.__init__() got an unexpected keyword argument 'learning_rate'"),
+    (_optimizer("Adam", max_grad_norm=1.0), "'max_grad_norm' is not supported as an optimizer parameter"),
+    (_optimizer("Lion", eps=1e-8), "FusedLion.__init__() got an unexpected keyword argument 'eps'"),
+    (_optimizer(adamw_mode=True), "FusedAdam.__init__() got an unexpected keyword argument 'adamw_mode'"),
+    (_optimizer("Adagrad", torch_adam=True), "Adagrad.__init__() got an unexpected keyword argument 'torch_adam'"),
+    (_optimizer(lr="1e-3"), "ds optimizer.params.lr=1e-3 vs hf learning_rate"),
+    (_optimizer(betas=[0.9, "0.999"]), "ds optimizer.params.betas=[0.9, '0.999'] vs hf"),
+    (_scheduler("WarmupLR"), "WarmupLR() argument after ** must be a mapping, not NoneType"),
+    (
+        _scheduler("WarmupLR", params={"warmup_steps": 10}),
+        "WarmupLR.__init__() got an unexpected keyword argument 'warmup_steps'",
+    ),
+    (
+        _scheduler("WarmupDecayLR", params={}),
+        "WarmupDecayLR.__init__() missing 1 required positional argument: 'total_num_steps'",
+    ),
+    (_scheduler("StepLR", params={"step_size": 10}), "DeepSpeedZeroOptimizer_Stage3 is not an Optimizer"),
 ]
 
 
@@ -99,7 +116,6 @@ RIGHT: list[dict[str, Any]] = [
     zero3({"optimizer": {"type": "AdamW"}}),
     _scheduler("WarmupLR", params={"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"}),
     _scheduler("WarmupDecayLR", params={"total_num_steps": "auto", "warmup_num_steps": 10}),
-    _scheduler("StepLR", params={"step_size": 10}),
 ]
 
 

@@ -90,8 +90,8 @@ FOUND: list[tuple[dict[str, Any], str, str, str]] = [
     ),
     (
         _fsdp2(fsdp_auto_wrap_policy="SIZE_BASED_WRAP", fsdp_min_num_params=1000),
-        "warning",
-        "SIZE_BASED_WRAP: the sizes below assume",
+        "error",
+        "SIZE_BASED_WRAP: FSDP2 cannot wrap a list of layers",
         "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP",
     ),
     (
@@ -163,8 +163,12 @@ def test_classes_to_wrap_are_the_models(version: int, name: str, small_model: st
         [written(tmp_path, {**FSDP2, "fsdp_config": section})], DoctorOptions(model=small_model, mixed_precision="bf16")
     )
     told = [finding for finding in diagnosis.findings if finding.where == "fsdp_transformer_layer_cls_to_wrap"]
+    told += [
+        finding for finding in diagnosis.findings if "Could not find the transformer layer class" in finding.message
+    ]
     assert diagnosis.findings.failed == bool(told) == (name != "LlamaDecoderLayer"), diagnosis.findings
-    assert all(finding.remedy == "leave it out, or name LlamaDecoderLayer" for finding in told)
+    if "," not in name:  # a blank is in no model's names, about which a library is the first to complain
+        assert all(finding.remedy == "leave it out, or name LlamaDecoderLayer" for finding in told)
 
 
 def test_an_empty_class_name_is_passed_over_under_fsdp1(small_model: str, tmp_path: Path) -> None:

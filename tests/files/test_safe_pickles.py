@@ -21,7 +21,7 @@ from reflora_dist.files.safe_pickles import SafeReader, load_states
 from tests.support.small import small_batches, small_model, train_small, trainable
 
 CONFIG = RefLoRAConfig(warmup_steps=0)
-REFUSED = r"cannot be read \(it wants (os|posix)\.mkdir called, which no checkpoint of this kind needs\)"
+REFUSED = r"cannot be read \(it wants (os|posix)\.mkdir called, which no file of this kind needs\)"
 
 
 class Trap:

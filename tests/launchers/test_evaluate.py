@@ -15,9 +15,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from launchers import evaluate
-from launchers.data.tokenization import encode_prompts, format_prompt, load_tokenizer
+from launchers.data.tokenization import encode_prompts, format_prompt
 from launchers.evaluation import generation
 from launchers.evaluation.answer_rules import ANSWER_WORDS
+from reflora_dist.files.base_files import load_tokenizer
 from reflora_dist.lora_sb import LoraXSConfig
 from tests.support.cluster import run_ranks
 from tests.support.launchers import DATA, REPOSITORY, TEXTS, free_port, launch, micro_model, needs_data
@@ -228,7 +229,7 @@ def test_a_retrained_adapter_in_the_same_place_is_refused(folder: Path, tmp_path
         ({"tasks": "boolq copa"}, "'copa' is none of"),
         ({"tasks": "boolq boolq=hub"}, "named twice"),
         ({"limit": 0}, "limit=0 must be at least 1"),
-        ({"adapter": "nowhere"}, "holds no adapter_config.json"),
+        ({"adapter": "nowhere"}, "adapter_config.json cannot be read"),
         ({"model": "nowhere"}, "model 'nowhere' cannot be loaded"),
         ({"data": "nowhere"}, "--tasks boolq=FILE"),
     ],
@@ -243,7 +244,7 @@ def test_mistakes_are_named(folder: Path, changes: dict[str, Any], message: str)
 def test_a_broken_answer_file_is_named(folder: Path) -> None:
     (folder / "broken").mkdir()
     (folder / "broken" / "answers.rank0.jsonl").write_text('{"task": "boolq"}\n')
-    with pytest.raises(SystemExit, match=r"answers.rank0.jsonl, line 1: not an answer"):
+    with pytest.raises(SystemExit, match=r"answers.rank0.jsonl, line 1, is damaged \(index is missing\)"):
         _run(folder, "broken")
 
 

@@ -70,13 +70,13 @@ def base_and_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tokenizer_and_other_files_come_along(base_and_adapter: Path, tmp_path: Path) -> None:
     """The base's configuration, generation settings and tokenizer; of the tokenizer the adapter's where it has one."""
     folder = shutil.copytree(base_and_adapter, tmp_path / "both")
-    (folder / "base" / "tokenizer.json").write_text("base")
+    (folder / "base" / "tokenizer.json").write_text('{"of": "base"}')
     (folder / "base" / "vocab.txt").write_text("base")
     (folder / "base" / "pytorch_model.bin").write_text("the same weights in another format")
-    (folder / "adapter" / "tokenizer.json").write_text("adapter")
+    (folder / "adapter" / "tokenizer.json").write_text('{"of": "adapter"}')
     (folder / "adapter" / "trainer_state.json").write_text("{}")
     merge_adapter(folder / "adapter", folder / "merged", base=str(folder / "base"))
-    assert (folder / "merged" / "tokenizer.json").read_text() == "adapter"
+    assert (folder / "merged" / "tokenizer.json").read_text() == '{"of": "adapter"}'
     assert (folder / "merged" / "vocab.txt").read_text() == "base"
     for file in ("config.json", "generation_config.json"):
         assert (folder / "merged" / file).read_bytes() == (folder / "base" / file).read_bytes()
@@ -98,13 +98,13 @@ def test_a_sharded_checkpoint_brings_its_tokenizer(
     """It is in the checkpoint, or beside the configuration in the run's output folder."""
     _shard(base_and_adapter / "adapter", tmp_path / "run" / "checkpoint-3")
     shutil.copy(base_and_adapter / "adapter" / "adapter_config.json", tmp_path / "run")
-    (tmp_path / "run" / "tokenizer_config.json").write_text("run")
+    (tmp_path / "run" / "tokenizer_config.json").write_text('{"of": "run"}')
     for file in ("tokenizer_config.json", "added_tokens.json"):
-        (tmp_path / place / file).write_text(place)
+        (tmp_path / place / file).write_text(json.dumps({"of": place}))
     options = ["--adapter", str(tmp_path / adapter), "--adapter_config", str(tmp_path / "run"), "--merge"]
     export.main([*options, "--output_dir", str(tmp_path / "merged")])
     for file in ("tokenizer_config.json", "added_tokens.json"):
-        assert (tmp_path / "merged" / file).read_text() == place
+        assert json.loads((tmp_path / "merged" / file).read_text()) == {"of": place}
 
 
 def _no_space(folder: Path, monkeypatch: Any) -> None:

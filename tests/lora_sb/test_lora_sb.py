@@ -378,8 +378,8 @@ def test_a_quantized_base_is_refused() -> None:
     ("fields", "message"),
     [
         ({"method": "lora"}, "method='lora' is unknown"),
-        ({"num_batches": 0}, "num_batches=0 must be positive"),
-        ({"learning_rate": 0.0}, "learning_rate=0.0 must be positive"),
+        ({"num_batches": 0}, "num_batches=0 must be an integer of at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0 must be a number above 0"),
         ({"power_iterations": -1}, "power_iterations=-1"),
     ],
 )

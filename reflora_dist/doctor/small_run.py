@@ -1,0 +1,252 @@
+"""``python -m reflora_dist.doctor.small_run``: runs in small, each in a fork, as ``rehearsal`` asks for them.
+
+A run in small is a model of two layers that transformers' Trainer trains for one step, launched as configuration files
+say, on as many ranks as they say, of which only the first is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from accelerate.utils import DistributedType
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from .base_model import load_config
+from .deepspeed_config import judge, knows_any
+from .findings import Findings
+from .options import DoctorOptions
+from .refusals import heard, refusal
+from .stand_in import NeedsDeviceError, join, prepare
+
+_SECONDS = 120  # a run in small takes one or two
+_TINY = LlamaConfig(
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    vocab_size=32,
+)
+
+
+def main() -> None:
+    """Answer requests, one a line, until there are no more."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print
+    torch.set_num_threads(1)
+    prepare()
+    _adapted()  # what PEFT and transformers make once and keep, forks then find made
+    gc.freeze()  # libraries collect garbage often: they need not walk through what was there before
+    for line in sys.stdin:
+        read, write = os.pipe()
+        child = os.fork()
+        if not child:
+            os.close(read)
+            with os.fdopen(write, "w") as answer:
+                json.dump(outcome(json.loads(line)), answer)
+            os._exit(0)
+        os.close(write)
+        with os.fdopen(read) as answer:
+            text = answer.read()
+        _, status = os.waitpid(child, 0)
+        answers.write((text or json.dumps({"beyond": f"signal {os.waitstatus_to_exitcode(status)}"})) + "\n")
+        answers.flush()
+
+
+def outcome(request: dict[str, Any]) -> dict[str, Any]:
+    """What came of a run in small, as ``rehearsal.Outcome`` has it."""
+    signal.alarm(_SECONDS)
+    os.chdir(request["folder"])
+    with heard() as warnings:
+        try:
+            with tempfile.TemporaryDirectory() as output:
+                came = _run(request, output)
+        except BaseException as error:  # SystemExit, too, by which a launcher's parser ends
+            came = {"refusal": refusal(error)}
+    return {**came, "warnings": warnings, "foreign": "refusal" in came and _is_foreign(request["deepspeed"])}
+
+
+def _is_foreign(path: str | None) -> bool:
+    """Whether this is not DeepSpeed's configuration, but something else."""
+    return path is not None and not knows_any(json.loads(Path(path).read_text()))
+
+
+def _run(request: dict[str, Any], output: str) -> dict[str, Any]:
+    options = DoctorOptions(**request["options"])
+    trainer = _started(request, options, output)
+    came: dict[str, Any] = {}
+    try:
+        with _sized_as(options.model):
+            trainer.train()
+    except NeedsDeviceError as error:
+        came["beyond"] = str(error)
+    except Exception as error:  # every kind
+        came["refusal"] = refusal(error)
+    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # what is refused may be of a type for which there is no explanation, either
+        with contextlib.suppress(*(Exception,) if "refusal" in came else ()):
+            came |= _judged(request, options, trainer)
+    return came
+
+
+def _started(request: dict[str, Any], options: DoctorOptions, output: str) -> Trainer:
+    ranks, own, arguments = request["world_size"], request["deepspeed"], dict(request["arguments"])
+    started = launch(request["accelerate"], ranks) if request["accelerate"] else ranks
+    deepspeed = bool(own) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if started:
+        join(started, deepspeed)
+    if not deepspeed:
+        _avoid_fp16(arguments)
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    training = TrainingArguments(
+        output_dir=output,
+        deepspeed=own,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        train_sampling_strategy="sequential",
+        ddp_find_unused_parameters=False,
+        accelerator_config={"use_configured_state": bool(started)},
+        **arguments,
+    )
+    trainer = Trainer(
+        model=_adapted(),
+        args=training,
+        train_dataset=_Rows(),
+        callbacks=[_StopAfterOne()],
+        optimizer_cls_and_kwargs=(LoRARite, {"lr": 1e-3}) if options.method == "lora-rite" else None,
+    )
+    assert (trainer.accelerator.distributed_type == DistributedType.FSDP) == fsdp
+    return trainer
+
+
+def _judged(request: dict[str, Any], options: DoctorOptions, trainer: Trainer) -> dict[str, Any]:
+    findings = Findings()
+    where, size = request["deepspeed"] or request["accelerate"], (request["world_size"], request["num_nodes"])
+    setup = judge(where, trainer.accelerator.state.deepspeed_plugin.deepspeed_config, options, size, findings)
+    if setup.accumulation != trainer.args.gradient_accumulation_steps:
+        findings.error(
+            where,
+            f"DeepSpeed makes a step of {setup.accumulation} micro batches, the trainer of "
+            f"{trainer.args.gradient_accumulation_steps}",
+            '"gradient_accumulation_steps": "auto"',
+        )
+    return {"findings": findings, "setup": dataclasses.asdict(setup)}
+
+
+def launch(path: str, ranks: int) -> int:
+    """Take over the variables that ``accelerate launch --config_file`` sets.
+
+    Returns:
+        Ranks that it starts as a group; 0 where it starts one process without any.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    group, variables = [0], dict[str, str]()
+
+    def torchrun(arguments: Any) -> None:
+        _check_torchrun(arguments)
+        group[0] = ranks
+        variables.update(os.environ)
+
+    def process(command: list[str], env: dict[str, str]) -> Any:
+        group[0] = ranks if command[0] == "deepspeed" else 0
+        variables.update(env)
+        return SimpleNamespace(wait=lambda: 0, returncode=0)
+
+    arguments = launch_command_parser().parse_args(["--config_file", path, "script.py"])
+    with mock.patch("torch.distributed.run.run", torchrun), mock.patch("subprocess.Popen", process):
+        launch_command(arguments)
+    os.environ.update(variables)
+    return group[0]
+
+
+def _check_torchrun(arguments: Any) -> None:
+    """What torchrun looks at before it starts processes."""
+    from torch.distributed.elastic.rendezvous import registry
+    from torch.distributed.run import config_from_args
+
+    config, _, _ = config_from_args(arguments)
+    if config.nproc_per_node < 1:
+        raise ValueError(f"{config.nproc_per_node} processes per machine")
+    if config.rdzv_backend != "static" and config.rdzv_backend not in registry.handler_registry._registry:
+        raise ValueError(f"rdzv_backend {config.rdzv_backend!r} is unknown")
+
+
+def _avoid_fp16(arguments: dict[str, Any]) -> None:
+    """Outside DeepSpeed accelerate scales losses in fp16, for which it wants a GPU."""
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+    if arguments.pop("fp16", False):
+        arguments["bf16"] = True
+
+
+class _Rows:
+    """More than any run takes."""
+
+    def __len__(self) -> int:
+        return 2**40
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return {"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}
+
+
+class _StopAfterOne(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = control.should_log = True
+
+
+class LoRARite(torch.optim.SGD):
+    """To DeepSpeed the same as the package's: an optimizer that it does not know."""
+
+
+def _adapted() -> PeftModel:
+    base = LlamaForCausalLM(_TINY)
+    _rename(base)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear"))
+    model.enable_input_require_grads()
+    return model
+
+
+def _rename(base: LlamaForCausalLM) -> None:
+    """Give modules the class names that FSDP's file has wrapped: which ones the run's model has is asked elsewhere."""
+    names = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "").split(",")
+    for layer in base.model.layers:
+        modules = [layer, layer.mlp, layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm]
+        for module, name in zip(modules, filter(str.isidentifier, names), strict=False):
+            module.__class__ = type(name, (type(module),), {})
+
+
+@contextlib.contextmanager
+def _sized_as(model: str | None) -> Iterator[None]:
+    """Have transformers fill in what depends on the model's size for that model."""
+    if model is None:
+        yield
+        return
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    fill, sizes = HfTrainerDeepSpeedConfig.trainer_config_finalize, SimpleNamespace(config=load_config(model))
+    with mock.patch.object(
+        HfTrainerDeepSpeedConfig, "trainer_config_finalize", lambda self, args, _, steps: fill(self, args, sizes, steps)
+    ):
+        yield
+
+
+if __name__ == "__main__":
+    main()

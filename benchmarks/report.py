@@ -3,8 +3,9 @@
     python benchmarks/report.py           writes results/*/*.md, *.png and the marked parts of the READMEs
     python benchmarks/report.py --check   writes nothing, and fails if something is not what the records give
 
-In a README a report stands between ``<!-- report: BENCHMARK/RECORD -->`` and ``<!-- end of report -->``, and one line
-of what it comes to between ``<!-- headline: BENCHMARK/RECORD -->`` and ``<!-- end of headline -->``.
+Two kinds of marks in a README stand before what is made from a record: ``<!-- table: BENCHMARK/RECORD -->``, the first
+table of its report and links, and ``<!-- headline: BENCHMARK/RECORD -->``, a sentence with its main figures. Each ends
+with ``<!-- end of table -->`` or ``<!-- end of headline -->``.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
+import itertools
 import json
+import os
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +32,8 @@ from benchmarks.harness.options import parse
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 READMES = (REPOSITORY / "README.md", REPOSITORY / "benchmarks" / "README.md")
-_MARKED = re.compile(r"(<!-- (report|headline): ([\w./-]+) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- (table|headline): ([\w./-]+) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
+_WIDTH = 120  # of a README's lines
 _SOURCE = "Source"  # the PNG text entry that holds the digest of the record a plot was made from
 
 
@@ -76,7 +81,7 @@ def write(path: Path) -> None:
 
 
 def filled(readme: Path) -> str:
-    """A README's text with every marked report and headline made anew.
+    """A README's text with every marked table and headline made anew.
 
     Raises:
         ValueError: it names a record that does not exist.
@@ -89,15 +94,20 @@ def filled(readme: Path) -> str:
             raise ValueError(f"{readme.name} names the record {name}, and {path} does not exist")
         if kind == "headline":
             record = json.loads(path.read_text())
-            return f"{start}{_module(record).headline(record)}\n{end}"
-        content = markdown(path)
+            line = _module(record).headline(record)
+            return f"{start}{textwrap.fill(line, _WIDTH, subsequent_indent='  ', break_on_hyphens=False)}\n{end}"
+        links = f"[The whole report]({os.path.relpath(path.with_suffix('.md'), readme.parent)})"
         if path.with_suffix(".png").exists():
-            image = path.with_suffix(".png").relative_to(REPOSITORY)
-            place = image if readme.parent == REPOSITORY else image.relative_to(readme.parent.relative_to(REPOSITORY))
-            content += f"\n![{name}]({place})\n"
-        return f"{start}{content}{end}"
+            links += f", [plot]({os.path.relpath(path.with_suffix('.png'), readme.parent)})"
+        return f"{start}{_first_table(markdown(path))}\n\n{links}\n{end}"
 
     return _MARKED.sub(text, readme.read_text())
+
+
+def _first_table(report: str) -> str:
+    """The first table of a report; the reports begin with the one that says most."""
+    lines = itertools.dropwhile(lambda line: not line.startswith("|"), report.splitlines())
+    return "\n".join(itertools.takewhile(lambda line: line.startswith("|"), lines))
 
 
 def outdated() -> Iterator[str]:

@@ -1,10 +1,13 @@
-"""The README's claims: every test it names exists, its snippets run as they are, its files are there."""
+"""What the documents say: links lead somewhere, what they name exists, snippets run as they are."""
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
@@ -12,34 +15,144 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from tests.support.cluster import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+PACKAGE = ROOT / "reflora_dist"
+_FENCE = re.compile(r"^```(.*?)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+_FOLDERS = "launchers|ds_configs|tests|benchmarks|reflora_dist|docs|" + "|".join(
+    path.name for path in PACKAGE.iterdir() if path.is_dir() and not path.name.startswith("_")
+)
+
+
+def _pages() -> dict[str, str]:
+    """Every document by its path; reports made from records are left to ``report.py --check``."""
+    folders = [path for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    pages = [
+        *ROOT.glob("*.md"),
+        *(page for folder in folders for page in [*folder.glob("*.md"), *folder.glob("*/*.md")]),
+    ]
+    return {str(page.relative_to(ROOT)): page.read_text() for page in sorted(pages)}
+
+
+PAGES = _pages()
+
+
+def _snippet(title: str) -> str:
+    """The Python snippet with this title, of whatever document."""
+    wanted = f"python title={title}"
+    (found,) = [code for page in PAGES.values() for info, code in _FENCE.findall(page) if info == wanted]
+    return found
+
+
+def test_the_readme_is_short() -> None:
+    lines = PAGES["README.md"].splitlines()
+    assert len(lines) <= 200
+    assert [line for line in lines if len(line) > 120] == []
+
+
+def test_the_readme_links_every_document() -> None:
+    assert {page for page in PAGES if "/" in page} <= {target for _, target in _links("README.md")}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    for anchor, target in _links(page):
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), f"{page} links {target}"
+        if anchor:
+            assert anchor in _anchors(path.read_text()), f"{page} links {target}#{anchor}"
+
+
+def _links(page: str) -> Iterator[tuple[str, str]]:
+    """Anchor and target of every link that does not leave the repository."""
+    prose = re.sub(r"`[^`\n]*`", "", _FENCE.sub("", PAGES[page]))
+    # a link's text may itself have been code
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if not re.match(r"\w+:", link):
+            target, _, anchor = link.partition("#")
+            yield anchor, target
+
+
+def _anchors(page: str) -> set[str]:
+    """GitHub's anchors of the headings."""
+    headings = re.findall(r"^#+ (.*)$", _FENCE.sub("", page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_named_tests_exist() -> None:
     """A cell of the support matrix names the test that backs it."""
     defined = set()
-    for path in (ROOT / "tests").glob("test_*.py"):
+    for path in (ROOT / "tests").rglob("test_*.py"):
         defined |= {path.stem, *re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)}
-    named = set(re.findall(r"`(?:tests/)?(test_\w+)(?:\.py)?`", README))
-    assert len(named) > 10
+    named = set(re.findall(r"\b(test_\w+)", PAGES["docs/support.md"]))
+    assert len(named) > 40
+    named |= {name for page in PAGES.values() for name in re.findall(r"\b(test_\w+)", page)}
     assert named <= defined, named - defined
 
 
-def test_named_files_exist() -> None:
-    named = re.findall(r"`?\b((?:launchers|ds_configs|tests|benchmarks|reflora_dist)/[\w/.-]*\w)", README)
-    missing = {path for path in named if not (ROOT / path).exists()}
-    assert named and not missing
+@pytest.mark.parametrize("page", sorted(PAGES.keys() - {"CHANGELOG.md"}))  # which names what no longer exists, too
+def test_named_files_exist(page: str) -> None:
+    """Seen from the repository, from the package, or from the document's own folder; ``*`` may stand for more."""
+    text = re.sub(r"\]\([^)]*\)", "]", PAGES[page])
+    named = set(re.findall(rf"(?<![\w./-])((?:{_FOLDERS})/[\w/.*-]*[\w*])", text))
+    named -= {"benchmarks/results/overhead/NAME.json"}
+    roots = (ROOT, PACKAGE, (ROOT / page).parent)
+    assert {name for name in named if not any(list(root.glob(name)) for root in roots)} == set()
 
 
-def test_the_example_of_a_method_is_its_code() -> None:
-    page = (ROOT / "reflora_dist" / "methods" / "README.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    code = (ROOT / "reflora_dist" / "methods" / "scaled_gd.py").read_text()
-    assert example == re.sub(r'    """.*?"""\n\n', "", code[code.index("class ") :], flags=re.DOTALL)
+def test_the_way_of_a_gradient_is_the_codes() -> None:
+    steps = re.findall(r"^\| `([\w/]+\.py)`: `(\w+)` \|", PAGES["reflora_dist/README.md"], re.MULTILINE)
+    assert len(steps) > 10
+    for file, name in steps:
+        assert re.search(rf"^ *(def|class) {name}\b", (PACKAGE / file).read_text(), re.MULTILINE), (file, name)
+    assert "    s = symmetric(" in (PACKAGE / "algebra" / "refactorization.py").read_text()
 
 
-def _snippets() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_rooms_import_downwards_only() -> None:
+    rooms = re.findall(r"^\| `(\w+)/` \|", PAGES["reflora_dist/README.md"], re.MULTILINE)
+    assert set(rooms) == {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    upwards = [
+        f"{path.relative_to(PACKAGE)} imports {imported}"
+        for number, room in enumerate(rooms)
+        for path in (PACKAGE / room).rglob("*.py")
+        for imported in _imported_rooms(path)
+        if imported not in rooms[number:]
+    ]
+    assert upwards == []
+
+
+def _imported_rooms(path: Path) -> Iterator[str]:
+    """Rooms, and modules beside them, that a module of a room imports, wherever in it."""
+    package = ["reflora_dist", *path.relative_to(PACKAGE).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) + 1 - node.level] if node.level else []
+            names = [".".join([*start, *filter(None, [node.module]), alias.name]) for alias in node.names]
+        for name in names:
+            if name.startswith("reflora_dist."):
+                yield name.split(".")[1]
+
+
+def test_examples_are_the_code() -> None:
+    for title, file in (("scaled-gd", "methods/scaled_gd.py"), ("recognize", "engines/fsdp2.py")):
+        code = re.sub(r' *""".*?"""\n\n?', "", (PACKAGE / file).read_text(), flags=re.DOTALL)
+        assert _snippet(title) in code, title
+
+
+def test_every_snippet_is_run() -> None:
+    infos = [info for page in PAGES.values() for info, _ in _FENCE.findall(page) if info.startswith("python")]
+    titles = sorted(info.removeprefix("python title=") for info in infos)
+    assert titles == [
+        "checkpoint",
+        "complete-checkpoints",
+        "loop",
+        "lora-rite",
+        "lora-sb",
+        "recognize",
+        "scaled-gd",
+        "trainer",
+    ]
 
 
 def _model() -> LlamaForCausalLM:
@@ -51,29 +164,28 @@ def _model() -> LlamaForCausalLM:
 def _run_loop_and_checkpoint_snippets(rank: int, world_size: int, folder: str) -> str:
     import os
 
-    loop, _, rite, latent, *_, checkpoint = _snippets()
     names = {"base_model": _model()}
-    exec(loop, names)
+    exec(_snippet("loop"), names)
     model, optimizer, handle = (names[key] for key in ("model", "optimizer", "handle"))
     tokens = torch.arange(32).view(1, 32)
     model(input_ids=tokens, labels=tokens).loss.backward()
     optimizer.step()
     os.chdir(folder)
     handle.detach()
-    exec(checkpoint, names)
+    exec(_snippet("checkpoint"), names)
     assert names["state"] == handle.state_dict()
-    _run_method_snippets(rite, latent, names)
+    _run_method_snippets(names)
     return handle.report().engine
 
 
-def _run_method_snippets(rite: str, latent: str, names: dict) -> None:
-    exec(rite, names)
+def _run_method_snippets(names: dict) -> None:
+    exec(_snippet("lora-rite"), names)
     model, tokens = names["model"], torch.arange(32).view(1, 32)
     model(input_ids=tokens, labels=tokens).loss.backward()
     names["optimizer"].step()
     assert names["handle"].report().applied_steps == 1
     names |= {"base_model": _model(), "batches": [{"input_ids": tokens, "labels": tokens}] * 8}
-    exec(latent, names)
+    exec(_snippet("lora-sb"), names)
     loaded = names["PeftModel"].from_pretrained(_model(), "adapter")
     plain = names["PeftModel"].from_pretrained(_model(), "plain_lora")
     logits = [peft_model(tokens).logits for peft_model in (names["model"].eval(), loaded, plain)]
@@ -86,14 +198,14 @@ def test_loop_and_checkpoint_snippets(tmp_path: Path) -> None:
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
-def test_trainer_snippet(tmp_path: Path) -> None:
+def test_trainer_snippets(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(_model(), LoraConfig(r=4, target_modules="all-linear"))
     rows = [{"input_ids": list(range(16)), "labels": list(range(16))}] * 4
     arguments = TrainingArguments(str(tmp_path), max_steps=2, report_to="none", use_cpu=True, save_strategy="no")
     names = {"peft_model": model, "args": arguments, "data": Dataset.from_list(rows)}
-    exec(_snippets()[1], names)
+    exec(_snippet("trainer"), names)
     handle = next(c.handle for c in names["trainer"].callback_handler.callbacks if hasattr(c, "handle"))
     assert handle.report().steps == 2
     names["args"] = TrainingArguments(
@@ -101,7 +213,7 @@ def test_trainer_snippet(tmp_path: Path) -> None:
     )
     written = []
     for _ in range(2):  # the second run goes on from the end of the first, and writes nothing
-        exec(_snippets()[4], names)
+        exec(_snippet("complete-checkpoints"), names)
         last = Path(names["last_complete_checkpoint"](names["args"].output_dir))
         assert last.name == "checkpoint-2"
         written.append((last / "complete.json").stat().st_mtime_ns)

@@ -46,10 +46,13 @@ def headline(record: dict[str, Any]) -> str:
     shared = arguments["backend"] == "gloo"
     flat = run["variants"].get("reflora-flat")
     stored = "" if flat is None else f"; with lora_A as PEFT stores it: {flat['added_step_ms']:.1f} ms more"
+    model = (
+        f"LLaMA {arguments['model'].upper()}" if arguments["model"][0].isdigit() else f"a {arguments['model']} LLaMA"
+    )
     where = f"{ranks} ranks that share one {hardware} over gloo" if shared else f"{ranks} ranks, {hardware}"
     return (
-        f"- {record['results']['shape']['num_layers']} layers of LLaMA {arguments['model'].upper()}, r = "
-        f"{run['lora_rank']}, {arguments['engine']} on {where}: {reflora['added_step_ms']:.1f} ms more per optimizer "
+        f"- {record['results']['shape']['num_layers']} layers of {model}, r = {run['lora_rank']}, "
+        f"{arguments['engine']} on {where}: {reflora['added_step_ms']:.1f} ms more per optimizer "
         f"step, {reflora['report']['bytes_per_step'] / 1e6:.1f} MB sent per rank (whole factors gathered first: "
         f"{gather['added_step_ms']:.1f} ms more{stored})."
     )

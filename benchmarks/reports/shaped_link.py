@@ -42,6 +42,18 @@ def markdown(record: dict[str, Any]) -> str:
     )
 
 
+def headline(record: dict[str, Any]) -> str:
+    """The optimizer step on the slowest link, by what is sent."""
+    results = record["results"]
+    slowest = min(cell["mbit"] for cell in results["cells"] if cell["mbit"])
+    steps = {cell["way"]: cell["step_ms"]["median"] for cell in results["cells"] if cell["mbit"] == slowest}
+    return (
+        f"- {results['num_pairs']} adapters, r = {results['lora_rank']}, FSDP2 on two CPU hosts with a link of "
+        f"{link(slowest)}: {steps['Grams alone']:.0f} ms per optimizer step (lora_A as PEFT stores it: "
+        f"{steps['flat lora_A, Grams']:.0f} ms; whole factors gathered first: {steps['whole factors']:.0f} ms)."
+    )
+
+
 def _row(cell: dict[str, Any]) -> list[str]:
     step, phases = cell["step_ms"], split(cell)
     return [

@@ -24,7 +24,7 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     record.parent.mkdir(parents=True)
     record.write_text(source.read_text())
     readme = tmp_path / "README.md"
-    readme.write_text("a\n<!-- report: matrix_factorization/toy_x_202611 -->\n<!-- end of report -->\nb\n")
+    readme.write_text("a\n<!-- table: matrix_factorization/toy_x_202611 -->\n<!-- end of table -->\nb\n")
     monkeypatch.setattr(report, "RESULTS", record.parents[1])
     monkeypatch.setattr(report, "READMES", (readme,))
     # reports are looked up by name in the repository itself
@@ -38,7 +38,7 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_changed_figure_shows(copy: Path) -> None:
     content = json.loads(copy.read_text())
-    content["date"] = "2001-01-01"
+    content["results"]["problems"][0]["methods"]["lora"]["best_learning_rate"] = 0.01
     copy.write_text(json.dumps(content))
     names = {Path(name).name for name in report.outdated()}
     assert names == {"toy_x_202611.md", "toy_x_202611.png", "README.md"}
@@ -52,7 +52,7 @@ def test_an_edited_readme_shows(copy: Path) -> None:
 
 def test_an_edited_headline_shows(tmp_path: Path) -> None:
     first_screen, _, _ = report.READMES[0].read_text().partition("## Start")
-    figure = "% of plain LoRA's throughput"
+    figure = " MiB more"
     assert figure in first_screen
     readme = tmp_path / "README.md"
     readme.write_text(first_screen.replace(figure, f"9{figure}"))
@@ -61,6 +61,6 @@ def test_an_edited_headline_shows(tmp_path: Path) -> None:
 
 def test_a_readme_that_names_no_record_is_refused(copy: Path) -> None:
     readme = report.READMES[0]
-    readme.write_text("<!-- report: overhead/nothing -->\n<!-- end of report -->\n")
+    readme.write_text("<!-- table: overhead/nothing -->\n<!-- end of table -->\n")
     with pytest.raises(ValueError, match="overhead/nothing"):
         report.filled(readme)

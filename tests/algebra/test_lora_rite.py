@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from reflora_dist import LoRARite, RefLoRAConfig, attach
-from tests.algebra.test_refactor import factor
+from tests.support.matrices import factor
 from tests.support.oracles import RiteOracle, factors_in_pairs, train_oracle
-from tests.support.small import backward, products, small_batches, small_model, train_small, trainable
+from tests.support.small import backward, products, rite, small_batches, small_model, train_small, trainable
 from tests.support.workloads import (
     FACTOR_TOLERANCE,
     LOSS_TOLERANCE,
@@ -50,12 +50,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "balance_param": True,
     },
 }
-
-
-def rite(model: nn.Module, **settings: Any) -> Any:
-    """An attached optimizer of all that is trainable, and its handle."""
-    optimizer = LoRARite(trainable(model), **{"lr": 0.02, **settings})
-    return optimizer, attach(model, optimizer, CONFIG)
 
 
 def _worst_error(factors: Factors, expected: Factors) -> float:

@@ -22,8 +22,8 @@ from benchmarks.reports import overhead as report
 from reflora_dist.methods import reference
 from tests.support.benchmark_runs import record_of
 from tests.support.cluster import run_ranks
+from tests.support.launchers import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = ["--num_layers", "1", "--blocks", "2", "--steps", "2"]
 SHAPE = models.ModelShape(
     hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_key_value_heads=2, vocab_size=64

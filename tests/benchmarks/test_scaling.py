@@ -27,8 +27,8 @@ from benchmarks.ranks import scaling as scaling_ranks
 from benchmarks.reports import scaling as report
 from reflora_dist.collectives.tiling import tile
 from tests.support.cluster import run_ranks
+from tests.support.launchers import REPOSITORY
 
-_ROOT = Path(__file__).resolve().parents[2]
 _SEVEN_B = cost_model.Adapters.of(models.SHAPES["7b"], 16)
 
 
@@ -342,7 +342,7 @@ def test_a_failed_launch_says_what_the_ranks_printed(tmp_path: Path) -> None:
 def _run(*arguments: str) -> str:
     script = [sys.executable, *arguments]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(script, cwd=_ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(script, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 

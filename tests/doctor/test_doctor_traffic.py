@@ -18,11 +18,9 @@ from reflora_dist.doctor.held import factor_layouts
 from reflora_dist.doctor.setup import Setup
 from reflora_dist.doctor.tables import text
 from reflora_dist.step.traffic import Traffic
-from tests.doctor import test_doctor
-from tests.doctor.test_doctor import FSDP1, FSDP2, SMALL, ZERO3, found, written, zero3
+from tests.support.doctor import FSDP1, FSDP2, SMALL, ZERO3, found, written, zero3
 from tests.support.launchers import REPOSITORY
 
-small_model = test_doctor.small_model
 PAIRS = [(16, 768, 256), (8, 1000, 4096), (16, 10_000, 4096)]  # r, in, out
 ENGINES = ["zero2", "zero3", "fsdp2", "fsdp1"]
 

@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from reflora_dist import RefLoRAConfig, attach, tall_adapters
 from tests.support.cluster import run_ranks
 from tests.support.engines_under_test import ENGINES, fsdp, zero
-from tests.support.engines_under_test.common import Wrapped, _train_on, trainable
+from tests.support.engines_under_test.common import Wrapped, train_on, trainable
 from tests.support.oracles import trained_in_float64
 from tests.support.recorder import CollectiveRecorder, check_collectives
 from tests.support.workloads import (
@@ -71,7 +71,7 @@ def _with_optimizer(rank: int, world_size: int, engine: str, optimizer: str, met
     wrapped.optimizer = kind(trainable(wrapped.model), **options)
     attach(wrapped.model, wrapped.optimizer, RefLoRAConfig(method=method, warmup_steps=0))
     for batch in workload.batches:
-        _train_on(wrapped, batch)
+        train_on(wrapped, batch)
     return wrapped.factors()
 
 
@@ -119,7 +119,7 @@ def _with_sizes(rank: int, world_size: int, engine: str, sizes: str, method: str
         handle = attach(wrapped.model, wrapped.optimizer, RefLoRAConfig(method=method, warmup_steps=0))
         recorder = CollectiveRecorder(handle)
         for batch in workload.batches:
-            _train_on(wrapped, batch)
+            train_on(wrapped, batch)
         check_collectives(handle, recorder.steps)
         assert handle.report().skipped_pairs == 0
         results.append((wrapped.factors(), [weight.numel() for weight in handle._engine.weights()]))
@@ -168,7 +168,7 @@ def _other_methods_with_sizes(rank: int, world_size: int, engine: str, sizes: st
         handle = attach(wrapped.model, wrapped.optimizer, config)
         recorder = CollectiveRecorder(handle)
         for batch in workload.batches:
-            _train_on(wrapped, batch)
+            train_on(wrapped, batch)
         check_collectives(handle, recorder.steps)
         assert handle.report().skipped_pairs == 0
         trained.append(wrapped.factors())
@@ -218,7 +218,7 @@ def _with_feature(rank: int, world_size: int, engine: str, feature: str) -> dict
         wrapped.model = torch.compile(model, backend="eager")
     handle = attach(wrapped.model, wrapped.optimizer, REFLORA)
     for batch in workload.batches:
-        _train_on(wrapped, batch)
+        train_on(wrapped, batch)
     assert handle.report().steps == handle.report().applied_steps == len(workload.batches)
     wrapped.model = model
     return wrapped.factors()
@@ -276,12 +276,12 @@ def _with_deepspeeds_scaler(rank: int, world_size: int, stage: int) -> tuple[int
     handle = attach(wrapped.model, wrapped.optimizer, RefLoRAConfig(method="reflora", warmup_steps=1))
     before, left_out = wrapped.factors(), 0
     for index, batch in enumerate(workload.batches):
-        _train_on(wrapped, batch)
+        train_on(wrapped, batch)
         while wrapped.model.skipped_steps > left_out:
             left_out += 1
             assert all(torch.equal(factor, before[name]) for name, factor in wrapped.factors().items())
             assert handle.report().steps == index
-            _train_on(wrapped, batch)
+            train_on(wrapped, batch)
         before = wrapped.factors()
     report = handle.report()
     expected = train_single(workload, RefLoRAConfig(method="reflora", warmup_steps=1))
@@ -307,7 +307,7 @@ def _unused_adapter(rank: int, world_size: int, engine: str, method: str) -> tup
     wrapped = ENGINES[engine].wrap(model, settings, 12 // world_size)
     handle = attach(wrapped.model, wrapped.optimizer, RefLoRAConfig(method=method, warmup_steps=0))
     for batch in workload.batches:
-        _train_on(wrapped, batch)
+        train_on(wrapped, batch)
     return wrapped.factors(), handle.report().num_pairs
 
 

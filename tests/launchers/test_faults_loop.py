@@ -33,7 +33,14 @@ SAMPLED = {("fsdp2", "kill", 1), ("fsdp2", "full", 1), ("fsdp2", "attach-raise",
 def _run(engine: str, folder: Path, kind: str, rank: int, step: int) -> tuple[int, str]:
     """Run the loop on two ranks; its exit code and output, once all its processes are gone."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(REPOSITORY / "tests" / "faulty" / "loop.py"), engine, str(folder), kind, str(rank), str(step)]
+    command += [
+        str(REPOSITORY / "tests" / "support" / "faulty" / "loop.py"),
+        engine,
+        str(folder),
+        kind,
+        str(rank),
+        str(step),
+    ]
     with launched(command, folder / "job") as job:
         if kind == "none":
             job.stamp.touch()

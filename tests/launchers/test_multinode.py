@@ -24,7 +24,7 @@ from tests.support.launchers import REPOSITORY, free_port, launch, micro_model, 
 from tests.support.workloads import FACTOR_TOLERANCE, LOSS_TOLERANCE, needs_reference, reference_dir, worst_factor_error
 
 MULTINODE = REPOSITORY / "launchers" / "multinode.sh"
-PROGRAM = REPOSITORY / "tests" / "parity_program.py"
+PROGRAM = REPOSITORY / "tests" / "support" / "parity_program.py"
 CASES = ("lora", "reflora", "reflora-s")
 _REFUSAL = refusal()
 needs_hosts = pytest.mark.skipif(bool(_REFUSAL), reason=_REFUSAL)

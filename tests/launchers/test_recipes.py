@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.launchers.test_classification import micro_deberta, write_glue
+from tests.support.classification import micro_deberta, write_glue
 from tests.support.launchers import DATA, REPOSITORY, launch, micro_model, needs_data
 
 LAUNCHERS = REPOSITORY / "launchers"

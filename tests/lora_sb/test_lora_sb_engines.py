@@ -19,10 +19,10 @@ from reflora_dist.checkpoints.training_state import load_checkpoint, save_adapte
 from reflora_dist.collectives.communicator import Communicator
 from reflora_dist.lora_sb import LoraXSLinear, initialize_lora_sb, initialize_lora_xs
 from reflora_dist.lora_sb.gradients import mean_gradients
-from tests.checkpoints.test_checkpoint import assert_no_frozen_base
+from tests.support.checkpoints import assert_no_frozen_base
 from tests.support.cluster import run_ranks
 from tests.support.engines_under_test import ENGINES
-from tests.support.engines_under_test.common import Wrapped, _train_on, mean_over_ranks
+from tests.support.engines_under_test.common import Wrapped, mean_over_ranks, train_on
 from tests.support.lora_xs import CONFIG, full_gradients, local_batches, xs_model
 from tests.support.workloads import Workload, plain_name, synthetic_workload
 
@@ -121,7 +121,7 @@ def _train(rank: int, world_size: int, engine_name: str, method: str, folder: st
     for step, batch in enumerate(workload.batches):
         if step == SAVED_AT:
             save_checkpoint(f"{folder}/checkpoint", wrapped.model, wrapped.optimizer)
-        losses.append(_train_on(wrapped, batch))
+        losses.append(train_on(wrapped, batch))
     return _outcome(wrapped, folder, losses[SAVED_AT:])
 
 
@@ -131,7 +131,7 @@ def _resume(rank: int, world_size: int, engine_name: str, folder: str) -> Outcom
     assert load_checkpoint(f"{folder}/checkpoint", wrapped.model, wrapped.optimizer) == {}
     if hasattr(wrapped.model, "micro_steps"):
         wrapped.model.micro_steps = wrapped.model.global_steps  # DeepSpeed starts it anew; the harness compares
-    return _outcome(wrapped, folder, [_train_on(wrapped, batch) for batch in workload.batches[SAVED_AT:]])
+    return _outcome(wrapped, folder, [train_on(wrapped, batch) for batch in workload.batches[SAVED_AT:]])
 
 
 def _outcome(wrapped: Wrapped, folder: str, losses: list[float]) -> Outcome:

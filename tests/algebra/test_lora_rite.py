@@ -21,7 +21,6 @@ from tests.support.workloads import (
     build_model,
     load_reference,
     named_factors,
-    needs_reference,
     worst_factor_error,
     worst_loss_error,
 )
@@ -57,7 +56,6 @@ def _worst_error(factors: Factors, expected: Factors) -> float:
     return max(float((factors[n] - e).norm() / e.norm().clamp_min(1e-12)) for n, e in expected.items())
 
 
-@needs_reference
 def test_the_oracle_follows_the_published_code() -> None:
     """The oracle, in float64, ends where the published fp32 code does: what is held against it is held against that."""
     reference = load_reference()

@@ -16,7 +16,7 @@ import pytest
 from tests.support.cluster import run_ranks
 from tests.support.engines_under_test import ENGINES, WITHOUT_TALL
 from tests.support.parity import Run, train_all
-from tests.support.workloads import FACTOR_TOLERANCE, LOSS_TOLERANCE, needs_reference, reference_cases
+from tests.support.workloads import FACTOR_TOLERANCE, LOSS_TOLERANCE, reference_cases
 
 # One of each kind of layout, optimizer and driver, on 2 to 4 ranks; --all-ranks runs the rest.
 _DEFAULT = {
@@ -87,7 +87,6 @@ def _combinations() -> Iterator[Any]:
             yield pytest.param(name, world_size, marks=marks, id=f"{name}-{world_size}ranks")
 
 
-@needs_reference
 @pytest.mark.parametrize(("engine_name", "world_size"), _combinations())
 def test_engine_follows_the_reference(engine_name: str, world_size: int, request: pytest.FixtureRequest) -> None:
     """Factors and losses of every case agree with the reference on every rank, and the check can fail.

@@ -20,7 +20,7 @@ from reflora_dist.algebra import kernels
 from tests.support.engines_under_test import ENGINES, WITHOUT_TALL
 from tests.support.launched import launched
 from tests.support.launchers import REPOSITORY
-from tests.support.workloads import FACTOR_TOLERANCE, LOSS_TOLERANCE, needs_reference, reference_cases
+from tests.support.workloads import FACTOR_TOLERANCE, LOSS_TOLERANCE, reference_cases
 
 pytestmark = pytest.mark.gpu
 # oracles of methods without a published trajectory
@@ -63,7 +63,6 @@ def _combinations() -> Iterator[Any]:
             yield pytest.param(engine, number, id=f"{engine}-{number}ranks")
 
 
-@needs_reference
 @pytest.mark.parametrize(("engine_name", "ranks"), _combinations())
 def test_engine_follows_the_reference_on_a_gpu(engine_name: str, ranks: int, tmp_path: Path) -> None:
     cases = [*reference_cases(), *_METHODS]

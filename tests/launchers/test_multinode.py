@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from benchmarks.harness.two_hosts import ADDRESSES, LINK, SYSTEM_PATH, Host, refusal, run_on, two_hosts
 from launchers.cluster import meeting
 from tests.support.launchers import REPOSITORY, free_port, launch, micro_model, short_training, write_records
-from tests.support.workloads import FACTOR_TOLERANCE, LOSS_TOLERANCE, needs_reference, reference_dir, worst_factor_error
+from tests.support.workloads import FACTOR_TOLERANCE, LOSS_TOLERANCE, reference_dir, worst_factor_error
 
 MULTINODE = REPOSITORY / "launchers" / "multinode.sh"
 PROGRAM = REPOSITORY / "tests" / "support" / "parity_program.py"
@@ -66,7 +66,6 @@ def _check_against_the_reference(folder: Path, hosts: tuple[Host, Host], process
 
 
 @needs_hosts
-@needs_reference
 @pytest.mark.parametrize(
     ("launcher", "engine", "processes"),
     [
@@ -92,7 +91,6 @@ def test_training_across_two_hosts_follows_the_reference(
 
 
 @needs_hosts
-@needs_reference
 @pytest.mark.all_ranks
 @pytest.mark.pdsh
 def test_a_hostfile_starts_all_hosts_through_pdsh(hosts: tuple[Host, Host], tmp_path: Path) -> None:

@@ -35,7 +35,6 @@ def _commonsense_files(root: Path) -> None:
 
 
 @needs_data
-@pytest.mark.slow
 def test_commonsense_trains_and_evaluates(tmp_path: Path) -> None:
     """The whole script on two ranks of ZeRO-3, with data "downloaded" from files; then started once more."""
     micro_model(tmp_path / "model")
@@ -81,7 +80,6 @@ def test_commonsense_names_a_mistake(options: list[str], message: str) -> None:
     assert message in printed
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "engine"), [("cola", "ddp"), pytest.param("mnli", "zero3", marks=pytest.mark.all_ranks)]
 )

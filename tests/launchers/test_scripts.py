@@ -24,7 +24,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "engine"),
     [
@@ -47,7 +46,6 @@ def test_a_script_trains_with_two_ranks(folder: Path, script: list[str | Path], 
     assert len(load_file(folder / output / "adapter_model.safetensors")) == 28
 
 
-@pytest.mark.slow
 def test_a_mistake_ends_every_rank_of_a_launch(folder: Path) -> None:
     command = ["bash", LAUNCHERS / "run_torchrun.sh", *short_training(folder, "mistake"), "--max_length=2"]
     printed = launch(command, timeout_s=180, expect_failure=True, PROCESSES="2")
@@ -95,7 +93,6 @@ def test_a_batch_script_without_slurm_says_so(script: Path) -> None:
     assert "this is a batch script: sbatch" in run.stderr and f"run_{script.stem}.sh" in run.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_quickstart_runs_through(tmp_path: Path) -> None:
     output = tmp_path / "out"

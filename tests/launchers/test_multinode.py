@@ -328,7 +328,7 @@ def test_a_name_that_leads_back_to_the_head_itself_is_refused(monkeypatch: pytes
 
 @needs_hosts
 def test_a_head_without_a_route_is_named(hosts: tuple[Host, Host]) -> None:
-    command = [sys.executable, REPOSITORY / "launchers" / "meeting.py", "--nodes", "2", "--node_rank", "1"]
+    command = [sys.executable, REPOSITORY / "launchers" / "cluster" / "meeting.py", "--nodes", "2", "--node_rank", "1"]
     ((code, output),) = run_on(hosts[1:], [[*command, "--head", "10.78.0.1", "--port", "29500"]], timeout_s=60)
     assert code == 1 and "no route to --head 10.78.0.1 from this machine" in output, output
 

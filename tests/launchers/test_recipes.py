@@ -39,7 +39,7 @@ def test_commonsense_trains_and_evaluates(tmp_path: Path) -> None:
     """The whole script on two ranks of ZeRO-3, with data "downloaded" from files; then started once more."""
     micro_model(tmp_path / "model")
     _commonsense_files(tmp_path / "files")
-    command = ["bash", LAUNCHERS / "commonsense.sh", "llama2-7b", "--weights", tmp_path / "model", "--lora-r", "4"]
+    command = ["bash", LAUNCHERS / "recipes" / "commonsense.sh", "llama2-7b", "--weights", tmp_path / "model", "--lora-r", "4"]
     command += ["--output-dir", tmp_path / "out", "--processes", "2", "--evaluate-options", "--limit 3 --batch_size 2"]
     command += ["--", "--bf16", "False", "--max_steps", "6", "--reflora_warmup_steps", "2", "--warmup_steps", "1"]
     command += ["--eval_steps", "2", "--save_steps", "2", "--max_length", "640", "--learning_rate", "1e-2"]
@@ -76,7 +76,7 @@ def test_commonsense_trains_and_evaluates(tmp_path: Path) -> None:
     ],
 )
 def test_commonsense_names_a_mistake(options: list[str], message: str) -> None:
-    printed = launch(["bash", LAUNCHERS / "commonsense.sh", *options], timeout_s=120, expect_failure=True)
+    printed = launch(["bash", LAUNCHERS / "recipes" / "commonsense.sh", *options], timeout_s=120, expect_failure=True)
     assert message in printed
 
 
@@ -86,7 +86,7 @@ def test_commonsense_names_a_mistake(options: list[str], message: str) -> None:
 def test_glue_trains_and_scores(tmp_path: Path, task: str, engine: str) -> None:
     micro_deberta(tmp_path / "model")
     train, validation = write_glue(tmp_path / "train.jsonl", task), write_glue(tmp_path / "validation.jsonl", task)
-    command = ["bash", LAUNCHERS / "glue.sh", task, "--engine", engine, "--weights", tmp_path / "model"]
+    command = ["bash", LAUNCHERS / "recipes" / "glue.sh", task, "--engine", engine, "--weights", tmp_path / "model"]
     command += ["--train-data", train, "--eval-data", validation, "--output-dir", tmp_path / "out", "--processes", "2"]
     command += ["--", "--num_train_epochs", "3", "--reflora_warmup_steps", "2", "--warmup_steps", "1"]
     command += ["--cache_dir", tmp_path / "cache"]
@@ -118,5 +118,5 @@ def test_glue_trains_and_scores(tmp_path: Path, task: str, engine: str) -> None:
     ],
 )
 def test_glue_names_a_mistake(options: list[str], message: str) -> None:
-    printed = launch(["bash", LAUNCHERS / "glue.sh", *options], timeout_s=120, expect_failure=True)
+    printed = launch(["bash", LAUNCHERS / "recipes" / "glue.sh", *options], timeout_s=120, expect_failure=True)
     assert message in printed

@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for command in ("sbatch", "srun", "scontrol"):
         executable = folder / "bin" / command
         executable.parent.mkdir(exist_ok=True)
-        executable.write_text(f"#!{sys.executable}\n{(REPOSITORY / 'tests' / 'fake_slurm.py').read_text()}")
+        executable.write_text(f"#!{sys.executable}\n{(REPOSITORY / 'tests' / 'support' / 'fake_slurm.py').read_text()}")
         executable.chmod(0o755)
     return folder
 

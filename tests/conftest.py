@@ -27,6 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if examples := config.getoption("--examples"):
         settings.register_profile("examples", max_examples=examples, deadline=None)
         settings.load_profile("examples")
+    config.addinivalue_line("markers", "slow: takes long though it starts no process; --fast leaves it out")
     config.addinivalue_line("markers", "all_ranks: an engine on a further number of ranks; runs with --all-ranks")
     config.addinivalue_line("markers", "gpu: needs a GPU, and is left out where there is none")
     config.addinivalue_line("markers", "pdsh: needs pdsh and sshd, and is left out where they are not installed")
@@ -48,9 +49,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out |= set() if torch.cuda.is_available() else {"gpu"}
     left_out |= set() if shutil.which("pdsh") and shutil.which("sshd", path=SYSTEM_PATH) else {"pdsh"}
     fast = config.getoption("--fast")
+    left_out |= {"slow"} if fast else set()
 
     def stays(item: pytest.Item) -> bool:
-        return not any(item.get_closest_marker(mark) for mark in left_out) and not (fast and starts_processes(item))
+        return not any(map(item.get_closest_marker, left_out)) and not (fast and starts_processes(item))
 
     kept = [item for item in items if stays(item)]
     further = set(items) - set(kept)

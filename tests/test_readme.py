@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text()
 def test_named_tests_exist() -> None:
     """A cell of the support matrix names the test that backs it."""
     defined = set()
-    for path in (ROOT / "tests").glob("test_*.py"):
+    for path in (ROOT / "tests").rglob("test_*.py"):
         defined |= {path.stem, *re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)}
     named = set(re.findall(r"`(?:tests/)?(test_\w+)(?:\.py)?`", README))
     assert len(named) > 10

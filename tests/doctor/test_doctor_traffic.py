@@ -90,6 +90,7 @@ def test_every_rank_sends_what_its_retiler_plans(engine: str, tall: bool) -> Non
 FLAT_ENGINES = [(ZERO3, "zero3"), (zero3(stage=2), "zero2"), (FSDP2, "fsdp2"), (FSDP1, "fsdp1")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "engine"), FLAT_ENGINES, ids=[engine for _, engine in FLAT_ENGINES])
 def test_what_flat_adapters_cost_is_said_before(
     config: dict[str, Any], engine: str, small_model: str, tmp_path: Path

@@ -23,6 +23,7 @@ from reflora_dist.checkpoints.training_state import load_adapter, load_checkpoin
 from reflora_dist.export.consolidate import consolidate_adapter
 from tests.support.small import small_batches, small_model, train_small, trainable
 
+pytestmark = pytest.mark.slow
 _CONFIG = RefLoRAConfig(warmup_steps=0)
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "x", "../x", "/x", "a\0b"]),

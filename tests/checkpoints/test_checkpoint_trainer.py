@@ -43,8 +43,6 @@ def _cases() -> Iterator[Any]:
         ("fsdp2-trainer", "reflora"),
         ("zero2-trainer", "reflora-s"),
         ("zero3-trainer", "reflora"),
-        ("zero3-trainer", "reflora-s"),
-        ("fsdp1-trainer", "lora-rite"),
         ("fsdp2-trainer", "lora-rite"),
         ("zero3-trainer", "lora-rite"),
     }

@@ -64,8 +64,6 @@ def _cases() -> Iterator[Any]:
         ("single", "pissa", 1),
         ("ddp", "lora_ga", 2),
         ("zero3", "kaiming_both", 2),
-        ("zero3", "pissa", 2),
-        ("fsdp2", "kaiming_both", 2),
         ("fsdp2", "pissa_niter_4", 2),
         ("fsdp1-full", "olora", 2),
         ("zero2", "kaiming_both", 2),
@@ -132,7 +130,8 @@ def test_a_run_resumes_on_another_number_of_ranks(world_size: int, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("engine_name", "world_size"), [("single", 1), pytest.param("zero3-bf16-masters", 2), ("zero2-bf16-masters", 2)]
+    ("engine_name", "world_size"),
+    [("single", 1), ("zero3-bf16-masters", 2), pytest.param("zero2-bf16-masters", 2, marks=pytest.mark.all_ranks)],
 )
 def test_a_bf16_base_is_rounded_alike_every_time(engine_name: str, world_size: int, tmp_path: Path) -> None:
     """``W - s B A`` is rounded to bf16, so the start differs from the base by rounding; resumed it differs alike."""

@@ -153,7 +153,7 @@ def _outcome(wrapped: Wrapped, folder: str, losses: list[float]) -> Outcome:
 def _training_cases() -> Iterator[Any]:
     default = {("single", "lora-sb"), ("ddp", "lora-sb"), ("fsdp2", "lora-sb"), ("fsdp2", "lora-xs")}
     default |= {("fsdp1-full", "lora-sb"), ("fsdp1-flat", "lora-xs"), ("zero1", "lora-sb"), ("zero2", "lora-xs")}
-    default |= {("zero3", "lora-sb"), ("zero3-persist-none", "lora-xs"), ("fsdp1-no-shard", "lora-sb")}
+    default |= {("zero3", "lora-sb"), ("zero3-persist-none", "lora-xs")}
     names = ("single", "ddp", "fsdp2", "fsdp2-offload", "fsdp2-hsdp", "fsdp1-full", "fsdp1-grad-op", "fsdp1-no-shard")
     names += ("fsdp1-flat", "zero1", "zero2", "zero3", "zero3-persist-none", "zero3-persist-all", "zero3-subgroups")
     names += ("zero3-sharded-base", "zero2-offload", "zero3-offload")

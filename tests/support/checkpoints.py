@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.checkpoint import ds_to_universal
 
 from reflora_dist import RefLoRAConfig, tall_adapters
+from tests.support.cluster import run_ranks
 from tests.support.engines_under_test import ENGINES
 from tests.support.engines_under_test.common import Wrapped
 from tests.support.engines_under_test.zero import _zero
@@ -73,10 +73,15 @@ def _base_bytes() -> dict[str, tuple[bytes, bytes]]:
 
 
 def convert_to_universal(folder: Path) -> None:
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-    folders = ["--input_folder", str(folder / "state"), "--output_folder", str(folder / "state_universal")]
-    subprocess.run([*command, *folders], check=True, capture_output=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+    """``python -m deepspeed.checkpoint.ds_to_universal``, in a process that has imported DeepSpeed already."""
+    run_ranks(_convert, 1, str(folder), init_process_group=False)
+
+
+def _convert(rank: int, world_size: int, folder: str) -> None:
+    options = ["--inject_missing_state", "--num_extract_workers", "1", "--num_merge_workers", "1"]
+    folders = ["--input_folder", f"{folder}/state", "--output_folder", f"{folder}/state_universal"]
+    sys.argv = ["ds_to_universal", *options, *folders]
+    ds_to_universal.main(ds_to_universal.parse_arguments())
 
 
 def as_float(factors: Factors) -> Factors:

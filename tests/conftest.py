@@ -11,6 +11,7 @@ from hypothesis import settings
 
 from benchmarks.harness.two_hosts import SYSTEM_PATH
 from tests.support import tally
+from tests.support.selection import starts_processes
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -19,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run every engine on every number of ranks it is valid on, not only on one",
     )
+    parser.addoption("--fast", action="store_true", help="only tests that start no process: under three minutes")
     parser.addoption(
         "--examples",
         type=int,
@@ -31,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.register_profile("few", max_examples=60, derandomize=True, deadline=None)
     settings.register_profile("many", max_examples=examples or 1, deadline=None)
     settings.load_profile("many" if examples else "few")
-    config.addinivalue_line("markers", "slow: takes minutes")
+    config.addinivalue_line("markers", "slow: takes long though it starts no process; --fast leaves it out")
     config.addinivalue_line("markers", "all_ranks: an engine on a further number of ranks; runs with --all-ranks")
     config.addinivalue_line("markers", "gpu: needs a GPU, and is left out where there is none")
     config.addinivalue_line("markers", "pdsh: needs pdsh and sshd, and is left out where they are not installed")
@@ -59,7 +61,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = set() if config.getoption("--all-ranks") else {"all_ranks"}
     left_out |= set() if torch.cuda.is_available() else {"gpu"}
     left_out |= set() if shutil.which("pdsh") and shutil.which("sshd", path=SYSTEM_PATH) else {"pdsh"}
-    further = [item for item in items if any(item.get_closest_marker(mark) for mark in left_out)]
+    fast = config.getoption("--fast")
+    left_out |= {"slow"} if fast else set()
+
+    def stays(item: pytest.Item) -> bool:
+        return not any(map(item.get_closest_marker, left_out)) and not (fast and starts_processes(item))
+
+    kept = [item for item in items if stays(item)]
+    further = set(items) - set(kept)
     if further:
         config.hook.pytest_deselected(items=further)
-        items[:] = [item for item in items if not any(item.get_closest_marker(mark) for mark in left_out)]
+        items[:] = kept

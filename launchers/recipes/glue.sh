@@ -13,7 +13,7 @@
 # no dropout in front of A, batches of 32, 100 steps before the first refactoring, the layers below.
 # Unlike there, the pooler, which the checkpoint does not have either, is trained beside the classifier.
 set -euo pipefail
-. "$(dirname "$0")/environment.sh"
+. "$(dirname "$0")/../environment.sh"
 
 task=${1:-}
 case "$task" in

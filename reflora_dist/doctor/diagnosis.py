@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from .base_model import MetaModel, build, describe, layer_classes, load_config, 
 from .files import is_for_accelerate, read
 from .findings import Findings
 from .four_bit import four_bit, pack
-from .held import BYTES, Item, factor_layouts, memory, persisted
+from .held import BYTES, Item, factor_layouts, memory, pair_rows
 from .options import OPTIMIZERS, PRECISIONS, DoctorOptions
 from .ranks import compare
 from .setup import Setup
@@ -174,7 +173,7 @@ def _estimate(result: Diagnosis, setup: Setup, model_config: Any, device: torch.
     packing = four_bit(model_config, options, setup.precision, findings)
     if packing is not None:
         model = pack(model, packing, BYTES[setup.precision])
-    result.pairs = _pair_rows(setup, model, result.layouts)
+    result.pairs = pair_rows(setup, model, result.layouts)
     result.traffic = Traffic(config, result.layouts, setup.shard_size, device, half=setup.half_gradients)
     result.method_sends = method_sends(config, result.traffic, setup.shard_size)
     result.engine_sends = engine_traffic(setup, model)
@@ -215,36 +214,6 @@ def _check_class_names(model: torch.nn.Module, setup: Setup, findings: Findings)
             f"the model has no modules of {', '.join(map(repr, unknown))}",
             f"leave it out, or name {own}" if own else "leave it out",
         )
-
-
-def _pair_rows(setup: Setup, model: MetaModel, layouts: list[Layout]) -> list[dict[str, Any]]:
-    """One row for pairs of one size and layout."""
-    kept = persisted(setup, model.parameters)
-    whole = [factor.name in kept for factor in model.factors]
-    rows: Counter[tuple[Any, ...]] = Counter()
-    for index, pair in enumerate(model.pairs):
-        texts = [
-            _layout(layouts[factor], setup, whole[factor]) if layouts else "whole"
-            for factor in (2 * index, 2 * index + 1)
-        ]
-        rows[pair.lora_rank, pair.in_features, pair.out_features, *texts] += 1
-    names = ("lora_rank", "in_features", "out_features", "lora_A", "lora_B")
-    return [{"pairs": count, **dict(zip(names, row, strict=True))} for row, count in rows.items()]
-
-
-def _layout(layout: Layout, setup: Setup, whole: bool) -> str:
-    numel, (rows, width) = min(layout.chunk, layout.numel), layout.shape
-    holders = layout.holder(layout.numel - 1) - layout.holder(0) + 1
-    if setup.engine.startswith(("zero1", "zero2")):
-        text = "slice of one flat buffer"  # elsewhere for every factor
-    else:
-        unit = f"{numel:,} elements" if numel % width else f"{numel // width:,} of {rows:,} rows"
-        text = f"{unit} on {holders} of {setup.shard_size} ranks"
-    if layout.columns:
-        text = f"[r, in], {text}"
-    elif layout.moves:
-        text = f"{text}, cut within rows"
-    return f"{text}, and kept whole" if whole else text
 
 
 def _check_adapter(model: MetaModel, setup: Setup, options: DoctorOptions, findings: Findings) -> None:

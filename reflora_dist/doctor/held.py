@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..collectives.tiling import Layout
 from .base_model import MetaModel, Parameter
@@ -187,3 +188,33 @@ def _engine_buffers(setup: Setup, model: MetaModel) -> list[Item]:
     # the layer that computes and the one that is fetched meanwhile, and what stays gathered around them
     live = min(everything, outside + 2 * max(layers.values(), default=0)) if setup.reshard_after_forward else everything
     return [Item("gathered parameters", live * working, "device", False)]
+
+
+def pair_rows(setup: Setup, model: MetaModel, layouts: list[Layout]) -> list[dict[str, Any]]:
+    """One row for pairs of one size and layout."""
+    kept = persisted(setup, model.parameters)
+    whole = [factor.name in kept for factor in model.factors]
+    rows: Counter[tuple[Any, ...]] = Counter()
+    for index, pair in enumerate(model.pairs):
+        texts = [
+            _layout(layouts[factor], setup, whole[factor]) if layouts else "whole"
+            for factor in (2 * index, 2 * index + 1)
+        ]
+        rows[pair.lora_rank, pair.in_features, pair.out_features, *texts] += 1
+    names = ("lora_rank", "in_features", "out_features", "lora_A", "lora_B")
+    return [{"pairs": count, **dict(zip(names, row, strict=True))} for row, count in rows.items()]
+
+
+def _layout(layout: Layout, setup: Setup, whole: bool) -> str:
+    numel, (rows, width) = min(layout.chunk, layout.numel), layout.shape
+    holders = layout.holder(layout.numel - 1) - layout.holder(0) + 1
+    if setup.engine.startswith(("zero1", "zero2")):
+        text = "slice of one flat buffer"  # elsewhere for every factor
+    else:
+        unit = f"{numel:,} elements" if numel % width else f"{numel // width:,} of {rows:,} rows"
+        text = f"{unit} on {holders} of {setup.shard_size} ranks"
+    if layout.columns:
+        text = f"[r, in], {text}"
+    elif layout.moves:
+        text = f"{text}, cut within rows"
+    return f"{text}, and kept whole" if whole else text

@@ -108,17 +108,17 @@ class SafeReader(FileSystemReader):
 
 
 def _require_places(metadata: Metadata, path: Path) -> None:
-    """A damaged pickle can put anything anywhere."""
-    specs, places = metadata.state_dict_metadata, metadata.storage_data
+    """A damaged pickle can put anything anywhere, and leave out what every such object has."""
+    specs, places = (getattr(metadata, name, None) for name in ("state_dict_metadata", "storage_data"))
     if isinstance(specs, dict) and isinstance(places, dict):
         kinds = (TensorStorageMetadata, BytesStorageMetadata)
         of_specs = all(isinstance(key, str) and isinstance(spec, kinds) for key, spec in specs.items())
         of_places = all(
             isinstance(index, MetadataIndex)
             and isinstance(place, _StorageInfo)
-            and isinstance(place.relative_path, str)
-            and isinstance(place.offset, int)
-            and isinstance(place.length, int)
+            and isinstance(getattr(place, "relative_path", None), str)
+            and isinstance(getattr(place, "offset", None), int)
+            and isinstance(getattr(place, "length", None), int)
             for index, place in places.items()
         )
         if of_specs and of_places:

@@ -14,10 +14,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import multiprocessing
-import random
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from typing import Any
 from unittest import mock
 
@@ -29,65 +26,19 @@ from reflora_dist import RefLoRAConfig, attach
 from reflora_dist.algebra import kernel_check, kernels
 from reflora_dist.algebra.tall_blocks import BlockSet
 from reflora_dist.algebra.tensor_lists import PerTensor
-from reflora_dist.algebra.types import SIDE_A, SIDE_B, BlockSpec
+from reflora_dist.algebra.types import SIDE_A, BlockSpec
 from reflora_dist.methods.reference import ReferenceRefLoRA
-from tests.algebra.test_refactor import relative
+from tests.support.kernels import ROUNDING, blocks_of_all_sizes, needs_interpreter
+from tests.support.matrices import relative
 from tests.support.small import small_batches, small_model, train_small, trainable
 from tests.support.workloads import named_factors, worst_factor_error
 
-
-def _triton_version() -> tuple[int, ...]:
-    try:
-        return tuple(map(int, metadata.version("triton").split(".")[:2]))
-    except metadata.PackageNotFoundError:
-        return ()
-
-
-pytestmark = pytest.mark.skipif(
-    _triton_version() < (3, 7), reason="needs Triton 3.7, whose interpreter is the first to loop with NumPy 2.4"
-)
+pytestmark = needs_interpreter
 CPU = torch.device("cpu")
-_LIMIT = 180  # seconds for one call, many times what it takes
-# The same terms in float64, summed in another order.
-ROUNDING = 1e-13
 # In float32 both round the same product once; sums in another order may round a few elements the other way.
 ROUNDED_ONCE = {torch.float64: ROUNDING, torch.float32: 1e-7}
 # What any of the mistakes that are made on purpose is above.
 MISTAKE = 1e-3
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[Callable[..., Any]]:
-    """Calls a function in a process whose Triton interprets kernels, which it settles when it is imported."""
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}.items():
-            environment.setenv(name, value)
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            yield lambda function, *arguments: pool.apply_async(function, arguments).get(_LIMIT)
-
-
-def blocks_of_all_sizes(
-    dtype: torch.dtype, seed: int, device: torch.device
-) -> tuple[list[BlockSpec], list[int], list[Tensor | None]]:
-    """Blocks of every size that a program has to pad or cut, some absent, one beginning off a 16-byte boundary."""
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
-    lora_ranks = [16, 16, 5, 32, 16, 64, 128, 8]
-    specs: list[BlockSpec] = []
-    blocks: list[Tensor | None] = []
-    for pair, lora_rank in enumerate(lora_ranks):
-        for side in (SIDE_A, SIDE_B):
-            rows = rng.choice([1, 7, 33, 64, 130, 5000, 9001])
-            columns = side == SIDE_A and pair % 3 > 0  # lora_A as PEFT stores it, or tall
-            shape = (lora_rank, rows) if columns else (rows, lora_rank)
-            specs.append(BlockSpec(pair, side, shape, columns))
-            start = rng.choice([0, 0, 1])
-            flat = torch.randn(start + lora_rank * rows, device=device, dtype=torch.float64).to(dtype)
-            blocks.append(flat[start:].view(shape))
-    specs.append(BlockSpec(0, SIDE_B, (1, 16), columns=False))  # a second block of one factor
-    blocks.append(torch.randn(1, 16, device=device).to(dtype))
-    blocks[3] = None
-    return specs, lora_ranks, blocks
 
 
 def _plain_and_fused(specs: list[BlockSpec], lora_ranks: list[int]) -> tuple[BlockSet, BlockSet]:

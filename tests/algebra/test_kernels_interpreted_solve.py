@@ -10,13 +10,10 @@ from torch import Tensor
 
 from reflora_dist.algebra.decompositions import CONVERGED, NEWTON_STEPS, RELATIVE_PIVOT
 from reflora_dist.algebra.refactorization import LARGEST_RESIDUAL, solve_with_torch
-from tests.algebra import test_kernels_interpreted
-from tests.algebra.test_kernels_interpreted import ROUNDING
-from tests.algebra.test_refactor import factor, relative
+from tests.support.kernels import ROUNDING, needs_interpreter
+from tests.support.matrices import factor, relative
 
-# the same interpreter, and the same release of Triton
-interpreted = test_kernels_interpreted.interpreted
-pytestmark = test_kernels_interpreted.pytestmark
+pytestmark = needs_interpreter
 
 
 def _solved(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from reflora_dist import LoRARite, RefLoRAConfig, attach
-from tests.algebra.test_refactor import factor
+from tests.support.matrices import factor
 from tests.support.oracles import RiteOracle, factors_in_pairs, train_oracle
-from tests.support.small import backward, products, small_batches, small_model, train_small, trainable
+from tests.support.small import backward, products, rite, small_batches, small_model, train_small, trainable
 from tests.support.workloads import (
     FACTOR_TOLERANCE,
     LOSS_TOLERANCE,
@@ -21,7 +21,6 @@ from tests.support.workloads import (
     build_model,
     load_reference,
     named_factors,
-    needs_reference,
     worst_factor_error,
     worst_loss_error,
 )
@@ -52,18 +51,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def rite(model: nn.Module, **settings: Any) -> Any:
-    """An attached optimizer of all that is trainable, and its handle."""
-    optimizer = LoRARite(trainable(model), **{"lr": 0.02, **settings})
-    return optimizer, attach(model, optimizer, CONFIG)
-
-
 def _worst_error(factors: Factors, expected: Factors) -> float:
     """`worst_factor_error` that bears a factor of zeros."""
     return max(float((factors[n] - e).norm() / e.norm().clamp_min(1e-12)) for n, e in expected.items())
 
 
-@needs_reference
 def test_the_oracle_follows_the_published_code() -> None:
     """The oracle, in float64, ends where the published fp32 code does: what is held against it is held against that."""
     reference = load_reference()

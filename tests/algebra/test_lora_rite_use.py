@@ -12,8 +12,7 @@ from torch import nn
 
 from reflora_dist import LoRARite, RefLoRAConfig, attach
 from reflora_dist.step.rite_step import packed_size
-from tests.algebra.test_lora_rite import rite
-from tests.support.small import backward, small_batches, small_model, train_small, trainable
+from tests.support.small import backward, rite, small_batches, small_model, train_small, trainable
 from tests.support.workloads import named_factors, worst_factor_error
 
 CONFIG = RefLoRAConfig(method="lora-rite")

@@ -16,11 +16,11 @@ from torch import Tensor
 from reflora_dist import RefLoRAConfig, attach
 from reflora_dist.methods import lora_pro
 from reflora_dist.methods.scaled_gd import ScaledGD
-from tests.algebra.test_refactor import factor, relative
 from tests.support import oracles
 from tests.support.cluster import run_ranks
 from tests.support.engines_under_test import ENGINES, accelerated
 from tests.support.engines_under_test.common import optimizer_of
+from tests.support.matrices import factor, positive_definite, relative
 from tests.support.small import backward, small_batches, small_model, train_small, trainable
 from tests.support.workloads import (
     FACTOR_TOLERANCE,
@@ -287,13 +287,6 @@ def test_lora_pro_with_ill_conditioned_factors_is_exact_or_skipped() -> None:
         assert all(torch.equal(new, old) for new, old in zip(beyond.new, beyond.old, strict=True))
 
 
-def _positive(r: int, condition: float, seed: int, scale: float) -> Tensor:
-    """Symmetric positive definite with this condition number."""
-    square = factor(r, r, condition, seed)
-    left, values, _ = torch.linalg.svd(square)
-    return scale * (left * values) @ left.mT
-
-
 @EXAMPLES
 @given(
     st.integers(1, 16),
@@ -304,7 +297,7 @@ def _positive(r: int, condition: float, seed: int, scale: float) -> Tensor:
 def test_sylvester_equation(r: int, seed: int, log_conditions: Any, log_scales: Any) -> None:
     """Over condition numbers up to 1e8 and scales apart by up to 1e12 the solution satisfies its equation."""
     p, q = (
-        _positive(r, 10**condition, seed + i, 10**scale)
+        positive_definite(r, 10**condition, seed + i, 10**scale)
         for i, (condition, scale) in enumerate(zip(log_conditions, log_scales, strict=True))
     )
     c = torch.randn(r, r, generator=torch.Generator().manual_seed(seed)).double()
@@ -320,7 +313,7 @@ def test_sylvester_equation(r: int, seed: int, log_conditions: Any, log_scales: 
 
 
 def test_sylvester_with_no_right_side() -> None:
-    p = _positive(4, 10.0, 0, 1.0)[None]
+    p = positive_definite(4, 10.0, 0, 1.0)[None]
     x, residual = lora_pro.solve_sylvester(p, p, torch.zeros_like(p))
     assert not x.any() and float(residual) == 0.0
 

@@ -10,17 +10,9 @@ from hypothesis import strategies as st
 from reflora_dist import RefLoRAConfig
 from reflora_dist.algebra.refactorization import solve_refactorization, solve_scale
 from reflora_dist.methods.reference import ReferenceRefLoRA, refactored, refactorization
+from tests.support.matrices import factor, relative
 
 SETTINGS = settings(max_examples=60, deadline=None)
-
-
-def factor(rows: int, lora_rank: int, condition: float, seed: int) -> torch.Tensor:
-    """A tall factor ``[rows, r]`` float64 with singular values from 1 down to 1 / condition."""
-    generator = torch.Generator().manual_seed(seed)
-    matrix = torch.randn(rows, lora_rank, generator=generator, dtype=torch.float64)
-    u, _, v_t = torch.linalg.svd(matrix, full_matrices=False)
-    exponents = torch.linspace(0, -float(torch.tensor(condition).log10()), lora_rank, dtype=torch.float64)
-    return (u * 10**exponents) @ v_t
 
 
 @st.composite
@@ -37,10 +29,6 @@ def pairs(draw, max_log_cond_a: float = 2.0, max_log_cond_b: float = 4.0):
 def solve(lora_a: torch.Tensor, lora_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
     s, s_inv, solved = solve_refactorization((lora_a @ lora_a.mT)[None], (lora_b.mT @ lora_b)[None])
     return s[0], s_inv[0], bool(solved[0])
-
-
-def relative(value: torch.Tensor, exact: torch.Tensor) -> float:
-    return float(torch.linalg.norm(value - exact) / torch.linalg.norm(exact))
 
 
 @SETTINGS

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reflora_dist.algebra import decompositions, roots
-from tests.algebra.test_methods import _positive
-from tests.algebra.test_refactor import factor, relative
+from tests.support.matrices import factor, positive_definite, relative
 
 EXAMPLES = settings(max_examples=40, deadline=None)
 
@@ -105,7 +104,7 @@ def test_inverse_roots_where_there_are_none(value: float) -> None:
 @given(st.integers(1, 16), st.integers(0, 2**31), st.floats(0, 10), st.floats(-8, 2))
 def test_damped_inverse_roots_agree(r: int, seed: int, log_condition: float, log_scale: float) -> None:
     """``(M^(1/2) + eps)^-1`` by both ways, also where M is nearly singular."""
-    matrix, eps = _positive(r, 10**log_condition, seed, 10**log_scale), 1e-6
+    matrix, eps = positive_definite(r, 10**log_condition, seed, 10**log_scale), 1e-6
     eye = torch.eye(r, dtype=torch.float64)
     by_iteration = roots._damped_by_iteration(matrix[None], eps, eye)[0]
     exact = roots.damped_inverse_root(matrix[None], eps)[0]

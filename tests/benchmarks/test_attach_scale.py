@@ -26,8 +26,8 @@ from reflora_dist import attach, tall_adapters
 from reflora_dist.engines.find import find_engine
 from reflora_dist.engines.pairs import find_pairs
 from tests.support.cluster import run_ranks
+from tests.support.launchers import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SHAPE = models.ModelShape(
     hidden_size=48, intermediate_size=80, num_layers=1, num_heads=4, num_key_value_heads=2, vocab_size=64
 )

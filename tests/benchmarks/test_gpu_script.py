@@ -13,7 +13,7 @@ import pytest
 from transformers import HfArgumentParser
 
 from benchmarks import overhead, throughput
-from tests.benchmarks.test_overhead import REPOSITORY
+from tests.support.launchers import REPOSITORY
 
 
 def _stub_interpreter(folder: Path, body: str) -> Path:

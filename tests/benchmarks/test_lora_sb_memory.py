@@ -50,7 +50,6 @@ def test_mistakes_are_refused() -> None:
         lora_sb_memory.Arguments(batches=0)
 
 
-@pytest.mark.slow
 @pytest.mark.all_ranks
 def test_a_launch_measures() -> None:
     """Two ranks, one variant: a peak, a time and an energy."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import matrix_factorization as toy
+from benchmarks.harness.engines import single_process_device
 from benchmarks.reports.matrix_factorization import markdown, plot
 from tests.support.launchers import launch
 
@@ -130,4 +131,4 @@ def test_bad_input_is_refused_by_name(changes: dict[str, Any], message: str) -> 
 def test_a_launcher_with_several_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"WORLD_SIZE=2.*without a launcher"):
-        toy.common.single_process_device("run it without a launcher")
+        single_process_device("run it without a launcher")

@@ -13,93 +13,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks import cost_model, scaling
 from benchmarks.costs import events as cost_events
 from benchmarks.costs import links
 from benchmarks.costs import traffic as cost_traffic
 from benchmarks.costs.events import Topology
-from benchmarks.harness import engines, models, timing
+from benchmarks.harness import models, timing
 from benchmarks.harness.launches import launch_ranks
-from benchmarks.harness.workloads import OptimizerStep
 from benchmarks.ranks import scaling as scaling_ranks
 from benchmarks.reports import scaling as report
 from reflora_dist.collectives.tiling import tile
-from tests.support.cluster import run_ranks
+from tests.support.launchers import REPOSITORY
 
-_ROOT = Path(__file__).resolve().parents[2]
 _SEVEN_B = cost_model.Adapters.of(models.SHAPES["7b"], 16)
 
 
 # -- bytes
-
-
-def _counted_bytes(rank: int, world_size: int, engine: str, hidden_size: int, lora_rank: int) -> int:
-    shape = scaling_ranks._shape(hidden_size, 1)
-    trainee = engines.wrap(engine, models.build_model(shape, lora_rank, torch.device("cpu")))
-    handle = scaling_ranks.attach(trainee.model, trainee.optimizer, scaling_ranks.CONFIG)
-    batch = torch.zeros(1, 4, dtype=torch.int64)
-    trainee.backward(trainee.model(input_ids=batch, labels=batch).loss)
-    trainee.step()
-    return handle.report().bytes_per_step
-
-
-def _way(engine: str) -> tuple[str, str]:
-    """The model's way and layout of an engine."""
-    return "tall" if engines.stores_tall(engine) else "flat", engine.removesuffix("-flat")
-
-
-@pytest.mark.parametrize(
-    ("engine", "world_size", "hidden_size", "lora_rank"),
-    # hidden size 48: pieces of unequal size, rows cut between ranks, and on two ranks one with more than half of a
-    # lora_A; flat with r = 3 on 4 ranks: one without rows of lora_A; r = 1: lora_A whole on one rank, nothing is cut
-    [
-        ("fsdp2-flat", 2, 64, 4),
-        ("fsdp2-flat", 4, 48, 3),
-        ("fsdp2-flat", 2, 48, 1),
-        ("zero3-flat", 2, 48, 5),
-        ("zero3-flat", 4, 48, 5),
-        ("zero3-flat", 3, 48, 7),
-        ("fsdp2", 2, 64, 4),
-        ("fsdp2", 4, 48, 3),
-        ("zero3", 2, 48, 5),
-        ("zero3", 3, 48, 7),
-        ("zero3", 4, 48, 5),
-    ],
-)
-def test_bytes_are_those_that_the_step_counts(engine: str, world_size: int, hidden_size: int, lora_rank: int) -> None:
-    counted = run_ranks(_counted_bytes, world_size, engine, hidden_size, lora_rank)
-    adapters = cost_model.Adapters.of(scaling_ranks._shape(hidden_size, 1), lora_rank)
-    way, layout = _way(engine)
-    assert cost_model.sent_bytes(way, adapters, world_size, layout, "cpu").tolist() == counted
-
-
-def _counted_bytes_of_many(rank: int, world_size: int) -> tuple[int, dict[str, int]]:
-    """Of a step whose solve ranks share out."""
-    workload = OptimizerStep(_MANY, 64, torch.device("cpu"), "fsdp2")
-    handle = scaling_ranks.attach(workload.trainee.model, workload.trainee.optimizer, scaling_ranks.CONFIG)
-    workload.prepare()
-    workload.step()
-    report = handle.report()
-    return report.bytes_per_step, report.collectives_per_step
-
-
-_MANY = scaling_ranks._shape(64, 4)  # 28 pairs, enough for two ranks
-
-
-def test_a_solve_that_is_shared_out_is_gathered() -> None:
-    adapters = cost_model.Adapters.of(_MANY, 64)
-    counted = run_ranks(_counted_bytes_of_many, 2)
-    assert all(calls == {"all_reduce": 1, "all_gather": 1} for _, calls in counted)
-    sent = cost_model.sent_bytes("tall", adapters, 2, "fsdp2", "cpu")
-    assert sent.tolist() == [sent_bytes for sent_bytes, _ in counted]
-    topology = Topology(2, 2)
-    shared, alone = (
-        cost_model.step_counts("tall", adapters, topology, layout="fsdp2", device=device) for device in ("cpu", "cuda")
-    )
-    assert (len(shared), len(alone)) == (3, 2)  # on a GPU the solve is cheap
-    assert 2 * shared[0][0]["solve_flop"] == alone[0][0]["solve_flop"]
 
 
 @pytest.mark.parametrize(("ranks", "flat_mb", "gather_mb"), [(8, 24.8, 203.7), (64, 4.32, 229.1), (256, 1.82, 231.9)])
@@ -342,7 +272,7 @@ def test_a_failed_launch_says_what_the_ranks_printed(tmp_path: Path) -> None:
 def _run(*arguments: str) -> str:
     script = [sys.executable, *arguments]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(script, cwd=_ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(script, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 

@@ -104,7 +104,6 @@ def test_no_record_is_faster_than_its_link(path: Path) -> None:
     _check_physics(json.loads(path.read_text())["results"]["cells"])
 
 
-@pytest.mark.slow
 @pytest.mark.all_ranks
 @pytest.mark.skipif(bool(_REFUSAL), reason=_REFUSAL)
 def test_a_launch_measures_every_way() -> None:

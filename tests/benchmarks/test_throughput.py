@@ -19,8 +19,8 @@ from benchmarks.harness.workloads import TrainingStep
 from benchmarks.reports import throughput as report
 from tests.support.benchmark_runs import record_of
 from tests.support.cluster import run_ranks
+from tests.support.launchers import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = ["--num_layers", "1", "--blocks", "2", "--steps", "2", "--seq_len", "8", "--micro_batch_size", "2"]
 SHAPE = models.ModelShape(
     hidden_size=64, intermediate_size=96, num_layers=6, num_heads=4, num_key_value_heads=2, vocab_size=128

@@ -7,34 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.other import fsdp_auto_wrap_policy
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from reflora_dist import tall_adapters
 from reflora_dist.checkpoints.training_state import load_adapter, save_adapter
-from tests.checkpoints.test_checkpoint import _as_float, _wrap
+from tests.support.adapters import VARIANTS, variant_base, variant_model, wrap_variant
+from tests.support.checkpoints import as_float, wrapped_workload
 from tests.support.cluster import run_ranks
 from tests.support.engines_under_test import ENGINES
-from tests.support.engines_under_test.common import Wrapped, _train_on, optimizer_of
-from tests.support.engines_under_test.zero import Zero, zero_config
+from tests.support.engines_under_test.common import train_on
 from tests.support.workloads import Factors, synthetic_workload, worst_factor_error
-
-_VARIANTS: dict[str, dict[str, Any]] = {
-    "dora": {"use_dora": True},
-    "modules-to-save": {"modules_to_save": ["lm_head", "input_layernorm"]},
-    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
-    "bias": {"target_modules": ["q_proj", "gate_proj"], "bias": "lora_only"},
-}
 
 
 def _variant_cases() -> Iterator[Any]:
@@ -50,7 +35,7 @@ def _variant_cases() -> Iterator[Any]:
     }
     names = ("ddp", "fsdp2", "fsdp1-full", "fsdp1-flat", "zero2", "zero3", "zero3-persist-none")
     for name in (*names, *(f"{name}+tall" for name in names)):  # with lora_A stored tall
-        for variant in (*_VARIANTS, "two-adapters"):
+        for variant in (*VARIANTS, "two-adapters"):
             if name.startswith("fsdp1-flat") and variant in ("embedding", "modules-to-save"):
                 continue  # PEFT's wrap policy gives frozen and trained parameters one unit there, torch refuses it
             marks = [] if (name, variant) in default else [pytest.mark.all_ranks]
@@ -62,7 +47,7 @@ def test_saved_adapter_is_byte_for_byte_what_peft_writes(engine_name: str, varia
     """The files of a wrapped model, saved before and after a step, equal those that PEFT writes for the same model
     in one process, and `PeftModel.from_pretrained` computes the same logits from them.
     """
-    expected = _variant_model(variant)
+    expected = variant_model(variant)
     expected.save_pretrained(tmp_path / "expected")
     run_ranks(_save_variant, 2, engine_name, variant, str(tmp_path))
     files = sorted(path.relative_to(tmp_path / "expected") for path in (tmp_path / "expected").rglob("adapter_*"))
@@ -70,7 +55,7 @@ def test_saved_adapter_is_byte_for_byte_what_peft_writes(engine_name: str, varia
     for file in files:
         assert _comparable(tmp_path / "before" / file) == _comparable(tmp_path / "expected" / file), file
     assert not list((tmp_path / "before").rglob(".adapter-*"))
-    loaded = PeftModel.from_pretrained(_variant_base(), tmp_path / "after").eval()
+    loaded = PeftModel.from_pretrained(variant_base(), tmp_path / "after").eval()
     reference = load_file(tmp_path / "after.safetensors")["logits"]
     with torch.no_grad():
         logits = loaded(input_ids=synthetic_workload(steps=1).batches[0][:2]).logits
@@ -86,68 +71,19 @@ def _comparable(file: Path) -> Any:
     return {key: sorted(value) if isinstance(value, list) else value for key, value in content.items()}
 
 
-def _variant_base() -> LlamaForCausalLM:
-    workload = synthetic_workload(steps=1)
-    base = LlamaForCausalLM(LlamaConfig(**workload.llama))
-    base.load_state_dict(workload.base_weights)
-    return base
-
-
-def _variant_model(variant: str) -> PeftModel:
-    torch.manual_seed(0)
-    lora = {**synthetic_workload(steps=1).lora, **_VARIANTS.get(variant, {})}
-    model = get_peft_model(_variant_base(), LoraConfig(**lora))
-    if variant == "two-adapters":
-        model.add_adapter("other", LoraConfig(**{**lora, "r": 4}))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name or "lora_embedding_A" in name:
-                parameter.copy_(0.2 * torch.randn_like(parameter))
-    return model
-
-
 def _save_variant(rank: int, world_size: int, engine_name: str, variant: str, folder: str) -> None:
     from safetensors.torch import save_file
 
     workload = synthetic_workload(steps=1)
-    wrapped = _wrap_variant(engine_name, _variant_model(variant), world_size)
+    wrapped = wrap_variant(engine_name, variant_model(variant), world_size)
     save_adapter(wrapped.model, f"{folder}/before")
-    _train_on(wrapped, workload.batches[0])
+    train_on(wrapped, workload.batches[0])
     save_adapter(wrapped.model, f"{folder}/after")
     wrapped.model.eval()
     with torch.no_grad():
         logits: Tensor = wrapped.model(input_ids=workload.batches[0][:2]).logits
     if rank == 0:
         save_file({"logits": logits.contiguous()}, f"{folder}/after.safetensors")
-
-
-def _wrap_variant(engine_name: str, model: PeftModel, world_size: int) -> Wrapped:
-    """As the engine under test, which asserts that nothing but factors is trained."""
-    workload = synthetic_workload(steps=1)
-    settings = workload.settings
-    model.train()
-    engine_name, _, tall = engine_name.partition("+")
-    if tall:
-        assert tall_adapters(model)
-    if engine_name == "ddp":
-        ddp = DistributedDataParallel(model)
-        return Wrapped(ddp, optimizer_of(ddp, settings), settings)
-    if engine_name == "fsdp2":
-        for layer in model.get_base_model().model.layers:
-            fully_shard(layer)
-        fully_shard(model)
-        return Wrapped(model, optimizer_of(model, settings), settings)
-    if engine_name.startswith("fsdp1"):
-        flat = engine_name == "fsdp1-flat"
-        policy = fsdp_auto_wrap_policy(model) if flat else ModuleWrapPolicy({LlamaDecoderLayer})
-        options: dict[str, Any] = {"use_orig_params": not flat, "device_id": torch.device("cpu")}
-        fsdp1 = FullyShardedDataParallel(model, auto_wrap_policy=policy, **options)
-        return Wrapped(fsdp1, optimizer_of(fsdp1, settings), settings)
-    stage = int(engine_name[4])
-    more = {"stage3_param_persistence_threshold": 0} if engine_name.endswith("persist-none") else {}
-    config = zero_config(settings, workload.batches.shape[1] // world_size, stage, **more)
-    engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer_of(model, settings), config=config)
-    return Zero(engine, optimizer, settings)
 
 
 @pytest.mark.parametrize(
@@ -187,16 +123,16 @@ def test_an_adapter_loaded_into_a_running_engine_is_trained_on(engine_name: str,
 
 
 def _load_again(rank: int, world_size: int, engine_name: str, folder: str, bare: bool) -> tuple[Factors, ...]:
-    workload, wrapped = _wrap(engine_name, world_size)
+    workload, wrapped = wrapped_workload(engine_name, world_size)
     model = wrapped.bare if bare else wrapped.model
     save_adapter(model, folder)
-    first = _as_float(wrapped.factors())
+    first = as_float(wrapped.factors())
     for batch in workload.batches[:2]:
-        _train_on(wrapped, batch)
-    moved = _as_float(wrapped.factors())
+        train_on(wrapped, batch)
+    moved = as_float(wrapped.factors())
     load_adapter(model, wrapped.optimizer, folder)
-    loaded = _as_float(wrapped.factors())
+    loaded = as_float(wrapped.factors())
     for group in wrapped.optimizer.param_groups:
         group["lr"] = 0.0
-    _train_on(wrapped, workload.batches[2])
-    return first, moved, loaded, _as_float(wrapped.factors())
+    train_on(wrapped, workload.batches[2])
+    return first, moved, loaded, as_float(wrapped.factors())

@@ -6,14 +6,12 @@ that restarts, a moment that is lost or a factor that is stale shows in the fact
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import os
+import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,17 +20,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from reflora_dist import RefLoRAConfig, attach, tall_adapters
+from reflora_dist import attach
 from reflora_dist.checkpoints.deepspeed_universal import was_round_robin
 from reflora_dist.checkpoints.training_state import load_checkpoint, save_adapter, save_checkpoint
+from tests.support.checkpoints import (
+    SAVED_AT,
+    STEPS,
+    as_float,
+    assert_no_frozen_base,
+    convert_to_universal,
+    method_config,
+    wrapped_workload,
+)
 from tests.support.cluster import run_ranks
 from tests.support.engines_under_test import ENGINES, WITHOUT_TALL
-from tests.support.engines_under_test.common import Wrapped, _train_on, mean_over_ranks
-from tests.support.engines_under_test.zero import _zero
+from tests.support.engines_under_test.common import mean_over_ranks, train_on
+from tests.support.refusals import message_of
 from tests.support.workloads import (
     Factors,
-    Workload,
-    build_model,
     synthetic_workload,
     worst_factor_error,
     worst_loss_error,
@@ -42,8 +47,6 @@ from tests.support.workloads import (
 OWN_LOOP = [name for name, engine in ENGINES.items() if not engine.takes_callback]
 OWN_LOOP += [f"{name}+tall" for name in OWN_LOOP if name not in WITHOUT_TALL]
 ZERO = ("zero1", "zero2", "zero3", "zero3-two-groups", "zero1-bf16")
-SAVED_AT, STEPS = 3, 5
-SCHEDULE: dict[str, Any] = {"warmup_steps": 1, "interval": 2}
 OTHER_RANKS_TOLERANCE = 1e-5  # another number of ranks sums gradients in another order; measured 8e-8
 # DDP and ZeRO-1/2 cut their first step's buckets differently, so a fresh process sums in another order; measured 7e-8
 REBUCKETED_TOLERANCE = 1e-6
@@ -59,41 +62,18 @@ class Outcome(NamedTuple):
     handle: dict[str, Any]
 
 
-def _wrap(
-    engine_name: str, world_size: int, universal: bool = False, method: str = "reflora"
-) -> tuple[Workload, Wrapped]:
-    workload = synthetic_workload(steps=STEPS)
-    engine_name, _, tall = engine_name.partition("+")
-    engine = ENGINES[engine_name]
-    rite = {"apply_escape": True} if method == "lora-rite" else None
-    settings = dataclasses.replace(workload.settings, clip=0.5, rite=rite)
-    model = build_model(workload, dtype=engine.model_dtype)
-    if tall:
-        assert tall_adapters(model) == len(workload.initial_factors) // 2
-    wrap = engine.wrap
-    if universal:
-        assert isinstance(wrap, functools.partial) and wrap.func is _zero
-        more = {**wrap.keywords.get("more", {}), "checkpoint": {"load_universal": True}}
-        wrap = functools.partial(wrap, more=more)
-    return workload, wrap(model, settings, workload.batches.shape[1] // world_size)
-
-
-def _config(method: str) -> RefLoRAConfig:
-    return RefLoRAConfig(method=method, **({} if method == "lora-rite" else SCHEDULE))
-
-
 def _train_and_save(
     rank: int, world_size: int, engine_name: str, method: str, folder: str, saved_at: int = SAVED_AT
 ) -> Outcome:
     """Train without interruption, saving on the way."""
-    workload, wrapped = _wrap(engine_name, world_size, method=method)
-    handle = attach(wrapped.model, wrapped.optimizer, _config(method))
+    workload, wrapped = wrapped_workload(engine_name, world_size, method=method)
+    handle = attach(wrapped.model, wrapped.optimizer, method_config(method))
     losses, at_checkpoint = [], {}
     for step, batch in enumerate(workload.batches):
         if step == saved_at:
             save_checkpoint(folder, wrapped.model, wrapped.optimizer, handle)
             at_checkpoint = wrapped.factors()
-        losses.append(_train_on(wrapped, batch))
+        losses.append(train_on(wrapped, batch))
     return Outcome(mean_over_ranks(losses)[saved_at:], at_checkpoint, wrapped.factors(), handle.state_dict())
 
 
@@ -107,14 +87,22 @@ def _resume(
     universal: bool = False,
 ) -> Outcome:
     """A fresh model and optimizer, loaded and trained to the end."""
-    workload, wrapped = _wrap(engine_name, world_size, universal, method)
+    workload, wrapped = wrapped_workload(engine_name, world_size, universal, method)
     state = load_checkpoint(folder, wrapped.model, wrapped.optimizer)
     if hasattr(wrapped.model, "micro_steps"):
         wrapped.model.micro_steps = wrapped.model.global_steps  # DeepSpeed starts it anew; the harness compares
-    handle = attach(wrapped.model, wrapped.optimizer, _config(method), state_dict=state)
+    handle = attach(wrapped.model, wrapped.optimizer, method_config(method), state_dict=state)
     at_checkpoint = wrapped.factors()
-    losses = [_train_on(wrapped, batch) for batch in workload.batches[saved_at:]]
+    losses = [train_on(wrapped, batch) for batch in workload.batches[saved_at:]]
     return Outcome(mean_over_ranks(losses), at_checkpoint, wrapped.factors(), handle.state_dict())
+
+
+def _refusals(rank: int, world_size: int, engine_name: str, method: str, folder: str) -> list[str]:
+    """What a run on this number of ranks is told, and one that wants a universal checkpoint before there is one."""
+    attempts = (
+        functools.partial(_resume, rank, world_size, engine_name, method, folder, SAVED_AT, u) for u in (False, True)
+    )
+    return [message_of(attempt) for attempt in attempts]
 
 
 _CHOSEN_GRADIENT_METHODS = {("fsdp2", "scaled-gd"), ("zero3", "lora-pro")}
@@ -164,9 +152,9 @@ def test_resumed_training_continues_as_if_uninterrupted(
         complete, run_ranks(_resume, world_size, engine_name, method, folder, saved_at), strict=True
     ):
         assert resumed.handle == expected.handle
-        assert worst_factor_error(resumed.at_checkpoint, _as_float(expected.at_checkpoint)) == 0.0
+        assert worst_factor_error(resumed.at_checkpoint, as_float(expected.at_checkpoint)) == 0.0
         assert worst_loss_error(resumed.losses, expected.losses) <= tolerance
-        assert worst_factor_error(resumed.factors, _as_float(expected.factors)) <= tolerance
+        assert worst_factor_error(resumed.factors, as_float(expected.factors)) <= tolerance
 
 
 def _assert_adapter_equals(folder: Path, factors: Factors) -> None:
@@ -174,28 +162,6 @@ def _assert_adapter_equals(folder: Path, factors: Factors) -> None:
     assert saved.keys() == {name.replace(".default", "") for name in factors}
     for name, factor in factors.items():
         assert torch.equal(saved[name.replace(".default", "")], factor), name
-
-
-def assert_no_frozen_base(folder: Path) -> None:
-    """No file under the folder holds the first values of any random base weight, in fp32 or bf16.
-
-    safetensors, torch.save and DCP all store tensors uncompressed, so the bytes would be found.
-    """
-    for path in folder.rglob("*"):
-        if path.is_file():
-            content = path.read_bytes()
-            held = [name for name, forms in _base_bytes().items() if any(form in content for form in forms)]
-            assert not held, f"{path} holds {held}"
-
-
-@functools.lru_cache
-def _base_bytes() -> dict[str, tuple[bytes, bytes]]:
-    weights = synthetic_workload(steps=1).base_weights
-    samples = {name: weight.flatten()[:16].contiguous() for name, weight in weights.items() if "norm" not in name}
-    return {
-        name: (sample.numpy().tobytes(), sample.bfloat16().view(torch.int16).numpy().tobytes())
-        for name, sample in samples.items()
-    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -236,17 +202,16 @@ def test_training_resumes_on_another_number_of_ranks(
     expected = run_ranks(_train_and_save, before, engine_name, method, folder)[0]
     universal = engine_name.partition("+")[0] in ZERO
     if universal:
-        with pytest.raises(RuntimeError, match=rf"written by {before} ranks .*ds_to_universal .*load_universal"):
-            run_ranks(_resume, after, engine_name, method, folder)
-        with pytest.raises(RuntimeError, match="holds no universal checkpoint"):
-            run_ranks(_resume, after, engine_name, method, folder, SAVED_AT, True)
-        _convert(tmp_path / "checkpoint")
+        for plain, converted in run_ranks(_refusals, after, engine_name, method, folder):
+            assert re.search(rf"written by {before} ranks .*ds_to_universal .*load_universal", plain), plain
+            assert "holds no universal checkpoint" in converted
+        convert_to_universal(tmp_path / "checkpoint")
         assert_no_frozen_base(tmp_path / "checkpoint")
     resumed = run_ranks(_resume, after, engine_name, method, folder, SAVED_AT, universal)
     tolerance = BF16_TOLERANCE if "bf16" in engine_name else OTHER_RANKS_TOLERANCE
     for outcome in resumed:
-        assert worst_factor_error(outcome.at_checkpoint, _as_float(expected.at_checkpoint)) == 0.0
-        assert worst_factor_error(outcome.factors, _as_float(expected.factors)) <= tolerance
+        assert worst_factor_error(outcome.at_checkpoint, as_float(expected.at_checkpoint)) == 0.0
+        assert worst_factor_error(outcome.factors, as_float(expected.factors)) <= tolerance
         assert worst_loss_error(outcome.losses, expected.losses) <= tolerance
         assert outcome.handle == expected.handle
 
@@ -265,7 +230,7 @@ def test_round_robin_runs_are_not_resumed_from_universal_checkpoints(tmp_path: P
         assert was_round_robin(path.parent) == (folder == robin)
     with pytest.raises(RuntimeError, match=r"written by 2 ranks .* round_robin_gradients: use 2 ranks"):
         run_ranks(_resume, 3, "zero2-round-robin", "reflora", str(robin))
-    _convert(robin)
+    convert_to_universal(robin)
     expected = rf"{robin}/state_universal was converted from .* resume from {robin}/state, .* use 2 ranks and take load"
     with pytest.raises(RuntimeError, match=expected):
         run_ranks(_resume, 2, "zero2", "reflora", str(robin), SAVED_AT, True)
@@ -273,17 +238,6 @@ def test_round_robin_runs_are_not_resumed_from_universal_checkpoints(tmp_path: P
     shutil.copy(plain / "state" / "mp_rank_00_model_states.pt", plain / "state_universal")
     with pytest.raises(RuntimeError, match=rf"parameters of {plain}/state_universal .* take round_robin_gradients out"):
         run_ranks(_resume, 2, "zero2-round-robin", "reflora", str(plain), SAVED_AT, True)
-
-
-def _convert(folder: Path) -> None:
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-    folders = ["--input_folder", str(folder / "state"), "--output_folder", str(folder / "state_universal")]
-    subprocess.run([*command, *folders], check=True, capture_output=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
-
-
-def _as_float(factors: Factors) -> Factors:
-    return {name: factor.float() for name, factor in factors.items()}
 
 
 # --- what is refused ---
@@ -355,7 +309,7 @@ def test_fsdp1_refuses_another_number_of_ranks(tmp_path: Path) -> None:
 
 
 def _error_of_loading(rank: int, world_size: int, engine_name: str, folder: str) -> str:
-    _, wrapped = _wrap(engine_name, world_size)
+    _, wrapped = wrapped_workload(engine_name, world_size)
     with pytest.raises((ValueError, FileNotFoundError, RuntimeError)) as caught:
         load_checkpoint(folder, wrapped.model, wrapped.optimizer)
     return str(caught.value)
@@ -370,7 +324,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_on_every_rank(tmp_path: Pat
 
 
 def _error_of_saving(rank: int, world_size: int, engine_name: str, folder: str) -> str:
-    _, wrapped = _wrap(engine_name, world_size)
+    _, wrapped = wrapped_workload(engine_name, world_size)
     with pytest.raises((OSError, RuntimeError)) as caught:
         save_adapter(wrapped.model, folder)
     return str(caught.value)
@@ -401,8 +355,8 @@ def test_a_killed_run_resumes_from_its_last_complete_checkpoint(engine_name: str
 def _train_until_killed(rank: int, world_size: int, engine_name: str, folder: str) -> None:
     import reflora_dist.checkpoints.training_state as checkpoint
 
-    workload, wrapped = _wrap(engine_name, world_size)
-    handle = attach(wrapped.model, wrapped.optimizer, _config("reflora"))
+    workload, wrapped = wrapped_workload(engine_name, world_size)
+    handle = attach(wrapped.model, wrapped.optimizer, method_config("reflora"))
     for step, batch in enumerate(workload.batches):
         if step == SAVED_AT:
             save_checkpoint(f"{folder}/step{step}", wrapped.model, wrapped.optimizer, handle)
@@ -410,4 +364,4 @@ def _train_until_killed(rank: int, world_size: int, engine_name: str, folder: st
             checkpoint.write_record = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
             save_checkpoint(f"{folder}/step{step}", wrapped.model, wrapped.optimizer, handle)
             os.kill(os.getpid(), signal.SIGKILL)
-        _train_on(wrapped, batch)
+        train_on(wrapped, batch)

@@ -20,7 +20,7 @@ from reflora_dist.checkpoints.errors import named_load_errors
 from reflora_dist.checkpoints.training_state import load_checkpoint, save_checkpoint
 from tests.support.cluster import run_ranks
 from tests.support.engines_under_test import ENGINES
-from tests.support.engines_under_test.common import _train_on
+from tests.support.engines_under_test.common import train_on
 from tests.support.small import backward, small_batches, small_model, train_small, trainable
 from tests.support.workloads import build_model, synthetic_workload
 
@@ -179,7 +179,7 @@ def _give_adamws_moments_to_lora_rite(rank: int, world_size: int, engine_name: s
         model = build_model(workload)
         wrapped = ENGINES[engine_name].wrap(model, settings, workload.batches.shape[1] // world_size)
         if rite is None:
-            _train_on(wrapped, workload.batches[0])
+            train_on(wrapped, workload.batches[0])
             save_checkpoint(folder, wrapped.model, wrapped.optimizer)
             continue
         load_checkpoint(folder, wrapped.model, wrapped.optimizer)

@@ -9,25 +9,19 @@ from typing import Any, NamedTuple
 import deepspeed
 import pytest
 import torch
-from peft import LoraConfig, LoraGAConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from reflora_dist import RefLoRAConfig, attach, export_adapter, initialize_adapters, replay_initialization
+from reflora_dist import attach, export_adapter, initialize_adapters, replay_initialization
 from reflora_dist.checkpoints.training_state import load_checkpoint, save_checkpoint
 from tests.support.cluster import run_ranks
 from tests.support.engines_under_test import ENGINES
-from tests.support.engines_under_test.common import Wrapped, _train_on, mean_over_ranks
+from tests.support.engines_under_test.common import mean_over_ranks, train_on
 from tests.support.engines_under_test.zero import zero_config
-from tests.support.workloads import Factors, synthetic_workload, worst_factor_error
+from tests.support.initializations import LOGIT_TOLERANCE, METHOD, STEPS, WORKLOAD, base_model, build_started, logits_of
+from tests.support.workloads import Factors, worst_factor_error
 
 INITS = ("kaiming_both", "pissa", "pissa_niter_4", "olora", "lora_ga")
-STEPS = 4
-# k_proj and v_proj are 32 x 64: LoRA-GA takes 2 r = 16 singular vectors
-WORKLOAD = synthetic_workload(steps=STEPS)
-METHOD = RefLoRAConfig(method="reflora", warmup_steps=0)
-# logits of magnitude 1 from weights rounded once more; a base that is not changed back is off by 0.3 and more
-LOGIT_TOLERANCE = 5e-6
 BF16_LOGIT_TOLERANCE = 5e-2
 
 
@@ -42,56 +36,11 @@ class Run(NamedTuple):
     logits: Tensor
 
 
-def base_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    base: Any = LlamaForCausalLM(LlamaConfig(**WORKLOAD.llama))
-    base.load_state_dict(WORKLOAD.base_weights)
-    base.config.use_cache = False
-    return base.to(dtype)
-
-
-def logits_of(model: Any) -> Tensor:
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        logits = model(input_ids=WORKLOAD.batches[0][:2]).logits.float()
-    model.train(training)
-    return logits.clone()
-
-
-def _leave_gradients(model: PeftModel) -> None:
-    """What PEFT's preprocess_loraga leaves, computed on a copy of the base in one process."""
-    base = base_model()
-    base(input_ids=WORKLOAD.batches[0], labels=WORKLOAD.batches[0]).loss.backward()
-    for name, layer in model.get_base_model().named_modules():
-        if hasattr(layer, "lora_A"):
-            layer.get_base_layer()._peft_loraga_grad = base.get_submodule(name).weight.grad
-
-
-def build(engine_name: str, init: str, world_size: int, checkpoint: str | None, rank: int) -> tuple[Wrapped, Factors]:
-    """The wrapped model with its start made, or repeated. Ranks have different seeds, which nothing may show."""
-    engine = ENGINES[engine_name]
-    torch.manual_seed(100 + rank)
-    base = base_model(engine.model_dtype)
-    if engine_name.startswith("zero3"):
-        config = zero_config(WORKLOAD.settings, 1, 3)
-        deepspeed.zero.Init(module=base, config_dict_or_path=config)
-        assert all(parameter.numel() == 0 for parameter in base.parameters())
-    model = get_peft_model(base, LoraConfig(**WORKLOAD.lora))
-    if checkpoint is not None:
-        replay_initialization(model, checkpoint)
-    else:
-        if init == "lora_ga" and rank == 0:
-            _leave_gradients(model)
-        initialize_adapters(model, init, lora_ga_config=LoraGAConfig() if init == "lora_ga" else None)
-    initial = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
-    return engine.wrap(model, WORKLOAD.settings, WORKLOAD.batches.shape[1] // world_size), initial
-
-
 def _run(
     rank: int, world_size: int, engine_name: str, init: str, folder: str, resume: bool, export: bool = True
 ) -> Run:
     checkpoint = f"{folder}/checkpoint"
-    wrapped, initial = build(engine_name, init, world_size, checkpoint if resume else None, rank)
+    wrapped, initial = build_started(engine_name, init, world_size, checkpoint if resume else None, rank)
     start = next(m for m in wrapped.model.modules() if isinstance(m, PeftModel))._reflora_start
     start_logits = logits_of(wrapped.model)
     state = load_checkpoint(checkpoint, wrapped.model, wrapped.optimizer) if resume else None
@@ -100,7 +49,7 @@ def _run(
     handle = attach(wrapped.model, wrapped.optimizer, METHOD, state_dict=state)
     losses = []
     for step in range(STEPS // 2 if resume else 0, STEPS):
-        losses.append(_train_on(wrapped, WORKLOAD.batches[step]))
+        losses.append(train_on(wrapped, WORKLOAD.batches[step]))
         if step + 1 == STEPS // 2:
             save_checkpoint(checkpoint, wrapped.model, wrapped.optimizer, handle)
     assert handle.report().skipped_pairs == 0
@@ -115,8 +64,6 @@ def _cases() -> Iterator[Any]:
         ("single", "pissa", 1),
         ("ddp", "lora_ga", 2),
         ("zero3", "kaiming_both", 2),
-        ("zero3", "pissa", 2),
-        ("fsdp2", "kaiming_both", 2),
         ("fsdp2", "pissa_niter_4", 2),
         ("fsdp1-full", "olora", 2),
         ("zero2", "kaiming_both", 2),
@@ -183,7 +130,8 @@ def test_a_run_resumes_on_another_number_of_ranks(world_size: int, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("engine_name", "world_size"), [("single", 1), pytest.param("zero3-bf16-masters", 2), ("zero2-bf16-masters", 2)]
+    ("engine_name", "world_size"),
+    [("single", 1), ("zero3-bf16-masters", 2), pytest.param("zero2-bf16-masters", 2, marks=pytest.mark.all_ranks)],
 )
 def test_a_bf16_base_is_rounded_alike_every_time(engine_name: str, world_size: int, tmp_path: Path) -> None:
     """``W - s B A`` is rounded to bf16, so the start differs from the base by rounding; resumed it differs alike."""

@@ -16,7 +16,7 @@ from reflora_dist import export_adapter, initialize_adapters, replay_initializat
 from reflora_dist.checkpoints.training_state import save_adapter
 from reflora_dist.starts.base_change import Block, blocks_of_flat_piece, checksum, subtract_product
 from reflora_dist.starts.convert import exact_pattern
-from tests.checkpoints.test_initializations import WORKLOAD, _leave_gradients, base_model
+from tests.support.initializations import WORKLOAD, base_model, leave_gradients
 
 # --- the change of a weight ---
 
@@ -107,7 +107,7 @@ def test_factors_are_those_that_peft_computes(init: str, rslora: bool, monkeypat
     torch.manual_seed(0)
     model = get_peft_model(base_model(), LoraConfig(**WORKLOAD.lora, **more))
     if ga is not None:
-        _leave_gradients(model)
+        leave_gradients(model)
     initialize_adapters(model, init, lora_ga_config=ga)
     expected = dict(peft_own.named_parameters())
     for name, parameter in model.named_parameters():

@@ -23,8 +23,8 @@ from reflora_dist import (
 )
 from reflora_dist.checkpoints.start_file import FILE_NAME
 from reflora_dist.checkpoints.training_state import load_adapter, load_checkpoint, save_adapter, save_checkpoint
-from tests.checkpoints.test_initializations import LOGIT_TOLERANCE, WORKLOAD, base_model, logits_of
 from tests.support.cluster import run_ranks
+from tests.support.initializations import LOGIT_TOLERANCE, WORKLOAD, base_model, logits_of
 
 
 def _started(init: str = "kaiming_both", **lora: Any) -> PeftModel:

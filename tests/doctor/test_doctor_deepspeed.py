@@ -9,7 +9,7 @@ import pytest
 
 from reflora_dist.doctor import DoctorOptions, diagnose
 from reflora_dist.doctor.__main__ import main
-from tests.doctor.test_doctor import ZERO3, found, written, zero3
+from tests.support.doctor import ZERO3, found, written, zero3
 
 WITHOUT_MICRO = {key: value for key, value in ZERO3.items() if key != "train_micro_batch_size_per_gpu"}
 

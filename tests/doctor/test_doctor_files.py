@@ -9,18 +9,10 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import LlamaConfig
 
 from reflora_dist.doctor import DoctorOptions, diagnose
 from reflora_dist.doctor.diagnosis import Diagnosis
-from tests.doctor.test_doctor import FSDP2, SMALL, WRAPPED, ZERO3, found, written
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    LlamaConfig(**SMALL).save_pretrained(folder)
-    return str(folder)
+from tests.support.doctor import FSDP2, SMALL, WRAPPED, ZERO3, found, written
 
 
 def test_one_file_twice_is_one_file(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
 from launchers.training.quantized import quantization_config
 from reflora_dist.doctor import DoctorOptions, diagnose
 from reflora_dist.doctor.diagnosis import Diagnosis
-from tests.doctor.test_doctor import SMALL, found
+from tests.support.doctor import SMALL, found
 
 NF4 = quantization_config(torch.bfloat16).to_dict()
 

@@ -18,8 +18,8 @@ from reflora_dist.doctor.options import OPTIMIZERS
 from reflora_dist.doctor.ranks import time_collectives
 from reflora_dist.doctor.setup import Setup
 from reflora_dist.step.traffic import Traffic
-from tests.doctor.test_doctor import FSDP1, FSDP2, SMALL, ZERO3, found, written, zero3
 from tests.support.cluster import run_ranks
+from tests.support.doctor import FSDP1, FSDP2, SMALL, ZERO3, found, written, zero3
 from tests.support.launchers import REPOSITORY
 
 ZERO3_FILE = REPOSITORY / "ds_configs" / "zero3.json"

@@ -18,11 +18,9 @@ from reflora_dist.doctor.held import factor_layouts
 from reflora_dist.doctor.setup import Setup
 from reflora_dist.doctor.tables import text
 from reflora_dist.step.traffic import Traffic
-from tests.doctor import test_doctor
-from tests.doctor.test_doctor import FSDP1, FSDP2, SMALL, ZERO3, found, written, zero3
+from tests.support.doctor import FSDP1, FSDP2, SMALL, ZERO3, found, written, zero3
 from tests.support.launchers import REPOSITORY
 
-small_model = test_doctor.small_model
 PAIRS = [(16, 768, 256), (8, 1000, 4096), (16, 10_000, 4096)]  # r, in, out
 ENGINES = ["zero2", "zero3", "fsdp2", "fsdp1"]
 
@@ -92,6 +90,7 @@ def test_every_rank_sends_what_its_retiler_plans(engine: str, tall: bool) -> Non
 FLAT_ENGINES = [(ZERO3, "zero3"), (zero3(stage=2), "zero2"), (FSDP2, "fsdp2"), (FSDP1, "fsdp1")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "engine"), FLAT_ENGINES, ids=[engine for _, engine in FLAT_ENGINES])
 def test_what_flat_adapters_cost_is_said_before(
     config: dict[str, Any], engine: str, small_model: str, tmp_path: Path

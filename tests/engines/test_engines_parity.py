@@ -16,7 +16,7 @@ import pytest
 from tests.support.cluster import run_ranks
 from tests.support.engines_under_test import ENGINES, WITHOUT_TALL
 from tests.support.parity import Run, train_all
-from tests.support.workloads import FACTOR_TOLERANCE, LOSS_TOLERANCE, needs_reference, reference_cases
+from tests.support.workloads import FACTOR_TOLERANCE, LOSS_TOLERANCE, reference_cases
 
 # One of each kind of layout, optimizer and driver, on 2 to 4 ranks; --all-ranks runs the rest.
 _DEFAULT = {
@@ -44,19 +44,30 @@ _NEEDS_ADAM = ("zero2-offload-cpu-adam", "zero3-offload-cpu-adam")
 
 # Engines under which every rank holds the factors whole: how lora_A is stored makes no difference to what is sent.
 _WHOLE = ("single", "ddp", "ddp-accelerate", "ddp-trainer", "ddp-sft", "fsdp1-no-shard")
-# What runs by default with the storage that users do not get by themselves.
-_SOME = ("lora", "reflora", "reflora-clip", "lora-rite", "scaled-gd", "lora-pro accumulated clipped")
+# What runs by default: every method once, with the storage that users do not get by themselves,
+_SOME = ("lora", "reflora", "reflora-s", "lora-rite", "scaled-gd", "lora-pro accumulated clipped")
+# a schedule and accumulation too with the other one,
+_MORE = (*_SOME, "reflora-warmup2-interval2", "reflora accumulated", "reflora-clip")
+# and all runs with it under these engines.
+_IN_FULL = ("single", "ddp", "fsdp2", "fsdp1-full", "zero2", "zero3")
 
 
 def _runs(engine_name: str, all_of_them: bool) -> list[Run]:
     """With lora_A stored tall, as the package does where factors are sharded, and as PEFT stores it.
 
-    Both in full where ``all_of_them``, else some of the second.
+    Both in full where ``all_of_them``, else some of them.
     """
     runs = _runs_of_one_storage(engine_name)
     tall = [] if engine_name in WITHOUT_TALL else [dataclasses.replace(run, tall=True) for run in runs]
     most, fewer = (runs, tall) if engine_name in (*_WHOLE, *WITHOUT_TALL) else (tall, runs)
-    return most + [run for run in fewer if all_of_them or run.label.removesuffix(" tall") in _SOME]
+    if all_of_them:
+        return most + fewer
+    most = most if engine_name in _IN_FULL else _among(most, _MORE)
+    return most + _among(fewer, _SOME)
+
+
+def _among(runs: list[Run], labels: tuple[str, ...]) -> list[Run]:
+    return [run for run in runs if run.label.removesuffix(" tall") in labels]
 
 
 def _runs_of_one_storage(engine_name: str) -> list[Run]:
@@ -87,7 +98,6 @@ def _combinations() -> Iterator[Any]:
             yield pytest.param(name, world_size, marks=marks, id=f"{name}-{world_size}ranks")
 
 
-@needs_reference
 @pytest.mark.parametrize(("engine_name", "world_size"), _combinations())
 def test_engine_follows_the_reference(engine_name: str, world_size: int, request: pytest.FixtureRequest) -> None:
     """Factors and losses of every case agree with the reference on every rank, and the check can fail.

@@ -14,7 +14,7 @@ from reflora_dist import LoRARite, RefLoRAConfig, attach
 from reflora_dist.engines.pairs import find_pairs
 from tests.support.cluster import run_ranks
 from tests.support.engines_under_test import ENGINES, zero
-from tests.support.engines_under_test.common import _train_on, copied
+from tests.support.engines_under_test.common import copied, train_on
 from tests.support.oracles import RiteOracle, factors_in_pairs
 from tests.support.small import trainable
 from tests.support.workloads import (
@@ -72,7 +72,7 @@ def _with_others_on_ranks(rank: int, world_size: int, engine: str) -> Factors:
     wrapped = ENGINES[engine].wrap(_llama_with_others(), WITH_OTHERS, 12 // world_size)
     attach(wrapped.model, wrapped.optimizer, CONFIG)
     for batch in synthetic_workload().batches:
-        _train_on(wrapped, batch)
+        train_on(wrapped, batch)
     parameters = _trained(getattr(wrapped.model, "module", wrapped.model))
     if engine.startswith("zero3"):
         with deepspeed.zero.GatheredParameters(list(parameters.values())):
@@ -137,7 +137,7 @@ def _held_state(rank: int, world_size: int, engine: str) -> tuple[int, int, list
     wrapped = ENGINES[engine].wrap(build_model(workload), settings, 12 // world_size)
     handle = attach(wrapped.model, wrapped.optimizer, CONFIG)
     for batch in workload.batches[:2]:
-        _train_on(wrapped, batch)
+        train_on(wrapped, batch)
     pairs, held, whole = handle._engine.pairs, 0, []
     shapes = [shape for pair in pairs for shape in (pair.shape_a, pair.shape_b)]
     for index, (moments, (rows, columns)) in enumerate(zip(handle._engine.moments(), shapes, strict=True)):

@@ -19,28 +19,16 @@ from reflora_dist.engines.pairs import find_pairs
 from reflora_dist.engines.zero import _refuse_unsupported
 from tests.support.cluster import run_ranks
 from tests.support.engines_under_test import ENGINES
-from tests.support.engines_under_test.common import _train_on, trainable
+from tests.support.engines_under_test.common import train_on, trainable
+from tests.support.refusals import CONFIG, adamw, message_of
 from tests.support.workloads import Settings, build_model, named_factors, synthetic_workload
 
-CONFIG = RefLoRAConfig(method="reflora", warmup_steps=0)
 DEEPSPEED = {"train_micro_batch_size_per_gpu": 6, "zero_allow_untested_optimizer": True}
-
-
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(trainable(model), lr=1e-3)
-
-
-def _message(attempt: Any) -> str:
-    try:
-        attempt()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
 
 
 def _different_configs(rank: int, world_size: int) -> str:
     model = DistributedDataParallel(build_model(synthetic_workload()))
-    return _message(lambda: attach(model, adamw(model), RefLoRAConfig(warmup_steps=10 * rank)))
+    return message_of(lambda: attach(model, adamw(model), RefLoRAConfig(warmup_steps=10 * rank)))
 
 
 def test_ranks_with_different_configs() -> None:
@@ -54,7 +42,7 @@ def _error_on_one_rank(rank: int, world_size: int) -> str:
     optimizer = adamw(model)
     if rank == 1:
         next(iter(named_factors(model).values())).requires_grad_(False)
-    return _message(lambda: attach(model, optimizer, CONFIG))
+    return message_of(lambda: attach(model, optimizer, CONFIG))
 
 
 def test_error_on_one_rank_is_an_error_on_all() -> None:
@@ -65,7 +53,7 @@ def test_error_on_one_rank_is_an_error_on_all() -> None:
 
 def _replicas_that_differ(rank: int, world_size: int) -> str:
     model = build_model(synthetic_workload(seed=rank))
-    return _message(lambda: attach(model, adamw(model), CONFIG))
+    return message_of(lambda: attach(model, adamw(model), CONFIG))
 
 
 def test_replicas_that_differ() -> None:
@@ -75,7 +63,7 @@ def test_replicas_that_differ() -> None:
 
 def _wrapped_twice(rank: int, world_size: int) -> str:
     model = DistributedDataParallel(DistributedDataParallel(build_model(synthetic_workload())))
-    return _message(lambda: attach(model, adamw(model), CONFIG))
+    return message_of(lambda: attach(model, adamw(model), CONFIG))
 
 
 def test_model_wrapped_twice() -> None:
@@ -87,7 +75,7 @@ def _optimizer_from_before_sharding(rank: int, world_size: int) -> str:
     model = build_model(synthetic_workload())
     optimizer = adamw(model)
     fully_shard(model)
-    return _message(lambda: attach(model, optimizer, CONFIG))
+    return message_of(lambda: attach(model, optimizer, CONFIG))
 
 
 def test_optimizer_from_before_sharding() -> None:
@@ -108,7 +96,7 @@ def _sharded_after_attach(rank: int, world_size: int, engine: str) -> tuple[str,
         sharded = trainable(model)
         before = [p.to_local().clone() for p in sharded]
         model(input_ids=workload.batches[0], labels=workload.batches[0]).loss.backward()
-        message = _message(handle_optimizer.step)
+        message = message_of(handle_optimizer.step)
         return message, all(torch.equal(p.to_local(), q) for p, q in zip(sharded, before, strict=True))
     import deepspeed
 
@@ -122,7 +110,7 @@ def _sharded_after_attach(rank: int, world_size: int, engine: str) -> tuple[str,
     zero = wrapped.optimizer
     masters = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
     before = [master.detach().clone() for master in masters]
-    message = _message(wrapped.step)
+    message = message_of(wrapped.step)
     return message, all(torch.equal(p, q) for p, q in zip(masters, before, strict=True))
 
 
@@ -148,7 +136,7 @@ def _deepspeed_option(rank: int, world_size: int, options: dict[str, Any]) -> st
     optimizer = adamw(model)
     config = {**DEEPSPEED, **options}
     engine, zero, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    return _message(lambda: attach(engine, zero, CONFIG))
+    return message_of(lambda: attach(engine, zero, CONFIG))
 
 
 @pytest.mark.parametrize("case", DEEPSPEED_REFUSALS)
@@ -180,7 +168,7 @@ def _tensor_parallel(rank: int, world_size: int) -> str:
     for pair in find_pairs(model):
         for module in pair.factor_modules():
             module.weight = nn.Parameter(distribute_tensor(module.weight.detach(), mesh, [Shard(0), Shard(0)]))
-    return _message(lambda: attach(model, adamw(model), CONFIG))
+    return message_of(lambda: attach(model, adamw(model), CONFIG))
 
 
 def test_tensor_parallel_adapters() -> None:
@@ -193,7 +181,7 @@ def _plain_optimizer_under_zero3(rank: int, world_size: int) -> str:
     model = build_model(workload)
     optimizer = adamw(model)
     ENGINES["zero3"].wrap(model, Settings(), 6)
-    return _message(lambda: attach(model, optimizer, CONFIG))
+    return message_of(lambda: attach(model, optimizer, CONFIG))
 
 
 def test_plain_optimizer_under_zero3() -> None:
@@ -208,7 +196,7 @@ def _missing_from_zero(rank: int, world_size: int, stage: int) -> str:
     some = torch.optim.AdamW(list(named_factors(model).values())[:-2], lr=1e-3)
     config = {**DEEPSPEED, "zero_optimization": {"stage": stage}}
     engine, zero, *_ = deepspeed.initialize(model=model, optimizer=some, config=config)
-    return _message(lambda: attach(engine, zero, CONFIG))
+    return message_of(lambda: attach(engine, zero, CONFIG))
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -220,7 +208,7 @@ def test_zero_that_does_not_hold_a_factor(stage: int) -> None:
 def _lora_b_by_columns(rank: int, world_size: int) -> str:
     model = build_model(synthetic_workload())
     fully_shard(model, shard_placement_fn=lambda p: Shard(1) if p.ndim == 2 and p.shape[1] == 8 else Shard(0))
-    return _message(lambda: attach(model, adamw(model), CONFIG))
+    return message_of(lambda: attach(model, adamw(model), CONFIG))
 
 
 def test_lora_b_sharded_by_columns() -> None:
@@ -233,7 +221,7 @@ def _detached(rank: int, world_size: int) -> bool:
     wrapped = ENGINES["fsdp2"].wrap(build_model(workload), Settings(), 6)
     handle = attach(wrapped.model, wrapped.optimizer, CONFIG)
     handle.detach()
-    _train_on(wrapped, workload.batches[0])
+    train_on(wrapped, workload.batches[0])
     dist.barrier()
     return handle.report().steps == 0
 

@@ -18,10 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from reflora_dist import RefLoRAConfig, attach, tall_adapters
 from reflora_dist.checkpoints.training_state import load_checkpoint, save_checkpoint
-from tests.engines.test_refusals_ranks import CONFIG, _message, adamw
 from tests.support.cluster import run_ranks
 from tests.support.engines_under_test import ENGINES
-from tests.support.engines_under_test.common import Wrapped, _train_on, trainable
+from tests.support.engines_under_test.common import Wrapped, train_on, trainable
+from tests.support.refusals import CONFIG, adamw, message_of
 from tests.support.workloads import Factors, Settings, build_model, synthetic_workload, worst_factor_error
 
 # --- what comes too late ---
@@ -31,13 +31,13 @@ def _too_late(rank: int, world_size: int) -> list[str]:
     models = [build_model(synthetic_workload(steps=1)) for _ in range(2)]
     fully_shard(models[1])
     messages = [
-        _message(lambda: tall_adapters(DistributedDataParallel(models[0]))),
-        _message(lambda: tall_adapters(models[1])),
+        message_of(lambda: tall_adapters(DistributedDataParallel(models[0]))),
+        message_of(lambda: tall_adapters(models[1])),
     ]
     for engine_name in ("fsdp1-full", "zero2", "zero3"):
         wrapped = ENGINES[engine_name].wrap(build_model(synthetic_workload(steps=1)), Settings(), 6)
-        messages.append(_message(lambda wrapped=wrapped: tall_adapters(wrapped.model)))
-        messages.append(_message(lambda wrapped=wrapped: tall_adapters(wrapped.bare)))
+        messages.append(message_of(lambda wrapped=wrapped: tall_adapters(wrapped.model)))
+        messages.append(message_of(lambda wrapped=wrapped: tall_adapters(wrapped.bare)))
     return messages
 
 
@@ -95,7 +95,7 @@ def _save(rank: int, world_size: int, engine_name: str, tall: bool, folder: str,
     for step, batch in enumerate(workload.batches):
         if step == 2:
             save_checkpoint(folder, wrapped.model, wrapped.optimizer, handle)
-        _train_on(wrapped, batch)
+        train_on(wrapped, batch)
     return wrapped.factors()
 
 
@@ -111,7 +111,7 @@ def _continue(rank: int, world_size: int, engine_name: str, tall: bool, folder: 
         return message
     attach(wrapped.model, wrapped.optimizer, _config(method), state_dict=state)
     for batch in workload.batches[2:]:
-        _train_on(wrapped, batch)
+        train_on(wrapped, batch)
     return wrapped.factors()
 
 
@@ -175,7 +175,7 @@ def _first_step(model: nn.Module, batch: torch.Tensor) -> str:
     attach(model, optimizer, CONFIG)
     model(input_ids=batch, labels=batch).loss.backward()
     before = [parameter.detach().clone() for parameter in trainable(model)]
-    message = _message(optimizer.step)
+    message = message_of(optimizer.step)
     unchanged = all(map(torch.equal, before, trainable(model)))
     assert unchanged == (message != "no error")  # refused before the update
     return message

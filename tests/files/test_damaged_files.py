@@ -23,6 +23,7 @@ from tests.support.damage import damaged
 from tests.support.small import small_batches, small_model, train_small, trainable
 from tests.support.tally import tried
 
+pytestmark = pytest.mark.slow
 _CONFIG = RefLoRAConfig(warmup_steps=0)
 _FILES = ["adapter_model.safetensors", "adapter_config.json", "reflora.json", "state/.metadata", "state/__0_0.distcp"]
 

@@ -95,6 +95,17 @@ def test_a_checkpoint_as_it_was_written_is_read(tmp_path: Path) -> None:
     assert all(map(torch.equal, trainable(model), trainable(other)))
 
 
+@pytest.mark.parametrize("missing", ["state_dict_metadata", "storage_data", "relative_path", "offset", "length"])
+def test_metadata_without_a_field_is_refused(missing: str, tmp_path: Path) -> None:
+    """One damaged byte renames a field of a pickle."""
+    state = tmp_path / "checkpoint" / "state"
+    saved(state.parent)
+    damaged = (state / ".metadata").read_bytes().replace(missing.encode(), f"x{missing[1:]}".encode())
+    (state / ".metadata").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"\.metadata is damaged .* take another checkpoint"):
+        SafeReader(state).read_metadata()
+
+
 def test_who_trusts_a_file_reads_it(tmp_path: Path) -> None:
     torch.save({"x": Trap(tmp_path / "sprung")}, tmp_path / "a.pt")
     load_states(tmp_path / "a.pt", trust_pickles=True)

@@ -23,9 +23,9 @@ from reflora_dist.methods.reference import ReferenceRefLoRA, refactorization
 from reflora_dist.methods.registry import METHODS
 from reflora_dist.step.gradient_step import GradientStep
 from reflora_dist.step.solver import Solver
-from tests.algebra.test_kernels_interpreted import blocks_of_all_sizes
-from tests.algebra.test_refactor import factor, relative
-from tests.algebra.test_solving import stepped
+from tests.support.kernels import blocks_of_all_sizes
+from tests.support.matrices import factor, relative
+from tests.support.solving import stepped
 from tests.support.workloads import build_model, named_factors, synthetic_workload, worst_factor_error
 
 pytestmark = pytest.mark.gpu

@@ -19,10 +19,10 @@ import torch
 from reflora_dist.algebra import kernels
 from tests.support.engines_under_test import ENGINES, WITHOUT_TALL
 from tests.support.launched import launched
-from tests.support.workloads import FACTOR_TOLERANCE, LOSS_TOLERANCE, needs_reference, reference_cases
+from tests.support.launchers import REPOSITORY
+from tests.support.workloads import FACTOR_TOLERANCE, LOSS_TOLERANCE, reference_cases
 
 pytestmark = pytest.mark.gpu
-REPOSITORY = Path(__file__).resolve().parents[2]
 # oracles of methods without a published trajectory
 _METHODS = ("lora:scaled-gd", "lora:lora-pro")
 _RANKS = {
@@ -63,7 +63,6 @@ def _combinations() -> Iterator[Any]:
             yield pytest.param(engine, number, id=f"{engine}-{number}ranks")
 
 
-@needs_reference
 @pytest.mark.parametrize(("engine_name", "ranks"), _combinations())
 def test_engine_follows_the_reference_on_a_gpu(engine_name: str, ranks: int, tmp_path: Path) -> None:
     cases = [*reference_cases(), *_METHODS]
@@ -77,7 +76,7 @@ def test_engine_follows_the_reference_on_a_gpu(engine_name: str, ranks: int, tmp
         "--nproc-per-node",
         str(ranks),
     ]
-    command += [str(REPOSITORY / "tests" / "parity_program.py"), engine_name, str(tmp_path), *cases]
+    command += [str(REPOSITORY / "tests" / "support" / "parity_program.py"), engine_name, str(tmp_path), *cases]
     gpus = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus))))
     with launched(command, tmp_path, CUDA_VISIBLE_DEVICES=visible, **_ENVIRONMENT) as job:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
+from tests.support.finetune import accelerate_launch, launch_environment
 from tests.support.launchers import REPOSITORY
 
 DEEPSPEED = sorted((REPOSITORY / "ds_configs").glob("*.json"))
@@ -193,7 +193,7 @@ def test_the_command_line_makes_it_one_of_several_machines(path: Path) -> None:
     several += ["--main_process_ip=10.0.0.1", "--main_process_port=29500"]
     if path.stem == "fsdp2_hsdp":
         several += ["--parallelism_config_dp_replicate_size=2", "--parallelism_config_dp_shard_size=8"]
-    arguments, environment = _launched(path.stem, *several)
+    arguments, environment = accelerate_launch(path.stem, *several)
     assert (arguments.nnodes, arguments.nproc_per_node, arguments.node_rank) == ("2", "8", 1)
     assert (arguments.rdzv_backend, arguments.rdzv_endpoint) == ("static", "10.0.0.1:29500")
     if path.stem == "fsdp2_hsdp":
@@ -225,28 +225,6 @@ def test_the_fsdp_plugin_becomes_what_the_file_says(version: int, monkeypatch: p
         assert plugin.sharding_strategy.name == "FULL_SHARD"
     else:
         assert plugin.reshard_after_forward is True
-
-
-def launch_environment(config: str, *options: str) -> dict[str, str]:
-    """The variables that ``accelerate launch --config_file`` gives the training script."""
-    wanted = ("ACCELERATE_", "FSDP_", "PARALLELISM_")
-    return {k: str(v) for k, v in _launched(config, *options)[1].items() if k.startswith(wanted)}
-
-
-def _launched(config: str, *options: str) -> tuple[argparse.Namespace, dict[str, str]]:
-    """What ``accelerate launch`` tells torch's launcher, and the variables it sets for the script."""
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-
-    path = REPOSITORY / "launchers" / "accelerate" / f"{config}.yaml"
-    command = ["--config_file", str(path), *options, "script.py"]
-    arguments: argparse.Namespace = _validate_launch_command(launch_command_parser().parse_args(command))[0]
-    if not arguments.use_deepspeed:
-        return arguments, prepare_multi_gpu_env(arguments)
-    arguments.deepspeed_fields_from_accelerate_config = ""  # what launch_command would put there is for its messages
-    own_launcher, environment = prepare_deepspeed_cmd_env(arguments)
-    assert own_launcher is None  # torch's is taken
-    return arguments, environment
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)

@@ -16,6 +16,8 @@ from launchers.data.embedded import EmbeddedSettings, ensure_model, ensure_recor
 from launchers.data.records import load_records
 from tests.support.launchers import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def text() -> stdlib_text.StandardLibraryText:

@@ -330,7 +330,6 @@ def test_recorded_answers_give_the_table(
 
 
 @needs_data
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
     [

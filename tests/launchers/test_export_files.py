@@ -20,7 +20,7 @@ from reflora_dist.export import merge
 from reflora_dist.export.merge import merge_adapter
 from reflora_dist.files import output_folder
 from reflora_dist.files.stored_weights import Entry, write_file
-from tests.launchers.test_export_merge import _CASES, _assert_same_bits, _save_adapter, _save_base
+from tests.support.merging import MERGE_CASES, assert_same_bits, save_adapter, save_base
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -49,7 +49,7 @@ def test_what_is_streamed_is_what_the_library_reads(
     ]
     done: list[int] = []
     write_file(tmp_path / "streamed.safetensors", entries, {"format": "pt"}, done.append)
-    _assert_same_bits(load_file(tmp_path / "streamed.safetensors"), tensors)
+    assert_same_bits(load_file(tmp_path / "streamed.safetensors"), tensors)
     assert sum(done) == sum(tensor.nbytes for tensor in tensors.values())
     content = (tmp_path / "streamed.safetensors").read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
@@ -62,8 +62,8 @@ def test_what_is_streamed_is_what_the_library_reads(
 @pytest.fixture(scope="module")
 def base_and_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
-    _save_base("llama", False, folder / "base")
-    _save_adapter(LlamaForCausalLM.from_pretrained(folder / "base"), _CASES["linear"][2], folder / "adapter")
+    save_base("llama", False, folder / "base")
+    save_adapter(LlamaForCausalLM.from_pretrained(folder / "base"), MERGE_CASES["linear"][2], folder / "adapter")
     return folder
 
 

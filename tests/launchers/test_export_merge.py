@@ -16,100 +16,26 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     DebertaV2Config,
     DebertaV2ForMaskedLM,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
 )
 
 from reflora_dist import initialize_adapters
 from reflora_dist.export.merge import merge_adapter
-from reflora_dist.lora_sb import LoraXSConfig
+from tests.support.launchers import REPOSITORY
+from tests.support.merging import _LLAMA, _LORA, MERGE_CASES, assert_same_bits, save_adapter, save_base
 
-_LLAMA: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-    "max_position_embeddings": 32,
-}
-_LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
-_GPT2: dict[str, Any] = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, **_LORA}
 _TOKENS = torch.arange(12)[None]
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-# name: base, tied embeddings, adapter
-_CASES: dict[str, tuple[str, bool, Any]] = {
-    "linear": ("llama", False, LoraConfig(target_modules="all-linear", **_LORA)),
-    "patterns-rslora": (
-        "llama",
-        False,
-        LoraConfig(
-            target_modules="all-linear",
-            use_rslora=True,
-            rank_pattern={"layers.1.self_attn.q_proj": 7, "k_proj": 2},
-            alpha_pattern={"down_proj": 3},
-            **_LORA,
-        ),
-    ),
-    "dora": ("llama", True, LoraConfig(target_modules="all-linear", use_dora=True, **_LORA)),
-    "embedding": ("llama", False, LoraConfig(target_modules=["embed_tokens", "q_proj"], **_LORA)),
-    "head-beside-tied-embedding": (
-        "llama",
-        True,
-        LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head", "input_layernorm"], **_LORA),
-    ),
-    "tied-embedding-saved": (
-        "llama",
-        True,
-        LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True, **_LORA),
-    ),
-    "conv1d": ("gpt2", True, LoraConfig(**_GPT2)),
-    "conv1d-dora": ("gpt2", True, LoraConfig(use_dora=True, **_GPT2)),
-    "trained-biases": ("gpt2", True, LoraConfig(bias="all", **_GPT2)),
-    "bias-of-lora": ("gpt2", True, LoraConfig(lora_bias=True, **_GPT2)),
-    "lora-xs": ("llama", False, LoraXSConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM")),
-}
-
-
-def _save_base(kind: str, tied: bool, folder: Path, dtype: torch.dtype = torch.float32, **more: Any) -> type:
-    """A random model in several files."""
-    torch.manual_seed(0)
-    if kind == "llama":
-        model: Any = LlamaForCausalLM(LlamaConfig(**{**_LLAMA, "tie_word_embeddings": tied, **more}))
-    else:
-        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32))
-    model.to(dtype).save_pretrained(folder, max_shard_size="8KB")
-    return type(model)
-
-
-def _save_adapter(base: Any, config: Any, folder: Path) -> None:
-    """All that the adapter trains is random, so that nothing is zero or one."""
-    model = get_peft_model(base, copy.deepcopy(config))  # PEFT writes the modules that it found into it
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad or "lora_" in name:
-                parameter.normal_(std=0.1)
-    model.save_pretrained(folder)
-
-
-def _assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert actual[name].dtype == tensor.dtype and torch.equal(actual[name], tensor), name
 
 
 def _cases() -> Any:
     default = {("dora", torch.bfloat16), ("linear", torch.bfloat16), ("head-beside-tied-embedding", torch.bfloat16)}
-    for name in _CASES:
+    for name in MERGE_CASES:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             chosen = dtype == torch.float32 or (name, dtype) in default
             yield pytest.param(name, dtype, marks=[] if chosen else [pytest.mark.all_ranks])
@@ -118,15 +44,15 @@ def _cases() -> Any:
 @pytest.mark.parametrize(("name", "dtype"), _cases())
 def test_merged_weights_are_pefts_to_the_last_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Loaded by transformers, every weight has the bits that PEFT's merge gives, and the files are the base's."""
-    kind, tied, config = _CASES[name]
-    base_class: Any = _save_base(kind, tied, tmp_path / "base", dtype)
-    _save_adapter(base_class.from_pretrained(tmp_path / "base"), config, tmp_path / "adapter")
+    kind, tied, config = MERGE_CASES[name]
+    base_class: Any = save_base(kind, tied, tmp_path / "base", dtype)
+    save_adapter(base_class.from_pretrained(tmp_path / "base"), config, tmp_path / "adapter")
     expected = PeftModel.from_pretrained(base_class.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     expected = expected.merge_and_unload()
     merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=str(tmp_path / "base"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged.dtype == dtype and type(merged) is base_class
-    _assert_same_bits(merged.state_dict(), expected.state_dict())
+    assert_same_bits(merged.state_dict(), expected.state_dict())
     assert merged.config.tie_word_embeddings == expected.config.tie_word_embeddings
     files = {path.name for path in (tmp_path / "base").iterdir()}
     assert {path.name for path in (tmp_path / "merged").iterdir()} == files and len(files) > 5
@@ -161,7 +87,7 @@ def test_any_shape_and_pattern_is_merged_as_by_peft(
     folder = tmp_path / "example"
     shutil.rmtree(folder, ignore_errors=True)
     shape = {"hidden_size": heads[0] * head_dim, "intermediate_size": intermediate, "head_dim": head_dim}
-    _save_base("llama", False, folder / "base", num_attention_heads=heads[0], num_key_value_heads=heads[1], **shape)
+    save_base("llama", False, folder / "base", num_attention_heads=heads[0], num_key_value_heads=heads[1], **shape)
     keys = st.sampled_from(["q_proj", "layers.1.mlp.up_proj", r".*\.0\..*proj", "layers.0.self_attn.k_proj", "proj"])
     config = LoraConfig(
         r=data.draw(st.integers(1, 9)),
@@ -173,11 +99,11 @@ def test_any_shape_and_pattern_is_merged_as_by_peft(
         use_dora=dora,
         task_type="CAUSAL_LM",
     )
-    _save_adapter(LlamaForCausalLM.from_pretrained(folder / "base"), config, folder / "adapter")
+    save_adapter(LlamaForCausalLM.from_pretrained(folder / "base"), config, folder / "adapter")
     expected = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder / "base"), folder / "adapter")
     merge_adapter(folder / "adapter", folder / "merged", base=str(folder / "base"))
     merged = LlamaForCausalLM.from_pretrained(folder / "merged")
-    _assert_same_bits(merged.state_dict(), expected.merge_and_unload().state_dict())
+    assert_same_bits(merged.state_dict(), expected.merge_and_unload().state_dict())
 
 
 @pytest.mark.parametrize(("stored", "wanted"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
@@ -185,20 +111,20 @@ def test_another_dtype_is_that_of_peft_on_a_base_loaded_so(
     stored: torch.dtype, wanted: torch.dtype, tmp_path: Path
 ) -> None:
     """The base is rounded first, then merged; the configuration says so too."""
-    _save_base("llama", False, tmp_path / "base", stored)
-    _save_adapter(LlamaForCausalLM.from_pretrained(tmp_path / "base"), _CASES["linear"][2], tmp_path / "adapter")
+    save_base("llama", False, tmp_path / "base", stored)
+    save_adapter(LlamaForCausalLM.from_pretrained(tmp_path / "base"), MERGE_CASES["linear"][2], tmp_path / "adapter")
     base = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=wanted)
     expected = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
     merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=str(tmp_path / "base"), dtype=wanted)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    _assert_same_bits(merged.state_dict(), expected.state_dict())
+    assert_same_bits(merged.state_dict(), expected.state_dict())
 
 
 def test_an_adapted_embedding_leaves_the_head_that_shared_it_alone(tmp_path: Path) -> None:
     """The merged model computes what was trained; PEFT's merge would change the head with the embedding."""
-    _save_base("llama", True, tmp_path / "base")
+    save_base("llama", True, tmp_path / "base")
     config = LoraConfig(target_modules=["embed_tokens", "q_proj"], **_LORA)
-    _save_adapter(LlamaForCausalLM.from_pretrained(tmp_path / "base"), config, tmp_path / "adapter")
+    save_adapter(LlamaForCausalLM.from_pretrained(tmp_path / "base"), config, tmp_path / "adapter")
     trained = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=str(tmp_path / "base"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -222,7 +148,7 @@ def test_a_classifier_whose_head_the_base_lacks(tmp_path: Path) -> None:
     def base() -> Any:
         return AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
 
-    _save_adapter(base(), lora, tmp_path / "adapter")
+    save_adapter(base(), lora, tmp_path / "adapter")
     expected = PeftModel.from_pretrained(base(), tmp_path / "adapter").merge_and_unload()
     merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=str(tmp_path / "base"))
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
@@ -233,13 +159,13 @@ def test_a_classifier_whose_head_the_base_lacks(tmp_path: Path) -> None:
     for state in (merged_state, expected_state):
         for name in drawn:
             del state[name]
-    _assert_same_bits(merged_state, expected_state)
+    assert_same_bits(merged_state, expected_state)
 
 
 def test_an_adapter_of_a_changed_base_is_converted_on_the_way(tmp_path: Path) -> None:
     """A start that changed the base: merged into the original one, the function is the trained one."""
-    _save_base("llama", False, tmp_path / "base")
-    model = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), copy.deepcopy(_CASES["linear"][2]))
+    save_base("llama", False, tmp_path / "base")
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), copy.deepcopy(MERGE_CASES["linear"][2]))
     initialize_adapters(model, "kaiming_both")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -298,7 +224,7 @@ def test_peak_memory_is_a_few_weights_and_not_a_file_or_the_model(tmp_path: Path
     model.save_pretrained(tmp_path / "base", max_shard_size="60MB")
     weights = sorted(path.stat().st_size for path in (tmp_path / "base").glob("*.safetensors"))
     assert len(weights) >= 4 and weights[-1] > 40e6
-    _save_adapter(model, LoraConfig(target_modules="all-linear", **_LORA), tmp_path / "adapter")
+    save_adapter(model, LoraConfig(target_modules="all-linear", **_LORA), tmp_path / "adapter")
     del model
     result = subprocess.run(
         [sys.executable, "-c", _MEASURED, str(tmp_path)], capture_output=True, text=True, cwd=REPOSITORY, timeout=300
@@ -311,8 +237,8 @@ def test_peak_memory_is_a_few_weights_and_not_a_file_or_the_model(tmp_path: Path
 
 def test_a_base_that_lacks_a_weight_is_refused(tmp_path: Path) -> None:
     """Its file is whole, and a weight in it that nothing adapts is not there."""
-    kind = _save_base("llama", False, tmp_path / "base")
-    _save_adapter(
+    kind = save_base("llama", False, tmp_path / "base")
+    save_adapter(
         kind.from_pretrained(tmp_path / "base"), LoraConfig(target_modules=["q_proj"], **_LORA), tmp_path / "a"
     )
     file = sorted((tmp_path / "base").glob("*.safetensors"))[-1]
@@ -326,8 +252,8 @@ def test_a_base_that_lacks_a_weight_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unreadable_bin_names_the_file_and_not_how_to_switch_the_safety_off(tmp_path: Path) -> None:
-    kind = _save_base("llama", False, tmp_path / "base")
-    _save_adapter(
+    kind = save_base("llama", False, tmp_path / "base")
+    save_adapter(
         kind.from_pretrained(tmp_path / "base"), LoraConfig(target_modules=["q_proj"], **_LORA), tmp_path / "a"
     )
     (tmp_path / "a" / "adapter_model.safetensors").unlink()

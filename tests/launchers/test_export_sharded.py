@@ -20,13 +20,14 @@ from reflora_dist import attach
 from reflora_dist.checkpoints.training_state import save_checkpoint
 from reflora_dist.export.consolidate import consolidate_adapter, find_state
 from reflora_dist.lora_sb import LoRASBConfig, initialize_lora_xs
-from tests.checkpoints import test_checkpoint_trainer, test_initializations
-from tests.checkpoints.test_adapter_files import _VARIANTS, _variant_base, _variant_model, _wrap_variant
-from tests.checkpoints.test_checkpoint import _config, _convert, _wrap
+from tests.support.adapters import VARIANTS, variant_base, variant_model, wrap_variant
+from tests.support.checkpoints import convert_to_universal, method_config, wrapped_workload
 from tests.support.cluster import run_ranks
 from tests.support.engines_under_test import ENGINES, WITHOUT_TALL
-from tests.support.engines_under_test.common import _train_on
+from tests.support.engines_under_test.common import train_on
+from tests.support.initializations import LOGIT_TOLERANCE, METHOD, WORKLOAD, base_model, build_started, logits_of
 from tests.support.lora_xs import xs_model
+from tests.support.trainer_checkpoints import train_with_checkpoints
 from tests.support.workloads import Factors, as_peft_names_them, build_model, synthetic_workload
 
 STEPS = 2
@@ -44,10 +45,10 @@ def _masters(engine_name: str, wrapped: Any) -> Factors:
 
 
 def _train(rank: int, world_size: int, engine_name: str, folder: str) -> Factors:
-    workload, wrapped = _wrap(engine_name, world_size)
-    handle = attach(wrapped.model, wrapped.optimizer, _config("reflora"))
+    workload, wrapped = wrapped_workload(engine_name, world_size)
+    handle = attach(wrapped.model, wrapped.optimizer, method_config("reflora"))
     for batch in workload.batches[:STEPS]:
-        _train_on(wrapped, batch)
+        train_on(wrapped, batch)
     save_checkpoint(folder, wrapped.model, wrapped.optimizer, handle)
     return _masters(engine_name, wrapped)
 
@@ -105,7 +106,7 @@ def test_the_adapter_of_a_universal_checkpoint_is_that_of_the_masters(
 ) -> None:
     """What ds_to_universal made; and an error that names the file where one is missing or truncated."""
     masters = run_ranks(_train, world_size, engine_name, str(tmp_path / "checkpoint"))[0]
-    _convert(tmp_path / "checkpoint")
+    convert_to_universal(tmp_path / "checkpoint")
     universal = tmp_path / "checkpoint" / "state_universal"
     consolidate_adapter(universal, tmp_path / "adapter")
     _assert_exported(tmp_path / "adapter", masters)
@@ -129,8 +130,7 @@ def test_the_adapter_of_a_universal_checkpoint_is_that_of_the_masters(
 )
 def test_checkpoints_of_hf_trainer(engine_name: str, tmp_path: Path) -> None:
     """Its own layout; the configuration is found in the folder above the shards too."""
-    train = test_checkpoint_trainer._train
-    outcome = run_ranks(train, 2, engine_name, "reflora", str(tmp_path / "run"))[0]
+    outcome = run_ranks(train_with_checkpoints, 2, engine_name, "reflora", str(tmp_path / "run"))[0]
     checkpoint = tmp_path / "run" / "checkpoint-4"
     (checkpoint / "adapter_model.safetensors").unlink()
     state = find_state(checkpoint)
@@ -145,9 +145,9 @@ def test_checkpoints_of_hf_trainer(engine_name: str, tmp_path: Path) -> None:
 
 def _train_variant(rank: int, world_size: int, engine_name: str, variant: str, folder: str) -> None:
     workload = synthetic_workload(steps=1)
-    wrapped = _wrap_variant(engine_name, _variant_model(variant), world_size)
-    handle = attach(wrapped.model, wrapped.optimizer, _config("lora"))
-    _train_on(wrapped, workload.batches[0])
+    wrapped = wrap_variant(engine_name, variant_model(variant), world_size)
+    handle = attach(wrapped.model, wrapped.optimizer, method_config("lora"))
+    train_on(wrapped, workload.batches[0])
     save_checkpoint(f"{folder}/checkpoint", wrapped.model, wrapped.optimizer, handle)
     wrapped.model.eval()
     with torch.no_grad():
@@ -159,7 +159,7 @@ def _train_variant(rank: int, world_size: int, engine_name: str, variant: str, f
 def _variant_cases() -> Iterator[Any]:
     default = {("fsdp2", "modules-to-save"), ("zero3", "dora")}
     for engine_name in ("fsdp2", "zero2", "zero3"):
-        for variant in (*_VARIANTS, "two-adapters"):
+        for variant in (*VARIANTS, "two-adapters"):
             marks = [] if (engine_name, variant) in default else [pytest.mark.all_ranks]
             yield pytest.param(engine_name, variant, marks=marks, id=f"{engine_name}-{variant}")
 
@@ -173,17 +173,17 @@ def test_every_kind_of_adapter_is_named_as_peft_does(engine_name: str, variant: 
     exported = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert exported.keys() == expected.keys()
     assert all(torch.equal(exported[key], expected[key]) for key in expected)
-    loaded = PeftModel.from_pretrained(_variant_base(), tmp_path / "adapter").eval()
+    loaded = PeftModel.from_pretrained(variant_base(), tmp_path / "adapter").eval()
     with torch.no_grad():
         logits = loaded(input_ids=synthetic_workload(steps=1).batches[0][:2]).logits
     # the distributed forward may use another kernel; a stale or missing parameter moves logits by 1e-2
     assert torch.allclose(logits, load_file(tmp_path / "logits.safetensors")["logits"], atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", [*_VARIANTS, "two-adapters"])
+@pytest.mark.parametrize("variant", [*VARIANTS, "two-adapters"])
 def test_a_state_with_the_base_in_it_gives_the_adapter_alone(variant: str, tmp_path: Path) -> None:
     """As accelerate's save_state leaves it, every parameter of the model in it, and adapters of several names."""
-    model = _variant_model(variant)
+    model = variant_model(variant)
     model.save_pretrained(tmp_path / "expected", save_embedding_layers=False)
     dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path / "pytorch_model_fsdp_0", no_dist=True)
     for adapter in model.peft_config:
@@ -204,7 +204,7 @@ def test_lora_xs_takes_its_frozen_factors_from_the_file_beside(engine_name: str,
     saved = load_file(tmp_path / "checkpoint" / "adapter_model.safetensors")
     assert exported.keys() == saved.keys() and all(torch.equal(exported[key], saved[key]) for key in saved)
     assert all(torch.equal(exported[name.replace(".default", "")], master) for name, master in masters.items())
-    PeftModel.from_pretrained(_variant_base(), tmp_path / "adapter")
+    PeftModel.from_pretrained(variant_base(), tmp_path / "adapter")
     (tmp_path / "checkpoint" / "adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"lacks .*lora_xs_[AB].weight; it is frozen: put the run's"):
         consolidate_adapter(tmp_path / "checkpoint", tmp_path / "other")
@@ -216,7 +216,7 @@ def _train_lora_xs(rank: int, world_size: int, engine_name: str, folder: str) ->
     wrapped = engine.wrap(xs_model(workload), workload.settings, workload.batches.shape[1] // world_size)
     initialize_lora_xs(wrapped.model, wrapped.optimizer, LoRASBConfig(method="lora-xs"))
     for batch in workload.batches:
-        _train_on(wrapped, batch)
+        train_on(wrapped, batch)
     save_checkpoint(folder, wrapped.model, wrapped.optimizer)
     return {name: factor for name, factor in wrapped.factors().items() if "lora_xs_R" in name}
 
@@ -224,28 +224,27 @@ def _train_lora_xs(rank: int, world_size: int, engine_name: str, folder: str) ->
 @pytest.mark.parametrize("engine_name", ["fsdp2", pytest.param("zero3", marks=pytest.mark.all_ranks)])
 def test_a_changed_base_gives_an_ordinary_adapter(engine_name: str, tmp_path: Path) -> None:
     """Plain PEFT computes the trained logits on the original base; so does the base with the checkpoint merged."""
-    base = test_initializations.base_model()
+    base = base_model()
     base.save_pretrained(tmp_path / "base")
     trained = run_ranks(_train_changed, 2, engine_name, str(tmp_path / "checkpoint"))[0]
     options = ["--adapter", str(tmp_path / "checkpoint"), "--output_dir"]
     export.main([*options, str(tmp_path / "adapter")])
     export.main([*options, str(tmp_path / "merged"), "--merge", "--model", str(tmp_path / "base")])
-    logits_of = test_initializations.logits_of
     assert (logits_of(base) - trained).abs().max() > 1e-2, "nothing was trained"
     for model in (
         LlamaForCausalLM.from_pretrained(tmp_path / "merged"),
-        PeftModel.from_pretrained(test_initializations.base_model(), tmp_path / "adapter"),
+        PeftModel.from_pretrained(base_model(), tmp_path / "adapter"),
     ):
-        assert (logits_of(model) - trained).abs().max() < 4 * test_initializations.LOGIT_TOLERANCE
+        assert (logits_of(model) - trained).abs().max() < 4 * LOGIT_TOLERANCE
 
 
 def _train_changed(rank: int, world_size: int, engine_name: str, folder: str) -> Any:
-    wrapped, _ = test_initializations.build(engine_name, "kaiming_both", world_size, None, rank)
-    handle = attach(wrapped.model, wrapped.optimizer, test_initializations.METHOD)
-    for batch in test_initializations.WORKLOAD.batches:
-        _train_on(wrapped, batch)
+    wrapped, _ = build_started(engine_name, "kaiming_both", world_size, None, rank)
+    handle = attach(wrapped.model, wrapped.optimizer, METHOD)
+    for batch in WORKLOAD.batches:
+        train_on(wrapped, batch)
     save_checkpoint(folder, wrapped.model, wrapped.optimizer, handle)
-    return test_initializations.logits_of(wrapped.model)
+    return logits_of(wrapped.model)
 
 
 # --- what is refused ---
@@ -362,6 +361,6 @@ def test_what_deepspeeds_tools_cannot_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"BF16_Optimizer.* run python -m deepspeed.checkpoint.ds_to_universal"):
         consolidate_adapter(tmp_path / "bf16", tmp_path / "adapter")
     run_ranks(_train, 3, "zero2-round-robin", str(tmp_path / "robin"))
-    _convert(tmp_path / "robin")
+    convert_to_universal(tmp_path / "robin")
     with pytest.raises(ValueError, match="export from the checkpoint that was converted"):
         consolidate_adapter(tmp_path / "robin" / "state_universal", tmp_path / "adapter")

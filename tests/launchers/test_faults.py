@@ -1,6 +1,6 @@
 """What a user gets when something fails under the shipped launch scripts: an end in time, a cause, and a way on.
 
-Every job is started as a user starts it; `tests/faulty` makes a rank of it fail, or the test signals it.
+Every job is started as a user starts it; `tests/support/faulty` makes a rank of it fail, or the test signals it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launchers.test_runs import _finetune
 from tests.support.cluster import run_ranks
+from tests.support.finetune import FAULT_AT, SAVE_STEPS, STEPS, finetune_rank, resumable_options
 from tests.support.launched import Job, launched
 from tests.support.launchers import REPOSITORY, micro_model, write_records
 
 LIMIT = 60.0  # seconds from the fault until no process is left
-STEPS, SAVE_STEPS, FAULT_AT = 8, 3, 5
 WORLD_SIZE = 2
 ENGINES = {"torchrun": "ddp", "deepspeed": "zero3", "accelerate": "zero3"}
 
@@ -36,38 +35,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _options(folder: Path, output: Path, **changes: Any) -> list[str]:
-    options = {
-        "model": folder / "model",
-        "dataset": folder / "records.jsonl",
-        "output_dir": output,
-        "cache_dir": folder / "cache",
-        "reflora_warmup_steps": 2,
-        "lora_r": 4,
-        "max_length": 96,
-        "learning_rate": 1e-2,
-        "max_steps": STEPS,
-        "save_steps": SAVE_STEPS,
-        "save_total_limit": 1,
-        "per_device_train_batch_size": 2,
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        **changes,
-    }
-    return [f"--{name}={value}" for name, value in options.items()]
-
-
 def _launch(
     folder: Path, launcher: str, output: Path, fault: str, *, environment: dict[str, str] | None = None, **changes: Any
 ) -> contextlib.AbstractContextManager[Job]:
-    command = ["bash", REPOSITORY / "launchers" / f"run_{launcher}.sh", *_options(folder, output, **changes)]
+    command = ["bash", REPOSITORY / "launchers" / f"run_{launcher}.sh", *resumable_options(folder, output, **changes)]
     return launched(command, folder / "jobs" / output.parent.name / output.name, fault, **(environment or {}))
 
 
 def _train(folder: Path, launcher: str, output: Path, **changes: Any) -> dict[str, torch.Tensor]:
     """Train to the end in processes that start faster than a launcher's; the adapter."""
-    argv = _options(folder, output, **changes)
-    run_ranks(_finetune, WORLD_SIZE, ENGINES[launcher], argv, timeout=240, init_process_group=False)
+    argv = resumable_options(folder, output, **changes)
+    run_ranks(finetune_rank, WORLD_SIZE, ENGINES[launcher], argv, timeout=240, init_process_group=False)
     return load_file(output / "adapter_model.safetensors")
 
 

@@ -15,9 +15,8 @@ from safetensors.torch import load_file
 
 from launchers.training.options import checkpoint_to_resume
 from reflora_dist.checkpoints.complete import last_complete_checkpoint, require_complete
-from tests.launchers.test_faults import _options
-from tests.launchers.test_runs import _finetune
 from tests.support.cluster import run_ranks
+from tests.support.finetune import finetune_rank, resumable_options
 from tests.support.launchers import micro_model, write_records
 
 STEPS = 6
@@ -35,8 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _run(folder: Path, output: Path, **changes: Any) -> None:
-    argv = _options(folder, output, max_steps=STEPS, save_total_limit=2, **changes)
-    run_ranks(_finetune, 2, "zero3", argv, timeout=240, init_process_group=False)
+    argv = resumable_options(folder, output, max_steps=STEPS, save_total_limit=2, **changes)
+    run_ranks(finetune_rank, 2, "zero3", argv, timeout=240, init_process_group=False)
 
 
 def _truncated(folder: Path, tmp_path: Path, kind: str) -> tuple[Path, Path]:
@@ -96,7 +95,7 @@ def test_what_is_written_over_a_checkpoint_is_none_until_it_is_whole(folder: Pat
     a mixture of both."""
     run = shutil.copytree(folder / "run", tmp_path / "run")
     with pytest.raises(RuntimeError, match="killed while saving"):
-        run_ranks(_die_while_saving, 2, _options(folder, run, max_steps=STEPS), init_process_group=False)
+        run_ranks(_die_while_saving, 2, resumable_options(folder, run, max_steps=STEPS), init_process_group=False)
     assert not (run / "checkpoint-3" / "complete.json").exists()
     require_complete(run / "checkpoint-6")
 
@@ -108,4 +107,4 @@ def _die_while_saving(rank: int, world_size: int, argv: list[str]) -> None:
         raise RuntimeError("killed while saving")
 
     Trainer._save_rng_state = die  # type: ignore[method-assign]
-    _finetune(rank, world_size, "ddp", argv)
+    finetune_rank(rank, world_size, "ddp", argv)

@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from benchmarks.harness.two_hosts import ADDRESSES, LINK, SYSTEM_PATH, Host, refusal, run_on, two_hosts
 from launchers.cluster import meeting
 from tests.support.launchers import REPOSITORY, free_port, launch, micro_model, short_training, write_records
-from tests.support.workloads import FACTOR_TOLERANCE, LOSS_TOLERANCE, needs_reference, reference_dir, worst_factor_error
+from tests.support.workloads import FACTOR_TOLERANCE, LOSS_TOLERANCE, reference_dir, worst_factor_error
 
 MULTINODE = REPOSITORY / "launchers" / "multinode.sh"
-PROGRAM = REPOSITORY / "tests" / "parity_program.py"
+PROGRAM = REPOSITORY / "tests" / "support" / "parity_program.py"
 CASES = ("lora", "reflora", "reflora-s")
 _REFUSAL = refusal()
 needs_hosts = pytest.mark.skipif(bool(_REFUSAL), reason=_REFUSAL)
@@ -66,7 +66,6 @@ def _check_against_the_reference(folder: Path, hosts: tuple[Host, Host], process
 
 
 @needs_hosts
-@needs_reference
 @pytest.mark.parametrize(
     ("launcher", "engine", "processes"),
     [
@@ -92,7 +91,6 @@ def test_training_across_two_hosts_follows_the_reference(
 
 
 @needs_hosts
-@needs_reference
 @pytest.mark.all_ranks
 @pytest.mark.pdsh
 def test_a_hostfile_starts_all_hosts_through_pdsh(hosts: tuple[Host, Host], tmp_path: Path) -> None:
@@ -330,7 +328,7 @@ def test_a_name_that_leads_back_to_the_head_itself_is_refused(monkeypatch: pytes
 
 @needs_hosts
 def test_a_head_without_a_route_is_named(hosts: tuple[Host, Host]) -> None:
-    command = [sys.executable, REPOSITORY / "launchers" / "meeting.py", "--nodes", "2", "--node_rank", "1"]
+    command = [sys.executable, REPOSITORY / "launchers" / "cluster" / "meeting.py", "--nodes", "2", "--node_rank", "1"]
     ((code, output),) = run_on(hosts[1:], [[*command, "--head", "10.78.0.1", "--port", "29500"]], timeout_s=60)
     assert code == 1 and "no route to --head 10.78.0.1 from this machine" in output, output
 

@@ -24,16 +24,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "engine"),
     [
         (["run_torchrun.sh"], "ddp"),
         (["run_deepspeed.sh"], "zero3"),
-        (["run_deepspeed.sh", REPOSITORY / "ds_configs" / "zero2.json"], "zero2"),
         (["run_accelerate.sh"], "zero3"),
+        pytest.param(
+            ["run_deepspeed.sh", REPOSITORY / "ds_configs" / "zero2.json"], "zero2", marks=pytest.mark.all_ranks
+        ),
     ],
-    ids=["torchrun", "deepspeed", "deepspeed-zero2", "accelerate"],
+    ids=["torchrun", "deepspeed", "accelerate", "deepspeed-zero2"],
 )
 def test_a_script_trains_with_two_ranks(folder: Path, script: list[str | Path], engine: str) -> None:
     output = f"{script[0]}-{engine}"
@@ -47,7 +48,6 @@ def test_a_script_trains_with_two_ranks(folder: Path, script: list[str | Path], 
     assert len(load_file(folder / output / "adapter_model.safetensors")) == 28
 
 
-@pytest.mark.slow
 def test_a_mistake_ends_every_rank_of_a_launch(folder: Path) -> None:
     command = ["bash", LAUNCHERS / "run_torchrun.sh", *short_training(folder, "mistake"), "--max_length=2"]
     printed = launch(command, timeout_s=180, expect_failure=True, PROCESSES="2")
@@ -95,13 +95,16 @@ def test_a_batch_script_without_slurm_says_so(script: Path) -> None:
     assert "this is a batch script: sbatch" in run.stderr and f"run_{script.stem}.sh" in run.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_quickstart_runs_through(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "methods",
+    [("lora", "reflora"), pytest.param(("lora", "reflora", "lora-rite", "lora-sb"), marks=pytest.mark.all_ranks)],
+    ids=len,
+)
+def test_the_quickstart_runs_through(methods: tuple[str, ...], tmp_path: Path) -> None:
     output = tmp_path / "out"
     command = ["bash", LAUNCHERS / "quickstart.sh", "--steps", "4", "--pretrain-steps", "2"]
     command += ["--cache-dir", tmp_path / "cache", "--output-dir", output, "--processes", "2"]
-    methods = ("lora", "reflora", "lora-rite", "lora-sb")
     command += ["--methods", " ".join(methods)]
     printed = launch(command, timeout_s=800)
     for expected in ("held-out loss, step 0", "time per step", "bytes per step", "peak memory", "A: "):

@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for command in ("sbatch", "srun", "scontrol"):
         executable = folder / "bin" / command
         executable.parent.mkdir(exist_ok=True)
-        executable.write_text(f"#!{sys.executable}\n{(REPOSITORY / 'tests' / 'fake_slurm.py').read_text()}")
+        executable.write_text(f"#!{sys.executable}\n{(REPOSITORY / 'tests' / 'support' / 'fake_slurm.py').read_text()}")
         executable.chmod(0o755)
     return folder
 
@@ -55,7 +55,6 @@ def _options(folder: Path, output: str, **changes: Any) -> list[str]:
     return [f"--{name}={value}" for name, value in options.items()]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "config", "engine"),
     [
@@ -75,7 +74,6 @@ def test_a_batch_script_trains_on_two_nodes(folder: Path, launcher: str, config:
     assert not (folder / "requeued").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_warned_job_is_queued_again_and_goes_on(folder: Path) -> None:
     """The warning ends the ranks, not the launchers; the second start resumes from a checkpoint and finishes."""
@@ -116,7 +114,6 @@ def _wait_for(path: Path, job: subprocess.Popen[bytes], log: Path) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.slow
 @pytest.mark.all_ranks
 def test_a_job_that_fails_is_not_queued_again(folder: Path) -> None:
     command = ["sbatch", "--nodes=2", SLURM / "torchrun.sbatch", *_options(folder, "mistake", max_length=2)]
@@ -125,7 +122,6 @@ def test_a_job_that_fails_is_not_queued_again(folder: Path) -> None:
     assert "again" not in printed and not (folder / "requeued").exists()
 
 
-@pytest.mark.slow
 def test_a_batch_script_starts_a_benchmark(folder: Path) -> None:
     record = folder / "overhead.json"
     command = ["sbatch", "--nodes=2", SLURM / "torchrun.sbatch", "benchmarks/overhead.py", "--engine", "fsdp2"]

@@ -17,7 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from reflora_dist.checkpoints.training_state import save_adapter
 from reflora_dist.lora_sb import LoRASBCallback, LoRASBConfig
-from tests.checkpoints.test_checkpoint import assert_no_frozen_base
+from tests.support.checkpoints import assert_no_frozen_base
 from tests.support.cluster import run_ranks
 from tests.support.engines_under_test import ENGINES
 from tests.support.engines_under_test import trainer as trainer_engines

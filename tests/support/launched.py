@@ -33,7 +33,7 @@ class Job:
         folder.mkdir(parents=True, exist_ok=True)
         self.mark = uuid.uuid4().hex
         self.log, self.stamp = folder / "log", folder / "time_of_fault"
-        python_path = [REPOSITORY / "tests" / "faulty", REPOSITORY, os.environ.get("PYTHONPATH", "")]
+        python_path = [REPOSITORY / "tests" / "support" / "faulty", REPOSITORY, os.environ.get("PYTHONPATH", "")]
         variables = {
             **os.environ,
             **ENVIRONMENT,

@@ -16,10 +16,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from launchers.data.embedded import build_tokenizer
-from tests.support.workloads import reference_dir
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DATA = reference_dir().parent / "data"  # real questions, beside the reference trajectories
+# real questions, beside the whole of the reference trajectories
+DATA = Path(os.environ.get("REFLORA_REFERENCE") or REPOSITORY.parent / "shared" / "reference").parent / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data in {DATA}")
 TEXTS = [
     "Return the number of items in a container, or raise an error if it has none.",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reflora_dist import Handle, RefLoRAConfig, attach
 from reflora_dist.methods.reference import refactored
-from tests.support.engines_under_test.common import Wrapped, _train_on, world_size
+from tests.support.engines_under_test.common import Wrapped, train_on, world_size
 
 
 @dataclasses.dataclass
@@ -54,7 +54,7 @@ def refactoring_of_one_step(wrapped: Wrapped, batch: Tensor, config: RefLoRAConf
     first = engine.optimizer.register_step_pre_hook(lambda *_: collect("before"))
     engine.optimizer._optimizer_step_pre_hooks.move_to_end(first.id, last=False)
     engine.optimizer.register_step_pre_hook(lambda *_: collect("after"))
-    _train_on(wrapped, batch)
+    train_on(wrapped, batch)
     return Refactoring(*(_pairs(seen[key]) for key in ("weights", "before", "after"))), handle
 
 

@@ -9,8 +9,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from reflora_dist import LoRARite, RefLoRAConfig, attach
 from reflora_dist.engines.pairs import find_pairs
-from tests.support.workloads import Factors, named_factors
+from tests.support.workloads import (
+    Factors,
+    named_factors,
+)
 
 IN, HIDDEN, OUT = 10, 14, 9
 
@@ -77,3 +81,9 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 def products(model: nn.Module) -> list[Tensor]:
     """``s B A`` of every pair."""
     return [pair.scaling * (pair.lora_b @ pair.lora_a).detach() for pair in find_pairs(model)]
+
+
+def rite(model: nn.Module, **settings: Any) -> Any:
+    """An attached optimizer of all that is trainable, and its handle."""
+    optimizer = LoRARite(trainable(model), **{"lr": 0.02, **settings})
+    return optimizer, attach(model, optimizer, RefLoRAConfig(method="lora-rite"))

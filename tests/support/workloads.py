@@ -1,7 +1,8 @@
 """What the engines train in tests: the tiny LLaMA of the reference trajectories, and a synthetic one.
 
-The reference (``../shared/reference`` beside the repository, or ``REFLORA_REFERENCE``) holds what the
-published single-process implementations do. The synthetic workload needs no file and is compared with `train_single`.
+The reference holds what the published single-process implementations do: some cases of it ship with the tests, all of
+them may lie in ``../shared/reference`` beside the repository or in ``REFLORA_REFERENCE``. The synthetic workload needs
+no file and is compared with `train_single`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -102,23 +102,16 @@ class Reference(Workload):
 
 
 def reference_dir() -> Path:
-    """Where the reference trajectories lie: ``REFLORA_REFERENCE`` or ``../shared/reference``."""
+    """Where the reference trajectories lie: ``REFLORA_REFERENCE``, ``../shared/reference``, or those that ship."""
+    if given := os.environ.get("REFLORA_REFERENCE"):
+        return Path(given)
     beside = Path(__file__).resolve().parents[3] / "shared" / "reference"
-    return Path(os.environ.get("REFLORA_REFERENCE") or beside)
-
-
-needs_reference = pytest.mark.skipif(
-    not (reference_dir() / "meta.json").is_file(),
-    reason=f"no reference trajectories in {reference_dir()} (set REFLORA_REFERENCE)",
-)
+    return beside if beside.is_dir() else Path(__file__).parent / "reference"
 
 
 def reference_cases() -> dict[str, dict[str, Any]]:
-    """The reference's cases for RefLoRA's methods; empty when there is no reference."""
-    meta = reference_dir() / "meta.json"
-    if not meta.is_file():
-        return {}
-    return json.loads(meta.read_text())["cases"]
+    """The reference's cases for RefLoRA's methods."""
+    return json.loads((reference_dir() / "meta.json").read_text())["cases"]
 
 
 def load_reference() -> Reference:
@@ -126,16 +119,48 @@ def load_reference() -> Reference:
     folder = reference_dir()
     meta = json.loads((folder / "meta.json").read_text())
     adamw = {**meta["adamw"], "betas": tuple(meta["adamw"]["betas"])}
-    return Reference(
-        llama=meta["llama"],
-        lora=meta["lora"],
-        base_weights=load_file(folder / "base_model.safetensors"),
-        initial_factors=load_file(folder / "factors_init.safetensors"),
-        batches=load_file(folder / "batches.safetensors")["input_ids"],
-        settings=Settings(**adamw),
-        cases=meta["cases"],
-        factors={name: load_file(folder / f"factors_{name}.safetensors") for name in meta["cases"]},
-    )
+    base_weights, initial_factors, batches = _drawn_start(meta) if "drawn" in meta else _stored_start(folder)
+    start = Workload(meta["llama"], meta["lora"], base_weights, initial_factors, batches, Settings(**adamw))
+    stored = {name: folder / f"factors_{name}.safetensors" for name in meta["cases"]}
+    factors = {name: load_file(path) for name, path in stored.items() if path.is_file()}
+    if "lora" not in factors:  # nobody's implementation but torch's
+        _, factors["lora"] = train_single(build_model(start), start.batches, start.settings)
+    return Reference(**vars(start), cases=meta["cases"], factors=factors)
+
+
+def _stored_start(folder: Path) -> tuple[Factors, Factors, Tensor]:
+    names = ("base_model", "factors_init", "batches")
+    base_weights, factors, batches = (load_file(folder / f"{name}.safetensors") for name in names)
+    return base_weights, factors, batches["input_ids"]
+
+
+def _drawn_start(meta: dict[str, Any]) -> tuple[Factors, Factors, Tensor]:
+    """The same base, factors and batches from torch's generator.
+
+    Raises:
+        ValueError: this release of torch or transformers draws other ones.
+    """
+    drawn = meta["drawn"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(drawn["base"]["seed"])
+        base = LlamaForCausalLM(LlamaConfig(**meta["llama"], initializer_range=drawn["base"]["std"]))
+    base_weights = {name: weight.clone() for name, weight in base.state_dict().items()}
+    generator = torch.Generator().manual_seed(drawn["factors"]["seed"])
+    factors = {}
+    for name, factor in named_factors(get_peft_model(base, LoraConfig(**meta["lora"]))).items():
+        std = drawn["factors"]["std_a" if "lora_A" in name else "std_b"]
+        factors[name] = std * torch.randn(factor.shape, generator=generator)
+    generator = torch.Generator().manual_seed(drawn["batches"]["seed"])
+    shape = (meta["steps"], meta["global_batch"], meta["seq"])
+    batches = torch.randint(meta["llama"]["vocab_size"], shape, generator=generator)
+    for part, tensors in (("base", base_weights), ("factors", factors), ("batches", {"input_ids": batches})):
+        norm = torch.stack([tensor.double().norm() for tensor in tensors.values()]).norm().item()
+        if not math.isclose(norm, drawn[part]["norm"], rel_tol=1e-6):
+            raise ValueError(
+                f"{part} drawn from seed {drawn[part]['seed']} have norm {norm}, those of the reference "
+                f"{drawn[part]['norm']}: install the versions of constraints.txt, or set REFLORA_REFERENCE"
+            )
+    return base_weights, factors, batches
 
 
 def synthetic_workload(

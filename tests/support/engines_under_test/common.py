@@ -96,11 +96,11 @@ class Engine:
         wrapped = self.wrap(model.to(DEVICE), settings, micro_batch_size)
         if attach is not None:
             attach(wrapped.bare if hand_over_bare else wrapped.model, wrapped.optimizer)
-        losses = [_train_on(wrapped, batch) for batch in batches.to(DEVICE)]
+        losses = [train_on(wrapped, batch) for batch in batches.to(DEVICE)]
         return mean_over_ranks(losses), on_the_host(wrapped.factors())
 
 
-def _train_on(wrapped: Wrapped, batch: Tensor) -> float:
+def train_on(wrapped: Wrapped, batch: Tensor) -> float:
     """One optimizer step on this rank's part of a global batch. Returns its mean loss."""
     local = batch.chunk(world_size())[rank()]
     micro_batches = local.chunk(wrapped.settings.grad_accum)

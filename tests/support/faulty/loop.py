@@ -19,7 +19,7 @@ from reflora_dist import RefLoRAConfig, attach
 from reflora_dist.checkpoints.training_state import load_checkpoint, save_checkpoint
 from reflora_dist.step import handle as integrate
 from tests.support.engines_under_test import ENGINES
-from tests.support.engines_under_test.common import Wrapped, _train_on
+from tests.support.engines_under_test.common import Wrapped, train_on
 from tests.support.faulty.sitecustomize import _save_small_files
 from tests.support.workloads import build_model, synthetic_workload
 
@@ -44,7 +44,7 @@ def main(engine_name: str, folder: Path, kind: str, faulty_rank: int, faulty_ste
     for step, batch in enumerate(workload.batches[done:], start=done + 1):
         if faulty and step == faulty_step and kind in ("kill", "raise"):
             _fail_in_backward(wrapped, kind, folder)
-        _train_on(wrapped, batch)
+        train_on(wrapped, batch)
         if step % SAVE_STEPS == 0:
             if faulty and step == faulty_step and kind == "full":
                 _stamp(folder)

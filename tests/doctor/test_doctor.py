@@ -27,11 +27,8 @@ from reflora_dist.doctor.setup import Setup
 from reflora_dist.doctor.tables import text
 from reflora_dist.doctor.versions import TESTED
 from tests.support.cluster import run_ranks
-from tests.support.doctor import FSDP1, FSDP2, SMALL, ZERO3, found, written, zero3
+from tests.support.doctor import FSDP1, FSDP2, SHIPPED, SMALL, ZERO3, found, written, zero3
 from tests.support.launchers import REPOSITORY
-
-SHIPPED = sorted([*(REPOSITORY / "ds_configs").glob("*.json"), *(REPOSITORY / "launchers/accelerate").glob("*.yaml")])
-
 
 WRONG = [
     (zero3({"gradient_cliping": 1.0}), {}, "warning", "'gradient_cliping' is unknown"),

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from reflora_dist.doctor import DoctorOptions, diagnose
-from tests.doctor.test_doctor import SHIPPED
+from tests.support.doctor import SHIPPED
 from tests.support.doctor_oracle import refusal
 
 # Why the doctor may refuse what the libraries take: a part of its message, by the reason.

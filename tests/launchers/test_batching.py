@@ -22,11 +22,10 @@ from launchers.training.batching import (
     require_same_in_batch,
     require_separate_examples,
 )
-from tests.launchers.test_launchers_evaluate import _write_questions
-from tests.launchers.test_launchers_runs import _finetune, _options
 from tests.support.architectures import saved_architecture, small_architecture
 from tests.support.cluster import run_ranks
-from tests.support.launchers import write_records
+from tests.support.finetune import finetune_options, finetune_rank
+from tests.support.launchers import write_questions, write_records
 
 APART = ("llama", "mistral", "gemma3", "qwen2_moe", "mixtral", "phi", "phi3", "gpt2", "gpt_neo")
 TOGETHER = ("opt", "falcon", "falcon_h1", "lfm2", "recurrent_gemma")
@@ -119,7 +118,7 @@ def test_asking_leaves_no_trace() -> None:
 def _ending(rank: int, world_size: int, engine: str, argv: list[str]) -> str:
     """What a rank of finetune.py ends with; nothing if all went well."""
     try:
-        _finetune(rank, world_size, engine, argv)
+        finetune_rank(rank, world_size, engine, argv)
     except SystemExit as end:
         return str(end.code)
     return ""
@@ -131,7 +130,7 @@ def test_sharded_models_are_asked_on_all_ranks(tmp_path: Path, engine: str, name
     """OPT is refused in one line on every rank, before the first step; LLaMA trains."""
     saved_architecture(name, tmp_path / "model")
     write_records(tmp_path / "records.jsonl")
-    argv = _options(tmp_path, "out", packing=True, max_steps=1, eval_fraction=0.0, reflora_warmup_steps=0)
+    argv = finetune_options(tmp_path, "out", packing=True, max_steps=1, eval_fraction=0.0, reflora_warmup_steps=0)
     endings = run_ranks(_ending, 2, engine, argv, init_process_group=False)
     if name == "llama":
         assert endings == ["", ""]
@@ -155,7 +154,9 @@ def test_every_start_estimates_on_examples_that_are_apart(tmp_path: Path, monkey
         return model
 
     monkeypatch.setattr(finetune, "load_model", recorded)
-    finetune.main(_options(tmp_path, "out", packing=True, init_lora_weights="lora_ga", max_steps=1, eval_fraction=0.0))
+    finetune.main(
+        finetune_options(tmp_path, "out", packing=True, init_lora_weights="lora_ga", max_steps=1, eval_fraction=0.0)
+    )
     assert len(seen) > 1 and not any(seen)
 
 
@@ -179,7 +180,7 @@ def test_models_that_do_not_are_evaluated_one_by_one(name: str) -> None:
 
 def test_an_evaluation_in_batches_is_refused_before_an_answer(tmp_path: Path) -> None:
     saved_architecture("rwkv", tmp_path / "model", std=0.3)
-    _write_questions(tmp_path / "data")
+    write_questions(tmp_path / "data")
     argv = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data"), "--tasks", "boolq", "--limit", "2"]
     argv += ["--max_new_tokens", "2", "--disable_tqdm", "True"]
     with pytest.raises(SystemExit, match=r"evaluate.py: error: .*set --batch_size 1"):

@@ -23,12 +23,11 @@ from launchers import finetune
 from launchers.training import classification
 from launchers.training.glue_tasks import GLUE, ClassificationOptions
 from launchers.training.options import parse_options
-from tests.support.classification import LAYERS, micro_deberta, write_glue
+from tests.support.classification import LAYERS, glue_options, micro_deberta, write_glue
 from tests.support.cluster import run_ranks
 from tests.support.finetune import finetune_rank
 
 # The papers' adapted layers: five kinds in each layer, and output.dense twice.
-TARGETS = ["query_proj", "key_proj", "value_proj", "output.dense", "intermediate.dense"]
 PAIRS = 6 * LAYERS
 
 
@@ -42,34 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _options(folder: Path, glue_task: str, output: str, **changes: Any) -> list[str]:
-    options = {
-        "task": "seq-cls",
-        "glue_task": glue_task,
-        "model": folder / "model",
-        "dataset": folder / f"{glue_task}.jsonl",
-        "eval_dataset": folder / f"{glue_task}-validation.jsonl",
-        "output_dir": folder / output,
-        "cache_dir": folder / "cache",
-        "target_modules": " ".join(TARGETS),
-        "lora_r": 4,
-        "lora_alpha": 4,
-        "reflora_warmup_steps": 2,
-        "learning_rate": 1e-2,
-        "max_steps": 6,
-        "eval_steps": 3,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        **changes,
-    }
-    values = {name: value for name, value in options.items() if value is not None}
-    return [part for name, value in values.items() for part in (f"--{name}", *str(value).split(" "))]
-
-
 def _run(folder: Path, task: str, engine: str, output: str, **changes: Any) -> dict[str, Any]:
-    argv = _options(folder, task, output, **changes)
+    argv = glue_options(folder, task, output, **changes)
     run_ranks(finetune_rank, 2, engine, argv, timeout=240, init_process_group=False)
     return json.loads((folder / output / "metrics.json").read_text())
 
@@ -113,7 +86,7 @@ def _check_saved(folder: Path, task: str, adapter: Path, last: dict[str, Any]) -
     for name, tensor in tensors.items():
         if name.endswith((".bias", "pooler.dense.bias")):  # which start at zero
             assert tensor.abs().sum() > 0, f"{name} was not trained"
-    options = parse_options(_options(folder, task, "scored"))
+    options = parse_options(glue_options(folder, task, "scored"))
     base = classification.load_model(str(folder / "model"), options, torch.float32)
     model = PeftModel.from_pretrained(base, adapter).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "model")
@@ -221,11 +194,11 @@ def test_unusable_records_are_named(folder: Path, tmp_path: Path, record: Any, m
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps(record) + "\n")
     with pytest.raises(ValueError, match=message) as caught:
-        classification.choose_records(parse_options(_options(folder, "mrpc", "bad", dataset=path)))
+        classification.choose_records(parse_options(glue_options(folder, "mrpc", "bad", dataset=path)))
     assert f"{path}, line 1" in str(caught.value)
     path.write_text(json.dumps({"sentence1": "a", "sentence2": "b", "label": 5.5}))
     with pytest.raises(ValueError, match=r"label 5.5 is no number from 0 to 5"):
-        classification.choose_records(parse_options(_options(folder, "stsb", "bad", dataset=path)))
+        classification.choose_records(parse_options(glue_options(folder, "stsb", "bad", dataset=path)))
 
 
 @pytest.mark.parametrize(
@@ -242,7 +215,7 @@ def test_unusable_records_are_named(folder: Path, tmp_path: Path, record: Any, m
     ],
 )
 def test_mistakes_are_named(folder: Path, changes: dict[str, Any], message: str) -> None:
-    argv = _options(folder, "mrpc", "mistake", **changes)
+    argv = glue_options(folder, "mrpc", "mistake", **changes)
     if "no_glue_task" in changes:
         argv = [part for part in argv[:-2] if part not in ("--glue_task", "mrpc")]
     with pytest.raises(ValueError, match=message):
@@ -283,11 +256,11 @@ def test_padding_changes_no_logits(folder: Path, name: str, side: str) -> None:
 
 def test_a_length_for_special_tokens_alone_is_refused(folder: Path) -> None:
     with pytest.raises(SystemExit, match="max_length=3 leaves no token of a text beside 3 special ones: raise it"):
-        finetune.main(_options(folder, "mrpc", "short", max_length=3))
+        finetune.main(glue_options(folder, "mrpc", "short", max_length=3))
 
 
 def test_the_dropout_of_the_classifier(folder: Path) -> None:
-    options = parse_options(_options(folder, "mrpc", "dropout", cls_dropout=0.25))
+    options = parse_options(glue_options(folder, "mrpc", "dropout", cls_dropout=0.25))
     model = classification.load_model(str(folder / "model"), options, torch.float32)
     assert (model.dropout.p, model.new_heads) == (0.25, ["pooler.dense"])
     assert isinstance(model, type(AutoModelForSequenceClassification.from_config(model.config)))

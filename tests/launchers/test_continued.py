@@ -22,8 +22,8 @@ from reflora_dist import RefLoRAConfig, attach, initialize_adapters
 from reflora_dist.checkpoints.training_state import save_adapter
 from reflora_dist.doctor.base_model import load_config
 from reflora_dist.export.merge import merge_adapter
-from tests.launchers.test_launchers_runs import _finetune, _options
 from tests.support.cluster import run_ranks
+from tests.support.finetune import finetune_options, finetune_rank
 from tests.support.launchers import micro_model, write_records
 
 _LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -62,8 +62,8 @@ def test_training_goes_on_from_an_adapter(engine: str, adapter: str, folder: Pat
     written names the base, so that it can be continued again.
     """
     output = f"{adapter}-{engine}"
-    options = _options(folder, output, model=folder / adapter, max_steps=1, learning_rate=1e-9)
-    run_ranks(_finetune, 1 if engine == "single" else 2, engine, options, init_process_group=False, timeout=240)
+    options = finetune_options(folder, output, model=folder / adapter, max_steps=1, learning_rate=1e-9)
+    run_ranks(finetune_rank, 1 if engine == "single" else 2, engine, options, init_process_group=False, timeout=240)
     first, second = (load_file(folder / name / "adapter_model.safetensors") for name in (adapter, output))
     assert first.keys() == second.keys() and ("base_model.model.lm_head.weight" in first) == (adapter == "resized")
     for key, tensor in first.items():
@@ -75,10 +75,10 @@ def test_training_goes_on_from_an_adapter(engine: str, adapter: str, folder: Pat
 def test_a_continued_run_is_resumed(folder: Path) -> None:
     """With the same command: what its checkpoint has goes before the adapter that it began from."""
     options = {"model": folder / "adapter", "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    run_ranks(_finetune, 1, "single", _options(folder, "whole", **options), init_process_group=False)
+    run_ranks(finetune_rank, 1, "single", finetune_options(folder, "whole", **options), init_process_group=False)
     shutil.copytree(folder / "whole" / "checkpoint-2", folder / "again" / "checkpoint-2")
     options["resume_from_checkpoint"] = "auto"
-    run_ranks(_finetune, 1, "single", _options(folder, "again", **options), init_process_group=False)
+    run_ranks(finetune_rank, 1, "single", finetune_options(folder, "again", **options), init_process_group=False)
     whole, again = (load_file(folder / name / "adapter_model.safetensors") for name in ("whole", "again"))
     begun = load_file(folder / "adapter" / "adapter_model.safetensors")
     key = next(key for key in whole if ".lora_B." in key)
@@ -114,7 +114,7 @@ def _edited(folder: Path, target: Path, **changes: Any) -> Path:
 )
 def test_other_settings_than_the_adapters_are_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SystemExit, match=message):
-        finetune.main(_options(folder, "refused", model=folder / "adapter", **changes))
+        finetune.main(finetune_options(folder, "refused", model=folder / "adapter", **changes))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_adapters_that_cannot_be_continued(folder: Path, changes: dict[str, Any]
     changes = {key: str(folder / "adapter") if value == "{folder}/adapter" else value for key, value in changes.items()}
     edited = _edited(folder, tmp_path / "edited", **changes)
     with pytest.raises(SystemExit, match=message):
-        finetune.main(_options(folder, "refused", model=edited))
+        finetune.main(finetune_options(folder, "refused", model=edited))
 
 
 def test_checkpoints_that_are_no_adapter_by_themselves(folder: Path, tmp_path: Path) -> None:
@@ -141,11 +141,11 @@ def test_checkpoints_that_are_no_adapter_by_themselves(folder: Path, tmp_path: P
     initialize_adapters(changed, "pissa")
     save_adapter(changed, tmp_path / "changed")
     with pytest.raises(SystemExit, match=r"base that was changed at the start: make it an ordinary one first \(export"):
-        finetune.main(_options(folder, "refused", model=tmp_path / "changed"))
+        finetune.main(finetune_options(folder, "refused", model=tmp_path / "changed"))
     edited = _edited(folder, tmp_path / "sharded")
     (edited / "adapter_model.safetensors").unlink()
     with pytest.raises(SystemExit, match=r"without an adapter_model.safetensors: export it from its sharded state"):
-        finetune.main(_options(folder, "refused", model=edited))
+        finetune.main(finetune_options(folder, "refused", model=edited))
 
 
 def test_evaluation_takes_the_adapters_base(folder: Path) -> None:

@@ -14,10 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from reflora_dist.checkpoints.complete import last_complete_checkpoint
-from tests.launchers.test_launchers_classification import _options as glue_options
-from tests.launchers.test_launchers_classification import micro_deberta, write_glue
-from tests.launchers.test_launchers_runs import _finetune, _options
+from tests.support.classification import glue_options, micro_deberta, write_glue
 from tests.support.cluster import run_ranks
+from tests.support.finetune import finetune_options, finetune_rank
 from tests.support.launchers import micro_model, write_records
 
 
@@ -32,8 +31,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _train(folder: Path, output: str, engine: str = "ddp", **changes: Any) -> dict[str, torch.Tensor]:
     """The adapter that finetune.py leaves; trained once for all tests."""
     if not (folder / output / "metrics.json").exists():
-        argv = _options(folder, output, **changes)
-        run_ranks(_finetune, 2, engine, argv, timeout=240, init_process_group=False)
+        argv = finetune_options(folder, output, **changes)
+        run_ranks(finetune_rank, 2, engine, argv, timeout=240, init_process_group=False)
     return load_file(folder / output / "adapter_model.safetensors")
 
 
@@ -92,7 +91,7 @@ def test_further_sets_do_not_round_the_adapter_either(tmp_path: Path) -> None:
         output = f"mnli-{full_eval}"
         changes = {"mismatched_dataset": tmp_path / "mnli-validation.jsonl", "bf16_full_eval": full_eval}
         argv = glue_options(tmp_path, "mnli", output, **changes, max_steps=3)
-        run_ranks(_finetune, 1, "ddp", argv, timeout=170, init_process_group=False)
+        run_ranks(finetune_rank, 1, "ddp", argv, timeout=170, init_process_group=False)
         adapters.append(load_file(tmp_path / output / "adapter_model.safetensors"))
         recorded = json.loads((tmp_path / output / "metrics.json").read_text())["held_out_metrics"]
         assert [(point["set"], point["step"]) for point in recorded] == [("validation", 3), ("mismatched", 3)]
@@ -111,7 +110,9 @@ def _fail_to_evaluate(rank: int, world_size: int, argv: list[str]) -> None:
 
 def test_an_evaluation_that_fails_at_the_end_leaves_the_adapter(folder: Path) -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
-        run_ranks(_fail_to_evaluate, 1, _options(folder, "failed", eval_strategy="no"), init_process_group=False)
+        run_ranks(
+            _fail_to_evaluate, 1, finetune_options(folder, "failed", eval_strategy="no"), init_process_group=False
+        )
     assert len(load_file(folder / "failed" / "adapter_model.safetensors")) == 28
     assert not (folder / "failed" / "metrics.json").exists()  # by which recipes see that a run has ended
 
@@ -153,7 +154,7 @@ def _stopped(rank: int, world_size: int, argv: list[str], step: int) -> list[str
 def test_a_run_that_is_stopped_saves_and_does_not_evaluate_first(tmp_path: Path, folder: Path, changes: Any) -> None:
     """An evaluation may take longer than a scheduler waits, and would decide whether this checkpoint is the best."""
     output = tmp_path / "stopped"
-    argv = _options(folder, str(output), **changes, max_steps=20)
+    argv = finetune_options(folder, str(output), **changes, max_steps=20)
     (evaluated,) = run_ranks(_stopped, 1, argv, 4, timeout=170, init_process_group=False)
     assert evaluated == (["2"] if "eval_steps" in changes else [])
     assert Path(last_complete_checkpoint(output) or "").name == "checkpoint-4"

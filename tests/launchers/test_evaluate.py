@@ -21,10 +21,18 @@ from launchers.evaluation.answer_rules import ANSWER_WORDS
 from reflora_dist.files.base_files import load_tokenizer
 from reflora_dist.lora_sb import LoraXSConfig
 from tests.support.cluster import run_ranks
-from tests.support.launchers import DATA, REPOSITORY, TEXTS, free_port, launch, micro_model, needs_data
+from tests.support.launchers import (
+    DATA,
+    NUM_QUESTIONS,
+    REPOSITORY,
+    free_port,
+    launch,
+    micro_model,
+    needs_data,
+    write_questions,
+)
 
 TASKS = ("boolq", "winogrande", "gsm8k")
-COUNT = 7  # of each task: shares and last batches are uneven
 
 
 def _save_adapter(folder: Path, config: LoraConfig | LoraXSConfig) -> Path:
@@ -40,22 +48,12 @@ def _save_adapter(folder: Path, config: LoraConfig | LoraXSConfig) -> Path:
     return path
 
 
-def _write_questions(data: Path) -> None:
-    for task, answers in (("boolq", ("true", "false")), ("winogrande", ("option1", "option2")), ("gsm8k", ("3", "-7"))):
-        records = [
-            {"instruction": f"{task} {i * 7919}? " + TEXTS[i % 4] * (i % 3), "input": "", "answer": answers[i % 2]}
-            for i in range(COUNT)
-        ]
-        (data / task).mkdir(parents=True)
-        (data / task / "test.json").write_text(json.dumps(records))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluate")
     micro_model(folder / "model")
     _save_adapter(folder, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-    _write_questions(folder / "data")
+    write_questions(folder / "data")
     return folder
 
 
@@ -90,7 +88,7 @@ def alone(folder: Path) -> dict[tuple[str, int], str]:
     """The answers of one process, one question at a time."""
     _run(folder, "alone", batch_size=1)
     answers = _answers(folder / "alone")
-    assert len(answers) == 3 * COUNT and len(set(answers.values())) > COUNT
+    assert len(answers) == 3 * NUM_QUESTIONS and len(set(answers.values())) > NUM_QUESTIONS
     return answers
 
 
@@ -107,7 +105,7 @@ def _run_ranks(folder: Path, output: str, world_size: int, **changes: Any) -> di
 
 
 def test_a_batch_changes_no_answer(folder: Path, alone: dict[tuple[str, int], str]) -> None:
-    _run(folder, "batched", batch_size=COUNT)
+    _run(folder, "batched", batch_size=NUM_QUESTIONS)
     assert _answers(folder / "batched") == alone
 
 
@@ -118,7 +116,7 @@ def test_the_prompts_are_those_of_training(folder: Path, alone: dict[tuple[str, 
     model = generation.load_model(
         str(folder / "model"), str(folder / "adapter-LORA"), torch.float32, torch.device("cpu"), config
     )
-    for index in range(COUNT):
+    for index in range(NUM_QUESTIONS):
         record = json.loads((folder / "data" / "boolq" / "test.json").read_text())[index]
         ids = torch.tensor(encode_prompts(tokenizer, [format_prompt(record["instruction"], "", "alpaca")]))
         for _ in range(6):
@@ -156,13 +154,13 @@ def test_a_killed_run_goes_on_with_other_ranks(
 
     monkeypatch.setattr(generation, "generate", counting)
     results = _run(folder, "killed")
-    assert sum(answered) == 3 * COUNT - 6
+    assert sum(answered) == 3 * NUM_QUESTIONS - 6
     repaired = folder / "killed" / "answers.rank1.jsonl"
     repaired.write_text(repaired.read_text().rpartition("\n")[0] + "\n")  # rank 1 was not there to mend its file
     assert _answers(folder / "killed") == alone
     assert results["tasks"] == json.loads((folder / "alone" / "results.json").read_text())["tasks"]
     _run(folder, "killed")
-    assert sum(answered) == 3 * COUNT - 6
+    assert sum(answered) == 3 * NUM_QUESTIONS - 6
 
 
 def test_more_questions_and_tasks_are_added_to_what_is_there(
@@ -202,7 +200,7 @@ def test_answers_of_other_settings_are_refused(
         changes = _change_adapter(folder)
     if "data" in changes:
         changes = {"data": tmp_path}
-        _write_questions(tmp_path)
+        write_questions(tmp_path)
         file = tmp_path / "boolq" / "test.json"
         file.write_text(file.read_text().replace(" 7919?", " 7918?"))
     before = (folder / "alone" / "results.json").read_text()

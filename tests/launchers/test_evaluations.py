@@ -17,8 +17,8 @@ from launchers import finetune
 from launchers.training.arguments import _with_configured_state
 from launchers.training.options import parse_options
 from reflora_dist.checkpoints.complete import last_complete_checkpoint
-from tests.launchers.test_launchers_runs import _finetune, _options
 from tests.support.cluster import run_ranks
+from tests.support.finetune import finetune_options, finetune_rank
 from tests.support.launchers import REPOSITORY, micro_model, write_records
 
 RECORDS = "--dataset=records.jsonl"
@@ -135,12 +135,12 @@ def test_metrics_that_could_not_be_computed_are_refused(option: str) -> None:
 def test_evaluations_that_would_come_too_late_are_refused(folder: Path, changes: dict[str, Any], length: str) -> None:
     changes |= {"save_strategy": "best", "metric_for_best_model": "loss"}
     with pytest.raises(SystemExit, match=f"save_strategy=best needs evaluations, but {length}"):
-        finetune.main(_options(folder, "late", **changes))
+        finetune.main(finetune_options(folder, "late", **changes))
     assert not list((folder / "late").glob("checkpoint-*"))
 
 
 def _best(rank: int, world_size: int, argv: list[str]) -> None:
-    _finetune(rank, world_size, "ddp", argv)
+    finetune_rank(rank, world_size, "ddp", argv)
 
 
 @pytest.mark.parametrize("eval_strategy", ["steps", "epoch"])
@@ -149,7 +149,7 @@ def test_the_best_checkpoint_is_there_and_complete(folder: Path, eval_strategy: 
     changes = {"save_strategy": "best", "metric_for_best_model": "loss", "eval_strategy": eval_strategy}
     changes |= {"eval_steps": 4, "max_steps": None, "num_train_epochs": 1, "load_best_model_at_end": True}
     output = folder / f"best-{eval_strategy}"
-    run_ranks(_best, 2, _options(folder, output.name, **changes), timeout=170, init_process_group=False)
+    run_ranks(_best, 2, finetune_options(folder, output.name, **changes), timeout=170, init_process_group=False)
     (state_file,) = sorted(output.glob("checkpoint-8/trainer_state.json"))
     best = json.loads(state_file.read_text())["best_model_checkpoint"]
     assert Path(best).name == "checkpoint-8"  # every evaluation is better than the one before

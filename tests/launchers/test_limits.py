@@ -24,8 +24,8 @@ from launchers import evaluate, finetune
 from launchers.data.limits import Limits, check_examples
 from launchers.data.tokenization import Collator
 from launchers.training.targets import adapter_targets
-from tests.launchers.test_launchers_runs import _options
 from tests.support.architectures import saved_architecture, small_architecture
+from tests.support.finetune import finetune_options
 from tests.support.launchers import fast_tokenizer, write_records
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
@@ -131,12 +131,12 @@ def test_training_ends_before_its_first_step(tmp_path: Path) -> None:
     saved_architecture("gpt2", tmp_path / "model", vocab_size=100, n_positions=64)
     write_records(tmp_path / "records.jsonl")
     with pytest.raises(SystemExit, match=r"finetune.py: error: .*360 tokens, the model's embedding 100 rows"):
-        finetune.main(_options(tmp_path, "out"))
+        finetune.main(finetune_options(tmp_path, "out"))
     saved_architecture("gpt2", tmp_path / "model", n_positions=20)
     with pytest.raises(
         SystemExit, match=r"finetune.py: error: --dataset: the longest row has \d\d tokens.* 20 positions"
     ):
-        finetune.main(_options(tmp_path, "out"))
+        finetune.main(finetune_options(tmp_path, "out"))
 
 
 def _evaluate(folder: Path, **changes: Any) -> None:
@@ -199,7 +199,7 @@ LINEAR = {
 @pytest.mark.parametrize("tied", [False, True])
 def test_all_linear_adapts_every_linear_layer_but_the_head(tmp_path: Path, name: str, tied: bool) -> None:
     saved_architecture(name, tmp_path / "model", tie_word_embeddings=tied)
-    options = finetune.parse_options(_options(tmp_path, "out"))
+    options = finetune.parse_options(finetune_options(tmp_path, "out"))
     model = finetune.add_adapter(small_architecture(name, tie_word_embeddings=tied), options)
     adapted = {path.rpartition(".")[2] for path, layer in model.named_modules() if hasattr(layer, "lora_A")}
     assert adapted == LINEAR[name]
@@ -224,7 +224,7 @@ def test_every_name_must_fit_a_layer() -> None:
 def test_methods_for_plain_linear_layers_say_so(tmp_path: Path) -> None:
     """GPT-2's layers are Conv1D, whose weights lie transposed."""
     saved_architecture("gpt2", tmp_path / "model")
-    options = finetune.parse_options(_options(tmp_path, "out", method="lora-xs", reflora_warmup_steps=None))
+    options = finetune.parse_options(finetune_options(tmp_path, "out", method="lora-xs", reflora_warmup_steps=None))
     message = r"method='lora-xs': transformer.h.0.attn.c_attn is a Conv1D; only nn.Linear.*, or take another --method"
     with pytest.raises(ValueError, match=message):
         finetune.add_adapter(small_architecture("gpt2"), options)
@@ -232,6 +232,6 @@ def test_methods_for_plain_linear_layers_say_so(tmp_path: Path) -> None:
 
 def test_adapters_of_stacked_experts_are_refused_with_the_layers_to_name(tmp_path: Path) -> None:
     saved_architecture("mixtral", tmp_path / "model")
-    options = finetune.parse_options(_options(tmp_path, "out"))
+    options = finetune.parse_options(finetune_options(tmp_path, "out"))
     with pytest.raises(ValueError, match=r"reach the stacked experts.*linear layers: k_proj, o_proj, q_proj, v_proj$"):
         finetune.add_adapter(small_architecture("mixtral"), options)

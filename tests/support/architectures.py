@@ -68,7 +68,7 @@ def small_architecture(name: str, std: float | None = None, **changes: Any) -> A
 
 
 def saved_architecture(name: str, folder: Path, std: float | None = None, **changes: Any) -> Path:
-    """The model and the byte-level tokenizer of ``test_launchers_support`` in a folder."""
+    """The model and the byte-level tokenizer of ``tests.support.launchers`` in a folder."""
     fast_tokenizer(folder)
     small_architecture(name, std, **changes).save_pretrained(folder)
     return folder

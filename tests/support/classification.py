@@ -71,3 +71,32 @@ def write_glue(path: Path, task: str, count: int = 48, seed: int = 0) -> Path:
         lines.append(json.dumps({**record, "label": label if glue.num_labels else label * 0.9, "idx": index}))
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+TARGETS = ["query_proj", "key_proj", "value_proj", "output.dense", "intermediate.dense"]
+
+
+def glue_options(folder: Path, glue_task: str, output: str, **changes: Any) -> list[str]:
+    options = {
+        "task": "seq-cls",
+        "glue_task": glue_task,
+        "model": folder / "model",
+        "dataset": folder / f"{glue_task}.jsonl",
+        "eval_dataset": folder / f"{glue_task}-validation.jsonl",
+        "output_dir": folder / output,
+        "cache_dir": folder / "cache",
+        "target_modules": " ".join(TARGETS),
+        "lora_r": 4,
+        "lora_alpha": 4,
+        "reflora_warmup_steps": 2,
+        "learning_rate": 1e-2,
+        "max_steps": 6,
+        "eval_steps": 3,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        **changes,
+    }
+    values = {name: value for name, value in options.items() if value is not None}
+    return [part for name, value in values.items() for part in (f"--{name}", *str(value).split(" "))]

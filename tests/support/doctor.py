@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from tests.support.launchers import REPOSITORY
+
 SMALL = {
     "hidden_size": 64,
     "intermediate_size": 176,
@@ -44,3 +46,6 @@ def written(folder: Path, content: dict[str, Any], name: str = "config") -> str:
 
 def found(diagnosis: Any, level: str, message: str) -> bool:
     return any(finding.level == level and message in finding.message for finding in diagnosis.findings)
+
+
+SHIPPED = sorted([*(REPOSITORY / "ds_configs").glob("*.json"), *(REPOSITORY / "launchers/accelerate").glob("*.yaml")])

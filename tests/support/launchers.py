@@ -141,3 +141,16 @@ def launch(command: list[str | Path], *, timeout_s: float, expect_failure: bool 
         raise AssertionError(f"not done after {timeout_s} s: {command}\n{output}") from error
     assert (done.returncode != 0) == expect_failure, f"{command} returned {done.returncode}\n{done.stdout}"
     return done.stdout
+
+
+NUM_QUESTIONS = 7  # of each task: shares and last batches are uneven
+
+
+def write_questions(data: Path) -> None:
+    for task, answers in (("boolq", ("true", "false")), ("winogrande", ("option1", "option2")), ("gsm8k", ("3", "-7"))):
+        records = [
+            {"instruction": f"{task} {i * 7919}? " + TEXTS[i % 4] * (i % 3), "input": "", "answer": answers[i % 2]}
+            for i in range(NUM_QUESTIONS)
+        ]
+        (data / task).mkdir(parents=True)
+        (data / task / "test.json").write_text(json.dumps(records))

@@ -1,0 +1,93 @@
+"""The package that users install: its wheel works without the repository, and names what it imports."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from tests.support.launchers import REPOSITORY
+
+# distributions whose modules have another name
+_MODULES = {"pyyaml": "yaml"}
+# imported only where the user has it: under DeepSpeed, with 4-bit weights, on a GPU
+_OPTIONAL = {"deepspeed", "bitsandbytes", "triton"}
+
+_SMOKE = """
+import torch
+from peft import LoraConfig, get_peft_model
+import reflora_dist
+
+layers = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 16))
+model = get_peft_model(layers, LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False))
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+handle = reflora_dist.attach(model, optimizer, reflora_dist.RefLoRAConfig(warmup_steps=0))
+model(torch.ones(1, 16)).sum().backward()
+optimizer.step()
+report = handle.report()
+print(reflora_dist.__file__, report.applied_steps, report.num_pairs, report.skipped_pairs)
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, since setuptools leaves files beside the sources."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    shutil.copytree(REPOSITORY / "reflora_dist", source / "reflora_dist", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
+    _run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_the_package_alone(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"reflora_dist"}
+    modules = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "reflora_dist").rglob("*.py")}
+    assert modules <= set(names) and "reflora_dist/py.typed" in names
+
+
+def test_the_wheel_works_in_a_fresh_environment(wheel: Path, tmp_path: Path) -> None:
+    """With the dependencies of this environment, and without the repository."""
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / "bin" / "python"
+    _run(python, "-m", "pip", "install", "--no-index", "--no-deps", wheel)
+    own = next((tmp_path / "env" / "lib").glob("python*")) / "site-packages"
+    (own / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    file, applied, pairs, skipped = _run(python, "-c", _SMOKE, cwd=tmp_path).split()[-4:]
+    assert Path(file).is_relative_to(tmp_path)
+    assert (applied, pairs, skipped) == ("1", "2", "0")
+
+
+def test_what_the_package_imports_is_declared() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    declared = {_MODULES.get(name := Requirement(line).name, name) for line in project["dependencies"]}
+    imported = set()
+    for path in (REPOSITORY / "reflora_dist").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add((node.module or "").partition(".")[0])
+    assert imported - sys.stdlib_module_names - _OPTIONAL - {"reflora_dist"} == declared
+
+
+def _run(*command: str | Path, cwd: Path | None = None) -> str:
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(Path.home()), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import math
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,13 @@ class LoraOptions:
         elif self.lora_alpha is None:
             self.lora_alpha = 32.0
         self._check_start()
-        self.reflora_config()
+        try:
+            self.reflora_config()
+        except ValueError as error:
+            names = {"warmup_steps": "reflora_warmup_steps", "interval": "reflora_interval"}
+            names["damping"] = "scaled_gd_damping"
+            text = re.sub(r"\b(\w+)=", lambda match: f"{names.get(match[1], match[1])}=", str(error))
+            raise ValueError(text) from error
 
     @property
     def latent(self) -> bool:

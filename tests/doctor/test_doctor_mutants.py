@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -51,7 +50,6 @@ VALUES: list[Any] = [
     "NOSUCH",
     3,
     "auto",
-    10**6,
 ]
 MORE: list[tuple[str, Any]] = [
     ("optimizer", {"type": "SGD", "params": {"lr": 1e-3}}),
@@ -142,8 +140,7 @@ def test_the_oracle_takes_what_is_shipped(path: Path) -> None:
 @pytest.mark.timeout(0)
 def test_the_verdict_on_a_mutant_is_that_of_the_libraries(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     count: Counter[str] = Counter()
-    first = int(os.environ.get("FIRST_EXAMPLE", "0"))
-    for index in range(first, first + (request.config.getoption("--examples") or 10)):
+    for index in range(request.config.getoption("--examples") or 10):
         chance = random.Random(index)
         original = SHIPPED[index % len(SHIPPED)]
         text, what = mutant(original, chance)
@@ -153,6 +150,8 @@ def test_the_verdict_on_a_mutant_is_that_of_the_libraries(request: pytest.Fixtur
         count[verdict] += 1
         if verdict.startswith("wrong"):
             print(verdict, flush=True)
+        if index % 100 == 99:
+            print(index + 1, "tried", flush=True)
     print(
         f"\n{sum(count.values())} mutants",
         *(f"{number} {verdict}" for verdict, number in count.most_common()),

@@ -197,7 +197,8 @@ def _fill(model: nn.Module, case: Case) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-    for pair in _pairs(model) if case.method == "lora-pro" and not case.frozen else []:
+    will_be_refused = case.frozen or any(kind == "grouped" for kind, *_ in case.layers)
+    for pair in _pairs(model) if case.method == "lora-pro" and not will_be_refused else []:
         # which rests on both being gradients of one product: of a whole weight's gradient W, s B^T W and s W A^T
         a, b = (matrix.detach().double() for matrix in pair.matrices(pair.a, pair.b))
         whole = pair.scaling * torch.randn(b.shape[0], a.shape[1], generator=generator).double()
@@ -265,7 +266,10 @@ def _attached(case: Case) -> tuple[PeftModel, list[_Pair], torch.optim.Optimizer
     _fill(model, case)
     pairs = _pairs(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = getattr(torch.optim, case.optimizer)(parameters, lr=0.0, weight_decay=0.0)
+    parameters = parameters or [nn.Parameter(torch.zeros(1))]  # where all of them are frozen
+    # Adam's usual eps is zero in fp16, and no step of size zero then, but 0 / 0
+    further = {"eps": 1e-3} if case.optimizer == "AdamW" else {}
+    optimizer = getattr(torch.optim, case.optimizer)(parameters, lr=0.0, weight_decay=0.0, **further)
     return model, pairs, optimizer, _expected_refusals(case, pairs, shares_factor)
 
 

@@ -18,7 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--all-ranks",
         action="store_true",
-        help="run every engine on every number of ranks it is valid on, not only on one",
+        help="run everything: every engine on every number of ranks it is valid on, every case",
     )
     parser.addoption("--fast", action="store_true", help="only tests that start no process: under three minutes")
     parser.addoption(
@@ -34,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.register_profile("many", max_examples=examples or 1, deadline=None)
     settings.load_profile("many" if examples else "few")
     config.addinivalue_line("markers", "slow: takes long though it starts no process; --fast leaves it out")
-    config.addinivalue_line("markers", "all_ranks: an engine on a further number of ranks; runs with --all-ranks")
+    config.addinivalue_line("markers", "all_ranks: a further engine, number of ranks or case; runs with --all-ranks")
     config.addinivalue_line("markers", "gpu: needs a GPU, and is left out where there is none")
     config.addinivalue_line("markers", "pdsh: needs pdsh and sshd, and is left out where they are not installed")
 

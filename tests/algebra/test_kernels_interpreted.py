@@ -98,7 +98,15 @@ def _both_orientations(lora_rank: int, rows: int) -> bool:
     return torch.equal(as_columns, as_rows) and torch.equal(blocks[0].mT, blocks[1])
 
 
-@pytest.mark.parametrize(("lora_rank", "rows"), [(1, 300), (5, 77), (8, 8), (16, 16), (32, 530), (64, 70)])
+@pytest.mark.parametrize(
+    ("lora_rank", "rows"),
+    [
+        (1, 300),
+        (5, 77),
+        (32, 530),
+        *(pytest.param(*size, marks=pytest.mark.all_ranks) for size in [(8, 8), (16, 16), (64, 70)]),
+    ],
+)
 def test_the_orientation_in_memory_changes_no_bit(interpreted: Any, lora_rank: int, rows: int) -> None:
     """One tall factor as [r, rows] and as [rows, r], also where the shape does not tell which it is."""
     assert interpreted(_both_orientations, lora_rank, rows)

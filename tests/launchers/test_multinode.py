@@ -70,10 +70,10 @@ def _check_against_the_reference(folder: Path, hosts: tuple[Host, Host], process
     ("launcher", "engine", "processes"),
     [
         ("deepspeed", "zero3", 1),
-        ("torchrun", "fsdp2", 1),
         *(
             pytest.param(*case, marks=pytest.mark.all_ranks)
             for case in [
+                ("torchrun", "fsdp2", 1),
                 ("deepspeed", "zero3", 2),
                 ("torchrun", "fsdp2", 2),
                 ("torchrun", "fsdp2-hsdp", 2),

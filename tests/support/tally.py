@@ -11,7 +11,7 @@ from pathlib import Path
 import reflora_dist
 
 COUNTS: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-_OWN = (Path(reflora_dist.__file__).parent, Path(__file__).parents[1] / "launchers")
+_OWN = (Path(reflora_dist.__file__).parent, Path(__file__).parents[2] / "launchers")
 
 
 class Outcome:

@@ -283,7 +283,10 @@ def solve(
 
 
 def invert(matrices: Tensor) -> Tensor:
-    """Return the inverses of ``[..., r, r]`` float64 on a GPU, in one launch; those of singular matrices are not finite."""
+    """Return the inverses of ``[..., r, r]`` float64 on a GPU, in one launch.
+
+    The inverse of a singular matrix is not finite.
+    """
     lora_rank = matrices.shape[-1]
     size = padded(lora_rank)
     flat = matrices.reshape(-1, lora_rank, lora_rank).contiguous()

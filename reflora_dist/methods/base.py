@@ -1,7 +1,7 @@
 """The interface of a method.
 
-Written tall, the factors are ``X_A = A^T`` ``[in, r]`` and ``X_B = B`` ``[out, r]``. A method receives the Gram matrices
-of whole tall factors and returns r x r matrices. It never sees a factor, a rank or an engine.
+Written tall, the factors are ``X_A = A^T`` ``[in, r]`` and ``X_B = B`` ``[out, r]``. A method receives Gram matrices of
+whole tall factors and returns small matrices or scalars. It never sees a factor, a rank or an engine.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Method:
 
     @classmethod
     def solution_values(cls, lora_rank: int) -> int:
-        """Return how many float64 numbers per pair are sent if ranks share the pairs out to solve; 0 if they never do."""
+        """Return how many float64 numbers per pair are sent if ranks divide the solves; 0 if they never do."""
         return 0
 
 

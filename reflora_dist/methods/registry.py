@@ -14,7 +14,7 @@ def _found() -> dict[str, type[Method]]:
     methods: dict[str, type[Method]] = {}
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
         if module.name in ("config", "reference", "registry"):
-            continue  # these define no method, and may import this module
+            continue  # these define no method, and config imports this module
         for _, value in inspect.getmembers(importlib.import_module(f"{package}.{module.name}"), inspect.isclass):
             if issubclass(value, Method) and "name" in vars(value):
                 methods[value.name] = value

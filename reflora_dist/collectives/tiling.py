@@ -170,7 +170,7 @@ def _tile_rows(layout: Layout, piece: Piece, rank: int) -> Tiling:
         if stop > start:
             row = start // width * width
             parts = list(layout.overlaps(row, row + width))
-            keeper = max(parts, key=lambda part: part.numel).peer  # the first of equal parts
+            keeper = max(parts, key=lambda part: part.numel).peer  # the first rank, if parts are equal
             sent.append(Run(keeper, start - piece.start, stop - start))
             if keeper == rank:
                 offset = sum(run.numel for run in arriving)

@@ -102,7 +102,7 @@ class SafeReader(FileSystemReader):
         except Exception as error:  # a damaged pickle raises errors of any type
             raise ValueError(_refusal(path, error)) from error
         if not isinstance(metadata, Metadata):
-            raise ValueError(f"{path} holds a {type(metadata).__name__} and no metadata: take another checkpoint")
+            raise ValueError(f"{path} holds a {type(metadata).__name__} instead of metadata: take another checkpoint")
         _require_places(metadata, path)
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
@@ -132,7 +132,9 @@ def _require_places(metadata: Metadata, path: Path) -> None:
             for place in places.values():
                 plain_name(place.relative_path, path)
             return
-    raise ValueError(f"{path} is damaged (what it says about the tensors is no such thing): take another checkpoint")
+    raise ValueError(
+        f"{path} is damaged (a field of its metadata is missing or of another type): take another checkpoint"
+    )
 
 
 def load_states(path: Path, trust_pickles: bool = False) -> Any:

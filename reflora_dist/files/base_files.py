@@ -158,8 +158,8 @@ def require_size(folder: Path, config: Any, shapes: Sequence[Sequence[int]]) -> 
     for field, value in _sizes(config).items():
         if value > largest:
             raise ValueError(
-                f"{folder / _CONFIG} says {field}={value}, but the weights belong to a smaller model: correct it, or get "
-                "the model anew"
+                f"{folder / _CONFIG} says {field}={value}, but the weights belong to a smaller model: correct it, or "
+                "get the model anew"
             )
 
 

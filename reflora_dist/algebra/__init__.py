@@ -1,4 +1,4 @@
-"""Mathematics of r x r matrices and of whole rows of tall factors, with the Triton kernels below it.
+"""Linear algebra on r x r matrices and on whole rows of tall factors; ``kernels/`` has it in Triton.
 
-No rank, no engine, no file: everything in here runs in one process.
+This code knows no ranks, no engines and no files: everything runs in one process.
 """

@@ -1,4 +1,4 @@
-"""Decompositions of stacks of r x r matrices, in float64 and without waiting for a GPU."""
+"""Decompositions of stacks of r x r matrices, in float64 and without a synchronization with the GPU."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from torch import Tensor
 
 from . import kernels
 
-# A pivot of the Cholesky factorization, relative to its diagonal entry, is the squared sine of the angle
-# between a row of the factor and the rows before it. Rounding in an fp64 Gram leaves about r * 2e-16.
+# A Cholesky pivot, relative to its diagonal entry, is the squared sine of the angle between a row of the factor and
+# the span of the rows before it. Rounding in a float64 Gram matrix leaves about r * 2e-16.
 RELATIVE_PIVOT = 1e-13
 
 
-# Scaled Newton reaches fp64 accuracy in 9 steps up to cond 1e16 (Higham, Functions of Matrices, 2008, 8.9).
+# Scaled Newton reaches float64 accuracy in 9 steps up to cond 1e16 (Higham, Functions of Matrices, 2008, 8.9).
 NEWTON_STEPS = 10
 
 
-# Convergence is quadratic: a step that changes X by less than this leaves an error of its square.
+# Convergence is quadratic: after a step that changes X by less than this, the error is about its square.
 CONVERGED = 1e-8
 
 
-# So does a step that changes X, now nearly orthogonal, by less than this, after which products alone reach fp64
-# accuracy: an error e of the singular values becomes 3/2 e^2 in each of these steps (Higham, Functions of Matrices,
-# 2008, 8.3), here 5e-3, 4e-5, 2e-9, 7e-18.
+# After a Newton step that changes X by less than this, X is nearly orthogonal, and Schulz's steps, which need products
+# alone, reach float64 accuracy. Each turns an error e of the singular values into 3/2 e^2 (Higham, Functions of
+# Matrices, 2008, 8.3): 5e-3, 4e-5, 2e-9, 7e-18.
 NEARLY_ORTHOGONAL = 0.1
 
 
-# Up to cond 1e15 and r = 128 that takes at most seven steps; one to spare where nobody looks.
+# Up to cond 1e15 and r = 128 that takes at most seven steps. A GPU does not test for convergence, hence one to spare.
 STEPS_TO_NEARLY_ORTHOGONAL = 8
 
 
@@ -34,7 +34,15 @@ PRODUCT_STEPS = 3
 
 
 def cholesky(gram: Tensor, eye: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower Cholesky factors ``[..., r, r]`` of Gram matrices, and which have one ``[...]``; the others get ``eye``."""
+    """Return lower Cholesky factors of Gram matrices, and whether each matrix has full rank.
+
+    Args:
+        gram: ``[..., r, r]``.
+        eye: the identity ``[r, r]``; it replaces the factor of a matrix that is rank-deficient or not finite.
+
+    Returns:
+        Factors ``[..., r, r]`` and ``full_rank`` ``[...]`` bool.
+    """
     finite = torch.isfinite(gram).flatten(-2).all(dim=-1)
     chol, failed = torch.linalg.cholesky_ex(torch.where(finite[..., None, None], gram, eye))
     pivots = torch.diagonal(chol, dim1=-2, dim2=-1).square()
@@ -44,15 +52,15 @@ def cholesky(gram: Tensor, eye: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def inverse_from_cholesky(chol: Tensor, eye: Tensor) -> Tensor:
-    """``(L L^T)^-1`` for ``[..., r, r]``; torch.cholesky_inverse takes matrices one by one on a GPU."""
+    """Return ``(L L^T)^-1`` for L ``[..., r, r]``; on a GPU torch.cholesky_inverse would loop over the matrices."""
     chol_inverse = torch.linalg.solve_triangular(chol, eye.expand_as(chol), upper=False)
     return chol_inverse.mT @ chol_inverse
 
 
 def inverted(matrix: Tensor) -> Tensor:
-    """Inverses of ``[..., r, r]`` float64, not finite where there is none.
+    """Return the inverses of ``[..., r, r]`` float64; the inverse of a singular matrix is not finite.
 
-    On a GPU by a kernel where there is one: torch leaves many matrices of more than 16 rows to MAGMA, which waits for
+    On a GPU a Triton kernel inverts where it can: torch passes batches with r > 16 to MAGMA, which synchronizes with
     the device.
     """
     if kernels.usable(matrix.device) and matrix.shape[-1] <= kernels.LARGEST_LORA_RANK:
@@ -63,10 +71,10 @@ def inverted(matrix: Tensor) -> Tensor:
 
 
 def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The orthogonal polar factor of ``[..., r, r]`` and the matrix's inverse.
+    """Return the orthogonal polar factor of ``[..., r, r]`` and the inverse of the matrix.
 
-    By Newton's scaled iteration, ``X <- (mu X + X^-T / mu) / 2`` with mu from the Frobenius norms, and at the end
-    Schulz's, ``X <- X (3 I - X^T X) / 2``. Matrix products and inverses only, a bounded number of them: an
+    Newton's scaled iteration is ``X <- (mu X + X^-T / mu) / 2``, with mu from the Frobenius norms. The last steps are
+    Schulz's, ``X <- X (3 I - X^T X) / 2``. Both need a bounded number of matrix products and inverses only; an
     eigendecomposition would make a GPU wait for the host.
     """
     x = matrix
@@ -85,10 +93,10 @@ def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def frobenius(matrix: Tensor) -> Tensor:
-    """Frobenius norms ``[..., 1, 1]``."""
+    """Return Frobenius norms ``[..., 1, 1]``."""
     return torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True)
 
 
 def symmetric(matrix: Tensor) -> Tensor:
-    """The symmetric part, which takes away what rounding adds."""
+    """Return the symmetric part, which removes the asymmetry due to rounding."""
     return 0.5 * (matrix + matrix.mT)

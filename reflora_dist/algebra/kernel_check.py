@@ -1,4 +1,4 @@
-"""Kernels are used on a device only if they agree there with the plain code; Triton's support differs by GPU."""
+"""Check that the Triton kernels agree with the plain torch code on a device; Triton's support differs by GPU."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 
 from .kernels import LARGEST_LORA_RANK, usable
 
-_TOLERANCE = 1e-6  # one rounding to float32, and S to what Grams allow
+_TOLERANCE = 1e-6  # relative; covers one rounding to float32, and the accuracy of S from Gram matrices
 
 
 def kernels_work(lora_ranks: Iterable[int], device: torch.device) -> bool:
-    """Whether the kernels that a step needs agree with the plain code on this device; compiles them.
+    """Compile the kernels that a step needs, and return whether all agree with the plain code on this device.
 
-    Warns where one does not: training then goes on with the plain code, which is slower and as exact.
+    Warns if one does not. Training then continues with the plain code, which is slower and equally exact.
     """
-    # what does not depend on r is checked with every r, so also where all of them are beyond the kernels
+    # clamped, not filtered: the kernels that do not depend on r must be checked even if every r is too large
     sizes = sorted({min(lora_rank, LARGEST_LORA_RANK) for lora_rank in lora_ranks})
     return usable(device) and all(_agree_with_torch(lora_rank, device) for lora_rank in sizes)
 
@@ -30,7 +30,7 @@ def _agree_with_torch(lora_rank: int, device: torch.device) -> bool:
 
         wrong = {what: error for what, error in errors(lora_rank, device).items() if not error < _TOLERANCE}  # or NaN
         reason = ", ".join(f"{what} differ by {error:.1e}" for what, error in wrong.items())
-    except Exception as caught:  # whatever the compiler or the driver says, the plain code remains
+    except Exception as caught:  # the compiler and the driver raise errors of many types; the plain code remains
         reason = f"{type(caught).__name__}: {caught}".splitlines()[0]
     if reason:
         name = torch.cuda.get_device_name(device)

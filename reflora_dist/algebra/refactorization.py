@@ -1,4 +1,4 @@
-"""From Gram matrices to the refactorization S: batched, in float64, without ranks.
+"""The refactorization S from Gram matrices, batched over pairs, in float64.
 
 S is the symmetric positive definite solution of ``S G_A S = G_B`` with ``G_A = A A^T`` and ``G_B = B^T B``
 (RefLoRA, Zhang, Li and Giannakis, NeurIPS 2025): the geometric mean of ``G_A^-1`` and ``G_B``.
@@ -20,20 +20,20 @@ def solve_refactorization(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tenso
     """Solve ``S G_A S = G_B`` for a batch of pairs.
 
     With Cholesky factors ``G_A = L_A L_A^T``, ``G_B = L_B L_B^T`` and the polar decomposition
-    ``L_B^T L_A = Q H``, the solution is ``S = L_A^-T H L_A^-1`` and ``S^-1 = L_A H^-1 L_A^T``. Working on
-    ``L_B^T L_A`` keeps its condition number at cond(A) cond(B); the matrix ``G_A^1/2 G_B G_A^1/2`` of the
-    paper would square it.
+    ``L_B^T L_A = Q H``, the solution is ``S = L_A^-T H L_A^-1`` and ``S^-1 = L_A H^-1 L_A^T``. The matrix
+    ``L_B^T L_A`` has a condition number of at most cond(A) cond(B); the paper's ``G_A^1/2 G_B G_A^1/2`` has the
+    square of it.
 
     Args:
         gram_a: ``[P, r, r]`` float64, ``A A^T`` of every pair.
         gram_b: ``[P, r, r]`` float64, ``B^T B`` of every pair.
 
     Returns:
-        ``S`` ``[P, r, r]``, ``S^-1`` ``[P, r, r]`` (float64, symmetric) and ``solved`` ``[P]`` (bool). Where a
-        factor is rank-deficient, or so ill-conditioned that S misses its equation, ``solved`` is False and
-        S and S^-1 are the identity, which leaves that pair plain LoRA.
+        ``S`` ``[P, r, r]``, ``S^-1`` ``[P, r, r]`` (float64, symmetric) and ``solved`` ``[P]`` (bool). A pair is not
+        solved if a factor is rank-deficient, or so ill-conditioned that S misses its equation. Its S and S^-1 are
+        then the identity, which leaves the pair plain LoRA.
 
-    On a GPU one Triton kernel does it up to r = 64; beyond, and on a CPU, batched torch code.
+    On a GPU one Triton kernel solves all pairs up to r = 64. Larger r, and CPUs, use batched torch code.
     """
     if kernels.usable(gram_a.device) and gram_a.shape[-1] <= kernels.LARGEST_SOLVED_LORA_RANK:
         from .kernels.launch import solve  # imports Triton, which not every machine has
@@ -44,7 +44,7 @@ def solve_refactorization(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tenso
 
 
 def solve_with_torch(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`solve_refactorization` without the kernel."""
+    """Solve as :func:`solve_refactorization` does, in torch alone."""
     eye = torch.eye(gram_a.shape[-1], dtype=gram_a.dtype, device=gram_a.device)
     (chol_a, chol_b), full_rank_each = cholesky(torch.stack([gram_a, gram_b]), eye)
     full_rank = full_rank_each.all(dim=0)
@@ -63,15 +63,15 @@ def solve_with_torch(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def solve_scale(squared_norm_a: Tensor, squared_norm_b: Tensor) -> tuple[Tensor, Tensor]:
-    """The scalar refactorization of RefLoRA-S, ``s = |B|_F / |A|_F``.
+    """Return the scalar refactorization of RefLoRA-S, ``s = |B|_F / |A|_F``.
 
     Args:
         squared_norm_a: ``[P]`` float64, ``|A|_F^2`` of every pair.
         squared_norm_b: ``[P]`` float64, ``|B|_F^2`` of every pair.
 
     Returns:
-        ``s`` ``[P]`` float64 and ``solved`` ``[P]`` (bool); a pair with a zero or non-finite factor has no
-        scale, and gets s = 1.
+        ``s`` ``[P]`` float64 and ``solved`` ``[P]`` (bool). A pair with a zero or non-finite factor has no scale:
+        it gets s = 1 and is not solved.
     """
     s = torch.sqrt(squared_norm_b / squared_norm_a)
     solved = torch.isfinite(s) & (s > 0)
@@ -79,7 +79,7 @@ def solve_scale(squared_norm_a: Tensor, squared_norm_b: Tensor) -> tuple[Tensor,
 
 
 def _equation_residual(s: Tensor, s_inv: Tensor, gram_a: Tensor, gram_b: Tensor, eye: Tensor) -> Tensor:
-    """The larger of ``|S G_A S - G_B| / |G_B|`` and ``|S S^-1 - I|``, Frobenius norms, ``[P]``."""
+    """Return the larger of ``|S G_A S - G_B| / |G_B|`` and ``|S S^-1 - I|`` in Frobenius norms, ``[P]``."""
     equation = torch.linalg.matrix_norm(s @ gram_a @ s - gram_b) / torch.linalg.matrix_norm(gram_b)
     inverse = torch.linalg.matrix_norm(s @ s_inv - eye)
     return torch.maximum(equation, inverse)

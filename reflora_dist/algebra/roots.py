@@ -1,4 +1,7 @@
-"""Inverse square roots of Gram matrices: batched, float64, on a GPU without eigenvectors, which wait for the host."""
+"""Inverse square roots of Gram matrices, batched, in float64.
+
+GPUs compute them without eigenvectors: an eigendecomposition would make a GPU wait for the host.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,23 @@ from torch import Tensor
 
 from .decompositions import inverted, polar, symmetric
 
-# Singular values of a factor below this times its Frobenius norm count as zero. A Gram squares it, and float64
-# resolves 2e-16 of a Gram.
+# A singular value of a factor counts as zero if it is below RCOND times the factor's Frobenius norm. In the Gram matrix
+# the threshold is RCOND^2, well above the 2e-16 that float64 resolves.
 RCOND = 1e-6
 _JITTER = 1e-15
 
 
 def pseudo_inverse_root(gram: Tensor) -> Tensor:
-    """The symmetric N with ``N G N`` the projector on the range of G: ``G^(-1/2)`` where G is regular.
+    """Return the symmetric N for which ``N G N`` is the projector on the range of G: ``G^(-1/2)`` if G is regular.
 
-    ``X N`` then has orthonormal columns that span those of X, if ``G = X^T X``.
+    If ``G = X^T X`` is regular, ``X N`` has orthonormal columns with the span of X's.
 
     Args:
         gram: ``[..., r, r]`` float64, symmetric, positive semi-definite.
 
     Returns:
-        ``[..., r, r]`` float64; directions in which X has singular values below ``RCOND |X|_F`` are left out, all of
-        them where G is zero or not finite.
+        N ``[..., r, r]`` float64. It is zero in directions where X has singular values below ``RCOND |X|_F``, and
+        zero altogether if G is zero or not finite.
     """
     size = torch.diagonal(gram, dim1=-2, dim2=-1).sum(dim=-1)
     usable = torch.isfinite(gram).flatten(-2).all(dim=-1) & (size > 0)
@@ -34,11 +37,14 @@ def pseudo_inverse_root(gram: Tensor) -> Tensor:
 
 
 def damped_inverse_root(matrix: Tensor, eps: float) -> Tensor:
-    """``(M^(1/2) + eps I)^-1``, zero where M is not finite.
+    """Return ``(M^(1/2) + eps I)^-1``, or zero if M is not finite.
 
     Args:
-        matrix: ``[..., r, r]`` float64, symmetric, positive semi-definite up to rounding.
-        eps: above 0.
+        matrix: M ``[..., r, r]`` float64, symmetric, positive semi-definite up to rounding.
+        eps: a number above 0.
+
+    Returns:
+        ``[..., r, r]`` float64, symmetric.
     """
     finite = torch.isfinite(matrix).flatten(-2).all(dim=-1)
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
@@ -56,11 +62,14 @@ def _by_eigenvectors(gram: Tensor) -> Tensor:
 
 
 def _by_iteration(gram: Tensor, eye: Tensor) -> Tensor:
-    """The sign of ``G - RCOND^2 I`` is 1 on the directions to keep, and is its orthogonal polar factor."""
+    """Find the directions to keep by the matrix sign of ``G - RCOND^2 I``, which is its orthogonal polar factor.
+
+    The sign is 1 on these directions and -1 on the others.
+    """
     sign, _ = polar(gram - RCOND**2 * eye)
     projector = 0.5 * (eye + symmetric(sign))
-    # Close to the threshold the sign is good to 1e-5 only, which the root of the small directions would magnify. A step
-    # P <- 3 P^2 - 2 P^3 (McWeeny, Rev. Mod. Phys. 32, 1960) squares what is missing to a projector.
+    # Close to the threshold the sign is accurate to 1e-5 only, and the inverse root of small directions would magnify
+    # the error. A step P <- 3 P^2 - 2 P^3 (McWeeny, Rev. Mod. Phys. 32, 1960) squares the distance to a projector.
     square = projector @ projector
     projector = symmetric(square @ (3 * eye - 2 * projector))
     _, inverse_root = _roots(symmetric(projector @ gram @ projector) + (eye - projector))
@@ -73,14 +82,17 @@ def _damped_by_eigenvectors(matrix: Tensor, eps: float, eye: Tensor) -> Tensor:
 
 
 def _damped_by_iteration(matrix: Tensor, eps: float, eye: Tensor) -> Tensor:
-    # regular by less than eps can show, also where M is zero
+    # The shift makes M regular, even where it is zero. It is too small to show beside eps.
     size = torch.diagonal(matrix, dim1=-2, dim2=-1).sum(dim=-1)[..., None, None]
     root, _ = _roots(matrix + (_JITTER * size + (1e-4 * eps) ** 2) * eye)
     return inverted(root + eps * eye)
 
 
 def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Square root and inverse square root of a positive definite matrix ``L L^T``: ``L^T = U M^(1/2)``."""
+    """Return the square root and the inverse square root of a positive definite ``M = L L^T``.
+
+    ``L^T = U M^(1/2)`` is the polar decomposition of ``L^T``.
+    """
     upper = torch.linalg.cholesky_ex(matrix)[0].mT
     orthogonal, upper_inverse = polar(upper)
     return symmetric(orthogonal.mT @ upper), symmetric(upper_inverse @ orthogonal)

@@ -1,8 +1,8 @@
-"""Whole rows of tall factors, batched by shape. Plain tensor work: no ranks, no engines.
+"""Gram matrices and products of whole rows of tall factors, batched by shape.
 
-A *tall* factor X is ``A^T`` ``[in, r]`` or ``B`` ``[out, r]``. A *block* is a set of whole rows of one. In memory it is
-``[rows, r]``, or ``[r, rows]`` where lora_A is stored as PEFT does. All that RefLoRA and its relatives do to the
-factors is ``X^T X`` over blocks (a sum over rows) and ``X M`` with an r x r matrix (local to a row).
+A *tall* factor X is ``A^T`` ``[in, r]`` or ``B`` ``[out, r]``. A *block* is a set of whole rows of a tall factor. In
+memory it is ``[rows, r]``, or ``[r, rows]`` if lora_A is stored as PEFT stores it. RefLoRA and its relatives need two
+operations only: ``X^T X`` over blocks (a sum over rows) and ``X M`` with an r x r matrix (local to a row).
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch import Tensor
 from . import kernels
 from .types import BlockSpec, Matrices, stack_view
 
-# Blocks of one shape are stacked for one batched product. The stack is temporary, so its size bounds the peak memory
-# that a step adds. 2^16 elements stay in a CPU core's cache; 2^22, 32 MiB in float64, keep a GPU busy and launches few.
+# Blocks of one shape are stacked for one batched product. The stack is temporary: its size bounds the peak memory that
+# a step adds. 2^16 elements stay in a CPU core's cache; 2^22 (32 MiB in float64) keep a GPU busy with few launches.
 _STACKED_ELEMENTS = {"cpu": 1 << 16}
 _STACKED_ELEMENTS_ELSEWHERE = 1 << 22
-_MAX_PLANS = 64  # layers that are dropped at random leave ever new sets of gradients
+_MAX_PLANS = 64  # random layer dropping would add a new set of gradients in almost every step
 
 
 @dataclasses.dataclass(frozen=True)
 class _Batch:
-    """Blocks of one shape and orientation that are computed together, whichever side they are of."""
+    """Blocks of one shape and orientation, of lora_A or lora_B, that are computed together."""
 
     lora_rank: int
     shape: tuple[int, int]
@@ -37,11 +37,13 @@ class _Batch:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """Batches, those of one lora_rank one behind the other.
+    """The batches of a step.
 
     Attributes:
-        slots: per lora_rank ``[blocks]`` int64, each one's place in ``[2 P_r]``: lora_A's Grams, then lora_B's.
-        sizes: per lora_rank the blocks in each batch.
+        batches: all batches, sorted by lora_rank.
+        slots: per lora_rank ``[blocks]`` int64, the place of each block's Gram in ``[2 P_r]``: lora_A's Grams come
+            first, then lora_B's.
+        sizes: per lora_rank the number of blocks in each batch.
     """
 
     batches: tuple[_Batch, ...]
@@ -53,10 +55,10 @@ class BlockSet:
     """The blocks that one rank computes on, in a fixed order.
 
     Args:
-        specs: the blocks.
-        lora_ranks: r of every pair that ``specs`` may name, by its number there.
-        device: where products are computed.
-        use_kernels: whether Triton kernels compute them; by default where they can.
+        specs: pair, side and shape of each block.
+        lora_ranks: r of every pair, indexed by ``BlockSpec.pair``.
+        device: the device of the products.
+        use_kernels: whether Triton kernels compute them; by default wherever the kernels run.
     """
 
     def __init__(
@@ -87,14 +89,15 @@ class BlockSet:
                 self._tiled = TiledBlocks(self.specs, self._lora_ranks, self._slots, self.pairs_by_rank, device)
 
     def grams(self, blocks: Sequence[Tensor | None]) -> Matrices:
-        """This rank's share of every Gram matrix.
+        """Return this rank's contribution to every Gram matrix.
 
         Args:
             blocks: the factors' blocks, in the order of ``specs``, contiguous; None counts as no rows.
 
         Returns:
             For every lora_rank r ``[2, P_r, r, r]`` float64: ``A A^T`` and ``B^T B`` over this rank's blocks,
-            zero where it holds none. Formed in float64, since a Gram squares the condition number.
+            zero for a factor without a block here. The products are formed in float64, since a Gram matrix squares
+            the condition number.
         """
         if self._tiled is not None and (located := self._tiled.locate("grams", blocks)) is not None:
             return self._tiled.grams(located)
@@ -109,11 +112,11 @@ class BlockSet:
         """Multiply blocks in place: ``X <- X M``.
 
         Args:
-            blocks: tensors in the order of ``specs`` (gradients, say); None is left out.
-            matrices: ``{r: [2, P_r, r, r]}`` float64, for lora_A's side and for lora_B's.
+            blocks: tensors in the order of ``specs`` (for example gradients); None is skipped.
+            matrices: M, ``{r: [2, P_r, r, r]}`` float64, for lora_A's side and for lora_B's.
 
-        Products are formed in float64 and rounded once to the block's dtype: a gradient of lora_A is small just
-        where S^-1 is large, and in float32 that product loses two digits at cond(B) = 1e4.
+        Products are formed in float64 and rounded once to the block's dtype. The gradient of lora_A is small exactly
+        where S^-1 is large, so a float32 product would lose two digits at cond(B) = 1e4.
         """
         if self._tiled is not None and (located := self._tiled.locate("products", blocks)) is not None:
             self._tiled.multiply_(located, matrices)
@@ -127,11 +130,11 @@ class BlockSet:
             self._store(product, tensors, parts)
 
     def stacked_grams(self, streams: Sequence[Sequence[Tensor | None]]) -> Matrices:
-        """This rank's share of the Grams of several tall matrices side by side, ``[X_1, X_2, ...]``.
+        """Return this rank's contribution to the Gram matrices of tall matrices side by side, ``[X_1, X_2, ...]``.
 
         Args:
-            streams: k lists of blocks, each as for :meth:`grams`: the factors, their gradients, ... A block of the
-                first that is None counts as no rows, of another as zeros.
+            streams: k lists of blocks, each as for :meth:`grams`: the factors, their gradients, ... None counts as
+                no rows in the first list, and as zeros in the others.
 
         Returns:
             For every lora_rank r ``[2, P_r, k r, k r]`` float64.
@@ -144,12 +147,12 @@ class BlockSet:
         return self._sum(plan, products, len(streams))
 
     def combine_(self, streams: Sequence[Sequence[Tensor | None]], outputs: Sequence[int], matrices: Matrices) -> None:
-        """Replace tall matrices by combinations of several, ``[X_1, X_2, ...] M``, formed in float64.
+        """Overwrite tall matrices with ``[X_1, X_2, ...] M``, formed in float64.
 
         Args:
-            streams: k lists of blocks; where a block of the first output is None, nothing is done.
-            outputs: which m of the streams are overwritten.
-            matrices: ``{r: [2, P_r, k r, m r]}`` float64.
+            streams: the X, as k lists of blocks; a block that is None in the first output is skipped.
+            outputs: indices of the m streams that are overwritten.
+            matrices: M, ``{r: [2, P_r, k r, m r]}`` float64.
         """
         plan = self._plan(streams[outputs[0]])
         for batch, factors in zip(plan.batches, _matrices(plan, matrices), strict=True):
@@ -160,7 +163,7 @@ class BlockSet:
                 self._store(part, _tensors(batch, streams[output]))
 
     def _side_by_side(self, streams: Sequence[Sequence[Tensor | None]], batch: _Batch) -> Tensor:
-        """``[blocks, k r, columns]`` or ``[blocks, rows, k r]``, float64."""
+        """Return the streams of a batch side by side: ``[blocks, k r, columns]`` or ``[blocks, rows, k r]`` float64."""
         shape = batch.shape
         dim = 1 if batch.columns else 2
         whole = [len(batch.members), *shape]
@@ -175,7 +178,7 @@ class BlockSet:
         return side_by_side
 
     def _load(self, batch: _Batch, tensors: list[Tensor]) -> Tensor:
-        """``[blocks, *shape]`` float64 on the device of the products."""
+        """Return a batch as ``[blocks, *shape]`` float64 on the device of the products."""
         if self.device.type != "cpu":
             return _stack(tensors).to(self.device, non_blocking=True).to(torch.float64)
         stacked, parts = self._room(0, batch)
@@ -183,13 +186,26 @@ class BlockSet:
         return stacked
 
     def _store(self, product: Tensor, tensors: list[Tensor], parts: list[Tensor] | None = None) -> None:
-        """Write a product into its blocks; ``parts`` are its views of each, where there are any already."""
+        """Write a product into its blocks.
+
+        Args:
+            product: ``[blocks, *shape]`` float64.
+            tensors: the blocks.
+            parts: the product's view for each block; empty or None if there are none yet.
+        """
         if self.device.type != "cpu" and len({tensor.dtype for tensor in tensors}) == 1:
-            product = product.to(tensors[0])  # rounded in one kernel, since copies of one dtype are one kernel, too
+            product = product.to(tensors[0])  # one kernel rounds all, and copies of equal dtype are one kernel too
         torch._foreach_copy_(tensors, parts or list(product.unbind()))
 
     def _room(self, which: int, batch: _Batch) -> tuple[Tensor, list[Tensor]]:
-        """Memory for a batch in float64. On a CPU used again and again, with views of blocks: it stays in the cache."""
+        """Return float64 memory ``[blocks, *shape]`` for a batch, and its view for each block.
+
+        On a CPU the memory is reused, so that it stays in the cache. Elsewhere it is new, and the list is empty.
+
+        Args:
+            which: 0 for operands, 1 for products.
+            batch: the batch to hold.
+        """
         shape = (len(batch.members), *batch.shape)
         if self.device.type != "cpu":
             return torch.empty(shape, dtype=torch.float64, device=self.device), []
@@ -203,7 +219,7 @@ class BlockSet:
         return self._rooms[which, shape]
 
     def _sum(self, plan: _Plan, products: list[Tensor], size: int) -> Matrices:
-        """Products of all batches to ``{r: [2, P_r, size r, size r]}``."""
+        """Sum the products of all batches by factor, into ``{r: [2, P_r, size r, size r]}``."""
         grams = {}
         for lora_rank, pairs in self.pairs_by_rank.items():
             width = size * lora_rank
@@ -216,8 +232,8 @@ class BlockSet:
         return grams
 
     def _plan(self, blocks: Sequence[Tensor | None]) -> _Plan:
-        """Batches of the blocks that are not None. Few patterns of absence occur, and each is planned once."""
-        # Received blocks lie on the communication device, direct ones where the engine has its shards.
+        """Return the batches of the blocks that are not None; each pattern of absent blocks is planned once."""
+        # Received blocks lie on the communication device, direct blocks on the device of the engine's shards.
         devices = tuple([None if block is None else block.device for block in blocks])
         assert len(devices) == len(self.specs)
         if devices not in self._plans:
@@ -247,18 +263,18 @@ class BlockSet:
 
 
 def _tensors(batch: _Batch, blocks: Sequence[Tensor | None]) -> list[Tensor]:
-    """The batch's blocks in its shape; never a copy, which would be changed in vain."""
+    """Return the batch's blocks as views in its shape; writes to a copy would be lost."""
     present = [block for member in batch.members if (block := blocks[member]) is not None]
     return [block if block.shape == batch.shape else block.view(batch.shape) for block in present]
 
 
 def _matrices(plan: _Plan, matrices: Matrices) -> Iterator[Tensor]:
-    """For every batch the matrices of its pairs, ``[blocks, ...]``."""
+    """Yield for every batch the matrices of its pairs, ``[blocks, ...]``."""
     for lora_rank, slots in plan.slots.items():
         yield from matrices[lora_rank].flatten(0, 1).index_select(0, slots).split(plan.sizes[lora_rank])
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    """``[len(tensors), *shape]``, a view where the tensors follow each other in memory."""
+    """Return ``[len(tensors), *shape]``, as a view if the tensors are contiguous neighbours in memory."""
     flat = stack_view(tensors)
     return torch.stack(list(tensors)) if flat is None else flat.view(len(tensors), *tensors[0].shape)

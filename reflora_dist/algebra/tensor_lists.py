@@ -1,4 +1,4 @@
-"""A number for every tensor of a list: sums over it, and its product with one. Plain tensor work, no ranks."""
+"""Sums over each tensor of a list, and products of each tensor with a number."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from . import kernels
 
 
 class PerTensor:
-    """Works on lists of tensors; on a GPU in a few launches, whatever their number.
+    """Operations on lists of tensors; on a GPU each takes a few launches, whatever the number of tensors.
 
     Args:
-        device: of most of the tensors. Some may lie elsewhere (an offloaded optimizer's), which is slower.
+        device: the device of most tensors. Tensors elsewhere (of an offloaded optimizer) work, but slower.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -25,11 +25,11 @@ class PerTensor:
             self._kernels = PerTensorKernels(device)
 
     def magnitudes(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The sum of magnitudes of every tensor, ``[tensors]`` float64."""
+        """Return the sum of absolute values of every tensor, ``[tensors]`` float64."""
         return self._totals(tensors, squared=False)
 
     def squares(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The sum of squares of every tensor, ``[tensors]`` float64."""
+        """Return the sum of squares of every tensor, ``[tensors]`` float64."""
         return self._totals(tensors, squared=True)
 
     def _totals(self, tensors: Sequence[Tensor], squared: bool) -> Tensor:
@@ -40,12 +40,12 @@ class PerTensor:
         return totals.square() if squared else totals
 
     def scale_(self, name: str, tensors: Sequence[Tensor | None], factors: Tensor) -> None:
-        """Multiply every tensor in place by its entry of ``factors`` ``[tensors]`` float64.
+        """Multiply every tensor in place by its entry of ``factors``.
 
         Args:
-            name: of the list, whose tensors mostly stay where they are from call to call.
-            tensors: None is left out.
-            factors: on the device of most of them.
+            name: a name for the list, under which the kernels remember the addresses of its tensors.
+            tensors: the tensors; None is skipped.
+            factors: ``[tensors]`` float64, on the device of most tensors.
         """
         if self._kernels is not None and (located := self._kernels.locate(name, tensors)) is not None:
             self._kernels.scale_(located, factors)

@@ -1,4 +1,4 @@
-"""The types that the algebra shares: sides, stacks of r x r matrices, places of blocks."""
+"""Types that several modules share: sides of a pair, stacks of r x r matrices, and places of blocks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ SIDE_A, SIDE_B = 0, 1
 
 
 Matrices = dict[int, Tensor]
-"""One stack of r x r matrices per lora_rank r: ``{r: [P_r, r, r]}``, pairs in their order."""
+"""Stacks of r x r matrices by lora_rank r: ``{r: [P_r, r, r]}``, with the P_r pairs of that r in their order."""
 
 
 def stack_view(tensors: Sequence[Tensor]) -> Tensor | None:
-    """All elements as one flat view, if tensors are contiguous and follow each other in memory; else None."""
+    """Return all elements as one flat view, or None.
+
+    The view exists if the tensors have one dtype, are contiguous, and follow each other in one storage.
+    """
     address, dtype = tensors[0].data_ptr(), tensors[0].dtype
     for tensor in tensors:
         if tensor.data_ptr() != address or tensor.dtype != dtype or not tensor.is_contiguous():
@@ -24,17 +27,18 @@ def stack_view(tensors: Sequence[Tensor]) -> Tensor | None:
     numel = sum(tensor.numel() for tensor in tensors)
     first = tensors[0]
     if (first.storage_offset() + numel) * first.element_size() > first.untyped_storage().nbytes():
-        return None  # neighbours by chance
+        return None  # separate allocations that happen to be neighbours
     return first.as_strided((numel,), (1,))
 
 
 class BlockSpec(NamedTuple):
-    """Place of a block.
+    """The factor that a block belongs to, and the block's shape.
 
     Attributes:
-        pair, side: whose factor it is a part of; SIDE_A or SIDE_B.
-        shape: in memory.
-        columns: whether the tall factor's rows are its columns, ``[r, rows]``.
+        pair: number of the pair.
+        side: SIDE_A for lora_A, SIDE_B for lora_B.
+        shape: shape in memory.
+        columns: True if the block is ``[r, rows]``, with the tall factor's rows as columns; False if ``[rows, r]``.
     """
 
     pair: int
@@ -44,5 +48,5 @@ class BlockSpec(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Rows of the tall factor."""
+        """Number of rows of the tall factor in this block."""
         return self.shape[1] if self.columns else self.shape[0]

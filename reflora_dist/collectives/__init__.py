@@ -1,4 +1,4 @@
-"""Who holds which part of a factor, and what ranks send to each other: Grams, solutions, cut rows.
+"""How ranks cut factors, and the collectives of a step: Gram matrices, solutions and rows that are cut.
 
-No engine and no method: a layout says what is held, and sizes say what is sent.
+This code knows no engines and no methods. A layout tells which elements a rank holds.
 """

@@ -10,7 +10,17 @@ import torch.distributed as dist
 
 @contextlib.contextmanager
 def agreed(action: str) -> Iterator[None]:
-    """An error on one rank is an error on all; also a barrier. Communication: one all-gather of objects."""
+    """Return a context whose error on one rank is raised on all ranks; its end is a barrier.
+
+    Args:
+        action: name of the action, for the message on ranks without an error of their own.
+
+    Raises:
+        Exception: this rank's own error.
+        RuntimeError: another rank failed; the message names the rank and its error.
+
+    Communication: one all-gather of objects over all ranks.
+    """
     error: Exception | None = None
     try:
         yield
@@ -27,8 +37,10 @@ def agreed(action: str) -> Iterator[None]:
 
 
 def is_first_rank() -> bool:
+    """Return whether this is rank 0, or the only process."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def world_size() -> int:
+    """Return the number of ranks; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_initialized() else 1

@@ -1,4 +1,4 @@
-"""An exchange of pieces of tensors between ranks, and its way back: packing, sending, unpacking."""
+"""An exchange of pieces of tensors between ranks, and its reverse: packing, sending, unpacking."""
 
 from __future__ import annotations
 
@@ -14,34 +14,37 @@ from .communicator import Communicator, Counts
 from .tiling import Run, Tiling
 
 Channel = Sequence[Tensor | None]
-"""The local tensor of every factor: the weights, or the gradients."""
+"""The local tensor of every factor: all weights, for example, or all gradients."""
 
 
 class _SentRun(NamedTuple):
-    """Elements of a local tensor that take part in an exchange."""
+    """Elements ``[start, stop)`` of a local tensor that go to ``peer``."""
 
     peer: int
     channel: int
     factor: int
     start: int
     stop: int
-    whole: bool  # they are all of the tensor
+    whole: bool  # whether they are the whole tensor
 
 
 class Exchange:
-    """One exchange and its way back, for a fixed set of (channel, factor) entries.
+    """One exchange and its reverse, for a fixed set of (channel, factor) entries.
 
-    Elements travel ordered by the other rank, then entry, then position in the factor. Senders collect their pieces in
-    that order; receivers bring what arrives into blocks in *grains*, the largest pieces of equal size that stay
-    together, with one gather whatever the number of adapters.
+    On the wire, elements are ordered by the other rank, then by entry, then by position in the factor. Senders collect
+    their pieces in that order. Receivers reorder *grains*, the largest runs of equal size that stay together, into
+    blocks; one gather does that, whatever the number of adapters.
 
     Args:
-        entries: what takes part.
-        tilings: of every factor.
-        local_numel: elements that this rank holds of every factor.
+        entries: the (channel, factor) entries that take part, the same on all ranks.
+        tilings: the tiling of every factor.
+        local_numel: number of elements of every factor that this rank holds.
         comm: carries the exchange.
-        dtype: of elements on the wire.
-        among_neighbours: every rank sends to few others.
+        dtype: dtype of elements on the wire.
+        among_neighbours: whether every rank sends to few others, point to point instead of all-to-all.
+
+    Attributes:
+        takes_part: whether there is anything to exchange; otherwise nothing is sent.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class Exchange:
         self._incoming = _Runs([run for tiling in received for run in tiling.arriving])
         self.takes_part = bool(entries)
 
-    # Built when first used: weights are never sent back, so half of them would only take memory.
+    # Both orders are built when first used. Weights are never sent back, and an unused order would only take memory.
 
     @functools.cached_property
     def _unpack(self) -> Tensor:
@@ -84,7 +87,16 @@ class Exchange:
         return self._incoming.to_wire().to(self._comm.device)
 
     def forward(self, channels: Sequence[Channel]) -> list[Tensor]:
-        """Send pieces, return the received blocks, flat."""
+        """Send pieces, and return the received blocks.
+
+        Args:
+            channels: per channel the local tensor of every factor; None counts as zeros.
+
+        Returns:
+            One flat tensor for each block, in the order of ``entries``.
+
+        Communication: one exchange.
+        """
         if not self.takes_part:
             return []
         flat = [torch.empty(0, dtype=self._dtype, device=self._comm.shard_device)]  # a rank may send nothing
@@ -95,7 +107,14 @@ class Exchange:
         return list(self._ordered(arrived, self._unpack).split(self._block_numel))
 
     def backward(self, blocks: Sequence[Tensor], channels: Sequence[Channel]) -> None:
-        """Send received blocks back and write them into the pieces that they came from."""
+        """Send received blocks back, and write them into the pieces that they came from.
+
+        Args:
+            blocks: as :meth:`forward` returned them; their values may have changed.
+            channels: per channel the local tensors to write to; None is skipped.
+
+        Communication: one exchange.
+        """
         if not self.takes_part:
             return
         flat = torch.empty(0, dtype=self._dtype, device=self._comm.device)
@@ -107,7 +126,7 @@ class Exchange:
             torch._foreach_copy_([piece for piece, _ in pairs], [part for _, part in pairs])
 
     def _pieces(self, channels: Sequence[Channel]) -> list[Tensor | None]:
-        """What of the tensors takes part, never a copy, into which nothing may be written."""
+        """Return views of the elements that take part; writes to copies would be lost."""
         return [
             tensor
             if (tensor := channels[run.channel][run.factor]) is None or run.whole
@@ -120,7 +139,7 @@ class Exchange:
 
 
 class _Runs:
-    """Runs of elements in the order of blocks, and the order in which they travel."""
+    """Incoming runs of elements: their order in the blocks, and their order on the wire."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         peers = torch.tensor([run.peer for run in runs], dtype=torch.int64)
@@ -129,16 +148,16 @@ class _Runs:
         self.counts: Counts = {}
         for run in sorted(runs, key=lambda run: run.peer):
             self.counts[run.peer] = self.counts.get(run.peer, 0) + run.numel
-        # Wherever a run begins, all before it are whole runs: so their sizes' divisor divides every position.
+        # A run begins where whole runs end, so the common divisor of the sizes divides every position.
         self.grain: int = max(1, math.gcd(*torch.unique(self._numels).tolist()))
 
     def to_wire(self) -> Tensor:
-        """For every grain on the wire its place in the blocks."""
+        """Return the place in the blocks of every grain on the wire, ``[grains]`` int64."""
         starts = self._numels.cumsum(0) - self._numels
         return _expand(starts[self._order] // self.grain, self._numels[self._order] // self.grain)
 
     def from_wire(self) -> Tensor:
-        """For every grain of the blocks its place on the wire."""
+        """Return the place on the wire of every grain in the blocks, ``[grains]`` int64."""
         numels = self._numels[self._order]
         starts = torch.empty_like(self._numels)
         starts[self._order] = numels.cumsum(0) - numels
@@ -146,6 +165,6 @@ class _Runs:
 
 
 def _expand(starts: Tensor, lengths: Tensor) -> Tensor:
-    """``[s, s + 1, ..., s + length - 1]`` of every start, concatenated; int64."""
+    """Return ``[start, start + 1, ..., start + length - 1]`` for every start, concatenated; int64."""
     before = lengths.cumsum(0) - lengths
     return torch.repeat_interleave(starts - before, lengths) + torch.arange(int(lengths.sum()))

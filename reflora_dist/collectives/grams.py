@@ -1,4 +1,4 @@
-"""Summing partial Gram matrices over ranks with one all-reduce for all adapters; symmetric matrices as triangles."""
+"""Sums of partial Gram matrices over ranks, with one all-reduce for all adapters, which sends upper triangles."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def reduce_grams(local_grams: Matrices, communicator: Communicator) -> Matrices:
     """Sum every rank's partial Gram matrices.
 
     Args:
-        local_grams: for every lora_rank r ``[2, P_r, r, r]`` float64 (``[2, P_r, k r, k r]`` of k tall matrices),
-            symmetric; ``X^T X`` over this rank's rows of each tall factor.
-        communicator: over the ranks that together hold every row once.
+        local_grams: for every lora_rank r ``[2, P_r, r, r]`` float64, symmetric: ``X^T X`` over this rank's rows of
+            each tall factor. For k tall matrices side by side, ``[2, P_r, k r, k r]``.
+        communicator: spans the ranks that together hold every row once.
 
     Returns:
-        The sums, same shapes; bit-equal on all ranks, which therefore solve for the same S.
+        The sums, in the same shapes. They are bit-equal on all ranks, which therefore compute the same S.
 
     Communication: one all-reduce of ``sum_r P_r r (r + 1)`` float64 values (upper triangles).
     """
@@ -31,7 +31,11 @@ def reduce_grams(local_grams: Matrices, communicator: Communicator) -> Matrices:
 def reduce_grams_and(
     local_grams: Matrices, others: Sequence[Tensor], communicator: Communicator
 ) -> tuple[Matrices, list[Tensor]]:
-    """Likewise, with other float64 tensors in the same all-reduce."""
+    """Sum partial Gram matrices as :func:`reduce_grams` does, and other float64 tensors in the same all-reduce.
+
+    Returns:
+        The sums of the Gram matrices, and the sums of ``others``, in the same shapes.
+    """
     if communicator.world_size == 1:
         return local_grams, list(others)
     halves = [triangles(grams) for grams in local_grams.values()]
@@ -44,20 +48,24 @@ def reduce_grams_and(
 
 
 def triangles(matrices: Tensor) -> Tensor:
-    """The upper triangles ``[..., r (r + 1) / 2]`` of symmetric matrices ``[..., r, r]``."""
+    """Return the upper triangles ``[..., r (r + 1) / 2]`` of symmetric matrices ``[..., r, r]``."""
     index, _ = _triangle(matrices.shape[-1], matrices.device)
     return matrices.flatten(-2).index_select(-1, index)
 
 
 def from_triangles(halves: Tensor, size: int) -> Tensor:
-    """The symmetric matrices ``[..., size, size]`` of upper triangles."""
+    """Return the symmetric matrices ``[..., size, size]`` with the given upper triangles."""
     _, index = _triangle(size, halves.device)
     return halves.gather(-1, index.expand(*halves.shape[:-1], -1)).unflatten(-1, (size, size))
 
 
 @functools.cache
 def _triangle(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where the upper triangle's elements lie in a matrix ``[r * r]``, and where each element lies in the triangle."""
+    """Return two int64 indices for r = ``size``.
+
+    The first ``[r (r + 1) / 2]`` gives the place in a flat matrix of each element of the upper triangle. The second
+    ``[r * r]`` gives the place in the triangle of each element of the matrix.
+    """
     rows, columns = torch.triu_indices(size, size)
     whole = torch.empty(size, size, dtype=torch.int64)
     whole[rows, columns] = whole[columns, rows] = torch.arange(rows.numel())

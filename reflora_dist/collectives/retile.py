@@ -1,4 +1,4 @@
-"""Local pieces of factors become blocks of whole rows of tall factors, with at most one exchange for all adapters."""
+"""Conversion of an engine's pieces of factors into blocks of whole rows, with at most one exchange for all adapters."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from .tiling import Layout, Shape, tile
 
 
 class Retiler:
-    """Moves weights and gradients between the pieces of an engine and blocks that products can be formed on.
+    """Moves weights and gradients between an engine's pieces and the blocks that a step computes on.
 
-    Whole rows stay in place, as *direct* blocks, which are views. Rows that are cut go to the neighbour that holds most
-    of them, and factors that are stored as columns to their owner, as *received* blocks.
+    Whole rows stay in place as *direct* blocks, which are views of a piece. Other elements travel, and form *received*
+    blocks. A row that is cut goes to the neighbour that holds most of it. A factor that is stored as columns goes to
+    one rank, its owner.
 
     Args:
-        layouts: of every factor, lora_A and lora_B alternating.
+        layouts: the layout of every factor, lora_A and lora_B alternating.
         communicator: carries the exchange.
-        dtype: of elements on the wire, float32 or float64, the same on all ranks.
+        dtype: dtype of elements on the wire, float32 or float64, the same on all ranks.
 
     Attributes:
         dtype: as given.
         moves: whether any rank has to send anything (the same on all ranks).
-        specs: the blocks of this rank, in the order of ``to_blocks``: direct ones, then received ones.
+        specs: the blocks of this rank in the order of ``to_blocks``, first direct, then received blocks.
 
     Raises:
         ValueError: a layout needs more ranks than there are.
@@ -44,7 +45,7 @@ class Retiler:
         for layout in layouts:
             if layout.holder(layout.numel - 1) >= communicator.world_size:
                 raise ValueError(f"{layout} does not fit on {communicator.world_size} ranks")
-        plan = functools.cache(tile)  # layers repeat
+        plan = functools.cache(tile)  # layers have equal layouts
         owners = [layout.owner(factor // 2, communicator.world_size) for factor, layout in enumerate(layouts)]
         self._tilings = [
             plan(layout, communicator.rank, owner if layout.columns else 0)
@@ -52,7 +53,7 @@ class Retiler:
         ]
         self._moving = [layout.moves for layout in layouts]
         self.moves = any(self._moving)
-        # rows have two neighbours, columns may come from anywhere
+        # a cut row concerns neighbouring ranks only, but columns may come from any rank
         self._among_neighbours = not any(
             layout.columns and moving for layout, moving in zip(layouts, self._moving, strict=True)
         )
@@ -64,9 +65,9 @@ class Retiler:
             for factor, tiling in enumerate(self._tilings)
             if tiling.direct is not None
         ]
-        # then blocks are the tensors themselves, and a step has nothing to prepare
+        # blocks are then the tensors themselves, and a step needs no views
         self._in_place = len(self._direct) == len(layouts) and all(place.whole for place in self._direct)
-        # Factors of one shape follow each other, so that what the exchange brings is one stack of blocks per shape.
+        # Factors of one shape follow each other, so that the received blocks of a shape are one stack in memory.
         self._order = sorted(range(len(layouts)), key=lambda factor: (layouts[factor].columns, layouts[factor].shape))
         self._received = [
             (factor, shape) for factor in self._order if (shape := self._tilings[factor].received) is not None
@@ -76,17 +77,17 @@ class Retiler:
         self._exchanges: dict[tuple[tuple[bool, ...], ...], Exchange] = {}
 
     def to_blocks(self, channels: Sequence[Channel], present: Sequence[Sequence[bool]]) -> list[list[Tensor | None]]:
-        """Bring the local pieces of one or more channels into blocks.
+        """Convert the local pieces of one or more channels into blocks.
 
         Args:
             channels: per channel the local tensor of every factor; None counts as zeros.
-            present: per channel which of them take part, the same on every rank.
+            present: per channel and factor, whether the factor takes part; the same on all ranks.
 
         Returns:
-            Per channel the blocks in the order of ``specs``, None where a factor does not take part: contiguous, of the
-            specified number of elements but possibly of another number of dimensions.
+            Per channel the blocks in the order of ``specs``, None for a factor that does not take part. A block is
+            contiguous and has the number of elements of its spec, but may have another number of dimensions.
 
-        Communication: an exchange if something that takes part moves, otherwise none.
+        Communication: one exchange if a factor that takes part moves, otherwise none.
         """
         moved = iter(self._exchange(present).forward(channels))
         received = [[next(moved) if wanted[factor] else None for factor, _ in self._received] for wanted in present]
@@ -101,9 +102,14 @@ class Retiler:
         channels: Sequence[Channel],
         present: Sequence[Sequence[bool]],
     ) -> None:
-        """Write received blocks, as ``to_blocks`` returned them and changed in place, back to their ranks.
+        """Send received blocks back to the ranks they came from, and write them into the pieces.
 
-        Communication: an exchange if something that takes part moves, otherwise none.
+        Args:
+            blocks: as ``to_blocks`` returned them, changed in place. Direct blocks are views and need no copy.
+            channels: as for ``to_blocks``; None is skipped.
+            present: as for ``to_blocks``.
+
+        Communication: one exchange if a factor that takes part moves, otherwise none.
         """
         moved = [block for of_channel in blocks for block in of_channel[len(self._direct) :] if block is not None]
         self._exchange(present).backward(moved, channels)
@@ -119,7 +125,7 @@ class Retiler:
         ]
 
     def _exchange(self, present: Sequence[Sequence[bool]]) -> Exchange:
-        """Few sets of factors meet in an exchange (all, or those of one sub-group), and each is planned once."""
+        """Return the exchange for a set of factors. Few sets occur (all, or one sub-group); each is planned once."""
         key = tuple(tuple(wanted) for wanted in present)
         if key not in self._exchanges:
             entries = [
@@ -137,10 +143,10 @@ class Retiler:
 class _DirectBlock(NamedTuple):
     factor: int
     shape: Shape
-    offset: int  # of its first element in the local piece
-    whole: bool  # it is all of the local piece
+    offset: int  # place of its first element in the local piece
+    whole: bool  # whether it is the whole local piece
 
 
 def _view(place: _DirectBlock, tensor: Tensor | None) -> Tensor | None:
-    """Never a copy, which would be changed in vain."""
+    """Return the block as a view of the local tensor; writes to a copy would be lost."""
     return None if tensor is None else tensor.view(-1)[place.offset : place.offset + math.prod(place.shape)]

@@ -1,9 +1,9 @@
-"""Which rows of a tall factor each rank computes on: planning only, no communication.
+"""Plans which rows of a tall factor each rank computes on, without communication.
 
-Every engine cuts a stored factor into flat row-major pieces. A piece of one that is stored tall, ``[rows, r]``, is
-whole rows but for a row cut at either end: the rank that holds most of a cut row gets the rest of it. A piece of one
-that is stored as PEFT's lora_A, ``[r, rows]``, cuts every row of the tall factor: all of it goes to one rank, its
-owner.
+Every engine cuts a stored factor into flat row-major pieces. If the factor is stored tall, ``[rows, r]``, a piece has
+whole rows, except for a row that is cut at either end. The rank that holds most of a cut row gets the rest of it. If
+the factor is stored as PEFT stores lora_A, ``[r, rows]``, pieces cut every row of the tall factor, and the whole factor
+goes to one rank, its owner.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ class Piece(NamedTuple):
 
     @property
     def stop(self) -> int:
+        """One past the last element."""
         return self.start + self.numel
 
 
 class Layout(NamedTuple):
     """How a factor is stored, and how ranks cut it.
 
-    Rank k holds elements ``[k * chunk - offset, (k + 1) * chunk - offset)``, as far as there are such: of the stored
-    tensor, row by row, or with ``by_rows`` of the tall factor.
+    Rank k holds elements ``[k * chunk - offset, (k + 1) * chunk - offset)``, clipped to the factor. Elements count in
+    row-major order of the stored tensor, or with ``by_rows`` of the tall factor.
 
     Attributes:
-        rows: of the tall factor, in or out.
+        rows: number of rows of the tall factor, in or out.
         lora_rank: r.
-        columns: whether it is stored ``[r, rows]``.
-        chunk: elements.
-        offset: of the factor's first element in what is cut, a flat buffer that begins with other parameters.
-        by_rows: pieces are whole rows of the tall factor, however they are stored.
+        columns: whether the factor is stored ``[r, rows]``; otherwise ``[rows, r]``.
+        chunk: number of elements per rank.
+        offset: place of the factor's first element in the flat buffer that is cut; other parameters may precede it.
+        by_rows: whether pieces are whole rows of the tall factor, in either storage.
     """
 
     rows: int
@@ -50,25 +51,26 @@ class Layout(NamedTuple):
 
     @property
     def numel(self) -> int:
+        """Number of elements of the factor."""
         return self.rows * self.lora_rank
 
     @property
     def shape(self) -> Shape:
-        """As it is stored."""
+        """Shape of the stored factor."""
         return (self.lora_rank, self.rows) if self.columns else (self.rows, self.lora_rank)
 
     def piece(self, rank: int) -> Piece:
-        """What a rank holds."""
+        """Return the elements that a rank holds."""
         start = min(max(rank * self.chunk - self.offset, 0), self.numel)
         stop = min(max((rank + 1) * self.chunk - self.offset, start), self.numel)
         return Piece(start, stop - start)
 
     def holder(self, element: int) -> int:
-        """The rank that holds an element."""
+        """Return the rank that holds an element."""
         return (element + self.offset) // self.chunk
 
     def overlaps(self, start: int, stop: int) -> Iterator[Run]:
-        """What each rank holds of elements ``[start, stop)``: its number, the first one's place in these, how many."""
+        """Yield for each rank its part of elements ``[start, stop)``; ``Run.start`` counts from ``start``."""
         for rank in range(self.holder(start), self.holder(stop - 1) + 1):
             piece = self.piece(rank)
             first, last = max(piece.start, start), min(piece.stop, stop)
@@ -76,7 +78,7 @@ class Layout(NamedTuple):
 
     @property
     def moves(self) -> bool:
-        """Whether any rank has to send any of it before rows are whole."""
+        """Whether any rank has to send elements of the factor before its rows are whole."""
         if self.by_rows:
             return False
         bounds = self._inner_bounds()
@@ -85,23 +87,26 @@ class Layout(NamedTuple):
         return any(bound % self.lora_rank for bound in bounds)
 
     def _inner_bounds(self) -> list[int]:
-        """The first places inside of the factor at which it is cut: of equal chunks the first two tell all."""
+        """Return the first two places inside the factor at which it is cut; chunks are equal, so two suffice."""
         first = (self.offset // self.chunk + 1) * self.chunk - self.offset
         return [bound for bound in (first, first + self.chunk) if bound < self.numel]
 
     def owner(self, pair: int, world_size: int) -> int:
-        """Who gets all of it, if it is stored as columns: who holds more than half, else ranks take turns."""
+        """Return the rank that receives the whole factor if it is stored as columns.
+
+        It is the rank that holds more than half of the factor. If there is none, ranks take turns by pair.
+        """
         middle = self.holder(self.numel // 2)
         return middle if 2 * self.piece(middle).numel > self.numel else pair % world_size
 
 
 class Run(NamedTuple):
-    """Elements that lie together on both sides of the exchange.
+    """Elements that are contiguous on both sides of the exchange.
 
     Attributes:
         peer: the other rank, possibly this one.
-        start: first element, in this rank's piece (sent) or in its block (received).
-        numel: how many.
+        start: place of the first element in this rank's piece (sent) or block (received).
+        numel: number of elements.
     """
 
     peer: int
@@ -111,13 +116,13 @@ class Run(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """One factor as one rank sees it.
+    """The plan of one rank for one factor.
 
     Attributes:
-        direct: ``(first element, shape)`` of the block that lies in this rank's piece, or None.
-        sent: what other ranks, or this one, compute on after the exchange, in the piece's order.
-        received: shape of the block that the exchange brings, or None.
-        arriving: where that block's elements come from, in the block's order.
+        direct: ``(first element, shape)`` of the direct block in this rank's piece, or None.
+        sent: runs of the piece that take part in the exchange, in the piece's order; the peer may be this rank.
+        received: shape of the received block, or None.
+        arriving: runs of the received block, in the block's order.
     """
 
     direct: tuple[int, Shape] | None = None
@@ -127,11 +132,12 @@ class Tiling:
 
 
 def tile(layout: Layout, rank: int, owner: int) -> Tiling:
-    """Plan one factor.
+    """Return the plan of one rank for one factor.
 
     Args:
-        rank: whose view to return.
-        owner: of a factor that is stored as columns.
+        layout: the factor's layout.
+        rank: the rank that the plan is for.
+        owner: the rank that receives the factor if it is stored as columns; not used otherwise.
     """
     piece = layout.piece(rank)
     if layout.columns and not layout.by_rows:
@@ -164,7 +170,7 @@ def _tile_rows(layout: Layout, piece: Piece, rank: int) -> Tiling:
         if stop > start:
             row = start // width * width
             parts = list(layout.overlaps(row, row + width))
-            keeper = max(parts, key=lambda part: part.numel).peer  # of equal ones the first
+            keeper = max(parts, key=lambda part: part.numel).peer  # the first rank, if parts are equal
             sent.append(Run(keeper, start - piece.start, stop - start))
             if keeper == rank:
                 offset = sum(run.numel for run in arriving)
@@ -174,7 +180,11 @@ def _tile_rows(layout: Layout, piece: Piece, rank: int) -> Tiling:
 
 
 def head(layout: Layout, rank: int, count: int) -> list[tuple[int, int, int]]:
-    """Which of a factor's first ``count`` elements, as it is stored, a rank holds: (place there, place, how many)."""
+    """Return the parts of a stored factor's first ``count`` elements that a rank holds.
+
+    Returns:
+        For each part (place in the rank's piece, place in the stored factor, number of elements).
+    """
     piece = layout.piece(rank)
     if not (layout.columns and layout.by_rows):
         numel = min(piece.stop, count) - piece.start

@@ -1,4 +1,4 @@
-"""Files are opened, named and replaced here, with one kind of error for whatever is wrong with them.
+"""Functions that open, check and replace files; a file that cannot be used is a ValueError that names it.
 
-No torch.distributed and no model: paths in, contents out.
+This code uses no torch.distributed and builds no model to train: it takes paths and returns contents.
 """

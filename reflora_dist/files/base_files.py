@@ -1,4 +1,4 @@
-"""The files of a base model: looked at before a library meets them, and loaded with errors that name them."""
+"""Loading of base models, their configurations and tokenizers, with checks before and errors that name the files."""
 
 from __future__ import annotations
 
@@ -36,10 +36,14 @@ _SIZES = (
 
 
 def read_model_config(name: str, **settings: Any) -> Any:
-    """The configuration of a model: of a folder, or of a name on the hub.
+    """Return the configuration of a model.
+
+    Args:
+        name: folder, or name on the hub.
+        settings: further arguments of ``AutoConfig.from_pretrained``.
 
     Raises:
-        ValueError: it cannot be found or read, or describes no model.
+        ValueError: the configuration cannot be found or read, or describes no model.
     """
     path = Path(name) / _CONFIG
     if not path.is_file():
@@ -59,21 +63,21 @@ def read_model_config(name: str, **settings: Any) -> Any:
 
 
 def load_base(kind: Any, name: str, config: Any = None, **settings: Any) -> tuple[Any, list[str]]:
-    """A model with its weights; those that its files lack have random values and are named.
+    """Load a model, and return it with the names of weights that its files lack; these have random values.
 
     Args:
         kind: an auto class of transformers.
         name: folder, or name on the hub.
-        config: by default the model's own.
-        settings: of ``from_pretrained``.
+        config: the configuration; by default the model's own.
+        settings: further arguments of ``from_pretrained``.
 
     Raises:
-        ValueError: a file is missing or damaged, or the weights are those of another configuration.
+        ValueError: a file is missing or damaged, or the weights do not fit the configuration.
     """
     config = read_model_config(name) if config is None else config
     _require_model_files(Path(name), config)
     try:
-        # of other shapes than the configuration says: transformers would not tell which
+        # mismatched shapes are ignored here and reported below: transformers' own error would not name the weight
         model, info = kind.from_pretrained(
             name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **settings
         )
@@ -98,10 +102,14 @@ def load_base(kind: Any, name: str, config: Any = None, **settings: Any) -> tupl
 
 
 def require_no_missing(name: str, missing: list[str]) -> None:
-    """Refuse a model that lacks weights: random ones would take their place.
+    """Refuse a model that lacks weights, since random ones would take their place.
+
+    Args:
+        name: name of the model, for the message.
+        missing: names of the missing weights.
 
     Raises:
-        ValueError: the message names the first.
+        ValueError: a weight is missing; the message names the first.
     """
     if missing:
         raise ValueError(
@@ -111,13 +119,13 @@ def require_no_missing(name: str, missing: list[str]) -> None:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a folder, or of a name on the hub, whichever kind it is.
+    """Return the tokenizer of a folder, or of a name on the hub.
 
     Raises:
-        ValueError: it cannot be found or read.
+        ValueError: the tokenizer cannot be found or read.
     """
     folder = Path(name)
-    if (folder / _CONFIG).is_file():  # which says what kind it is
+    if (folder / _CONFIG).is_file():  # AutoTokenizer reads the tokenizer's class from it
         read_model_config(name)
     present = [file for file in _TOKENIZER_FILES if (folder / file).is_file()]
     for file in present:
@@ -136,27 +144,27 @@ def load_tokenizer(name: str) -> Any:
 
 
 def require_size(folder: Path, config: Any, shapes: Sequence[Sequence[int]]) -> None:
-    """Refuse a configuration of far more than the weights hold, before memory or time is taken for it.
+    """Refuse a configuration with sizes far above those of the weights, before a model of these sizes is built.
 
     Args:
-        folder: of the model.
-        config: of the model.
-        shapes: of all weights in its files.
+        folder: the model's folder.
+        config: the model's configuration.
+        shapes: shapes of all weights in the model's files.
 
     Raises:
-        ValueError: a size is above both the number of tensors and all dimensions.
+        ValueError: a size is above both the number of tensors and every dimension of a tensor.
     """
     largest = max([len(shapes), *(size for shape in shapes for size in shape)])
     for field, value in _sizes(config).items():
         if value > largest:
             raise ValueError(
-                f"{folder / _CONFIG} says {field}={value}, and the weights are of a smaller model: correct it, or get "
-                "the model anew"
+                f"{folder / _CONFIG} says {field}={value}, but the weights belong to a smaller model: correct it, or "
+                "get the model anew"
             )
 
 
 def _require_model_files(folder: Path, config: Any) -> None:
-    """Of a local folder: JSON that is none, safetensors that end early or are of another model, or no weights."""
+    """Refuse a local folder with invalid JSON, without weights, or with safetensors that are cut off or do not fit."""
     if not folder.is_dir():
         return
     if (folder / "generation_config.json").is_file():

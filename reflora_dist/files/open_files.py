@@ -1,7 +1,7 @@
-"""The one place where files are opened that a library parses: JSON, safetensors, adapters in PEFT's format.
+"""Readers of JSON, safetensors and adapters in PEFT's format, whose errors name the file.
 
-Each library has errors of its own, and few of them name the file. Here each becomes a ValueError that names the file,
-the cause and the remedy. Pickles have a module of their own, ``safe_pickles``, with the same errors.
+Each library raises errors of its own, and few of them name the file. This module turns each into a ValueError that
+names the file, the cause and the remedy. The module ``safe_pickles`` does the same for pickles.
 """
 
 from __future__ import annotations
@@ -21,37 +21,43 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 GET_ANEW = "it is damaged, get it anew"
-_REFUSED = re.compile(r"(?:Unsupported global: GLOBAL|unsupported GLOBAL) ([\w.]+)")  # in torch.load's messages
+# the name of a refused class or function in messages of torch.load
+_REFUSED = re.compile(r"(?:Unsupported global: GLOBAL|unsupported GLOBAL) ([\w.]+)")
 _LONGEST = 300
 
 
 def cause_of(error: BaseException) -> str:
-    """What a library says is wrong, in one line and without its advice to switch a safety off."""
+    """Return a library's message in one line, without its advice to switch a safety check off."""
     text = str(error).strip()
     if refused := _REFUSED.search(text):
         return f"it wants {refused[1]} called, which no file of this kind needs"
     lines = text.splitlines() or [""]
     if isinstance(error, pickle.UnpicklingError) or "PytorchStreamReader" in text:
         lines = [lines[0].partition(". ")[0]]
-    # a title and what it announces
+    # a first line that ends with a colon says too little without the second
     first = f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
     return f"{type(error).__name__}: {first:.{_LONGEST}}"
 
 
 @contextmanager
 def readable(path: str | Path, remedy: str = GET_ANEW) -> Iterator[None]:
-    """Make whatever goes wrong inside a ValueError that names the file."""
+    """Return a context that turns every exception inside into a ValueError that names the file.
+
+    Args:
+        path: the file that is read inside.
+        remedy: the end of the message.
+    """
     try:
         yield
-    except Exception as error:  # by library and by what is wrong
+    except Exception as error:  # the type depends on the library and on the damage
         raise ValueError(f"{path} cannot be read ({cause_of(error)}): {remedy}") from error
 
 
 def read_json(path: Path, remedy: str = GET_ANEW) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Return the JSON object in a file.
 
     Raises:
-        ValueError: it cannot be read, or holds something else.
+        ValueError: the file cannot be read, or holds no JSON object.
     """
     with readable(path, remedy):
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -62,30 +68,32 @@ def read_json(path: Path, remedy: str = GET_ANEW) -> dict[str, Any]:
 
 @contextmanager
 def open_tensors(path: Path, remedy: str = GET_ANEW) -> Iterator[Any]:
-    """A safetensors file, mapped: its ``keys()``, ``get_tensor(key)``, ``get_slice(key)`` and ``metadata()``.
+    """Return a context with a memory-mapped safetensors file.
+
+    The file has ``keys()``, ``get_tensor(key)``, ``get_slice(key)`` and ``metadata()``.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the file cannot be read, or any error occurs inside the context.
     """
     with readable(path, remedy), safe_open(path, "pt") as file:
         yield file
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the host.
+    """Return all tensors of a safetensors file by key, on the host.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the file cannot be read.
     """
     with readable(path):
         return load_file(path)
 
 
 def read_peft_config(folder: str | Path) -> PeftConfig:
-    """The configuration of an adapter: of a folder, or of a name on the hub.
+    """Return the configuration of an adapter in a folder, or of a name on the hub.
 
     Raises:
-        ValueError: there is none, or it cannot be used.
+        ValueError: the configuration is missing or cannot be used.
     """
     path = Path(folder) / "adapter_config.json"
     if path.is_file():
@@ -95,10 +103,11 @@ def read_peft_config(folder: str | Path) -> PeftConfig:
 
 
 def read_peft_weights(folder: str | Path) -> dict[str, Tensor]:
-    """The tensors of an adapter by PEFT's names, on the host: of a folder, or of a name on the hub.
+    """Return the tensors of an adapter by PEFT's names, on the host; from a folder, or a name on the hub.
 
     Raises:
-        FileNotFoundError, ValueError: there are none, or they cannot be read.
+        FileNotFoundError: the folder has no weights.
+        ValueError: the weights cannot be read.
     """
     paths = [Path(folder) / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
     path = next((path for path in paths if path.is_file()), paths[0])

@@ -1,4 +1,4 @@
-"""What a merged model's folder has beside weights: configurations, code and the tokenizer."""
+"""The files of a merged model's folder other than weights: configurations, code and the tokenizer."""
 
 from __future__ import annotations
 
@@ -16,13 +16,20 @@ _TOKENIZER = ("token", "special_tokens", "added_tokens", "vocab", "merges", "cha
 
 
 def tokenizer_files(folder: Path) -> dict[str, Path]:
-    """The files of the tokenizer in a folder, by name."""
+    """Return the tokenizer's files in a folder, by name."""
     return {p.name: p for p in folder.iterdir() if p.name.startswith(_TOKENIZER) and p.suffix in _COPIED}
 
 
 def other_files(base: Path, trained: Path) -> dict[str, Path]:
-    """Configurations and tokenizer of the base; the tokenizer of the other folder, which is what the adapter was
-    trained with, goes before."""
+    """Return configurations, code and tokenizer for a merged model, as paths by name.
+
+    Args:
+        base: the base model's folder.
+        trained: the adapter's folder; the adapter was trained with its tokenizer, which replaces the base's.
+
+    Raises:
+        ValueError: a JSON file is damaged.
+    """
     files = _of_base(base) | tokenizer_files(trained)
     for path in files.values():
         if path.suffix == ".json":
@@ -31,15 +38,15 @@ def other_files(base: Path, trained: Path) -> dict[str, Path]:
 
 
 def require_fitting_tokenizer(files: Iterable[Path], base: Path, rows: int) -> None:
-    """Refuse a tokenizer with ids for which the embedding has no rows, unless the base's own has them too.
+    """Refuse a tokenizer with ids beyond the embedding's rows, unless the base's own tokenizer has as many ids.
 
     Args:
-        files: of the tokenizer, and others.
-        base: the base's folder.
-        rows: of the embedding; 0 if the model has none.
+        files: the tokenizer's files; other files may be among them.
+        base: the base model's folder.
+        rows: number of rows of the embedding; 0 if the model has none.
 
     Raises:
-        ValueError: it has; the message says what to do.
+        ValueError: the tokenizer has such ids; the message names the remedy.
     """
     ids = _num_ids(files)
     if 0 < rows < ids and ids > _num_ids(_of_base(base).values()):
@@ -57,11 +64,11 @@ def _of_base(base: Path) -> dict[str, Path]:
 
 
 def _num_ids(files: Iterable[Path]) -> int:
-    """One more than the tokenizer's last id; 0 if there is no tokenizer, or none that can be read."""
+    """Return one more than the tokenizer's largest id; 0 if no tokenizer can be read from the files."""
     with tempfile.TemporaryDirectory() as folder:
         for path in files:
             shutil.copyfile(path, Path(folder) / path.name)
         try:
             return 1 + max(AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab().values())
-        except Exception:  # a tokenizer's library raises what it likes; one with code of its own is not run
+        except Exception:  # tokenizers raise errors of any type, and custom code is not run
             return 0

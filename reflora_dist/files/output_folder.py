@@ -1,4 +1,4 @@
-"""Folders that are there whole or not at all. No ranks."""
+"""Output folders that exist either complete or not at all, written by one process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from pathlib import Path
 
 
 def require_empty(folder: Path) -> None:
-    """Raises ValueError if there is anything that would be overwritten, or no folder can take this one's place."""
+    """Refuse an output folder that is not empty, or that cannot be replaced.
+
+    Raises:
+        ValueError: the folder holds files, is no folder, or is a mount point.
+    """
     if os.path.ismount(folder.resolve()):
         raise ValueError(f"{folder} is a mount point, which cannot be replaced: name a folder inside it")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -19,7 +23,11 @@ def require_empty(folder: Path) -> None:
 
 
 def require_space(folder: Path, num_bytes: int) -> None:
-    """Raises ValueError if a new folder of this size does not fit."""
+    """Refuse an output folder for which the disk has too little space.
+
+    Raises:
+        ValueError: fewer than ``num_bytes`` bytes are free.
+    """
     parent = next(path for path in folder.resolve().parents if path.is_dir())
     free = shutil.disk_usage(parent).free
     if free < num_bytes:
@@ -30,14 +38,20 @@ def require_space(folder: Path, num_bytes: int) -> None:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder beside the target, which takes its name when all is written, and goes if anything fails."""
-    target = target.resolve()  # a link stays, and leads to the new folder
+    """Return a context with a new folder beside the target.
+
+    At the end of the context the folder takes the target's name. If an exception is raised inside, it is removed.
+
+    Args:
+        target: the output folder; it must be empty or not exist. A link is kept, and its target is replaced.
+    """
+    target = target.resolve()  # so that a link is kept
     target.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{target.name}.part-", dir=target.parent))
     try:
         yield part
-        part.chmod(0o777 & ~_umask())  # mkdtemp's is private
-        os.rename(part, target)  # onto an empty folder too
+        part.chmod(0o777 & ~_umask())  # mkdtemp creates a private folder
+        os.rename(part, target)  # also replaces an empty folder
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

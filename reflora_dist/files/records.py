@@ -1,4 +1,4 @@
-"""Files of a checkpoint: written such that they are there whole or not at all, and compared by size."""
+"""Records of a checkpoint: written atomically, checked field by field, and compared with the files' sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from .open_files import read_json
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file that other files' completeness rests on: on the disk, then under its name."""
+    """Write a JSON file atomically.
+
+    Such a file marks other files as complete, so it gets its name only after its content is on the disk.
+    """
     part = path.with_name(f"{path.name}.part")
     with open(part, "w") as file:
         json.dump(content, file, indent=2)
@@ -23,15 +26,15 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def plain_name(name: Any, source: Path, *, with_folders: bool = False) -> str:
-    """A name that was read from a file, to be used below a folder.
+    """Return a file name that was read from a file, if it stays inside the folder that it is used in.
 
     Args:
-        name: as it was read.
-        source: the file, for the error.
-        with_folders: whether it may name a file in a folder below.
+        name: the value that was read.
+        source: the file that it was read from, for the message.
+        with_folders: whether the name may lead into subfolders.
 
     Raises:
-        ValueError: it is no text, or could lead out of the folder.
+        ValueError: the value is no string, or could lead out of the folder.
     """
     parts = name.split("/") if isinstance(name, str) and with_folders else [name]
     for part in parts:
@@ -46,16 +49,16 @@ def plain_name(name: Any, source: Path, *, with_folders: bool = False) -> str:
 def require_fields(
     content: Any, kinds: Mapping[str, Any], source: str | Path, remedy: str = "load an earlier checkpoint"
 ) -> None:
-    """Make sure that a record, which was read from a file, holds what is going to be used.
+    """Refuse a record that lacks a field, or has a field of another type.
 
     Args:
-        content: as it was read.
-        kinds: of every field, as for isinstance; True and False are no numbers.
-        source: of the record, for the error.
-        remedy: likewise.
+        content: the record as it was read from a file.
+        kinds: the type of every field, as for isinstance; True and False are never accepted.
+        source: the file of the record, for the message.
+        remedy: the end of the message.
 
     Raises:
-        ValueError: it is no mapping, or a field is missing or of another kind.
+        ValueError: the record is no mapping, or a field is missing or of another type.
     """
     if not isinstance(content, Mapping):
         raise ValueError(f"{source} is damaged (it holds {content!r:.60}, no fields): {remedy}")
@@ -67,14 +70,14 @@ def require_fields(
 
 
 def read_record(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """A record that is written last and lists a checkpoint's files with their sizes.
+    """Return the record of a checkpoint, which is written last and lists the checkpoint's files with their sizes.
 
     Args:
-        path: of the record, which is there.
-        kinds: of what else it holds, as for :func:`require_fields`.
+        path: the record's file, which must exist.
+        kinds: the types of its fields other than ``files``, as for :func:`require_fields`.
 
     Raises:
-        ValueError: it is no JSON, or does not hold what it has to.
+        ValueError: the record is no JSON object, or a field is missing or of another type.
     """
     record = read_json(path, "it is damaged, load an earlier checkpoint")
     require_fields(record, {**kinds, "files": Mapping}, path)
@@ -83,13 +86,17 @@ def read_record(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file under a folder, by its name relative to it."""
+    """Return the size in bytes of every file below a folder, by the path relative to the folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def require_files(folder: str | Path, sizes: Mapping[str, int]) -> None:
-    """Compare a folder with the sizes that its files had.
+    """Refuse a folder whose files do not have the recorded sizes.
+
+    Args:
+        folder: the checkpoint's folder.
+        sizes: bytes of every file, by the path relative to the folder.
 
     Raises:
         ValueError: a file is missing or has another size, or a name leads out of the folder.
@@ -103,7 +110,11 @@ def require_files(folder: str | Path, sizes: Mapping[str, int]) -> None:
 
 
 def require_zip(path: Path) -> None:
-    """torch's files end with their directory: without it they are cut off."""
+    """Refuse a file of ``torch.save`` that is missing or cut off: it is a zip archive, whose directory comes last.
+
+    Raises:
+        ValueError: the file is missing or truncated.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is missing: the checkpoint is damaged; take an earlier one")
     if not zipfile.is_zipfile(path):

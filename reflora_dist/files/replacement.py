@@ -1,10 +1,11 @@
-"""A folder that is replaced as a whole: at every moment one complete copy of it has a name that the next run looks for.
+"""Replacement of a folder as a whole, such that a killed save leaves a complete copy that the next run finds.
 
     NAME             the folder
     .NAME.part       its successor, while it is written; complete once the record is in it
     .NAME.previous   the folder, while its successor takes its name
 
-What is removed was written here: a folder counts as such if it holds the record, the mark of a part, or nothing.
+Only folders that this module wrote are removed. A folder counts as such if it holds the record or the mark of a part,
+or is empty.
 """
 
 from __future__ import annotations
@@ -22,12 +23,17 @@ _MARK = ".unfinished"
 
 
 class Replacement:
-    """The names around one folder. Local: one rank calls what changes anything.
+    """The replacement of one folder. There is no communication: only one rank may call ``begin`` and ``finish``.
 
     Args:
-        folder: to be replaced; a link stays, and leads to the new folder.
-        record: name of the file that is written last, and lists the folder's ``files`` (JSON).
-        own: further names in the folder that are written here; all others are moved into the successor.
+        folder: the folder to replace; a link is kept, and its target is replaced.
+        record: name of the JSON file that is written last and lists the folder's ``files``.
+        own: further names in the folder that a save writes. All other names are moved into the successor.
+
+    Attributes:
+        folder: the folder, with links resolved.
+        part: its successor, which a save writes to between ``begin`` and ``finish``.
+        previous: the name of the folder while its successor takes its name.
     """
 
     def __init__(self, folder: Path, record: str, own: Collection[str]) -> None:
@@ -38,22 +44,25 @@ class Replacement:
         self._own = set(own) | {record, _MARK}
 
     def complete_copy(self) -> Path:
-        """The folder, or what is complete of it after a save was killed between two renames."""
+        """Return the folder, or its complete copy if a save was killed between two renames.
+
+        If no copy is complete, this is the folder.
+        """
         candidates = [path for path in (self.folder, self.part, self.previous) if self._is_complete(path)]
         if candidates and candidates[0] != self.folder:
             logger.warning("%s is not there, the last save was interrupted: using %s", self.folder, candidates[0])
         return candidates[0] if candidates else self.folder
 
     def begin(self) -> None:
-        """Make an empty part; first finish what a killed save left undone.
+        """Finish the work of a killed save, then create an empty part.
 
         Raises:
-            ValueError: one of the names is taken by something that was not written here. Nothing is changed then.
+            ValueError: one of the three names belongs to a file, a link or a foreign folder. Nothing is changed then.
         """
         self._refuse_foreign()
         if not self._is_complete(self.folder) and (copy := self.complete_copy()) != self.folder:
             if self.folder.is_dir():
-                self.folder.rmdir()  # empty, or it would have been refused
+                self.folder.rmdir()  # it is empty: _refuse_foreign refuses anything else
             copy.rename(self.folder)
         if self._is_complete(self.folder):
             self._retire()
@@ -63,7 +72,7 @@ class Replacement:
         (self.part / _MARK).touch()
 
     def finish(self) -> None:
-        """The part, complete now, takes the folder's name."""
+        """Give the folder's name to the part, which must be complete, and remove the previous folder."""
         (self.part / _MARK).unlink(missing_ok=True)
         if self.folder.is_dir():
             self.folder.rename(self.previous)
@@ -86,7 +95,7 @@ class Replacement:
                 )
 
     def _retire(self) -> None:
-        """Remove the previous folder, but for what others have put into it."""
+        """Remove the previous folder, after moving the files that others have put into it."""
         if not self.previous.is_dir():
             return
         own = self._own | self._listed(self.previous)
@@ -97,7 +106,7 @@ class Replacement:
         shutil.rmtree(self.previous)
 
     def _listed(self, folder: Path) -> set[str]:
-        """The top of every name in the record."""
+        """Return the first path component of every file in the record; nothing if the record cannot be read."""
         try:
             return {name.split("/")[0] for name in read_json(folder / self._record)["files"]}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -105,7 +114,7 @@ class Replacement:
 
 
 def remove(path: Path) -> None:
-    """A file, a folder with all that is in it, or a link, but not what it leads to; nothing if it is not there."""
+    """Remove a file, a folder with its content, or a link without its target; a missing path is no error."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

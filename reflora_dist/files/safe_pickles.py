@@ -1,7 +1,7 @@
-"""Files that are pickles by nature, read without running what they may hold.
+"""Readers of pickles that run no code from the file.
 
-A pickle names the classes and functions that it wants called. Those that checkpoints of DCP and DeepSpeed need are
-listed here; a file that names any other is refused, with the name.
+A pickle names the classes and functions that unpickling calls. This module lists those that checkpoints of DCP and
+DeepSpeed need, and refuses a file that names any other.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _OF_DCP = {
     ),
     *_DTYPES,
 }
-# beyond what torch itself takes for safe
+# in addition to the classes that torch itself considers safe
 _OF_DEEPSPEED = (
     ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
     ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
@@ -65,7 +65,7 @@ _OF_DEEPSPEED = (
 
 
 class RefusedPickleError(ValueError):
-    """A pickle names something that no checkpoint needs."""
+    """A pickle names a class or function that no checkpoint needs."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -76,11 +76,14 @@ class _Unpickler(pickle.Unpickler):
 
 
 class SafeReader(FileSystemReader):
-    """DCP's reader of a folder; its ``.metadata`` is unpickled with the classes that DCP itself writes, and no others.
+    """DCP's reader of a folder, restricted to ``.metadata`` files with the classes that DCP itself writes.
 
     Args:
-        path: the folder.
-        trust_pickles: unpickle whatever there is.
+        path: the checkpoint's folder.
+        trust_pickles: whether to unpickle without this restriction.
+
+    Raises:
+        ValueError: from ``read_metadata``, if ``.metadata`` is damaged or names another class.
     """
 
     def __init__(self, path: str | Path, trust_pickles: bool = False) -> None:
@@ -96,10 +99,10 @@ class SafeReader(FileSystemReader):
                 metadata = _Unpickler(file).load()
         except OSError:
             raise
-        except Exception as error:  # whatever a damaged pickle ends in
+        except Exception as error:  # a damaged pickle raises errors of any type
             raise ValueError(_refusal(path, error)) from error
         if not isinstance(metadata, Metadata):
-            raise ValueError(f"{path} holds a {type(metadata).__name__} and no metadata: take another checkpoint")
+            raise ValueError(f"{path} holds a {type(metadata).__name__} instead of metadata: take another checkpoint")
         _require_places(metadata, path)
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
@@ -108,7 +111,11 @@ class SafeReader(FileSystemReader):
 
 
 def _require_places(metadata: Metadata, path: Path) -> None:
-    """A damaged pickle can put anything anywhere, and leave out what every such object has."""
+    """Refuse metadata with fields of other types, since a damaged pickle may hold any value or lack any attribute.
+
+    Raises:
+        ValueError: a field is missing or of another type, or a file name leads out of the folder.
+    """
     specs, places = (getattr(metadata, name, None) for name in ("state_dict_metadata", "storage_data"))
     if isinstance(specs, dict) and isinstance(places, dict):
         kinds = (TensorStorageMetadata, BytesStorageMetadata)
@@ -125,14 +132,20 @@ def _require_places(metadata: Metadata, path: Path) -> None:
             for place in places.values():
                 plain_name(place.relative_path, path)
             return
-    raise ValueError(f"{path} is damaged (what it says about the tensors is no such thing): take another checkpoint")
+    raise ValueError(
+        f"{path} is damaged (a field of its metadata is missing or of another type): take another checkpoint"
+    )
 
 
 def load_states(path: Path, trust_pickles: bool = False) -> Any:
-    """What is in a ``.pt`` file of DeepSpeed's or torch's, on the host, mapped from the file.
+    """Return the content of a ``.pt`` file of DeepSpeed or torch, on the host, memory-mapped.
+
+    Args:
+        path: the file.
+        trust_pickles: whether to unpickle any class.
 
     Raises:
-        ValueError: it names a class or function that these files do not need, or is damaged.
+        ValueError: the file is damaged, or names a class or function that such files do not need.
     """
     if trust_pickles:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
@@ -141,15 +154,15 @@ def load_states(path: Path, trust_pickles: bool = False) -> Any:
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # torch's, of many kinds; that of a refused name advises to switch the safety off
+    except Exception as error:  # torch raises many types; its message on a refused name advises to switch the check off
         raise ValueError(_refusal(path, error)) from error
 
 
 def require_states(paths: Iterator[Path] | list[Path], trust_pickles: bool = False) -> None:
-    """Make sure that files which a library unpickles by itself hold nothing but what :func:`load_states` takes.
+    """Refuse files that :func:`load_states` would refuse, before a library unpickles them by itself.
 
     Raises:
-        ValueError: as there.
+        ValueError: a file is damaged, or names a class or function that such files do not need.
     """
     if not trust_pickles:
         for path in paths:
@@ -157,20 +170,20 @@ def require_states(paths: Iterator[Path] | list[Path], trust_pickles: bool = Fal
 
 
 def require_safe(file: BinaryIO) -> None:
-    """Make sure that an open file of torch's holds nothing but what it takes for safe; it is at its beginning then.
+    """Refuse an open file of ``torch.save`` with classes that torch does not consider safe; else rewind the file.
 
     Raises:
-        pickle.UnpicklingError: it does not.
+        pickle.UnpicklingError: the file names another class or function.
     """
     torch.load(file, map_location="cpu", weights_only=True)
     file.seek(0)
 
 
 def require_weights(path: Path) -> None:
-    """Make sure that a ``.bin`` of a model, which a library unpickles by itself, can be read.
+    """Refuse a model's ``.bin`` file that is damaged or unsafe, before a library unpickles it by itself.
 
     Raises:
-        ValueError: it cannot, or it holds more than tensors.
+        ValueError: the file cannot be read, or names a class that torch does not consider safe.
     """
     with readable(path, "it is damaged, or was changed to run code; get the model as safetensors"):
         torch.load(path, map_location="meta", weights_only=True)
@@ -182,7 +195,7 @@ def _deepspeeds_classes() -> Iterator[None]:
     for module, name in _OF_DEEPSPEED:
         try:
             allowed.append(getattr(importlib.import_module(module), name))
-        except (ImportError, AttributeError):  # no DeepSpeed, or another release's names
+        except (ImportError, AttributeError):  # no DeepSpeed, or a release with other names
             continue
     with torch.serialization.safe_globals(allowed):
         yield

@@ -1,7 +1,7 @@
-"""The safetensors files of a model: read tensor by tensor, and written as a stream.
+"""Readers and a writer of a model's safetensors files that keep one tensor in memory at a time.
 
-The library's own writer takes all tensors of a file at once, which may be a whole model; here one is in memory at a
-time. What is written is read back by the library.
+The safetensors library's own writer takes all tensors of a file at once, which may be a whole model. The library reads
+the files that this module writes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .records import plain_name
 
 INDEX_NAME = "model.safetensors.index.json"
 _ONE_FILE = "model.safetensors"
-# of the hub, what a merged model is made from: other formats of the same weights are left there
+# files to download for a merged model; other formats of the same weights are left out
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 _DTYPES = {
     "F64": torch.float64,
@@ -43,7 +43,14 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One tensor of a file that is to be written; ``load`` gives it when its turn has come."""
+    """One tensor of a file to write.
+
+    Attributes:
+        key: name of the tensor in the file.
+        shape: shape of the tensor.
+        dtype: dtype of the tensor.
+        load: returns the tensor on the host; called right before the tensor is written.
+    """
 
     key: str
     shape: tuple[int, ...]
@@ -52,20 +59,25 @@ class Entry:
 
     @property
     def num_bytes(self) -> int:
+        """Size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class StoredWeights:
-    """The tensors in the safetensors files of a model's folder, by key. Nothing is kept in memory.
+    """The tensors in the safetensors files of a model's folder, by key. No tensor is kept in memory.
+
+    Args:
+        folder: the model's folder.
 
     Attributes:
-        folder: of the model.
-        keys: of every file, by its name.
-        index: the content of ``model.safetensors.index.json``; None if there is one file.
-        specs: shape and dtype by key.
+        folder: the model's folder.
+        keys: the keys in every file, by the file's name.
+        index: the content of ``model.safetensors.index.json``; None if the folder has no index.
+        specs: shape and dtype of every tensor, by key.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file, or one is damaged or of an unknown dtype.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, or a tensor has an unknown dtype.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -89,21 +101,25 @@ class StoredWeights:
         self.keys[path.name] = list(specs)
 
     def read(self, key: str) -> Tensor:
-        """The tensor, mapped from its file: copy it to change it. The file is unmapped with the last reference."""
+        """Return a tensor, memory-mapped: copy it before any change.
+
+        The file is unmapped with the last reference to the tensor.
+        """
         with open_tensors(self._files[key]) as file:
             return file.get_tensor(key)
 
     def metadata(self, name: str) -> dict[str, str]:
-        """What a file's header says beside its tensors."""
+        """Return the metadata in the header of the file ``name``."""
         with open_tensors(self.folder / name) as file:
             return dict(file.metadata() or {})
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model.
+    """Return the paths of a model's safetensors files.
 
     Raises:
-        FileNotFoundError, ValueError: there are none, one is missing, or their index is damaged.
+        FileNotFoundError: there are none, or one is missing.
+        ValueError: the index is damaged.
     """
     index = _read_index(folder)
     names = [_ONE_FILE] if index is None else sorted(set(index["weight_map"].values()))
@@ -114,32 +130,37 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def find_model(name: str, revision: str | None = None) -> Path:
-    """The folder of a model: a local one as it is, another from the hub (or its cache).
+    """Return the folder of a model; a model of the hub is downloaded, or found in the hub's cache.
+
+    Args:
+        name: folder, or name on the hub.
+        revision: branch, tag or commit on the hub; by default the main branch.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the model cannot be found or downloaded.
     """
     if Path(name).is_dir():
         return Path(name)
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
-    except Exception as error:  # the hub client raises a dozen kinds; all mean that there is no model
+    except Exception as error:  # the hub client raises a dozen types; all mean that there is no model
         raise ValueError(
             f"model {name!r} is no local folder and cannot be had from the hub ({cause_of(error)})"
         ) from error
 
 
 def write_file(path: Path, entries: Sequence[Entry], metadata: dict[str, str], done: Callable[[int], Any]) -> None:
-    """Write a safetensors file, one tensor in memory at a time.
+    """Write a safetensors file, with one tensor in memory at a time.
 
-    Format: the header's length (8 bytes, little endian), the header (JSON: dtype, shape and byte range of each
-    tensor), the tensors without gaps. As the library does, those of wider elements come first, so that all are aligned.
+    The format is the header's length (8 bytes, little endian), the header (JSON: dtype, shape and byte range of each
+    tensor), and the tensors without gaps. Tensors with wider elements come first, as in the library's files, so that
+    all are aligned.
 
     Args:
-        path: of the new file.
-        entries: what is in it.
-        metadata: for its header.
-        done: called with the number of bytes after each tensor.
+        path: the new file.
+        entries: the tensors to write.
+        metadata: metadata for the header; left out if empty.
+        done: called after each tensor with the tensor's number of bytes.
     """
     ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.key))
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}

@@ -1,4 +1,4 @@
-"""The methods: what a step does to the factors or their gradients, from Gram matrices alone. One file each.
+"""The methods, one file each: they compute from Gram matrices what a step does to the factors or their gradients.
 
-No rank, no engine and no optimizer in here; reflora_dist/README.md tells how to add a method.
+Methods know no ranks, no engines and no optimizers. reflora_dist/README.md explains how to add a method.
 """

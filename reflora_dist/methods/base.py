@@ -1,7 +1,7 @@
-"""What a method has to say about a step; everything else is done for it.
+"""The interface of a method.
 
-Written tall, the factors are ``X_A = A^T`` ``[in, r]`` and ``X_B = B`` ``[out, r]``. A method gets Gram matrices of
-whole tall factors and answers with small matrices; it never sees a factor, a rank or an engine.
+Written tall, the factors are ``X_A = A^T`` ``[in, r]`` and ``X_B = B`` ``[out, r]``. A method receives Gram matrices of
+whole tall factors and returns small matrices or scalars. It never sees a factor, a rank or an engine.
 """
 
 from __future__ import annotations
@@ -19,22 +19,25 @@ class Settings(Protocol):
 
     @property
     def damping(self) -> float:
-        """What scaled-gd adds to the Grams' diagonal."""
+        """The number that scaled-gd adds to the diagonal of the Gram matrices."""
 
 
 class Method:
-    """A method and what the rest of the package needs to know of it. This one does nothing: plain LoRA.
+    """A method, and the facts about it that the rest of the package needs. The defaults describe plain LoRA.
 
     Attributes:
-        name: for ``RefLoRAConfig(method=...)`` and command lines.
-        acts: whether it does anything.
-        default_warmup_steps: steps of plain LoRA before its first, if the user names none. PEFT starts with
-            ``lora_B = 0``; a method that does nothing there needs some, or Adam meets gradients of another scale.
-        has_schedule: whether ``warmup_steps`` and ``interval`` mean anything to it.
-        own_settings: fields of the configuration that mean something to this method alone.
-        needs_full_rank: whether it exists only where both Grams have an inverse, so never with r above in or out.
-        gram_width: its Gram matrices are ``gram_width * r`` wide.
-        channels_there, channels_back: how many tensors of a factor's size go to where their rows are whole, and return.
+        name: the name in ``RefLoRAConfig(method=...)`` and on command lines.
+        acts: whether the method does anything.
+        default_warmup_steps: steps of plain LoRA before the method's first step, unless the user sets a number. PEFT
+            starts with ``lora_B = 0``. A method that does nothing there needs a warm-up; without one, Adam's moments
+            hold gradients of another scale when it begins to act.
+        has_schedule: whether the method uses ``warmup_steps`` and ``interval``.
+        own_settings: fields of the configuration that only this method uses.
+        needs_full_rank: whether the method exists only if both Gram matrices are regular, so never for r > in or
+            r > out.
+        gram_width: the method's Gram matrices are ``gram_width * r`` wide.
+        channels_there: number of tensors of a factor's size that are sent to the ranks that compute on whole rows.
+        channels_back: number of those tensors that return.
     """
 
     name: ClassVar[str]
@@ -49,25 +52,25 @@ class Method:
 
     @classmethod
     def reduced_values(cls, lora_rank: int) -> int:
-        """How many float64 numbers of a pair are summed over ranks in a step: the upper triangles of two Grams."""
+        """Return how many float64 numbers per pair a step sums over ranks: the upper triangles of two Grams."""
         width = cls.gram_width * lora_rank
         return width * (width + 1)
 
     @classmethod
     def solution_values(cls, lora_rank: int) -> int:
-        """How many float64 numbers of a pair ranks send where they share the solve out; 0 if they never do."""
+        """Return how many float64 numbers per pair are sent if ranks divide the solves; 0 if they never do."""
         return 0
 
 
 class Transform(NamedTuple):
-    """Gradients, written tall, become ``grad_X M``.
+    """The result of a gradient method: matrices M that turn gradients, written tall, into ``grad_X M``.
 
-    A method that ``uses_gradients`` multiplies ``[X, grad_X]`` instead, with matrices ``[2, P_r, 2 r, r]``.
+    For a method with ``uses_gradients`` M is ``[2 r, r]``, and the new gradient is ``[X, grad_X] M``.
 
     Attributes:
-        matrices: ``{r: [2, P_r, r, r]}`` float64, for lora_A's side and for lora_B's; symmetric (but for a method that
-            ``uses_gradients``).
-        solved: ``{r: [P_r]}`` bool; False where the pair is left as plain LoRA in this step.
+        matrices: M for lora_A's side and for lora_B's, ``{r: [2, P_r, r, r]}`` float64, symmetric. With
+            ``uses_gradients`` ``{r: [2, P_r, 2 r, r]}``, not symmetric.
+        solved: ``{r: [P_r]}`` bool; False for a pair that stays plain LoRA in this step.
     """
 
     matrices: Matrices
@@ -78,17 +81,17 @@ class GradientMethod(Method, abc.ABC):
     """A method that replaces the gradients right before the optimizer reads them.
 
     Args:
-        settings: the method's own.
-        scaling: ``{r: [P_r]}`` float64, s of every pair's update ``s B A``; empty unless the method ``uses_gradients``.
+        settings: the configuration's fields for methods.
+        scaling: ``{r: [P_r]}`` float64, s of every pair's update ``s B A``; empty unless ``uses_gradients``.
 
     Attributes:
-        uses_gradients: whether it needs more than the Grams of the factors; then ``gram_width`` is 2. A method that
-            does not may be asked for some of the pairs, any of them.
+        uses_gradients: whether the method needs Gram matrices of factors and gradients together; ``gram_width`` is then
+            2. Otherwise any subset of the pairs may be passed to ``solve``.
     """
 
     uses_gradients: ClassVar[bool] = False
     gram_width = 1
-    channels_there = 2  # weights, gradients
+    channels_there = 2  # weights and gradients
     channels_back = 1
 
     def __init__(self, settings: Settings, scaling: Matrices) -> None:
@@ -97,29 +100,29 @@ class GradientMethod(Method, abc.ABC):
 
     @classmethod
     def solution_values(cls, lora_rank: int) -> int:
-        """Two matrices, and whether the pair is solved; upper triangles of symmetric ones."""
+        """Count two matrices (symmetric ones as upper triangles) and the flag of a solved pair."""
         if cls.uses_gradients:
             return 1 + 2 * cls.gram_width * lora_rank * lora_rank
         return 1 + lora_rank * (lora_rank + 1)
 
     @abc.abstractmethod
     def solve(self, grams: Matrices) -> Transform:
-        """What to do to the gradients of every pair of which there are Grams.
+        """Return the matrices that multiply the gradients, for every pair in ``grams``.
 
         Args:
-            grams: ``{r: [2, P_r, r, r]}`` float64, ``A A^T`` and ``B^T B``. For a method that ``uses_gradients``
-                ``{r: [2, P_r, 2 r, 2 r]}``, of ``[A^T, grad_A^T]`` and ``[B, grad_B]``. There lora_A's and lora_B's
-                gradients may not be known at the same time: the matrix of one side must not depend on the other side's
-                gradient, nor on the Gram of gradients with themselves.
+            grams: ``{r: [2, P_r, r, r]}`` float64, ``A A^T`` and ``B^T B``. With ``uses_gradients``
+                ``{r: [2, P_r, 2 r, 2 r]}``, the Grams of ``[A^T, grad_A^T]`` and ``[B, grad_B]``. In that case the
+                gradients of lora_A and of lora_B may be known at different times. So the matrix of one side must not
+                depend on the other side's gradient, nor on the Gram of the gradient with itself.
         """
 
 
 class Rescaling(NamedTuple):
-    """Factors become ``factor_a A`` and ``B / factor_a``, Adam's moments follow.
+    """The result of a rescaling method: factors become ``factor_a A`` and ``B / factor_a``, and Adam's moments match.
 
     Attributes:
         factor_a: ``[P]`` float64.
-        solved: ``[P]`` bool; False where the pair is left as it is.
+        solved: ``[P]`` bool; False for a pair that stays unchanged.
     """
 
     factor_a: Tensor
@@ -127,19 +130,23 @@ class Rescaling(NamedTuple):
 
 
 class RescalingMethod(Method, abc.ABC):
-    """A method that rescales the factors, and Adam's moments, right after the optimizer has updated them."""
+    """A method that rescales the factors and Adam's moments right after the optimizer's update."""
 
     @classmethod
     def reduced_values(cls, lora_rank: int) -> int:
-        """Two squared norms."""
+        """Count two squared norms."""
         return 2
 
     @abc.abstractmethod
     def solve(self, squared_norms: Tensor) -> Rescaling:
-        """From ``[2, P]`` float64: ``|A|_F^2`` and ``|B|_F^2`` of the whole factors."""
+        """Return the scale of every pair.
+
+        Args:
+            squared_norms: ``[2, P]`` float64, ``|A|_F^2`` and ``|B|_F^2`` of the whole factors.
+        """
 
 
 class OptimizerMethod(Method):
-    """A method that is an optimizer itself, and acts in every step."""
+    """A method that is an optimizer itself and acts in every step."""
 
     has_schedule = False

@@ -1,4 +1,4 @@
-"""RefLoRAConfig: which method acts on the factors, and at which optimizer steps."""
+"""RefLoRAConfig: the method that acts on the factors, and its schedule."""
 
 from __future__ import annotations
 
@@ -16,18 +16,23 @@ class RefLoRAConfig:
     """Settings of RefLoRA (Zhang, Li and Giannakis, NeurIPS 2025) and its relatives.
 
     Args:
-        method: ``"reflora"`` refactors the gradients with the full r x r matrix S, ``"reflora-s"``
-            rescales factors and Adam moments with a scalar. ``"scaled-gd"`` preconditions gradients with the inverse
-            Gram of the other factor (Riemannian preconditioning), ``"lora-pro"`` replaces them by those whose step is
-            closest to full fine-tuning's, ``"lora-rite"`` is an optimizer of its own (:class:`reflora_dist.LoRARite`)
-            to which attach gives the factors. ``"lora"`` leaves training as it is and exists for comparisons.
-        warmup_steps: optimizer steps of plain LoRA before the method's first. By default 100 for "reflora",
-            "reflora-s" and "lora-pro", which do not exist at PEFT's start with ``lora_B = 0``; else 0.
+        method: name of the method.
+
+            - ``"reflora"`` refactors the gradients with the full r x r matrix S.
+            - ``"reflora-s"`` rescales factors and Adam moments with a scalar.
+            - ``"scaled-gd"`` preconditions each gradient with the inverse Gram matrix of the other factor (Riemannian
+              preconditioning).
+            - ``"lora-pro"`` replaces the gradients by those whose step is closest to full fine-tuning's.
+            - ``"lora-rite"`` is an optimizer of its own, :class:`reflora_dist.LoRARite`; attach passes it the factors.
+            - ``"lora"`` leaves training unchanged, for comparisons.
+        warmup_steps: optimizer steps of plain LoRA before the method's first. The default is 100 for "reflora",
+            "reflora-s" and "lora-pro", which do not exist at PEFT's start with ``lora_B = 0``, and 0 for the others.
         interval: act at every ``interval``-th optimizer step after the warm-up.
-        damping: "scaled-gd" only; delta, which is added to the Grams' diagonal. 1e-2 is PEFT's ``reg``.
+        damping: delta, which "scaled-gd" adds to the diagonal of the Gram matrices. 1e-2 is the default of PEFT's
+            ``reg``. Other methods do not use it.
 
     Raises:
-        ValueError: a value is out of range, or means nothing to the method.
+        ValueError: a value is out of range, or the method does not use it.
     """
 
     method: str = "reflora"
@@ -56,15 +61,15 @@ class RefLoRAConfig:
             )
 
     def is_due(self, completed_steps: int) -> bool:
-        """Whether to refactor when ``completed_steps`` optimizer steps lie behind.
+        """Return whether the method acts after ``completed_steps`` optimizer steps.
 
-        RefLoRA asks right before step ``completed_steps + 1``, RefLoRA-S right after step
-        ``completed_steps`` (and once before the first). Both count as the published implementation does.
+        RefLoRA acts right before step ``completed_steps + 1``. RefLoRA-S acts right after step ``completed_steps``,
+        and may act once before the first. Both count steps as the published implementation does.
         """
         assert self.warmup_steps is not None
         since_warmup = completed_steps - self.warmup_steps
         return METHODS[self.method].acts and since_warmup >= 0 and since_warmup % self.interval == 0
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as a JSON-ready dictionary."""
+        """Return the settings as a JSON-ready dictionary."""
         return dataclasses.asdict(self)

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., 2021, arXiv 2106.09685): training as it is, for comparisons."""
+"""Plain LoRA (Hu et al., 2021, arXiv 2106.09685), for comparisons."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from .base import Method
 
 
 class LoRA(Method):
-    """Does nothing."""
+    """The method that changes nothing."""
 
     name = "lora"
     acts = False

@@ -1,4 +1,4 @@
-"""LoRA-Pro (Wang et al., 2024, arXiv 2407.18242): gradients whose combined step is closest to full fine-tuning's."""
+"""LoRA-Pro (Wang et al., 2024, arXiv 2407.18242): gradients whose joint step is closest to full fine-tuning's."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ..algebra.decompositions import CONVERGED, NEWTON_STEPS, cholesky, frobeniu
 from ..algebra.types import Matrices
 from .base import GradientMethod, Transform
 
-_LARGEST_RESIDUAL = 1e-6  # of the Sylvester equation, relative to its right-hand side
+_LARGEST_RESIDUAL = 1e-6  # residual of the Sylvester equation, relative to its right-hand side
 
 
 class LoRAPro(GradientMethod):
-    """The closed form of theorem 2.1 there, with the free matrix X of theorem 2.3.
+    """The closed form of the paper's theorem 2.1, with the free matrix X of theorem 2.3.
 
     With ``G_A = A A^T`` and ``G_B = B^T B`` ::
 
@@ -22,8 +22,8 @@ class LoRAPro(GradientMethod):
         G_B X + X G_A = -G_B^-1 grad_A A^T / s^2
 
     Then ``s B grad_A + s grad_B A`` is the best approximation of the whole weight's gradient that a step on the
-    factors can make, and X keeps the new gradients closest to the old ones. The optimizer's moments stay those of the
-    factors. ``grad_A A^T`` equals ``B^T grad_B``, and each side takes its own.
+    factors can make, and X keeps the new gradients closest to the old ones. The optimizer's moments remain moments of
+    the factors' gradients. ``grad_A A^T`` equals ``B^T grad_B``, so each side uses the one with its own gradient.
     """
 
     name = "lora-pro"
@@ -41,7 +41,15 @@ class LoRAPro(GradientMethod):
 
 
 def _solve(grams: Tensor, scaling: Tensor) -> tuple[Tensor, Tensor]:
-    """``[2, P, 2 r, r]`` and ``solved``, of Grams ``[2, P, 2 r, 2 r]`` of ``[A^T, grad_A^T]`` and ``[B, grad_B]``."""
+    """Return the matrices of a :class:`Transform` and ``solved``.
+
+    Args:
+        grams: ``[2, P, 2 r, 2 r]`` float64, the Grams of ``[A^T, grad_A^T]`` and ``[B, grad_B]``.
+        scaling: s, ``[P]`` float64.
+
+    Returns:
+        ``[2, P, 2 r, r]`` float64 and ``[P]`` bool.
+    """
     r = grams.shape[-1] // 2
     eye = torch.eye(r, dtype=grams.dtype, device=grams.device)
     chol, full_rank_each = cholesky(grams[..., :r, :r], eye)
@@ -63,19 +71,20 @@ def _solve(grams: Tensor, scaling: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def solve_sylvester(p: Tensor, q: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """X with ``P X + X Q = C`` for symmetric positive definite P and Q, by Newton's iteration for the sign function.
+    """Solve ``P X + X Q = C`` for symmetric positive definite P and Q, by Newton's iteration for the matrix sign.
 
     The sign of ``[[P, C], [0, -Q]]`` is ``[[I, 2 X], [0, -I]]`` (Roberts, 1980; Higham, Functions of Matrices, 2008,
-    section 2.4). Products and inverses only: eigenvectors would make a GPU wait for the host.
+    section 2.4). The iteration needs products and inverses only; eigenvectors would make a GPU wait for the host.
 
     Args:
         p, q, c: ``[..., r, r]`` float64.
 
     Returns:
-        X ``[..., r, r]``, and ``|P X + X Q - C| / |C|`` ``[...]`` (Frobenius; 0 where C = 0).
+        X ``[..., r, r]``, and ``|P X + X Q - C| / |C|`` ``[...]`` in Frobenius norms. If C = 0, the second is
+        ``|P X + X Q|``, which is 0.
     """
     p_k, q_k, c_k = p, q, c
-    for _ in range(NEWTON_STEPS + 2):  # the spectra of both: a wider range than one matrix's
+    for _ in range(NEWTON_STEPS + 2):  # P and Q together have a wider spectrum than one matrix
         p_inv, q_inv = inverted(torch.stack([p_k, q_k]))
         mu = ((frobenius(p_inv) + frobenius(q_inv)) / (frobenius(p_k) + frobenius(q_k))).sqrt()
         c_k = 0.5 * mu * c_k + (0.5 / mu) * (p_inv @ c_k @ q_inv)

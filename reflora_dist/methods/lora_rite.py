@@ -1,9 +1,10 @@
 """LoRA-RITE (Yen et al., 2024, arXiv 2410.20625): an adaptive step that depends on the factors' product alone.
 
-With orthonormal bases ``X N`` of both tall factors (N is the inverse square root of the Gram), the *unmagnified*
-gradient of a factor is ``U = grad N_other``. Its moments are kept in the basis of the other factor, which turns from
-step to step. All that is r x r, or ``X M + grad M' + moment M''`` with r x r matrices, and every norm and every turn
-follows from one Gram of ``[X, grad, moment]``.
+``X N`` is an orthonormal basis of a tall factor X, with N the inverse square root of its Gram matrix. The *unmagnified*
+gradient of a factor is ``U = grad N_other``, with N of the pair's other factor. The moments of U are kept in the other
+factor's basis, which turns from step to step. All of this is algebra on r x r matrices, and combinations
+``X M + grad M' + moment M''`` with such matrices. Every norm and every turn follows from one Gram of
+``[X, grad, moment]``.
 """
 
 from __future__ import annotations
@@ -21,27 +22,27 @@ from .base import OptimizerMethod
 
 
 class LoRARiteMethod(OptimizerMethod):
-    """``reflora_dist.LoRARite`` is its optimizer; :func:`rite_update` is the step."""
+    """LoRA-RITE as a method; ``reflora_dist.LoRARite`` is its optimizer, and :func:`rite_update` its step."""
 
     name = "lora-rite"
-    gram_width = 3  # factor, gradient, moment
+    gram_width = 3  # factor, gradient and moment
     channels_there = 3
     channels_back = 2
 
     @classmethod
     def reduced_values(cls, lora_rank: int) -> int:
-        """Beside the Grams the packed second moments, and the count of steps, of two factors."""
+        """Count the Grams, and for each of two factors the packed second moment and the number of steps."""
         return super().reduced_values(lora_rank) + 2 * (packed_size(lora_rank) + 1)
 
 
 def packed_size(lora_rank: int) -> int:
-    """Elements that a factor's second moment and escaped mass take."""
+    """Return the number of elements of a factor's second moment (upper triangle) and escaped mass."""
     return lora_rank * (lora_rank + 1) // 2 + 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RiteSettings:
-    """Hyperparameters, as in the published code; see :class:`reflora_dist.LoRARite`."""
+    """Hyperparameters that all factors share, named as in the published code; see :class:`reflora_dist.LoRARite`."""
 
     eps: float
     clip_unmagnified_grad: float
@@ -52,11 +53,11 @@ class RiteSettings:
 
 
 class Moments(NamedTuple):
-    """What is kept from step to step beside the first moment, in the basis of the current factors.
+    """The state of a step except the first moment, in the basis of the current factors.
 
     Attributes:
-        second: ``{r: [2, P_r, r, r]}`` float64, of lora_A and of lora_B.
-        escape: ``{r: [2, P_r]}`` float64, what second moments lost in turns of the basis.
+        second: second moments of lora_A and of lora_B, ``{r: [2, P_r, r, r]}`` float64.
+        escape: escaped mass, which second moments lost in turns of the basis, ``{r: [2, P_r]}`` float64.
     """
 
     second: Matrices
@@ -64,12 +65,13 @@ class Moments(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """What differs between factors, each ``{r: [2, P_r]}`` float64.
+    """Values that differ between factors, each ``{r: [2, P_r]}`` float64.
 
     Attributes:
-        rows: in, out.
-        lr, weight_decay: of the optimizer's group.
-        beta1, beta2: decays of the moments, bias-corrected.
+        rows: number of rows of the tall factor, in or out.
+        lr: learning rate of the optimizer's group.
+        weight_decay: weight decay of the optimizer's group.
+        beta1, beta2: decays of the first and the second moment, bias-corrected.
     """
 
     rows: Matrices
@@ -80,12 +82,12 @@ class Groups(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What a step does.
+    """The result of a step.
 
     Attributes:
-        matrices: ``{r: [2, P_r, 3 r, 2 r]}``; ``[X, grad, moment]`` times them is the new ``[X, moment]``.
-        moments: those of after the step.
-        skipped: ``{r: [P_r]}`` bool; pairs of which a gradient was left out as too large.
+        matrices: M, ``{r: [2, P_r, 3 r, 2 r]}`` float64; ``[X, grad, moment] M`` is the new ``[X, moment]``.
+        moments: the moments after the step.
+        skipped: ``{r: [P_r]}`` bool; True if a gradient of the pair was too large and was skipped.
     """
 
     matrices: Matrices
@@ -100,13 +102,13 @@ class _Gradient(NamedTuple):
 
 
 def rite_update(grams: Matrices, moments: Moments, groups: Groups, settings: RiteSettings) -> Update:
-    """The step of algorithm 1 there.
+    """Return one step of the paper's algorithm 1.
 
     Args:
-        grams: ``{r: [2, P_r, 3 r, 3 r]}`` float64, of ``[X, grad, moment]`` of lora_A and of lora_B, both tall.
-        moments: of the step before, zero at first.
-        groups: settings of every factor.
-        settings: those that all factors share.
+        grams: ``{r: [2, P_r, 3 r, 3 r]}`` float64, the Grams of ``[X, grad, moment]`` for lora_A and lora_B, both tall.
+        moments: the moments after the previous step; zero before the first.
+        groups: the values that differ between factors.
+        settings: the hyperparameters that all factors share.
     """
     gradients = {r: _unmagnified(both, groups.rows[r], settings) for r, both in grams.items()}
     clip = torch.ones((), dtype=torch.float64, device=next(iter(grams.values())).device)
@@ -143,7 +145,7 @@ def _update_one(
     settings: RiteSettings,
     update: Update,
 ) -> None:
-    """Fill in the pairs of one lora_rank."""
+    """Write the matrices and moments of the pairs of one lora_rank into ``update``."""
     eye = torch.eye(r, dtype=grams.dtype, device=grams.device)
     other = gradient.basis.flip(0)
     rows, lr, weight_decay, beta1, beta2 = (_matrix(values[r]) for values in groups)
@@ -151,7 +153,7 @@ def _update_one(
     second = symmetric((1 - beta2) * clip**2 * gradient.second / rows + beta2 * moments.second[r])
     escape = groups.beta2[r] * moments.escape[r]
     preconditioner = damped_inverse_root(second + _matrix(escape) * eye, settings.eps)
-    # new moment = [X, grad, moment] times this
+    # new moment = [X, grad, moment] @ first
     from_gradient = (1 - beta1) * clip * _matrix(gradient.kept) * (other @ preconditioner)
     first = torch.cat([torch.zeros_like(from_gradient), from_gradient, (beta1 * eye).expand_as(from_gradient)], dim=-2)
 
@@ -165,7 +167,7 @@ def _update_one(
         norms = _matrix(_trace(factor.mT @ grams @ factor).sqrt() + 1e-6)
         factor = factor * ((norms * norms.flip(0)).sqrt() / norms)
 
-    # into the basis of the new factors, so that nothing of the old ones need be kept
+    # the moments turn into the basis of the new factors, so that the old factors need not be kept
     new_basis = pseudo_inverse_root(symmetric(factor.mT @ grams @ factor))
     turn = (new_basis @ (factor.mT @ grams[..., :r]) @ gradient.basis).flip(0)
     turned = symmetric(turn @ second @ turn.mT)
@@ -176,13 +178,19 @@ def _update_one(
 
 
 def _lost(before: Tensor, after: Tensor) -> Tensor:
-    """Escaped mass ``[2, P]``: the largest loss of an eigenvalue, or that of the trace if less. Waits for a GPU."""
+    """Return the escaped mass ``[2, P]``: the smaller of the largest loss of an eigenvalue and the trace's loss.
+
+    The eigenvalues make the host wait for a GPU.
+    """
     eigenvalue = (torch.linalg.eigvalsh(before) - torch.linalg.eigvalsh(after)).amax(dim=-1)
     return torch.minimum(eigenvalue.clamp_min(0.0), (_trace(before) - _trace(after)).clamp_min(0.0))
 
 
 def bias_corrected(decay: Tensor, step: Tensor) -> Tensor:
-    """A decay that makes averages unbiased, ``step`` steps done (Shazeer and Stern, 2018, arXiv 1804.04235, 7.1)."""
+    """Return the decay that makes the average unbiased after ``step`` completed steps.
+
+    Source: Shazeer and Stern, 2018, arXiv 1804.04235, section 7.1.
+    """
     return decay * (1 - decay**step) / (1 - decay ** (step + 1))
 
 

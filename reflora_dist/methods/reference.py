@@ -1,7 +1,7 @@
 """RefLoRA and RefLoRA-S on whole factors in one process, as plainly as the paper states them.
 
-The oracle of the sharded implementation: a loop over pairs, no batching, no Gram matrices. S comes from QR
-factorizations of the factors themselves, so that it is right to rounding also for ill-conditioned factors.
+This is the oracle of the sharded implementation: it loops over pairs, without batches and without Gram matrices. S
+comes from QR factorizations of the factors themselves, so that it is accurate for ill-conditioned factors too.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor
 from .config import RefLoRAConfig
 
 Pair = tuple[Tensor, Tensor]
-"""``lora_A`` ``[r, in]`` and ``lora_B`` ``[out, r]``."""
+"""The factors ``lora_A`` ``[r, in]`` and ``lora_B`` ``[out, r]`` of one adapter."""
 
 
 def refactorization(lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor] | None:
-    """S and its inverse, ``[r, r]`` float64, with ``S (A A^T) S = B^T B``; None if a factor is rank-deficient.
+    """Return S with ``S (A A^T) S = B^T B`` and its inverse, ``[r, r]`` float64; None if a factor is rank-deficient.
 
-    With ``A^T = Q_A R_A``, ``B = Q_B R_B`` and the singular value decomposition ``R_B R_A^T = U D V^T``, it is
-    ``S = R_A^-1 V D V^T R_A^-T``.
+    With ``A^T = Q_A R_A``, ``B = Q_B R_B`` and the singular value decomposition ``R_B R_A^T = U D V^T``, S is
+    ``R_A^-1 V D V^T R_A^-T``.
     """
     r_a, r_b = (torch.linalg.qr(factor.double(), mode="r").R for factor in (lora_a.mT, lora_b))
     if any(r.shape[0] < r.shape[1] or _is_singular(r) for r in (r_a, r_b)):
@@ -38,7 +38,7 @@ def _is_singular(triangular: Tensor) -> bool:
 
 
 def refactored(lora_a: Tensor, lora_b: Tensor, grad_a: Tensor, grad_b: Tensor) -> Pair:
-    """RefLoRA's gradients ``S^-1 grad_A`` and ``grad_B S``, float64; unchanged where S does not exist."""
+    """Return RefLoRA's gradients ``S^-1 grad_A`` and ``grad_B S`` in float64, unchanged if S does not exist."""
     grad_a, grad_b = grad_a.double(), grad_b.double()
     solution = refactorization(lora_a, lora_b)
     if solution is None:
@@ -49,7 +49,7 @@ def refactored(lora_a: Tensor, lora_b: Tensor, grad_a: Tensor, grad_b: Tensor) -
 
 @torch.no_grad()
 def rescale_(lora_a: Tensor, lora_b: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """RefLoRA-S: give both factors the same norm, and Adam's moments the matching scale, in place."""
+    """Rescale both factors to equal norms, and Adam's moments to match, in place (RefLoRA-S)."""
     norm_a, norm_b = (torch.linalg.vector_norm(factor, dtype=torch.float64) for factor in (lora_a, lora_b))
     if norm_a == 0 or norm_b == 0:
         return
@@ -63,12 +63,12 @@ def rescale_(lora_a: Tensor, lora_b: Tensor, optimizer: torch.optim.Optimizer) -
 
 
 class ReferenceRefLoRA:
-    """Hooks the plain methods into a torch optimizer that holds whole factors.
+    """RefLoRA or RefLoRA-S as hooks of a torch optimizer that holds whole factors.
 
     Args:
-        pairs: the factors, as parameters of ``optimizer``.
-        optimizer: an elementwise torch optimizer, of the Adam family for "reflora-s".
-        config: the method and its schedule.
+        pairs: the factors, which are parameters of ``optimizer``.
+        optimizer: an elementwise torch optimizer; for "reflora-s" one of the Adam family.
+        config: the method ("reflora" or "reflora-s"; others change nothing) and its schedule.
     """
 
     def __init__(self, pairs: Sequence[Pair], optimizer: torch.optim.Optimizer, config: RefLoRAConfig) -> None:

@@ -9,7 +9,7 @@ from .base import Rescaling, RescalingMethod
 
 
 class RefLoRAS(RescalingMethod):
-    """``A <- sqrt(s) A`` and ``B <- B / sqrt(s)`` with ``s = |B|_F / |A|_F``, which makes their norms equal."""
+    """``A <- sqrt(s) A`` and ``B <- B / sqrt(s)`` with ``s = |B|_F / |A|_F``, which makes the norms equal."""
 
     name = "reflora-s"
     default_warmup_steps = 100

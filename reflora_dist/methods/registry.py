@@ -1,4 +1,4 @@
-"""All methods by name. A module of this folder that defines one is found by itself."""
+"""All methods by name, found in the modules of this folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _found() -> dict[str, type[Method]]:
     methods: dict[str, type[Method]] = {}
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
         if module.name in ("config", "reference", "registry"):
-            continue  # which ask for the methods
+            continue  # these define no method, and config imports this module
         for _, value in inspect.getmembers(importlib.import_module(f"{package}.{module.name}"), inspect.isclass):
             if issubclass(value, Method) and "name" in vars(value):
                 methods[value.name] = value

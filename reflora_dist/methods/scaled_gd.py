@@ -10,9 +10,9 @@ from .base import GradientMethod, Transform
 
 
 class ScaledGD(GradientMethod):
-    """``grad_A <- (B^T B + delta I)^-1 grad_A`` and ``grad_B <- grad_B (A A^T + delta I)^-1`` (equation 2 there).
+    """``grad_A <- (B^T B + delta I)^-1 grad_A`` and ``grad_B <- grad_B (A A^T + delta I)^-1`` (the paper's equation 2).
 
-    ``delta`` is ``RefLoRAConfig.damping``. A pair whose damped Grams have no inverse keeps its gradients.
+    ``delta`` is ``RefLoRAConfig.damping``. A pair with a singular damped Gram keeps its gradients.
     """
 
     name = "scaled-gd"

@@ -1,4 +1,4 @@
-"""Plans and launches the kernels over a set of blocks."""
+"""Plans and launches of the kernels for Gram matrices, products, S and inverses."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ _TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 _SUM_WIDTH = 1024
 
 Pattern = tuple[torch.dtype | None, ...]
-"""The dtype of every block, None where there is none."""
+"""The dtype of every block, None for an absent block."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Launch:
-    """Blocks of one orientation, lora_rank and dtype, and the tiles that programs work on."""
+    """One launch: blocks of one orientation, lora_rank and dtype, and the tiles that its programs work on."""
 
     columns: bool
     lora_rank: int
     dtype: torch.dtype
     members: tuple[int, ...]  # positions in the list of blocks
     tiles: Tensor  # [programs, 5] int32
-    slots: tuple[int, ...]  # of each tile's Gram
-    rows_aligned: bool
+    slots: tuple[int, ...]  # place of each tile's Gram in [2 P_r]
+    rows_aligned: bool  # rows of every [r, rows] block have a multiple of 16 bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class _Sum:
-    """Which partial Grams of one lora_rank belong to which Gram."""
+    """The partial Grams of every Gram of one lora_rank."""
 
-    spans: Tensor  # [2 P_r, 2] int32
-    order: Tensor  # [partials] int32
+    spans: Tensor  # [2 P_r, 2] int32: the part of `order` for each Gram, first and one past the last
+    order: Tensor  # [partials] int32: numbers of partial Grams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,16 +55,16 @@ class _Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Located:
-    """Blocks that kernels can work on, where they lie now. Most of them stay there from step to step."""
+    """Blocks that kernels can work on, with their current addresses, which rarely change between steps."""
 
     addresses: list[int]
-    table: Tensor  # the same on the device
+    table: Tensor  # [blocks] int64, the addresses on the device
     plan: _Plan
     aligned: tuple[bool, ...]  # per launch, whether 16-byte accesses are possible
 
 
 def addresses_of(tensors: Sequence[Tensor | None]) -> list[int]:
-    """Where they begin, 0 for None; asked for in every step, so in the fastest way that Python has."""
+    """Return the address of every tensor, 0 for None; ``map`` is the fastest way, and every step calls this."""
     try:
         return list(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
     except TypeError:  # some are None
@@ -72,36 +72,42 @@ def addresses_of(tensors: Sequence[Tensor | None]) -> list[int]:
 
 
 def fits(tensor: Tensor, device: torch.device, dtypes: Container[torch.dtype]) -> bool:
-    """Whether kernels can work on a tensor; not on one that only wraps others, which has no address."""
+    """Return whether kernels can work on a tensor.
+
+    The tensor must be contiguous, on ``device`` and of one of ``dtypes``. A wrapper subclass has no address.
+    """
     has_address = tensor.data_ptr() != 0 or tensor.numel() == 0
     return has_address and tensor.device == device and tensor.dtype in dtypes and tensor.is_contiguous()
 
 
 def send_addresses(addresses: list[int], device: torch.device) -> Tensor:
-    """A table of them on the device. Asynchronous from pinned memory, which the allocator keeps until it is done."""
+    """Return the addresses as ``[tensors]`` int64 on the device.
+
+    The copy is asynchronous, from pinned memory that torch's allocator keeps until the copy is done.
+    """
     table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
 def stream_of(device: torch.device) -> int:
-    """The stream that work is queued on now; a table is read on the stream that it was sent on."""
+    """Return the current stream, since kernels must read a table on the stream that copied it; 0 on a CPU."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def launching_on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Makes Triton launch on this device; there is none to choose for host memory, which only its interpreter reads."""
+    """Return a context in which Triton launches on this device; it does nothing on a CPU (Triton's interpreter)."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class TiledBlocks:
-    """Grams of blocks, and their products with r x r matrices, in a few launches.
+    """Gram matrices of blocks, and products of blocks with r x r matrices, in a few launches.
 
     Args:
-        specs: the blocks.
-        lora_ranks: r of every pair, by its number in ``specs``.
-        slots: of every block, its place in ``[2 P_r]``: the Grams of lora_A, then those of lora_B.
+        specs: pair, side and shape of each block.
+        lora_ranks: r of every pair, indexed by ``BlockSpec.pair``.
+        slots: the place of each block's Gram in ``[2 P_r]``: lora_A's Grams come first, then lora_B's.
         pairs_by_rank: the pairs of every lora_rank.
-        device: where they lie: a CUDA device, or the CPU for Triton's interpreter.
+        device: the blocks' device: a CUDA device, or the CPU for Triton's interpreter.
     """
 
     def __init__(
@@ -121,11 +127,13 @@ class TiledBlocks:
         self._located: dict[tuple[str, int], Located] = {}
 
     def locate(self, purpose: str, blocks: Sequence[Tensor | None]) -> Located | None:
-        """Find the blocks; None if kernels cannot work on some: in host memory (an offloaded optimizer's), of 16 bits.
+        """Return the blocks with their addresses on the device, or None if kernels cannot work on some of them.
+
+        Kernels cannot work on 16-bit blocks, nor on blocks in host memory (an offloaded optimizer's).
 
         Args:
             purpose: "grams" or "products".
-            blocks: in the order of the specs, contiguous.
+            blocks: contiguous tensors in the order of the specs; None for an absent block.
         """
         addresses = addresses_of(blocks)
         key = purpose, stream_of(self._device)
@@ -147,7 +155,10 @@ class TiledBlocks:
         return block is None or fits(block, self._device, _TRITON_DTYPES)
 
     def grams(self, located: Located) -> Matrices:
-        """As :meth:`~reflora_dist.algebra.tall_blocks.BlockSet.grams`; launches by shape, dtype and r, one to sum."""
+        """Return what :meth:`~reflora_dist.algebra.tall_blocks.BlockSet.grams` returns.
+
+        There is one launch per orientation, dtype and r, and one per r to sum the partial Grams.
+        """
         with launching_on(self._device):
             return self._grams(located)
 
@@ -169,7 +180,10 @@ class TiledBlocks:
         return {lora_rank: self._sum(lora_rank, sums.get(lora_rank), partials) for lora_rank in self._num_pairs}
 
     def multiply_(self, located: Located, matrices: Matrices) -> None:
-        """As :meth:`~reflora_dist.algebra.tall_blocks.BlockSet.multiply_`: a launch per orientation, dtype and r."""
+        """Multiply as :meth:`~reflora_dist.algebra.tall_blocks.BlockSet.multiply_` does.
+
+        There is one launch per orientation, dtype and r.
+        """
         with launching_on(self._device):
             self._multiply_(located, matrices)
 
@@ -184,7 +198,7 @@ class TiledBlocks:
 
     def _sum(self, lora_rank: int, plan: _Sum | None, partials: Mapping[int, Tensor]) -> Tensor:
         pairs, size = self._num_pairs[lora_rank], lora_rank * lora_rank
-        if plan is None:  # this rank holds nothing of these pairs
+        if plan is None:  # this rank has no block of these pairs
             return torch.zeros(2, pairs, lora_rank, lora_rank, dtype=torch.float64, device=self._device)
         grams = torch.empty(2, pairs, lora_rank, lora_rank, dtype=torch.float64, device=self._device)
         width = min(_SUM_WIDTH, triton.next_power_of_2(size))
@@ -242,7 +256,19 @@ class TiledBlocks:
 def solve(
     gram_a: Tensor, gram_b: Tensor, newton_steps: int, converged: float, relative_pivot: float, residual: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``refactorization.solve_refactorization``, in one launch; ``[P, r, r]``, contiguous, on a GPU."""
+    """Solve as ``refactorization.solve_refactorization`` does, in one launch.
+
+    Args:
+        gram_a: ``A A^T``, ``[P, r, r]`` float64, contiguous, on a GPU.
+        gram_b: ``B^T B``, likewise.
+        newton_steps: the largest number of Newton steps.
+        converged: the relative change of X at which the iteration stops.
+        relative_pivot: a Cholesky pivot below this, relative to its diagonal entry, makes a factor rank-deficient.
+        residual: the largest residual of a solved pair.
+
+    Returns:
+        S and S^-1 ``[P, r, r]`` float64, and ``solved`` ``[P]`` bool.
+    """
     pairs, lora_rank, _ = gram_a.shape
     size = padded(lora_rank)
     s, s_inv = torch.empty_like(gram_a), torch.empty_like(gram_a)
@@ -257,7 +283,10 @@ def solve(
 
 
 def invert(matrices: Tensor) -> Tensor:
-    """The inverses of ``[..., r, r]`` float64 on a GPU, in one launch; not finite where there is none."""
+    """Return the inverses of ``[..., r, r]`` float64 on a GPU, in one launch.
+
+    The inverse of a singular matrix is not finite.
+    """
     lora_rank = matrices.shape[-1]
     size = padded(lora_rank)
     flat = matrices.reshape(-1, lora_rank, lora_rank).contiguous()
@@ -278,17 +307,17 @@ class _Settings(NamedTuple):
     invert_warps: int
 
 
-# Among the fastest of those tried on an H200 with the shapes of LLaMA-7B, within the memory that _gram_rows allows.
+# Among the fastest settings measured on an H200 with the shapes of LLaMA-7B, within the memory that _gram_rows allows.
 _SETTINGS = {
     16: _Settings(64, 2, 64, 2, 2, 2, 2),
     32: _Settings(64, 2, 64, 2, 2, 4, 4),
     64: _Settings(32, 4, 64, 4, 2, 4, 2),
-    128: _Settings(32, 8, 32, 4, 1, 16, 16),  # S of this size is torch's, see LARGEST_SOLVED_LORA_RANK
+    128: _Settings(32, 8, 32, 4, 1, 16, 16),  # torch computes S of this size: LARGEST_SOLVED_LORA_RANK
 }
-_PRODUCT_ROWS = 256  # of a tall factor, for one program
-_MAX_PLANS = 64  # layers that are dropped at random leave ever new sets of gradients
+_PRODUCT_ROWS = 256  # rows of a tall factor per program
+_MAX_PLANS = 64  # random layer dropping would add a new set of gradients in almost every step
 
 
 def _gram_rows(lora_rank: int) -> int:
-    """How many rows of a tall factor one program sums; its result takes 8 r^2 bytes until all are summed."""
+    """Return the number of rows of a tall factor that one program sums; each partial Gram takes 8 r^2 bytes."""
     return min(4 * padded(lora_rank) ** 2, 4096)

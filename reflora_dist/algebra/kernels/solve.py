@@ -1,9 +1,9 @@
-"""Triton kernels for the refactorization S, and for inverses: one program has one pair, without the host.
+"""Triton kernels for the refactorization S and for inverses: one program per pair, without the host.
 
-The algebra is that of ``refactorization.solve_with_torch``, which is its oracle; here Newton's iteration
-goes on until it has converged, without Schulz's steps. Matrices are padded to a power of two with an identity block,
-which no operation mixes with the rest. A matrix that another layout needs (transposed, or as an operand of a product)
-goes through a few KiB of global scratch memory, which stay in cache.
+The algebra is that of ``refactorization.solve_with_torch``, the oracle, with one difference: Newton's iteration runs
+until it has converged, without Schulz's steps. Matrices are padded to a power of two with an identity block, which no
+operation mixes with the rest. To change its layout (transposed, or an operand of a product) a matrix goes through a few
+KiB of global scratch memory, which stay in the cache.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def _load(address, lora_rank: tl.constexpr, padded: tl.constexpr, diagonal: tl.constexpr):
-    """``[padded, padded]`` from ``[lora_rank, lora_rank]`` in memory, ``diagonal`` on the padding's diagonal."""
+    """Load ``[lora_rank, lora_rank]`` as ``[padded, padded]``, with ``diagonal`` on the padding's diagonal."""
     rows = tl.arange(0, padded)[:, None]
     columns = tl.arange(0, padded)[None, :]
     inside = (rows < lora_rank) & (columns < lora_rank)
@@ -31,10 +31,10 @@ def _store(address, matrix, lora_rank: tl.constexpr, padded: tl.constexpr):
 
 @triton.jit
 def _put(scratch, matrix, padded: tl.constexpr):
-    """Write a padded matrix where every thread of the program can read it afterwards."""
+    """Write a padded matrix to scratch memory, where every thread of the program can read it afterwards."""
     rows = tl.arange(0, padded)[:, None]
     columns = tl.arange(0, padded)[None, :]
-    tl.debug_barrier()  # whoever still reads what lay here
+    tl.debug_barrier()  # some threads may still be reading the old matrix
     tl.store(scratch + rows * padded + columns, matrix)
     tl.debug_barrier()
 
@@ -51,7 +51,7 @@ def _get(scratch, padded: tl.constexpr, transposed: tl.constexpr):
 
 @triton.jit
 def _product(left, right, padded: tl.constexpr, left_transposed: tl.constexpr, right_transposed: tl.constexpr):
-    """The product of two matrices in scratch memory."""
+    """Return the product of two matrices in scratch memory."""
     rows = tl.arange(0, padded)
     inner = tl.arange(0, 16)
     total = tl.zeros([padded, padded], dtype=tl.float64)
@@ -71,7 +71,7 @@ def _product(left, right, padded: tl.constexpr, left_transposed: tl.constexpr, r
 
 @triton.jit
 def _cholesky(gram, relative_pivot: tl.constexpr, padded: tl.constexpr):
-    """The lower Cholesky factor, and 1 if every pivot is large enough, else 0."""
+    """Return the lower Cholesky factor, and 1 if every pivot is large enough, else 0."""
     rows = tl.arange(0, padded)
     chol = tl.zeros([padded, padded], dtype=tl.float64)
     diagonal = tl.sum(tl.where(rows[:, None] == rows[None, :], gram, 0.0), axis=1)
@@ -92,7 +92,7 @@ def _cholesky(gram, relative_pivot: tl.constexpr, padded: tl.constexpr):
 
 @triton.jit
 def _invert(matrix, scratch, padded: tl.constexpr):
-    """Write the inverse to scratch memory: Gauss-Jordan exchange steps with partial pivoting."""
+    """Write the inverse to scratch memory, by Gauss-Jordan exchange steps with partial pivoting."""
     rows = tl.arange(0, padded)
     column_of_row = tl.zeros([padded], dtype=tl.int32)
     row_of_column = tl.zeros([padded], dtype=tl.int32)
@@ -124,19 +124,19 @@ def invert_kernel(
     lora_rank: tl.constexpr,
     padded: tl.constexpr,
 ):
-    """One inverse per program."""
+    """Invert one matrix per program."""
     program = tl.program_id(0).to(tl.int64)
     place = program * (lora_rank * lora_rank)
     room = scratch + program * (padded * padded)
     matrix = _load(matrices + place, lora_rank, padded, 1.0)
-    nothing = tl.sum(tl.sum(matrix * 0.0, axis=1), axis=0)  # NaN if anything is not finite, which pivoting may hide
+    nothing = tl.sum(tl.sum(matrix * 0.0, axis=1), axis=0)  # 0, or NaN if an entry is not finite: pivoting may hide it
     _invert(matrix, room, padded)
     _store(inverses + place, _get(room, padded, False) + nothing, lora_rank, padded)
 
 
 @triton.jit
 def _solve_upper(upper, right, padded: tl.constexpr):
-    """``upper^-1 right``, by substitution from the last row."""
+    """Return ``upper^-1 right``, by substitution from the last row."""
     rows = tl.arange(0, padded)
     solution = right
     for step in range(padded):
@@ -169,7 +169,7 @@ def solve_kernel(
     relative_pivot: tl.constexpr,
     largest_residual: tl.constexpr,
 ):
-    """S and its inverse for one pair; the identity where a factor is rank-deficient or S misses its equation."""
+    """Write S and its inverse for one pair; the identity if a factor is rank-deficient or S misses its equation."""
     pair = tl.program_id(0).to(tl.int64)
     size: tl.constexpr = lora_rank * lora_rank
     area: tl.constexpr = padded * padded
@@ -229,7 +229,7 @@ def solve_kernel(
     _put(second, s, padded)
     s = 0.5 * (s + _get(second, padded, True))
 
-    # what the equation and the inverse miss
+    # residuals of the equation and of the inverse
     _put(second, s, padded)
     _put(third, s_inv, padded)
     miss_inverse = _norm(tl.where(inside, _product(second, third, padded, False, False) - eye, 0.0))

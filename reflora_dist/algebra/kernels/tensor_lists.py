@@ -1,4 +1,4 @@
-"""Triton kernels over many tensors of any shape: a sum over each, and each times a number of its own."""
+"""Triton kernels on lists of tensors of any shape: a sum over each tensor, and a product of each with a number."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _TRITON_DTYPES = {
     torch.float16: tl.float16,
 }
 _WIDTH = 1024  # elements that a program loads at a time
-_TILE = 16 * _WIDTH  # elements of one program
+_TILE = 16 * _WIDTH  # elements per program
 _WARPS = 4
 _MAX_PLANS = 16
 
 Pattern = tuple[tuple[torch.dtype, int] | None, ...]
-"""The dtype and number of elements of every tensor, None where there is none."""
+"""The dtype and number of elements of every tensor, None for an absent tensor."""
 
-# A table of tiles has three int64 columns: the tensor, the first and one past the last of the elements.
+# A table of tiles has three int64 columns: the tensor, its first element, and one past its last.
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def total_kernel(
     dtype: tl.constexpr,
     width: tl.constexpr,
 ):
-    """Sums of magnitudes, or of squares, over each tile."""
+    """Sum absolute values, or squares, over each tile."""
     program = tl.program_id(0)
     tile = tiles + program * 3
     base = tl.load(addresses + tl.load(tile)).to(tl.pointer_type(dtype))
@@ -62,7 +62,7 @@ def scale_kernel(
     dtype: tl.constexpr,
     width: tl.constexpr,
 ):
-    """Each tensor times its factor, in place; the product is formed in float64."""
+    """Multiply each tensor by its factor in place; the product is formed in float64."""
     tile = tiles + tl.program_id(0) * 3
     tensor = tl.load(tile)
     base = tl.load(addresses + tensor).to(tl.pointer_type(dtype))
@@ -77,22 +77,22 @@ def scale_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    launches: tuple[tuple[torch.dtype, Tensor], ...]  # tiles of the tensors of one dtype, [programs, 3]
-    spans: Tensor  # [tensors, 2] int32, the tiles of every tensor: first and one past the last
-    order: Tensor  # [tiles] int32
+    launches: tuple[tuple[torch.dtype, Tensor], ...]  # per dtype the tiles of its tensors, [programs, 3]
+    spans: Tensor  # [tensors, 2] int32: the part of `order` for each tensor, first and one past the last
+    order: Tensor  # [tiles] int32: numbers of tiles
 
 
 @dataclasses.dataclass(frozen=True)
 class Located:
-    """Tensors that kernels can work on, where they lie now."""
+    """Tensors that kernels can work on, with their current addresses."""
 
     addresses: list[int]
-    table: Tensor  # the same on the device
+    table: Tensor  # [tensors] int64, the addresses on the device
     plan: _Plan
 
 
 class PerTensorKernels:
-    """Launches over lists of tensors on one device; sums are formed in a fixed order."""
+    """Launches of the kernels on lists of tensors of one device; the order of summation is fixed."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -100,11 +100,11 @@ class PerTensorKernels:
         self._located: dict[tuple[str, int], Located] = {}
 
     def locate(self, name: str, tensors: Sequence[Tensor | None]) -> Located | None:
-        """Find the tensors; None if kernels cannot work on some.
+        """Return the tensors with their addresses on the device, or None if kernels cannot work on some of them.
 
         Args:
-            name: of the list, whose tensors mostly stay where they are from step to step.
-            tensors: None is left out.
+            name: a name for the list, under which the addresses are remembered; they rarely change between steps.
+            tensors: the tensors; None is skipped.
         """
         addresses = addresses_of(tensors)
         key = name, stream_of(self._device)
@@ -121,7 +121,7 @@ class PerTensorKernels:
         return tensor is None or fits(tensor, self._device, _TRITON_DTYPES)
 
     def totals(self, located: Located, squared: bool) -> Tensor:
-        """``[tensors]`` float64: the sum of squares of every tensor, or of magnitudes; zero where there is none."""
+        """Return ``[tensors]`` float64: each tensor's sum of squares, or of absolute values; zero for None."""
         plan = located.plan
         partials = torch.empty(len(plan.order), dtype=torch.float64, device=self._device)
         totals = torch.empty(len(plan.spans), dtype=torch.float64, device=self._device)

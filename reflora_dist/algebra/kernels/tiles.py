@@ -1,8 +1,8 @@
 """Triton kernels over many blocks at once: Gram matrices, and products with r x r matrices.
 
-A launch covers all blocks of one orientation, lora_rank and dtype, whatever their number: a table holds their
-addresses, another the tiles (a span of rows of a tall factor) that the programs work on. Sums are formed in a fixed
-order, so that equal factors have bit-equal Grams on every rank.
+A launch covers all blocks of one orientation, lora_rank and dtype, whatever their number. One table holds their
+addresses, another the tiles (spans of rows of a tall factor) that the programs work on. The order of summation is
+fixed, so that equal factors have bit-equal Grams on every rank.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# A table of tiles has five int32 columns: the block, the first and one past the last of its rows (of the tall factor)
-# that a program works on, how many rows the block has, and its Gram's place among those of equal lora_rank.
+# A table of tiles has five int32 columns: the block; the first and one past the last of its rows (of the tall factor)
+# that a program works on; the number of rows of the block; the place of its Gram among those of equal lora_rank.
 
 
 @triton.jit
 def _offsets(rows, columns, length, lora_rank: tl.constexpr, as_columns: tl.constexpr):
-    """Element (i, c) of a block, c being the row of the tall factor: it is [r, length] in memory, or [length, r]."""
+    """Return the offset of element (i, c), with c the row of the tall factor, in a block [r, length] or [length, r]."""
     if as_columns:
         return rows.to(tl.int64)[:, None] * length + columns[None, :]
     else:
@@ -42,12 +42,12 @@ def gram_kernel(
     first_partial,
     lora_rank: tl.constexpr,
     padded: tl.constexpr,  # lora_rank, rounded up to a power of two of at least 16
-    width: tl.constexpr,  # rows of the tall factor that are loaded at a time
+    width: tl.constexpr,  # rows of the tall factor per load
     as_columns: tl.constexpr,
     dtype: tl.constexpr,
-    aligned: tl.constexpr,  # every block begins on a 16-byte boundary, and so does every row of one [r, length]
+    aligned: tl.constexpr,  # every block, and every row of a block [r, length], begins on a 16-byte boundary
 ):
-    """``X^T X`` over each tile's rows of the tall factor, one partial Gram per program."""
+    """Compute ``X^T X`` over each tile's rows of the tall factor, one partial Gram per program."""
     program = tl.program_id(0)
     tile = tiles + program * 5
     block = tl.load(tile)
@@ -75,13 +75,13 @@ def gram_kernel(
 @triton.jit
 def sum_kernel(
     partials,  # [all tiles, r, r] float64
-    spans,  # [grams, 2] int32: the tiles of each Gram, first and one past the last
-    order,  # [all tiles] int32
+    spans,  # [grams, 2] int32: the part of `order` for each Gram, first and one past the last
+    order,  # [all tiles] int32: numbers of partial Grams
     grams,  # [grams, r, r] float64
     size: tl.constexpr,  # r * r
     padded: tl.constexpr,  # the next power of two
 ):
-    """Sum each Gram's partials in a fixed order; a Gram without any is zero."""
+    """Sum each Gram's partial Grams in a fixed order; a Gram without any is zero."""
     gram = tl.program_id(0)
     first = tl.load(spans + 2 * gram)
     stop = tl.load(spans + 2 * gram + 1)
@@ -102,12 +102,12 @@ def multiply_kernel(
     lora_rank: tl.constexpr,
     padded: tl.constexpr,
     width: tl.constexpr,
-    depth: tl.constexpr,  # of the r terms of a product, how many are loaded at a time
+    depth: tl.constexpr,  # terms of a product (r in all) per load
     as_columns: tl.constexpr,
     dtype: tl.constexpr,
     aligned: tl.constexpr,
 ):
-    """``X <- X M`` over each tile's rows of the tall factor. Products in float64, rounded once."""
+    """Compute ``X <- X M`` over each tile's rows of the tall factor, in float64, rounded once."""
     tile = tiles + tl.program_id(0) * 5
     block = tl.load(tile)
     start = tl.load(tile + 1)

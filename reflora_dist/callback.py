@@ -40,8 +40,8 @@ class RefLoRACallback(TrainerCallback, ExportableState):
 
     Args:
         config: the method and its schedule, or its settings as a dictionary.
-        tall: whether to store lora_A tall (:func:`reflora_dist.tall_adapters`) before Trainer wraps the model. The
-            default is True under FSDP and DeepSpeed, else False. A resumed run needs the value of the saved run.
+        tall: whether to store lora_A tall (:func:`reflora_dist.tall_adapters`) before Trainer wraps the model. None
+            stores it tall under FSDP and DeepSpeed only. A resumed run needs the storage of the saved run.
 
     Attributes:
         handle: the handle of the current or last training; None before the first.

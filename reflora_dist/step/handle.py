@@ -256,7 +256,7 @@ def _find(model: nn.Module, optimizer: Any, config: RefLoRAConfig) -> Engine:
 
 
 def _refuse_broken_factors(engine: Engine) -> None:
-    """Refuse loaded factors that are not finite. Communication: one all-gather of small objects; every rank must call."""
+    """Refuse loaded factors that are not finite. Every rank must call; one all-gather of small objects."""
     with agreed("reading the factors"):
         names = engine._factor_names()
         broken = [n for n, w in zip(names, engine.weights(), strict=True) if not bool(torch.isfinite(w).all())]
@@ -265,7 +265,7 @@ def _refuse_broken_factors(engine: Engine) -> None:
 
 
 def _tell_what_flat_adapters_cost(engine: Engine, config: RefLoRAConfig) -> None:
-    """Warn, once before training, of what moving flat lora_A costs per step."""
+    """Warn before training of the traffic that flat lora_A cause in every step."""
     flat = [layout for layout in engine.layouts() if layout.moves and layout.columns]
     if METHODS[config.method].channels_there and flat:
         megabytes = 3 * 4e-6 * sum(layout.numel for layout in flat)

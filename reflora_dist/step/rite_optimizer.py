@@ -163,7 +163,7 @@ class LoRARite(torch.optim.Optimizer):
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, parameter in zip(indices, parameters, strict=True):
-            state = self.state.get(parameter, {})  # get: an engine may still replace the parameter
+            state = self.state.get(parameter, {})  # get() adds no entry: engines may still replace the parameter
             if "step" in state:  # kept on the host, so that reading it does not wait for a GPU
                 state["step"] = state["step"].cpu()
             for key in ("exp_avg", "exp_avg_sq"):
@@ -219,7 +219,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _parts(tensor: Tensor, stretches: list[tuple[int, int]]) -> list[Tensor]:
-    """Return views of the stretches. For a single stretch over the whole tensor, which need not be contiguous, itself."""
+    """Return views of the stretches, or the tensor itself, contiguous or not, if one stretch covers all of it."""
     if stretches == [(0, tensor.numel())]:
         return [tensor]
     return [tensor.view(-1)[start:stop] for start, stop in stretches]

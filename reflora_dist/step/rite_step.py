@@ -163,7 +163,7 @@ class RiteStep(Step):
         local_grams = self._blocks.stacked_grams(streams)
         shared = [self._packed.read(seconds), self._own_steps()]
         grams, (packed, steps) = reduce_grams_and(local_grams, shared, self._comm)
-        self.grams = {r: both[..., :r, :r].clone() for r, both in grams.items()}  # a view would keep all of ``both`` in memory
+        self.grams = {r: both[..., :r, :r].clone() for r, both in grams.items()}  # a view would keep all of it
         groups = self._read_settings(steps)
         update = rite_update(grams, self._packed.unpack(packed), groups, self._optimizer.settings)
         if self._guard is not None:
@@ -255,7 +255,7 @@ class _Packed:
         return starts[..., None] + torch.arange(packed_size(lora_rank))
 
     def heads(self) -> dict[int, list[slice]]:
-        """Return, by factor, the slices of this rank's shard that hold the numbers; factors without any are left out."""
+        """Return, by factor, the slices of this rank's shard that hold the numbers; factors without any are absent."""
         heads: dict[int, list[slice]] = {}
         for factor, start, _, numel in self._runs:
             heads.setdefault(factor, []).append(slice(start, start + numel))

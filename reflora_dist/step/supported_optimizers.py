@@ -69,7 +69,9 @@ def check_optimizer(optimizer: torch.optim.Optimizer, config: RefLoRAConfig, pai
 
 
 def pairs_without_solution(pairs: Sequence[AdapterPair], config: RefLoRAConfig) -> list[int]:
-    """Return the numbers of the pairs on which a method can never act, since r above in or out makes a Gram singular.
+    """Return the numbers of the pairs on which a method can never act: their r is above in or out.
+
+    A Gram matrix of such a pair is singular.
 
     Raises:
         ValueError: the method can act on no pair.

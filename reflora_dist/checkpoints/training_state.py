@@ -267,7 +267,7 @@ def _renamed_state(state: dict[str, Any], names: Mapping[str, str]) -> dict[str,
 
 
 def _frozen_names(model: nn.Module) -> set[str]:
-    """Return all names of frozen parameters. torch and DeepSpeed skip only the first name, and tied weights have two."""
+    """Return all names of frozen parameters: torch and DeepSpeed skip only the first name, tied weights have two."""
     return {clean_name(name) for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 

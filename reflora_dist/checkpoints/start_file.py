@@ -162,7 +162,7 @@ def _warn_of_peft_starts(peft_model: Any) -> None:
         init = getattr(config, "init_lora_weights", None)
         if changes_base(init):
             warnings.warn(
-                f"init_lora_weights={init!r} changed the base, which is not saved, and not in a way that can always be "
+                f"init_lora_weights={init!r} changed the base, which is not saved, and the change cannot always be "
                 "repeated: use init_lora_weights=True and reflora_dist.initialize_adapters(model, init) instead",
                 stacklevel=3,
             )

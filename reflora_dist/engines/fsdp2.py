@@ -70,7 +70,7 @@ class FSDP2Engine(ParameterEngine):
         if not all(isinstance(factor, DTensor) for factor in factors):
             raise RuntimeError(
                 "the factors are gathered: a forward without gradients ran after backward() and left FSDP2's root unit "
-                "so; call model.reshard() before optimizer.step(), or evaluate after it"
+                "gathered; call model.reshard() before optimizer.step(), or evaluate after it"
             )
         return factors  # type: ignore[return-value]
 

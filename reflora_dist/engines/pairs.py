@@ -218,8 +218,8 @@ def find_peft_model(model: nn.Module) -> PeftModel:
         raise TypeError(f"{type(model).__name__} contains no PeftModel: wrap the model with peft.get_peft_model(...)")
     if len(found) > 1:
         raise ValueError(
-            f"{type(model).__name__} contains {len(found)} PEFT models ({', '.join(found)}), and an adapter's files "
-            "and a checkpoint are of one: give save_adapter and load_adapter each by itself"
+            f"{type(model).__name__} contains {len(found)} PEFT models ({', '.join(found)}), but adapter files and "
+            "checkpoints hold one: pass each PEFT model by itself to save_adapter and load_adapter"
         )
     return next(iter(found.values()))
 

@@ -76,7 +76,7 @@ def attach(
         _warn(
             f"r is above in or out of {len(hopeless)} of {len(engine.pairs)} adapters "
             f"({engine.pairs[hopeless[0]].name}, ...), where "
-            f"{config.method} does not exist: they are plain LoRA throughout; a lower r there (rank_pattern) mends it"
+            f"{config.method} has no solution: these train as plain LoRA; to change that, lower their r (rank_pattern)"
         )
     _tell_what_flat_adapters_cost(engine, config)
     handle = Handle(model, config, engine, hopeless)

@@ -43,7 +43,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, config: RefLoRAConfig, pai
     if issubclass(method, OptimizerMethod) != isinstance(optimizer, LoRARite):
         raise ValueError(
             f"method={config.method!r} with {name}: LoRA-RITE is an optimizer of its own, so RefLoRAConfig("
-            "method='lora-rite') and reflora_dist.LoRARite(params, ...) go together, and neither with another"
+            "method='lora-rite') and reflora_dist.LoRARite(params, ...) need each other: use both or neither"
         )
     if issubclass(method, OptimizerMethod):
         _check_sizes(pairs)
@@ -63,8 +63,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, config: RefLoRAConfig, pai
         # Such a step may read or change gradients, as PEFT's does. torch also calls the hooks twice: in this step and
         # in the base class's step that it calls.
         raise ValueError(
-            f"{name} has a step() of its own around {base.__name__}'s, in which gradients would be refactored twice or "
-            f"not as meant: use {base.__name__} itself (for PEFT's create_riemannian_optimizer method='scaled-gd')"
+            f"{name} has a step() of its own around {base.__name__}'s, which would refactor gradients twice or wrongly: "
+            f"use {base.__name__} itself (in place of PEFT's create_riemannian_optimizer with method='scaled-gd')"
         )
 
 
@@ -85,7 +85,7 @@ def pairs_without_solution(pairs: Sequence[AdapterPair], config: RefLoRAConfig) 
         pair = pairs[0]
         raise ValueError(
             f"r={pair.lora_rank} is above in={pair.in_features} or out={pair.out_features} of {pair.name}, and "
-            f"likewise in all adapters: {config.method} does not exist there, lower r"
+            f"likewise in all adapters: {config.method} has no solution for them, lower r"
         )
     return hopeless
 

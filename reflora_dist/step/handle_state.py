@@ -69,7 +69,7 @@ def check_storage(state: Mapping[str, Any], pairs: Sequence[AdapterPair], saved:
             "finetune.py --tall_adapters False)"
         )
         raise ValueError(
-            f"{saved} belongs to a run that stored {before[0]} lora_A tall, as [in, r], but this model stores {now[0]} "
+            f"{saved} is of a run that stored {before[0]} lora_A tall, as [in, r], but this model stores {now[0]} "
             f"of {len(pairs)} tall: their optimizer state would be read transposed. To continue, {remedy}; or start a "
             "new run from the adapter, whose files do not depend on the storage (PeftModel.from_pretrained)"
         )
@@ -104,11 +104,11 @@ def check_adapters(state: Mapping[str, Any], pairs: Sequence[AdapterPair], saved
     _require_descriptions(before, saved)
     if _listed(before) == _listed(now):
         raise ValueError(
-            f"{saved} belongs to adapters with other layers or names than this model's ({pairs[0].name}, ...): "
+            f"{saved} is of adapters with other layers or names than this model's ({pairs[0].name}, ...): "
             "give LoraConfig the target_modules of that run, and activate its adapters"
         )
     raise ValueError(
-        f"{saved} belongs to {_listed(before)}, and this model has {_listed(now)}: give LoraConfig the r, lora_alpha, "
+        f"{saved} is of {_listed(before)}, and this model has {_listed(now)}: give LoraConfig the r, lora_alpha, "
         "use_rslora and target_modules of that run"
     )
 

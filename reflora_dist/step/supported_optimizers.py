@@ -63,8 +63,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, config: RefLoRAConfig, pai
         # Such a step may read or change gradients, as PEFT's does. torch also calls the hooks twice: in this step and
         # in the base class's step that it calls.
         raise ValueError(
-            f"{name} has a step() of its own around {base.__name__}'s, which would refactor gradients twice or wrongly: "
-            f"use {base.__name__} itself (in place of PEFT's create_riemannian_optimizer with method='scaled-gd')"
+            f"{name} has a step() of its own around {base.__name__}'s, which would refactor gradients twice or "
+            f"wrongly: use {base.__name__} itself (method='scaled-gd' replaces PEFT's create_riemannian_optimizer)"
         )
 
 

@@ -290,7 +290,7 @@ def _frozen_left_out(module: nn.Module) -> Iterator[None]:
 def _set_training_state(model: nn.Module, engine: Engine, state: dict[str, Any]) -> None:
     with _without_empty_groups(engine.optimizer):
         if engine.state_dict_lacks_parameters:
-            # the weights were loaded in place
+            # dcp.load has written the weights in place.
             set_optimizer_state_dict(model, engine.optimizer, state["optimizer"])
             return
         if engine.has_peft_form:

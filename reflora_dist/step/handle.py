@@ -1,4 +1,4 @@
-"""attach(): find the engine, plan the layout, place the hooks."""
+"""attach() and its handle: they find the engine, make the method's step and register the optimizer's hooks."""
 
 from __future__ import annotations
 
@@ -89,7 +89,11 @@ def attach(
 
 
 class Handle:
-    """The link between a model's adapters and their optimizer. Made by :func:`attach`."""
+    """The link between a model's adapters and their optimizer. Made by :func:`attach`.
+
+    Attributes:
+        config: the method and its schedule.
+    """
 
     def __init__(self, model: nn.Module, config: RefLoRAConfig, engine: Engine, hopeless: Sequence[int]) -> None:
         self.config = config

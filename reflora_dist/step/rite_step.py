@@ -234,7 +234,7 @@ class _Packed:
         communicator: Communicator,
     ) -> None:
         self._device = device = communicator.device
-        self._runs: list[tuple[int, int, int, int]] = []  # factor, in the shard, in the vector, how many
+        self._runs: list[tuple[int, int, int, int]] = []  # factor, start in shard, start in vector, count
         self._starts: list[int] = []
         size = 0
         for factor, layout in enumerate(engine.layouts()):

@@ -1,4 +1,4 @@
-"""RefLoRA in HF Trainer, and in the trainers of TRL, as one callback."""
+"""The callback that attaches a method in HF Trainer and in TRL's trainers."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ logger = logging.getLogger(__name__)
 
 
 class RefLoRACallback(TrainerCallback, ExportableState):
-    """Attaches at the beginning of training, whatever engine the Trainer uses.
+    """Attaches the method when training begins, under any engine that the Trainer uses.
 
-    The schedule's state goes into every checkpoint's ``trainer_state.json`` and comes back on resume. Under FSDP, where
-    Trainer may leave it out, the adapter goes into every checkpoint too, and under FSDP1 the optimizer's state. Where
-    the vocabulary was resized, the adapter goes into it under every engine, and the embedding with it.
+    Every checkpoint's ``trainer_state.json`` holds the state of the schedule, which a resumed run reads. Trainer may
+    leave some things out of its checkpoints, so the callback adds them: under FSDP the adapter, under FSDP1 also the
+    optimizer's state, and with a resized vocabulary, under every engine, the adapter with the embedding.
 
-    Every log of the training loss also has what :meth:`Handle.figures` returns, as ``reflora/step_ms`` and so on;
-    nothing waits for the device in between.
+    Every log of the training loss contains the figures of :meth:`Handle.figures`, as ``reflora/step_ms`` and so on.
+    Between logs nothing waits for the device.
 
     Args:
         config: the method and its schedule, or its settings as a dictionary.
-        tall: whether lora_A is stored tall (:func:`reflora_dist.tall_adapters`) before Trainer wraps the model; by
-            default under FSDP and DeepSpeed. It has to be as it was in a run that is resumed.
+        tall: whether to store lora_A tall (:func:`reflora_dist.tall_adapters`) before Trainer wraps the model. None
+            stores it tall under FSDP and DeepSpeed only. A resumed run needs the storage of the saved run.
 
     Attributes:
-        handle: of the training that runs or ran last; None before the first.
+        handle: the handle of the current or last training; None before the first.
     """
 
     def __init__(self, config: RefLoRAConfig | Mapping[str, Any], tall: bool | None = None) -> None:
@@ -55,7 +55,7 @@ class RefLoRACallback(TrainerCallback, ExportableState):
         self._resized = False
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Store lora_A tall, while the model is bare and has no optimizer."""
+        """Store lora_A tall if wanted: at this time the model is bare and has no optimizer."""
         wanted = _is_sharded() if self.tall is None else self.tall
         model = kwargs.get("model")
         if wanted and model is not None and kwargs.get("optimizer") is None and lora_layers(model):
@@ -76,11 +76,11 @@ class RefLoRACallback(TrainerCallback, ExportableState):
         if state.global_step and isinstance(kwargs["model"], FullyShardedDataParallel):
             load_checkpoint(resumed_checkpoint(args, state), kwargs["model"], kwargs["optimizer"])
         elif state.global_step and self._resized:
-            # which an engine's own state lacks
+            # the engine's own state lacks the frozen embedding
             load_frozen(kwargs["model"], resumed_checkpoint(args, state))
         self.handle = attach(kwargs["model"], kwargs["optimizer"], self.config, state_dict=saved)
         if args.save_strategy != SaveStrategy.NO and self.handle.report().engine.startswith("fsdp"):
-            find_peft_model(kwargs["model"])  # without which on_save could not write an adapter
+            find_peft_model(kwargs["model"])  # raises now what on_save would raise later
         assert self.config.warmup_steps is not None
         if self.config.method != "lora" and 0 < state.max_steps <= self.config.warmup_steps:
             _warn(
@@ -93,7 +93,7 @@ class RefLoRACallback(TrainerCallback, ExportableState):
         state.stateful_callbacks[type(self).__name__] = self.state()
 
     def report(self) -> Report:
-        """That of the handle.
+        """Return the handle's report.
 
         Raises:
             RuntimeError: training has not begun.
@@ -117,16 +117,16 @@ class RefLoRACallback(TrainerCallback, ExportableState):
             return
         figures = {f"reflora/{name}": value for name, value in self.handle.figures().items()}
         logs.update(figures)
-        state.log_history[-1].update(figures)  # where Trainer has put a copy of the log just before
+        state.log_history[-1].update(figures)  # Trainer has just appended a copy of the log
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         engine = self.handle.report().engine if self.handle is not None else ""
         if engine == "fsdp1":
-            # Trainer's own has no factors, since PEFT does not find its layers under FSDP1's wrappers, and as sharded
-            # state accelerate does not load the optimizer's
+            # Trainer's own checkpoint has no factors, since PEFT does not find its layers under FSDP1's wrappers, and
+            # accelerate does not load its sharded optimizer state.
             assert self.handle is not None
             save_into(checkpoint_folder(args, state), kwargs["model"], kwargs["optimizer"], self.handle)
-        elif engine == "fsdp2" or self._resized:  # of which Trainer's own may leave out the embedding
+        elif engine == "fsdp2" or self._resized:  # Trainer's own may lack the embedding
             save_adapter(kwargs["model"], checkpoint_folder(args, state))
         else:
             write_start(kwargs["model"], checkpoint_folder(args, state))
@@ -145,11 +145,11 @@ class RefLoRACallback(TrainerCallback, ExportableState):
                 )
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best and isinstance(kwargs["model"], FullyShardedDataParallel):
-            # Trainer has just loaded it, from files that hold no factors (see on_save)
+            # Trainer has just loaded the best model from files without factors (see on_save)
             load_adapter(kwargs["model"], kwargs["optimizer"], best)
 
     def state(self) -> dict[str, Any]:
-        """What Trainer writes into ``trainer_state.json``."""
+        """Return the entry that Trainer writes into ``trainer_state.json``."""
         return {
             "args": {"config": self.config.as_dict(), "tall": self.tall},
             "attributes": {},
@@ -176,7 +176,7 @@ class RefLoRACallback(TrainerCallback, ExportableState):
 
 
 def _is_sharded() -> bool:
-    """Whether accelerate, which Trainer has set up, shards with FSDP or DeepSpeed."""
+    """Return whether accelerate, which Trainer has set up, shards with FSDP or DeepSpeed."""
     kind = AcceleratorState._shared_state.get("distributed_type")
     return kind in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
@@ -187,15 +187,15 @@ def _warn(state: TrainerState, text: str) -> None:
 
 
 def _come_before_reporters(callback: TrainerCallback) -> None:
-    """Put a callback first in the list of the handler that is calling it.
+    """Move a callback to the front of the list of the handler that is calling it.
 
-    Trainer lists what ``report_to`` names before a user's callbacks, so that these cannot add to a log in time; and it
-    hands them neither itself nor the list.
+    Trainer lists the reporters of ``report_to`` before a user's callbacks, so these would add to a log too late. The
+    handler is looked up on the call stack, since Trainer passes callbacks neither itself nor the list.
     """
     frame = inspect.currentframe()
     while frame is not None:
         handler = frame.f_locals.get("self")
         if isinstance(handler, CallbackHandler):
-            handler.callbacks.sort(key=lambda other: other is not callback)  # which keeps the order of the others
+            handler.callbacks.sort(key=lambda other: other is not callback)  # stable for the others
             return
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""What a run keeps on disk: adapter files as PEFT writes them, and training states of every engine.
+"""Files of a run: adapter files in PEFT's format, and training states of every engine.
 
-No mathematics; how an engine saves its state is asked of the engine.
+This package has no mathematics. Engines define how their state is saved.
 """

@@ -1,4 +1,4 @@
-"""The adapter's files, as PEFT writes them, from and to a model under any engine."""
+"""Saving and loading of adapter files in PEFT's format, under any engine."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ from .start_file import require_same_start, saved_mark, write_start
 
 
 class _Entry(NamedTuple):
-    """Where PEFT keeps one parameter of an adapter."""
+    """The place of one adapter parameter in PEFT's state dictionary and files."""
 
     lookup_key: str  # in the state dictionary that PEFT is given
-    file: str  # below the folder of the adapter
+    file: str  # relative to the adapter's folder
     file_key: str
     is_tall: bool  # the model stores it transposed
 
 
 def save_adapter(model: nn.Module, output_dir: str | Path) -> None:
-    """Write the adapters as PEFT does: ``adapter_model.safetensors``, ``adapter_config.json``; rank 0 writes.
+    """Write the adapters as PEFT does, as ``adapter_model.safetensors`` and ``adapter_config.json``. Rank 0 writes.
 
-    Whatever PEFT counts to an adapter is in it (modules_to_save, DoRA magnitudes); so are the embedding and the head if
-    LoRA adapts them or the vocabulary was resized. An adapter that is not named "default" gets its sub-folder.
-    ``PeftModel.from_pretrained`` loads what was written, onto a base that was resized likewise.
+    The files hold all that PEFT saves with an adapter (modules_to_save, DoRA magnitudes), and the embedding and the
+    head if LoRA adapts them or the vocabulary was resized. An adapter that is not named "default" has a sub-folder.
+    ``PeftModel.from_pretrained`` loads the files, onto a base with the same vocabulary.
 
     Args:
-        model: the PEFT model, bare or wrapped; under FSDP1 as FSDP returned it.
-        output_dir: is made if it does not exist; files in it are replaced one by one, never written half.
+        model: the PEFT model, bare or wrapped; under FSDP1 the model that FSDP returned.
+        output_dir: the folder, created if it does not exist. Each file in it is replaced atomically.
 
     Raises:
-        TypeError, ValueError, OSError, RuntimeError: on every rank; the model is no PEFT model, is a part of an
-            FSDP1 model, or the folder cannot be written.
+        TypeError, ValueError, OSError, RuntimeError: on every rank; the model is no PEFT model or a part of an FSDP1
+            model, or the folder cannot be written.
 
-    Communication: every rank must call. One gather per saved parameter (FSDP1: per unit that holds any), nothing
-    for the rest of the frozen base; four all-gathers of small objects.
+    Communication: one gather per saved parameter (FSDP1: per unit that holds any), none for the rest of the frozen
+    base; four all-gathers of small objects. Every rank must call.
     """
     folder = Path(output_dir)
     with agreed("preparing to save the adapter"):
@@ -63,7 +63,7 @@ def save_adapter(model: nn.Module, output_dir: str | Path) -> None:
         if is_first_rank():
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
-                pass  # a folder that cannot be written is found before any gather
+                pass  # a folder that cannot be written raises before any gather
     entries = _entries(peft_model, owners)
     resized = has_resized_vocabulary(model)
     embeddings = {
@@ -72,7 +72,7 @@ def save_adapter(model: nn.Module, output_dir: str | Path) -> None:
     frozen = {name for keys in embeddings.values() for name in keys.values()}
     gathered: dict[str, Tensor] = {}
     for name, tensor in gather(model, owners, entries.keys() | frozen):
-        # one parameter whole at a time, kept where it will be written
+        # One parameter at a time is whole on all ranks; only the writing rank keeps it.
         gathered[name] = torch.empty(0)
         if is_first_rank():
             value = tensor.detach().to("cpu", copy=True)
@@ -96,9 +96,9 @@ def save_adapter(model: nn.Module, output_dir: str | Path) -> None:
 
 
 def has_resized_vocabulary(model: nn.Module) -> bool:
-    """Whether the model's vocabulary has another size than its base's, so that the base alone is not enough.
+    """Return whether the model's vocabulary has another size than its base's. The first rank looks for the base.
 
-    Communication: every rank must call. Two all-gathers of small objects; the first rank looks for the base.
+    Communication: two all-gathers of small objects; every rank must call.
     """
     with agreed("looking for the base's vocabulary"):
         peft_models = [module for module in model.modules() if isinstance(module, PeftModel)]
@@ -109,23 +109,21 @@ def has_resized_vocabulary(model: nn.Module) -> bool:
 
 
 def load_adapter(model: nn.Module, optimizer: Any, adapter_dir: str | Path) -> None:
-    """Load what :func:`save_adapter` or PEFT wrote into a running model, and into the masters that it trains.
+    """Load adapters that :func:`save_adapter` or PEFT wrote into a model, and into the masters that its engine trains.
 
-    DeepSpeed trains fp32 masters of its own and would overwrite whatever is put into the model alone. The
-    optimizer's moments stay as they are.
+    DeepSpeed trains its own fp32 masters and would overwrite values that are in the model alone. The optimizer's
+    moments stay as they are. Warns if the model's vocabulary was resized and the files hold no embedding.
 
     Args:
-        model: the PEFT model with the same adapters, bare or wrapped; under FSDP1 as FSDP returned it.
-        optimizer: as given to ``attach``; None before there is one.
+        model: the PEFT model with the same adapters, bare or wrapped; under FSDP1 the model that FSDP returned.
+        optimizer: the optimizer that is given to ``attach``; None if there is none yet.
         adapter_dir: the folder with ``adapter_model.safetensors``, on storage that all ranks can read.
 
     Raises:
-        TypeError, ValueError, OSError, RuntimeError: on every rank; a file is missing or cannot be read, or lacks
-            a parameter of the adapters or holds it in another shape.
+        TypeError, ValueError, OSError, RuntimeError: on every rank; a file is missing or cannot be read, belongs to
+            another base, lacks a parameter of the adapters or holds it in another shape.
 
-    Warns where the model's vocabulary was resized and the files hold no embedding.
-
-    Communication: every rank must call. As :func:`save_adapter`.
+    Communication: as :func:`save_adapter`; every rank must call.
     """
     with agreed("opening the adapter"):
         peft_model = find_peft_model(model)
@@ -138,9 +136,9 @@ def load_adapter(model: nn.Module, optimizer: Any, adapter_dir: str | Path) -> N
 
 
 def load_frozen(model: nn.Module, adapter_dir: str | Path) -> None:
-    """Load what is saved with the adapters and not trained, which no engine keeps in its training state.
+    """Load the frozen parameters of the adapters' files, which engines leave out of their training state.
 
-    Frozen factors, and the embedding of a model whose vocabulary was resized.
+    These are frozen adapter parameters and, if the vocabulary was resized, the embedding and the head.
 
     Args:
         model, adapter_dir: as for :func:`load_adapter`.
@@ -148,7 +146,7 @@ def load_frozen(model: nn.Module, adapter_dir: str | Path) -> None:
     Raises:
         TypeError, ValueError, OSError, RuntimeError: as :func:`load_adapter`.
 
-    Communication: as :func:`load_adapter`, for what is frozen.
+    Communication: as :func:`load_adapter`, for these parameters alone; every rank must call.
     """
     with agreed("opening the adapter"):
         peft_model = find_peft_model(model)
@@ -163,7 +161,13 @@ def load_frozen(model: nn.Module, adapter_dir: str | Path) -> None:
 
 
 def write_weights(model: nn.Module, optimizer: Any, owners: Mapping[str, Owner], values: Mapping[str, Tensor]) -> None:
-    """Put whole values, the same on all ranks, into the model and into the masters that its engine trains.
+    """Write whole values, the same on all ranks, into the model and into the masters that its engine trains.
+
+    Args:
+        model: the PEFT model, bare or wrapped.
+        optimizer: the optimizer that is given to ``attach``; None if there is none yet.
+        owners: module and attribute of every parameter, by name, as ``owned_tensors`` returns them.
+        values: whole values by name, in the form in which the model stores them.
 
     Communication: as :func:`scatter`; every rank must call.
     """
@@ -180,7 +184,10 @@ def _read(
     entries: Mapping[str, _Entry],
     others: Mapping[str, _Entry] | None = None,
 ) -> dict[str, Tensor]:
-    """The values of ``entries``, as the model stores them; ``others`` may be in the files, too. Nothing is changed."""
+    """Read the values of ``entries`` in the form in which the model stores them. Nothing is changed.
+
+    The files may also hold ``others``, by default only ``entries``, the embeddings and spare copies.
+    """
     with agreed("reading the adapter"):
         embeddings = embedding_names(find_peft_model(model), owners)
         files = {file: read_tensors(Path(adapter_dir) / file) for file in {entry.file for entry in entries.values()}}
@@ -203,7 +210,7 @@ def _read(
 def _read_embeddings(
     model: nn.Module, adapter_dir: str | Path, owners: Mapping[str, Owner], resized: bool
 ) -> dict[str, Tensor]:
-    """The base's embedding and head, as far as the files hold them; nothing is changed."""
+    """Read the base's embedding and head, if the files hold them. Nothing is changed."""
     with agreed("reading the embedding"):
         peft_model = find_peft_model(model)
         values: dict[str, Tensor] = {}
@@ -234,7 +241,13 @@ def _read_embeddings(
 
 
 def require_tensors(path: Path, tensors: Mapping[str, Tensor], wanted: Collection[str], known: Collection[str]) -> None:
-    """Make sure that an adapter's file holds what a model needs, and nothing that the model has no place for.
+    """Make sure that an adapter's file holds all tensors that a model needs, and none that it has no place for.
+
+    Args:
+        path: the adapter's file, for error messages.
+        tensors: the tensors of the file by key.
+        wanted: keys that the model needs.
+        known: keys that the file may hold.
 
     Raises:
         ValueError: a tensor is missing, has no place or is not finite; the message names it.
@@ -253,7 +266,7 @@ def require_tensors(path: Path, tensors: Mapping[str, Tensor], wanted: Collectio
 
 
 def _entries(peft_model: PeftModel, owners: Mapping[str, Owner]) -> dict[str, _Entry]:
-    """What belongs to the adapters, by name. PEFT itself chooses, among empty stand-ins for the tensors."""
+    """Return the entries of all adapter parameters by name. PEFT chooses them among empty stand-ins for the tensors."""
     keys = _lookup_keys(peft_model, owners)
     stand_ins = {name: torch.empty(0) for name in owners}
     names = {id(stand_in): name for name, stand_in in stand_ins.items()}
@@ -276,9 +289,10 @@ def _entries(peft_model: PeftModel, owners: Mapping[str, Owner]) -> dict[str, _E
 
 
 def _lookup_keys(peft_model: PeftModel, names: Iterable[str]) -> dict[str, str]:
-    """The keys by which PEFT looks up the tensors: it finds its layers by their paths with FSDP1's wrappers in them.
+    """Return, by name, the keys by which PEFT looks up the tensors.
 
-    Given plain names it would take such a layer's factors for the base's and write an empty adapter.
+    Under FSDP1 PEFT's paths contain the wrappers. Given names without them, PEFT would take the factors for base
+    weights and write an empty adapter.
     """
     paths = {
         clean_name(path): path
@@ -295,12 +309,12 @@ def _lookup_keys(peft_model: PeftModel, names: Iterable[str]) -> dict[str, str]:
 
 
 def _file(adapter: str) -> str:
-    """Where PEFT puts the tensors of an adapter, below the folder."""
+    """Return the file of an adapter's tensors, relative to the folder, as PEFT names it."""
     return SAFETENSORS_WEIGHTS_NAME if adapter == "default" else f"{adapter}/{SAFETENSORS_WEIGHTS_NAME}"
 
 
 def _complete(path: Path, embeddings: Mapping[str, Tensor]) -> None:
-    """Take the wrappers' names out of a file's keys again, and add the embeddings, which PEFT was not given."""
+    """Remove the wrappers' names from a file's keys, and add the embeddings, which PEFT was not given."""
     tensors = read_tensors(path)
     completed = {**{clean_name(key): tensor for key, tensor in tensors.items()}, **embeddings}
     if completed.keys() != tensors.keys():

@@ -1,9 +1,9 @@
-"""Which checkpoint is whole: a record of every file's size, written after all else.
+"""The record of a complete HF Trainer checkpoint: every file's size, written after all other files.
 
     complete.json   {"files": {name: bytes}}; in each of HF Trainer's checkpoint folders, see CompleteCheckpoints
 
-A save that was interrupted leaves no record, a file that was truncated or lost differs from it. Of contents only the
-headers are read: a device that returns other tensors than were written goes unnoticed.
+An interrupted save leaves no record. A truncated or lost file differs from the record. Checks read only the headers of
+files, so tensors that the storage has corrupted go unnoticed.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ _RECORD = "complete.json"
 
 
 class CompleteCheckpoints(TrainerCallback):
-    """Has Trainer mark a checkpoint as complete once every rank has written its part, and only then delete older ones.
+    """Marks Trainer's checkpoint as complete once every rank has written its part, and only then deletes older ones.
 
-    Trainer itself deletes what ``save_total_limit`` no longer allows when the first rank is done, and resumes from the
-    last folder in whatever state: call ``train(resume_from_checkpoint=last_complete_checkpoint(output_dir))`` instead.
-    Put it behind the callbacks that write into a checkpoint. The output folder is one that all ranks share.
+    Trainer itself deletes checkpoints beyond ``save_total_limit`` when the first rank is done, and resumes from the
+    last folder even if it is incomplete. Resume with
+    ``train(resume_from_checkpoint=last_complete_checkpoint(output_dir))`` instead. Add this callback after all
+    callbacks that write into a checkpoint. All ranks must share the output folder.
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,7 @@ class CompleteCheckpoints(TrainerCallback):
             self._limit, args.save_total_limit = args.save_total_limit, None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # of an earlier run: what is written over it is no checkpoint until it is complete
+        # An earlier run's checkpoint of this step loses its record before it is overwritten.
         may_be_best = args.save_strategy == SaveStrategy.BEST and control.should_evaluate
         if is_first_rank() and (control.should_save or may_be_best):
             (checkpoint_folder(args, state) / _RECORD).unlink(missing_ok=True)
@@ -56,9 +57,9 @@ class CompleteCheckpoints(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        best, ended = state.best_model_checkpoint, state.global_step >= state.max_steps  # else it may be resumed
+        best, ended = state.best_model_checkpoint, state.global_step >= state.max_steps  # before that it may be resumed
         if is_first_rank() and self._limit == 1 and best is not None and ended:
-            # as Trainer does: the last one is kept beside the best only while training goes on
+            # As Trainer does: the last checkpoint stays beside the best one only until training ends.
             for checkpoint in sort_checkpoints(str(Path(best).parent)):
                 if not os.path.samefile(checkpoint, best):
                     shutil.rmtree(checkpoint, ignore_errors=True)
@@ -66,10 +67,13 @@ class CompleteCheckpoints(TrainerCallback):
             args.save_total_limit, self._limit = self._limit, None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Communication: two all-gathers of small objects."""
+        """Write the record, then delete older checkpoints.
+
+        Communication: two all-gathers of small objects.
+        """
         folder = checkpoint_folder(args, state)
         with agreed("saving the checkpoint"):
-            pass  # every rank's part is there
+            pass  # waits until every rank has written its part
         with agreed("completing the checkpoint"):
             if is_first_rank():
                 write_json(folder / _RECORD, {"files": file_sizes(folder)})
@@ -77,10 +81,11 @@ class CompleteCheckpoints(TrainerCallback):
 
 
 def require_complete(folder: str | Path) -> None:
-    """Refuse a Trainer checkpoint that was not completed, or changed since.
+    """Refuse a Trainer checkpoint that is incomplete or was changed later.
 
     Raises:
-        FileNotFoundError, ValueError: the record or a file is missing, or has another size; the message names it.
+        FileNotFoundError, ValueError: the record or a file is missing, or a file has another size or cannot be read;
+            the message names the file.
     """
     record = Path(folder) / _RECORD
     if not record.is_file():
@@ -92,7 +97,7 @@ def require_complete(folder: str | Path) -> None:
 
 
 def _require_openable(folder: Path) -> None:
-    """Of the right size, but zeroed, say: what Trainer reads would end in errors of libraries that name no file."""
+    """Refuse damaged files of the right size, such as zeroed ones: the libraries' own errors name no file."""
     remedy = "it is damaged, name an earlier checkpoint"
     if (folder / TRAINER_STATE_NAME).is_file():
         read_json(folder / TRAINER_STATE_NAME, remedy)
@@ -105,9 +110,10 @@ def _require_openable(folder: Path) -> None:
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The last checkpoint of a run that is whole, or None; a warning names each later one and what is wrong with it.
+    """Return the last complete checkpoint of a run, or None. A warning names each later one and its problem.
 
-    Local: call it on one rank and tell the others, since storage need not show all of them the same.
+    Local, no communication. Call it on one rank and send the others the result, since ranks may see the storage in
+    different states.
     """
     for checkpoint in reversed(sort_checkpoints(str(output_dir))):
         try:

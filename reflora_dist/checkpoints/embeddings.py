@@ -1,6 +1,6 @@
-"""The base's embedding and head in an adapter's files, for a model whose vocabulary is not its base's.
+"""The base's embedding and head in an adapter's files, for a model with a resized vocabulary.
 
-Tokens were added and ``resize_token_embeddings`` was called: then the base alone no longer gives these weights back.
+After ``resize_token_embeddings`` the saved base no longer holds these weights, so the adapter's files do.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from ..engines.pairs import clean_name
 from ..engines.whole_parameters import Owner, whole_shape
 
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
-# where an adapter's file holds an embedding: as it is, or inside of what PEFT put around it
+# Suffixes of an embedding's key in an adapter's file: none, or the attributes of PEFT's layers around the embedding.
 _PLACES = ("", ".base_layer", ".token_adapter.base_layer", ".original_module")
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 
 
 def embedding_names(peft_model: PeftModel, owners: Mapping[str, Owner]) -> dict[str, str]:
-    """The parameters of the base's embedding and head, by the keys that an adapter's file has for them.
+    """Return the names of the parameters of the base's embedding and head, by their keys in an adapter's file.
 
-    A tied weight, and a module that the model has under several paths, have several keys.
+    A tied weight has several keys, and so has a module that the model contains under several paths.
     """
     wanted = {id(_base(layer)) for layer in _layers(peft_model)}
     names: dict[int, list[tuple[str, str]]] = {}
@@ -44,10 +44,11 @@ def embedding_names(peft_model: PeftModel, owners: Mapping[str, Owner]) -> dict[
 
 
 def kept_embeddings(peft_model: PeftModel, owners: Mapping[str, Owner], adapter: str, resized: bool) -> dict[str, str]:
-    """The part of :func:`embedding_names` that goes into an adapter's file, each parameter once.
+    """Return the entries of :func:`embedding_names` that go into an adapter's file, each parameter once.
 
-    As PEFT's ``save_embedding_layers="auto"``: all if the vocabulary was resized, else what LoRA adapts. Where LoRA
-    adapts one of the two, PEFT leaves out the other, and so loses resized rows.
+    As with PEFT's ``save_embedding_layers="auto"``, these are all entries if the vocabulary was resized, else those of
+    layers that LoRA adapts. Layers with a trained copy (``modules_to_save``) are left out. If LoRA adapts only the
+    embedding or only the head, PEFT would leave out the other one and so lose its resized rows.
     """
     layers = {id(_base(layer)): layer for layer in _layers(peft_model) if _needs_its_base(layer, adapter, resized)}
     kept: dict[str, str] = {}
@@ -61,7 +62,10 @@ def kept_embeddings(peft_model: PeftModel, owners: Mapping[str, Owner], adapter:
 
 
 def vocabulary_is_resized(peft_model: PeftModel) -> bool:
-    """Whether the model's vocabulary has another size than its base's. Asks this machine's files, never the hub."""
+    """Return whether the vocabulary's size differs from the base's. Reads this machine's files, never asks the hub.
+
+    Warns and returns False if the base's configuration is not on this machine.
+    """
     size = _vocabulary(getattr(peft_model, "config", None))
     config = next(iter(peft_model.peft_config.values()))
     name = config.base_model_name_or_path
@@ -81,7 +85,13 @@ def vocabulary_is_resized(peft_model: PeftModel) -> bool:
 
 
 def local_model_folder(name: str, revision: str | None) -> str:
-    """Of a model: itself, or its place in the hub's cache. transformers would ask the hub, and wait for it."""
+    """Return a model's local folder: the folder ``name`` itself, or its snapshot in the hub's cache.
+
+    transformers would ask the hub and wait for its answer.
+
+    Raises:
+        FileNotFoundError: the model is not on this machine.
+    """
     if name and Path(name).is_dir():
         return name
     found = try_to_load_from_cache(name, "config.json", revision=revision)
@@ -91,18 +101,19 @@ def local_model_folder(name: str, revision: str | None) -> str:
 
 
 def is_spare(key: str, others: Collection[str] = ()) -> bool:
-    """Whether PEFT writes this key beside a trained copy of a resized embedding, and no model needs it.
+    """Return whether a key is a spare copy, which PEFT writes beside a trained embedding and no model needs.
 
     Args:
+        key: a key of an adapter's file.
         others: the keys that the model needs.
     """
     if key.endswith(_TOKENS):
-        return any(other.endswith(_TOKENS) for other in others)  # of the head that is tied to the embedding
+        return any(other.endswith(_TOKENS) for other in others)  # of the head tied to the embedding
     return key.endswith((".modules_to_save.weight", ".original_module.weight"))
 
 
 def saved_embeddings(base: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The embedding and the head of ``base`` that an adapter's file holds, by their paths in it."""
+    """Return the embedding and head weights in an adapter's ``tensors``, by their module's path in ``base``."""
     layers = {id(layer) for layer in _layers(base)}
     found: dict[str, Tensor] = {}
     for path, module in base.named_modules():
@@ -112,10 +123,15 @@ def saved_embeddings(base: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def resize_for(base: Any, tensors: Mapping[str, Tensor], source: Any) -> None:
-    """Give a base the vocabulary of the adapter in ``tensors``, which bring the rows when they are loaded.
+    """Resize a base's vocabulary to that of an adapter. The new rows get their values when the adapter is loaded.
+
+    Args:
+        base: the model of transformers to resize.
+        tensors: the tensors of the adapter's file.
+        source: name of the adapter in error messages.
 
     Raises:
-        ValueError: they bring the rows of the embedding or of the head only.
+        ValueError: ``tensors`` hold a resized embedding without the head, or the reverse.
     """
     found = saved_embeddings(base, tensors)
     rows = {weight.shape[0] for weight in found.values()}
@@ -132,16 +148,16 @@ def resize_for(base: Any, tensors: Mapping[str, Tensor], source: Any) -> None:
 
 
 def set_vocabulary(config: Any, size: int) -> None:
-    """Give a model's configuration another size of the vocabulary."""
+    """Set the vocabulary's size in a model's configuration."""
     _text(config).vocab_size = size
 
 
 def _layers(model: Any) -> Iterator[nn.Module]:
-    """Input embedding and head, as far as there are any, as PEFT left them."""
+    """Yield the input embedding and the head, if the model has them, with PEFT's layers around them."""
     for name in ("get_input_embeddings", "get_output_embeddings"):
         try:
             layer = getattr(model, name)()
-        except (AttributeError, NotImplementedError):  # no model of transformers, or one without a text
+        except (AttributeError, NotImplementedError):  # not a transformers model, or one without text
             continue
         if isinstance(layer, nn.Module):
             yield _unwrapped(layer)
@@ -154,7 +170,7 @@ def _unwrapped(layer: nn.Module) -> nn.Module:
 
 
 def _base(layer: nn.Module) -> nn.Module:
-    """The base's own module in what PEFT put around it."""
+    """Return the base's own module inside PEFT's layers and other wrappers."""
     inner: Any = layer
     if isinstance(inner, ModulesToSaveWrapper):
         inner = inner.original_module

@@ -1,4 +1,4 @@
-"""What torch and engines raise while a checkpoint is written or read, with what it takes to act on it."""
+"""Errors of torch and of engines while a checkpoint is written or read, raised again with a cause and a remedy."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ from ..files.open_files import cause_of
 
 @contextlib.contextmanager
 def named_write_errors(folder: Path) -> Iterator[None]:
-    """Say which rank could not write and how much space there is: torch tells neither of a full disk."""
+    """Raise write errors again with the rank and the free space, which torch does not name for a full disk.
+
+    Raises:
+        RuntimeError: the block raised OSError, RuntimeError or DCP's CheckpointException.
+    """
     try:
         yield
-    except CheckpointException as error:  # of DCP, on every rank alike
+    except CheckpointException as error:  # DCP raises it on every rank
         failures = {rank: failure[0] for rank, failure in error.failures.items()}
         raise RuntimeError(_write_error(folder, failures)) from error
     except (OSError, RuntimeError) as error:
@@ -29,10 +33,19 @@ def named_write_errors(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def named_load_errors(folder: Path) -> Iterator[None]:
-    """Of DCP, whose exception is none that programs catch, and of engines, which say what differs but not why."""
+    """Raise load errors again with a remedy.
+
+    DCP's CheckpointException derives from BaseException, so programs do not catch it. Engines' errors name a difference
+    but not its reason.
+
+    Raises:
+        OSError, torch.OutOfMemoryError: as the block raised them.
+        ValueError: a file is damaged.
+        RuntimeError: the checkpoint does not fit this run.
+    """
     try:
         yield
-    except (CheckpointException, Exception) as error:  # the first derives from BaseException
+    except (CheckpointException, Exception) as error:  # CheckpointException is no Exception
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         if isinstance(cause, OSError | torch.OutOfMemoryError):
             raise cause from error
@@ -46,7 +59,7 @@ def named_load_errors(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def named_read_errors(folder: Path) -> Iterator[None]:
-    """Of DCP where nothing but files is read: whatever it raises, the checkpoint is damaged."""
+    """Raise any error of DCP again as ValueError. Files alone are read here, so an error means a damaged checkpoint."""
     try:
         yield
     except (CheckpointException, Exception) as error:
@@ -55,7 +68,7 @@ def named_read_errors(folder: Path) -> Iterator[None]:
 
 
 def _is_unreadable(cause: BaseException) -> bool:
-    """Whether a file is no archive of torch's (any more), rather than one of another model."""
+    """Return whether the error comes from a damaged file rather than from another model's checkpoint."""
     from_archive = any(words in str(cause) for words in ("PytorchStreamReader", "hasRecord"))
     return from_archive or isinstance(cause, pickle.UnpicklingError | EOFError | UnicodeDecodeError)
 

@@ -1,4 +1,4 @@
-"""Which adapters a model was merged from, in the headers of its safetensors files: none is to be added twice."""
+"""The record of merged adapters in a model's safetensors headers, which prevents merging an adapter twice."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _KEY = "merged_adapters"
 
 
 def merged_header(base: Path, adapter: Path) -> dict[str, str]:
-    """What the headers of the model say that is merged from a base and an adapter."""
+    """Return the safetensors header entry for a model that is merged from a base and an adapter."""
     digests = [*_digests(base), *_digest(adapter)]
     return {_KEY: " ".join(digests)} if digests else {}
 
 
 def refuse_merged_twice(base: str | Path, adapter: str | Path) -> None:
-    """Refuse an adapter that is in the base already; a model that others merged does not say so.
+    """Refuse an adapter that is merged into the base already. Models merged by other tools have no record and pass.
 
     Raises:
-        ValueError: it is in it.
+        ValueError: the base contains the adapter.
     """
     digest = _digest(Path(adapter))
     if digest and digest[0] in _digests(Path(base)):

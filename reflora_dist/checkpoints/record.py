@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself in its record, and whether it fits the run that continues."""
+"""The record of a checkpoint, and the checks that the checkpoint fits the run that continues."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ _PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed")
 
 
 def write_record(folder: Path, engine: Engine, handle: Handle | None, start: str | None) -> None:
+    """Write the record of a checkpoint whose other files are complete. ``start`` is the mark of a changed base."""
     written = {
         name: size
         for name, size in file_sizes(folder).items()
@@ -46,6 +47,12 @@ def write_record(folder: Path, engine: Engine, handle: Handle | None, start: str
 
 
 def read_checkpoint_record(folder: Path) -> dict[str, Any]:
+    """Return the record of a checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no record, so the checkpoint is not complete.
+        ValueError: the record is damaged or of another version.
+    """
     path = folder / RECORD
     if not path.is_file():
         raise FileNotFoundError(
@@ -60,6 +67,11 @@ def read_checkpoint_record(folder: Path) -> dict[str, Any]:
 
 
 def require_same_engine(record: Mapping[str, Any], engine: Engine, folder: Path) -> None:
+    """Refuse a checkpoint of an engine with another format.
+
+    Raises:
+        ValueError: the engine that wrote the checkpoint has another ``state_name``.
+    """
     written = "ddp" if record["engine"] == "single" else record["engine"]
     if written != engine.state_name:
         raise ValueError(
@@ -69,8 +81,12 @@ def require_same_engine(record: Mapping[str, Any], engine: Engine, folder: Path)
 
 
 def require_same_storage(record: Mapping[str, Any], engine: Engine, folder: Path) -> None:
-    """Where the state is not brought into PEFT's form, lora_A has to be stored as it was."""
-    if not engine.has_peft_form or isinstance(engine.optimizer, LoRARite):  # whose moments are packed
+    """Make sure that lora_A is stored as in the checkpoint, if the state in it is not in PEFT's form.
+
+    Raises:
+        ValueError: the storage differs.
+    """
+    if not engine.has_peft_form or isinstance(engine.optimizer, LoRARite):  # LoRARite packs its moments
         written = {"adapters": (), "stored_tall": record.get("stored_tall", describe_storage([]))}
         check_storage(written, engine.pairs, str(folder))
 
@@ -78,6 +94,11 @@ def require_same_storage(record: Mapping[str, Any], engine: Engine, folder: Path
 def require_loadable_on(
     present: int, record: Mapping[str, Any], engine: Engine, folder: Path, trust_pickles: bool
 ) -> None:
+    """Make sure that ``present`` ranks can load a checkpoint that another number of ranks may have written.
+
+    Raises:
+        ValueError: they cannot; the message names a way, for DeepSpeed the command that converts the checkpoint.
+    """
     if record["world_size"] == present or engine.resumes_on_other_ranks:
         return
     problem = f"{folder} was written by {record['world_size']} ranks and this run has {present}"
@@ -96,6 +117,11 @@ def require_loadable_on(
 
 
 def require_converted(folder: Path) -> None:
+    """Make sure that a checkpoint has been converted to DeepSpeed's universal format.
+
+    Raises:
+        FileNotFoundError: it has not; the message names the command.
+    """
     if not (folder / UNIVERSAL / "zero").is_dir():
         raise FileNotFoundError(
             f"load_universal is set but {folder / UNIVERSAL} holds no universal checkpoint: run "
@@ -105,6 +131,11 @@ def require_converted(folder: Path) -> None:
 
 
 def require_in_order(model: Any, record: Mapping[str, Any], folder: Path, trust_pickles: bool) -> None:
+    """Refuse a universal checkpoint whose parameters round_robin_gradients mixes up, as it was written or is loaded.
+
+    Raises:
+        ValueError: the run that wrote it, or this run, uses round_robin_gradients.
+    """
     universal = folder / UNIVERSAL
     remedy = f"use {record['world_size']} ranks and take load_universal out of the DeepSpeed configuration"
     refuse_round_robin(universal, f"resume from {folder / STATE}, which was converted: {remedy}", trust_pickles)

@@ -1,11 +1,11 @@
-"""The initial factors of a run whose start changed the base: their file, their mark, and their conversion.
+"""The initial factors of a run whose initialization (its *start*) changed the base: their file and their mark.
 
-    initial_factors.safetensors   lora_A and lora_B of every adapter as training began, by the names that PEFT's own
-                                  file uses; in its header the scaling of each pair, checksums of the base weights
-                                  before and after the change, and the mark
+    initial_factors.safetensors   lora_A and lora_B of every adapter at the beginning of training, by PEFT's names;
+                                  the header holds the scaling of each pair, checksums of the base weights before
+                                  and after the change, and the mark
 
-The *mark* is the ``init_lora_weights`` of an adapter that belongs to a changed base. It names the start and a
-fingerprint of the factors. PEFT does not know it and refuses to load such an adapter, which on the original base
+The *mark* is a text in ``init_lora_weights`` of an adapter that belongs to a changed base. It names the start and a
+fingerprint of the factors. PEFT refuses to load an adapter with this unknown value: on the original base the model
 would be another function.
 """
 
@@ -38,15 +38,16 @@ _Value = TypeVar("_Value", int, float)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Start:
-    """How a run began.
+    """The initialization of a run that changed the base.
 
     Attributes:
         init: the kind of start.
-        scaling: of every pair, by its name.
-        before, after: checksums of every pair's base weight, original and changed.
-        base_dtype: of every pair's base weight.
-        factors: ``lora_A`` and ``lora_B`` by PEFT's names; of a start that was just made on the first rank only.
-        mark: what stands in the configuration of adapters that belong to this start.
+        scaling: s of every pair, by the pair's name.
+        before, after: checksums of every pair's base weight before and after the change, by the pair's name.
+        base_dtype: dtype of every pair's base weight, by the pair's name.
+        factors: initial ``lora_A`` and ``lora_B`` by PEFT's names. A start that was just made, not read, has them on
+            the first rank only.
+        mark: the mark in the configuration of adapters that belong to this start.
     """
 
     init: str
@@ -59,7 +60,13 @@ class Start:
 
 
 def make_mark(init: str, factors: Mapping[str, Tensor], before: Mapping[str, int]) -> str:
-    """A text that no PEFT release takes for a start that it knows; its first words are what a user then reads."""
+    """Return the mark of a start. No PEFT release takes it for a known start, and its error shows the first words.
+
+    Args:
+        init: the kind of start.
+        factors: the initial factors by PEFT's names, on the CPU.
+        before: checksums of the original base weights.
+    """
     digest = hashlib.sha256(json.dumps(dict(before), sort_keys=True).encode())
     for name in sorted(factors):
         digest.update(name.encode() + factors[name].contiguous().view(torch.uint8).numpy().tobytes())
@@ -67,27 +74,27 @@ def make_mark(init: str, factors: Mapping[str, Tensor], before: Mapping[str, int
 
 
 def is_mark(init_lora_weights: Any) -> bool:
-    """Whether an adapter's ``init_lora_weights`` says that its base was changed."""
+    """Return whether an adapter's ``init_lora_weights`` is a mark: its base was changed at the start."""
     return isinstance(init_lora_weights, str) and init_lora_weights.startswith(_MARK)
 
 
 def changes_base(init_lora_weights: Any) -> bool:
-    """Whether PEFT changes the base by itself for this ``init_lora_weights``."""
+    """Return whether PEFT itself changes the base for this ``init_lora_weights``."""
     return isinstance(init_lora_weights, str) and init_lora_weights.startswith(_PEFT_STARTS)
 
 
 def init_of_mark(mark: str) -> str:
-    """The kind of start in a mark."""
+    """Return the kind of start that a mark names."""
     return mark.removeprefix(_MARK).partition(" ")[0]
 
 
 def _peft_model(model: nn.Module) -> PeftModel | None:
-    """The PEFT model in a model, wrapped or not."""
+    """Return the first PEFT model in a model, bare or wrapped, or None."""
     return next((module for module in model.modules() if isinstance(module, PeftModel)), None)
 
 
 def mark_of(model: nn.Module) -> str | None:
-    """The mark of a model whose base was changed, on every rank; None for any other."""
+    """Return the mark of a model whose base was changed at the start, else None. The same on every rank."""
     peft_model = _peft_model(model)
     configs: Any = peft_model.peft_config.values() if peft_model is not None else ()
     starts = [getattr(config, "init_lora_weights", None) for config in configs]
@@ -95,10 +102,10 @@ def mark_of(model: nn.Module) -> str | None:
 
 
 def saved_mark(adapter_dir: str | Path) -> str | None:
-    """The mark of a saved adapter or checkpoint; None if its base is the original one, or it holds no adapter.
+    """Return the mark of a saved adapter or checkpoint; None if its base is the original one or it has no adapter.
 
     Raises:
-        ValueError: its configuration is damaged.
+        ValueError: the adapter's configuration is damaged.
     """
     path = Path(adapter_dir) / _CONFIG_NAME
     if not path.is_file():
@@ -108,7 +115,12 @@ def saved_mark(adapter_dir: str | Path) -> str | None:
 
 
 def require_same_start(model: nn.Module, saved: str | None, source: Any) -> None:
-    """Refuse factors for a base that is not the model's: the function would be another one.
+    """Refuse factors that were trained on another base: the model would be another function.
+
+    Args:
+        model: the model to load into.
+        saved: the mark of the saved factors; None if their base was not changed.
+        source: name of the saved factors in error messages.
 
     Raises:
         ValueError: ``saved`` is not the model's mark.
@@ -125,9 +137,9 @@ def require_same_start(model: nn.Module, saved: str | None, source: Any) -> None
 
 
 def write_start(model: nn.Module, folder: str | Path) -> None:
-    """Put the initial factors beside an adapter or checkpoint. Local: the first rank writes, any other returns.
+    """Write the initial factors into the folder of an adapter or checkpoint. Local: only the first rank writes.
 
-    Warns of a base that PEFT changed by itself, since then there is nothing to repeat the change from.
+    Warns if PEFT itself changed the base: then no file exists from which the change could be repeated.
     """
     peft_model = _peft_model(model)
     start = getattr(peft_model, "_reflora_start", None)
@@ -150,17 +162,17 @@ def _warn_of_peft_starts(peft_model: Any) -> None:
         init = getattr(config, "init_lora_weights", None)
         if changes_base(init):
             warnings.warn(
-                f"init_lora_weights={init!r} changed the base, which is not saved, and not in a way that can always be "
+                f"init_lora_weights={init!r} changed the base, which is not saved, and the change cannot always be "
                 "repeated: use init_lora_weights=True and reflora_dist.initialize_adapters(model, init) instead",
                 stacklevel=3,
             )
 
 
 def find_start(folder: str | Path) -> Path:
-    """The initial factors that belong to a checkpoint or adapter: in it, or beside it in the run's output folder.
+    """Return the file of initial factors of a checkpoint or adapter, in its folder or in the folder above.
 
     Raises:
-        FileNotFoundError: they are in neither.
+        FileNotFoundError: neither folder holds the file.
     """
     for candidate in (Path(folder) / FILE_NAME, Path(folder).resolve().parent / FILE_NAME):
         if candidate.is_file():
@@ -175,7 +187,8 @@ def read_start(folder: str | Path) -> Start:
     """Read the start of a checkpoint or adapter.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, it is damaged, or it belongs to another run.
+        FileNotFoundError: there is no file of initial factors.
+        ValueError: the file is damaged, of another version, or belongs to another run.
     """
     path = find_start(folder)
     with open_tensors(path) as file:

@@ -1,4 +1,4 @@
-"""Where HF Trainer writes a checkpoint, and which one it resumed from."""
+"""The folders of HF Trainer's checkpoints: the one that it writes, and the one that it resumed from."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from transformers import TrainerState, TrainingArguments
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    """The folder of the checkpoint that Trainer writes at this step.
+    """Return the folder of the checkpoint that Trainer writes at this step.
 
     Raises:
-        RuntimeError: a search over hyperparameters is under way, in which it has a name that callbacks are not told.
+        RuntimeError: a hyperparameter search runs, in which Trainer does not tell callbacks the folder's name.
     """
     assert args.output_dir is not None
     if state.is_hyper_param_search:
@@ -22,10 +22,12 @@ def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def resumed_checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    """The folder that Trainer resumed from, which it tells nobody: the one whose history is that of ``state``.
+    """Return the folder that Trainer resumed from: the one whose log history is that of ``state``.
+
+    Trainer does not tell callbacks which folder it is.
 
     Raises:
-        FileNotFoundError: it is neither what the arguments name nor in the output folder.
+        FileNotFoundError: it is neither the folder that the arguments name nor one in the output folder.
     """
     for folder in (Path(str(args.resume_from_checkpoint)), checkpoint_folder(args, state)):
         file = folder / "trainer_state.json"

@@ -1,12 +1,12 @@
-"""Save and load the adapter, and the state of a training loop of one's own, under every engine.
+"""Checkpoints of a training loop without HF Trainer, under every engine.
 
 A checkpoint is a folder that all ranks share::
 
-    reflora.json               who wrote it, and the schedule; written last, so that its presence means "complete"
-    adapter_model.safetensors  the adapter and its configuration as PEFT writes them
-    state/                     trainable weights and optimizer state, as the engine itself saves them
+    reflora.json               the record: engine, ranks, schedule; written last, so its presence means "complete"
+    adapter_model.safetensors  the adapter as PEFT writes it, beside its adapter_config.json
+    state/                     trainable weights and optimizer state as the engine saves them
 
-The frozen base is in none of these files, but for the embedding and the head where the vocabulary was resized.
+These files do not contain the frozen base, except the embedding and the head if the vocabulary was resized.
 """
 
 from __future__ import annotations
@@ -66,21 +66,22 @@ _TRAINABLE_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 def save_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any, handle: Handle | None = None) -> None:
     """Save the adapter, the optimizer's state and the schedule, to continue with :func:`load_checkpoint`.
 
-    Learning-rate schedulers outside DeepSpeed, random states and the position in the data are the caller's.
+    The caller saves learning-rate schedulers outside DeepSpeed, random states and the position in the data.
 
     Args:
-        output_dir: on storage that all ranks share; an earlier checkpoint there is replaced, and stays as it is until
-            the new one is complete (written beside it, as ``.NAME.part``). What others have put into it is kept.
-        model: as the engine returned it (wrapped); under FSDP2 and in one process the model itself.
-        optimizer: as given to ``attach``.
-        handle: what ``attach`` returned; None where nothing is attached (LoRA-SB).
+        output_dir: the checkpoint's folder, on storage that all ranks share. An earlier checkpoint there stays until
+            the new one, written beside it as ``.NAME.part``, is complete and replaces it. Other files in it are kept.
+        model: the wrapped model that the engine returned; under FSDP2 and in one process the model itself.
+        optimizer: the optimizer that was given to ``attach``.
+        handle: the handle that ``attach`` returned; None if nothing is attached (LoRA-SB).
 
     Raises:
         TypeError, ValueError, OSError, RuntimeError: on every rank; the model is not what the engine returned, the
-            folder holds files and no checkpoint, or cannot be written. Under DeepSpeed a write that fails is raised
-            where it failed: end that process, since the others wait for it.
+            folder holds files but no checkpoint, or it cannot be written. Under DeepSpeed only the rank whose write
+            fails raises: end that process, since the others wait for it.
 
-    Communication: the engine's own, and that of :func:`save_adapter`; every rank must call.
+    Communication: the engine's own, that of :func:`save_adapter` and a few all-gathers of small objects; every rank
+    must call.
     """
     replacement = _replacement(output_dir)
     with agreed("preparing to save the checkpoint"):
@@ -98,21 +99,22 @@ def _replacement(output_dir: str | Path) -> Replacement:
 
 
 def save_into(folder: Path, model: nn.Module, optimizer: Any, handle: Handle | None = None) -> None:
-    """:func:`save_checkpoint` into a folder that is no checkpoint yet, whose other files stay.
+    """Write a checkpoint into a folder directly; other files in the folder stay.
 
-    Args, errors and communication as there.
+    Arguments, errors and communication are those of :func:`save_checkpoint`. An older record and state in
+    the folder are removed first.
     """
     with agreed("preparing to save the checkpoint"):
         engine = find_training_engine(model, optimizer)
         engine.require_wrapped(model)
-        find_peft_model(model)  # refuses several, before anything is removed
+        find_peft_model(model)  # refuses several PEFT models before anything is removed
         if is_first_rank():
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / RECORD).unlink(missing_ok=True)  # from here on until the end it is no checkpoint
+            (folder / RECORD).unlink(missing_ok=True)  # no checkpoint until the record is written again
             for stale in (STATE, UNIVERSAL):
                 remove(folder / stale)
     save_adapter(model, folder)
-    # not agreed upon: a rank that leaves an engine's collectives early cannot tell the others by another collective
+    # No agreed() here: a rank that leaves the engine's collectives early cannot tell the others by another collective.
     with named_write_errors(folder):
         if engine.state_format == "deepspeed":
             with _frozen_left_out(model.module):  # type: ignore[arg-type]
@@ -127,26 +129,29 @@ def save_into(folder: Path, model: nn.Module, optimizer: Any, handle: Handle | N
 def load_checkpoint(
     output_dir: str | Path, model: nn.Module, optimizer: Any, *, trust_pickles: bool = False
 ) -> dict[str, Any]:
-    """Load what :func:`save_checkpoint` wrote into a model and optimizer that were made as for a new run.
+    """Load a checkpoint of :func:`save_checkpoint` into a model and an optimizer that are made as for a new run.
 
-    The handle's state comes back, for ``attach(model, optimizer, config, state_dict=...)``: load first, then attach.
-    It is empty if there was no handle. Adapter parameters that are frozen come from the adapter's files.
+    Load first, then attach. Frozen adapter parameters are loaded from the adapter's files.
 
-    Another number of ranks than that which wrote the checkpoint works under FSDP2, DDP and one process, and under
-    DeepSpeed once the checkpoint is converted (the error names the command); it does not under FSDP1.
+    The number of ranks may differ from the run that wrote the checkpoint: under FSDP2, DDP and in one process as it is,
+    under DeepSpeed once the checkpoint is converted (the error names the command), under FSDP1 not.
 
     Args:
-        output_dir: of a checkpoint.
+        output_dir: the checkpoint's folder.
         model, optimizer: as for :func:`save_checkpoint`, before any step.
-        trust_pickles: unpickle whatever DCP's and DeepSpeed's files hold, which can run code; by default only the
-            classes that these formats need.
+        trust_pickles: whether to unpickle any class in DCP's and DeepSpeed's files, which can run code. By default
+            only the classes that these formats need are unpickled.
+
+    Returns:
+        The handle's state, for ``attach(model, optimizer, config, state_dict=...)``; empty if there was no handle.
 
     Raises:
-        FileNotFoundError, ValueError, RuntimeError: on every rank and before anything is changed; there is no
-            complete checkpoint, it belongs to another engine, other adapters or another number of ranks, or DeepSpeed
-            would mix up its parameters. RuntimeError, too, where the state in it does not fit.
+        FileNotFoundError, ValueError, RuntimeError: on every rank and before anything is changed. There is no complete
+            checkpoint, it belongs to another engine, other adapters or another number of ranks, or DeepSpeed would
+            mix up its parameters. A RuntimeError may also come while the state is loaded, if it does not fit.
 
-    Communication: the engine's own and two all-gathers of small objects; every rank must call.
+    Communication: the engine's own, that of :func:`load_adapter` for frozen parameters, and two all-gathers of small
+    objects; every rank must call.
     """
     with agreed("opening the checkpoint"):
         folder = _replacement(output_dir).complete_copy()
@@ -166,8 +171,8 @@ def load_checkpoint(
             require_files(folder, record["files"])
             require_loadable_on(world_size(), record, engine, folder, trust_pickles)
         if engine.state_format != "deepspeed":
-            SafeReader(folder / STATE, trust_pickles).read_metadata()  # refuses what DCP would call
-        elif not universal:  # DeepSpeed calls whatever its files name
+            SafeReader(folder / STATE, trust_pickles).read_metadata()  # refuses classes that DCP would call
+        elif not universal:  # DeepSpeed's loading calls any class that its files name
             require_states(_own_share(sorted((folder / STATE).glob("*.pt"))), trust_pickles)
     with agreed("loading the checkpoint"), named_load_errors(folder):
         if engine.state_format == "deepspeed":
@@ -185,13 +190,15 @@ def load_checkpoint(
 
 
 def _own_share(paths: list[Path]) -> list[Path]:
-    """What this rank looks at, so that together they look at all."""
+    """Return this rank's share of the paths. The shares of all ranks cover all paths."""
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     return paths[rank :: world_size()]
 
 
 def complete_state(folder: str | Path) -> Path | None:
-    """The training state in a checkpoint of :func:`save_checkpoint`; None if the folder is none. No ranks.
+    """Return the folder of the training state in a checkpoint of :func:`save_checkpoint`, or None if there is none.
+
+    Local, no communication.
 
     Raises:
         FileNotFoundError, ValueError: the checkpoint is incomplete or damaged; the message names the file.
@@ -208,10 +215,11 @@ def complete_state(folder: str | Path) -> Path | None:
 
 
 class _Planner(DefaultLoadPlanner):
-    """torch's, but for its guess that a checkpoint is older than torch 2.4 where a rank lacks some of its keys.
+    """torch's load planner without its guess that a checkpoint with keys that a rank lacks is older than torch 2.4.
 
-    Under FSDP1 a rank lacks what it holds no part of; taken for old, the checkpoint would not load. What is no tensor
-    (learning rates, counts) is unpickled with torch's safe classes only.
+    Under FSDP1 a rank lacks the keys of parameters that it holds no part of, and a checkpoint that is taken for an old
+    one would not load. Values that are no tensors (learning rates, counts) are unpickled with torch's safe classes
+    only, unless ``trust_pickles`` is set.
     """
 
     def __init__(self, trust_pickles: bool) -> None:
@@ -229,10 +237,10 @@ class _Planner(DefaultLoadPlanner):
 
 
 def _training_state(model: nn.Module, engine: Engine) -> dict[str, Any]:
-    """The state dictionaries of what is trained, as DCP saves it and as it loads into. Sharded, nothing is gathered."""
+    """Return the state dictionaries of trained parameters that DCP saves and loads into. Shards are not gathered."""
     with _without_empty_groups(engine.optimizer):
         if engine.state_dict_lacks_parameters:
-            # torch loses parameters in an FSDP1 NO_SHARD model's own state_dict(); they are whole on every rank
+            # torch loses parameters in an FSDP1 NO_SHARD model's own state_dict(). They are whole on every rank.
             weights = {clean_name(name): p.detach() for name, p in model.named_parameters() if p.requires_grad}
             return {"model": weights, "optimizer": get_optimizer_state_dict(model, engine.optimizer)}
         weights, state = get_state_dict(model, engine.optimizer, options=_TRAINABLE_ONLY)  # type: ignore[assignment]
@@ -245,7 +253,7 @@ def _training_state(model: nn.Module, engine: Engine) -> dict[str, Any]:
 
 
 def _renamed_state(state: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """The optimizer's state dictionary with parameters under other names, and transposed where the name changes."""
+    """Return the optimizer's state dictionary with parameters renamed, and transposed if their name changes."""
     entries = {
         names[name]: entry
         if names[name] == name
@@ -259,13 +267,13 @@ def _renamed_state(state: dict[str, Any], names: Mapping[str, str]) -> dict[str,
 
 
 def _frozen_names(model: nn.Module) -> set[str]:
-    """All of them: torch and DeepSpeed leave out what is frozen under its first name only; a tied embedding has two."""
+    """Return all names of frozen parameters: torch and DeepSpeed skip only the first name, tied weights have two."""
     return {clean_name(name) for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 
 @contextlib.contextmanager
 def _frozen_left_out(module: nn.Module) -> Iterator[None]:
-    """Keep them out of the module's state dictionary."""
+    """Keep frozen parameters out of the module's state dictionary, under each of their names."""
     frozen = _frozen_names(module)
 
     def leave_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -282,14 +290,14 @@ def _frozen_left_out(module: nn.Module) -> Iterator[None]:
 def _set_training_state(model: nn.Module, engine: Engine, state: dict[str, Any]) -> None:
     with _without_empty_groups(engine.optimizer):
         if engine.state_dict_lacks_parameters:
-            # the weights were loaded in place
+            # dcp.load has written the weights in place.
             set_optimizer_state_dict(model, engine.optimizer, state["optimizer"])
             return
         if engine.has_peft_form:
             own = {peft_key(name): name for name in map(clean_name, dict(model.named_parameters()))}
             saved: dict[str, Any] = state["optimizer"]
             state["optimizer"] = _renamed_state(saved, {name: own.get(name, name) for name in saved["state"]})
-            # torch finds wrappers' prefixes for parameters' own names only, and leaves others out without a word
+            # torch adds wrappers' prefixes to parameters' own names only, and skips other names without an error.
             weights: dict[str, Tensor] = state["model"]
             state["model"] = {
                 own.get(name, name): transposed(weight) if own.get(name, name) != name else weight
@@ -306,7 +314,7 @@ def _set_training_state(model: nn.Module, engine: Engine, state: dict[str, Any])
 
 @contextlib.contextmanager
 def _without_empty_groups(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """torch's state dictionaries have no place for groups without parameters, of which PEFT's LoRA+ makes two."""
+    """Hide empty parameter groups: torch's state dictionaries cannot hold them, and PEFT's LoRA+ makes two."""
     groups = optimizer.param_groups
     optimizer.param_groups = [group for group in groups if group["params"]]
     try:
@@ -317,8 +325,11 @@ def _without_empty_groups(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def _restore_groups(engine: Engine, record: Mapping[str, Any]) -> None:
-    """Mend what loading a universal checkpoint into ZeRO-3 leaves: one step count shared by all of a rank's
-    sub-groups, each of which would advance it, and the first group's learning rate in every group."""
+    """Repair the optimizer after DeepSpeed has loaded a universal checkpoint into ZeRO-3.
+
+    DeepSpeed leaves one step count that all of a rank's sub-groups share and would each advance, and the first group's
+    learning rate in every group.
+    """
     for state in engine.optimizer.state.values():
         if isinstance(state.get("step"), Tensor):
             state["step"] = state["step"].clone()

@@ -1,4 +1,4 @@
-"""The pairs of a model, the pieces of them that this rank holds, and how an engine gathers, saves and loads parameters.
+"""Training engines: a model's pairs, this rank's pieces of their factors, and the gathering of whole parameters.
 
-No mathematics and no schedule: an engine does not know what a step does to a piece.
+This package has no mathematics and no schedule: an engine does not know what a step does to a piece.
 """

@@ -1,4 +1,4 @@
-"""Whether what is given as a base is one, and not an adapter with the base that it names."""
+"""Checks that tell base models and adapters apart, before a base is loaded or trained."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 
 def adapter_folder(name: str) -> Path | None:
-    """The folder, local or of the hub's cache, of the adapter that transformers would load for this name.
+    """Return the folder of the adapter that transformers would load for this name, local or in the hub's cache.
 
-    None for a model, and for what cannot be found: whoever loads it says so.
+    Returns None for a base model, and for a name that is not found: the loader reports that.
     """
     try:
         config = find_adapter_config_file(name)
@@ -24,20 +24,20 @@ def adapter_folder(name: str) -> Path | None:
 
 
 def require_no_adapter(name: str, remedy: str) -> None:
-    """Refuse an adapter where a base is wanted.
+    """Refuse an adapter where a base model is wanted.
 
     Raises:
-        ValueError: it is one; the message ends with ``remedy``.
+        ValueError: ``name`` is an adapter; the message ends with ``remedy``.
     """
     if adapter_folder(name) is not None:
         raise ValueError(f"{name} is an adapter (it has an adapter_config.json) and no base model: {remedy}")
 
 
 def require_adapter(name: str | Path) -> None:
-    """Refuse a local folder without an adapter in PEFT's format where one is wanted.
+    """Refuse a local folder that holds no adapter in PEFT's format. A name that is no folder passes.
 
     Raises:
-        ValueError: it is a model's, or another.
+        ValueError: the folder holds a model, or no adapter.
     """
     folder = Path(name)
     if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
@@ -47,10 +47,11 @@ def require_adapter(name: str | Path) -> None:
 
 
 def require_plain_peft_model(model: nn.Module) -> None:
-    """Refuse a PEFT model whose adapter cannot be saved, or took the place of a trained one.
+    """Refuse a PEFT model whose adapters PEFT cannot save, or whose adapter replaced a trained one.
 
     Raises:
-        TypeError, ValueError: it is one; the message says how to make it.
+        TypeError: the model is a PeftMixedModel.
+        ValueError: the base was loaded from an adapter's folder, and a new adapter replaced that adapter.
     """
     for module in model.modules():
         if isinstance(module, PeftMixedModel):

@@ -1,4 +1,4 @@
-"""What an engine has to answer: which part of each factor does this rank hold, and where does it lie."""
+"""The interface of an engine: the piece of each factor that this rank holds, and its place in memory."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .pairs import AdapterPair
 
 
 class Firing(NamedTuple):
-    """One call of the innermost optimizer's ``step``; some engines make several per training step.
+    """One call of the innermost optimizer's ``step``. Some engines make several calls per training step.
 
     Attributes:
-        present: per factor whether it is updated by this call (the same on all ranks).
-        first, last: whether this is the first, the last call of the training step.
+        present: for each factor, whether this call updates it; the same on all ranks.
+        first, last: whether this is the first and the last call of the training step.
     """
 
     present: tuple[bool, ...]
@@ -28,22 +28,28 @@ class Firing(NamedTuple):
 
 
 class Engine(abc.ABC):
-    """The local view of a training engine. Factors are listed lora_A, lora_B, lora_A, ... in the pairs' order.
+    """A training engine as this rank sees it. Factors are listed lora_A, lora_B, lora_A, ... in the pairs' order.
+
+    Args:
+        pairs: the model's adapters.
+        optimizer: the innermost torch optimizer.
 
     Attributes:
-        name: for reports.
+        name: the engine's name in reports and messages.
         layout: "whole", "tall" (rows of the tall factors) or "flat" (flat pieces, some of lora_A stored ``[r, in]``).
-        optimizer: the innermost torch optimizer, whose hooks run right around the update.
-        group: the ranks that together hold one copy of every factor; None if each rank holds them whole.
-        replicas: the ranks that hold the same part of every factor; None if there are none, or unknown.
-        pairs: the adapters.
-        state_format: "dcp", state dictionaries that torch.distributed.checkpoint saves, or "deepspeed", its own files.
-        state_name: engines of one state_name read each other's checkpoints; ``name`` unless said otherwise.
-        resumes_on_other_ranks: whether a checkpoint loads on another number of ranks as it is.
-        has_peft_form: whether checkpoints have lora_A as ``[r, in]``, its moments too, however the model stores it.
-            Engines that save by parameters' names and shapes cannot.
+        optimizer: the innermost torch optimizer, whose hooks run directly before and after the update.
+        group: the ranks that together hold one copy of every factor; None if each rank holds the factors whole.
+        replicas: the ranks that hold the same piece of every factor; None if there are none or they are unknown.
+        pairs: the model's adapters.
+        state_format: "dcp" for state dictionaries that torch.distributed.checkpoint saves, "deepspeed" for DeepSpeed's
+            own files.
+        state_name: name of the checkpoint format, by default ``name``. Engines with the same ``state_name`` read each
+            other's checkpoints.
+        resumes_on_other_ranks: whether a checkpoint loads unchanged on another number of ranks.
+        has_peft_form: whether checkpoints hold lora_A and its moments as ``[r, in]``, also if the model stores lora_A
+            tall. Engines that save by parameters' names and shapes cannot do so.
         state_dict_lacks_parameters: whether torch loses parameters in the model's own ``state_dict()``.
-        reduces_gradients_to_half: gradients are float16, whatever the weights are.
+        reduces_gradients_to_half: whether gradients are float16 for weights of any dtype.
     """
 
     name: str
@@ -64,42 +70,42 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def layouts(self) -> list[Layout]:
-        """How every factor is stored and cut: the same on all ranks of the group, and true of this one's pieces."""
+        """Return the storage and the cut of every factor, the same on all ranks of the group."""
 
     @abc.abstractmethod
     def weights(self) -> list[Tensor]:
-        """The local part of every factor, as the optimizer updates it (the fp32 masters where there are any)."""
+        """Return this rank's piece of every factor, as the optimizer updates it: the fp32 master if there is one."""
 
     @abc.abstractmethod
     def gradients(self) -> list[Tensor | None]:
-        """The local part of every factor's gradient, ready for the optimizer; None where there is none."""
+        """Return this rank's piece of every factor's gradient, ready for the optimizer; None for a missing gradient."""
 
     def has_half_gradients(self) -> bool:
-        """Whether some are float16. All ranks answer alike, also one that has no gradient since it holds nothing."""
+        """Return whether any gradient is float16. All ranks answer alike, also those that hold no gradient."""
         return self.reduces_gradients_to_half or any(weight.dtype == torch.float16 for weight in self.weights())
 
     @abc.abstractmethod
     def moments(self) -> list[dict[str, Tensor]]:
-        """Per factor the optimizer's state tensors of the local part, empty before the first step."""
+        """Return, for each factor, the optimizer's state tensors of this rank's piece; empty before the first step."""
 
     @abc.abstractmethod
     def holders(self) -> list[tuple[Tensor, int]]:
-        """Per factor the optimizer's parameter that contains its local part, and that part's first element there."""
+        """Return, for each factor, the optimizer's parameter that holds this rank's piece, and the offset in it."""
 
     def firing(self) -> Firing:
-        """Which factors the call of ``optimizer.step`` that is under way updates."""
+        """Return the current firing. Called while ``optimizer.step`` runs."""
         return Firing((True,) * (2 * len(self.pairs)), first=True, last=True)
 
     def end_firing(self) -> None:
-        """The call of ``optimizer.step`` is over."""
+        """End the current firing. Called once per firing, after the update."""
 
     def publish_weights(self, in_step: bool) -> None:
-        """Copy changed masters to the weights that the model computes with, where these are separate.
+        """Copy changed masters to the weights that the model computes with, if these are separate tensors.
 
         Args:
-            in_step: called from within the training step, in which the engine publishes some of them itself.
+            in_step: whether the call comes from within the training step, which publishes some weights itself.
 
-        Communication: as the engine's own; every rank must call.
+        Communication: the engine's own; every rank must call.
         """
 
     @property
@@ -107,31 +113,31 @@ class Engine(abc.ABC):
         return self.name
 
     def require_wrapped(self, model: nn.Module) -> None:
-        """Make sure that the model is the one that the engine saves by.
+        """Make sure that the model is the wrapped one, which the engine needs to save and load.
 
         Raises:
-            ValueError: it is the bare model inside.
+            ValueError: the model is the bare one inside the wrapper.
         """
 
     def write_masters(self, values: Mapping[Tensor, Tensor]) -> None:
-        """Put whole values into this rank's part of the masters, where these are separate from the weights.
+        """Write whole values into this rank's part of the masters, if these are separate from the weights.
 
         Args:
-            values: by the model's parameter; what is not trained is left out.
+            values: whole values by the model's parameter. Parameters that are not trained are skipped.
         """
 
     def check(self) -> None:
-        """Make sure that the factors still lie where they lay at attach time.
+        """Make sure that the factors have not moved since attach().
 
         Raises:
-            RuntimeError: the model was sharded, or its optimizer replaced, in the meantime.
+            RuntimeError: the model was sharded or moved, or the optimizer rebuilt, after attach().
         """
 
     def _check_pieces(self) -> None:
-        """Make sure that this rank holds what the layouts say.
+        """Make sure that this rank's pieces have the sizes that the layouts give.
 
         Raises:
-            ValueError: it does not.
+            ValueError: a piece has another size.
         """
         rank = dist.get_rank(self.group) if self.group is not None else 0
         for name, weight, layout in zip(self._factor_names(), self.weights(), self.layouts(), strict=True):
@@ -143,8 +149,8 @@ class Engine(abc.ABC):
                 )
 
     def _factors(self) -> list[Tensor]:
-        # Looked up in every step, since accelerate and FSDP2 replace parameters; in the dictionary where nn.Module's
-        # attributes end, since the way there takes longer than the step's algebra on a GPU.
+        # Factors are looked up in every step, since accelerate and FSDP2 replace parameters. The lookup goes to
+        # _parameters first: nn.Module's __getattr__ takes longer than the step's algebra on a GPU.
         return [
             factor if (factor := module._parameters.get(name)) is not None else getattr(module, name)
             for module, name in self._owners

@@ -1,4 +1,4 @@
-"""Recognize the engine that trains a model, by the optimizer and by the parameters."""
+"""The search for the engine that trains a model, by its optimizer and its parameters."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from .zero import is_deepspeed_optimizer
 
 @functools.cache
 def _recognizers() -> list[Callable[..., Engine | None]]:
-    """That of every module of this folder which defines ``recognize``.
+    """Return the function ``recognize`` of every module in this folder that defines one.
 
-    Each answers for its own models alone, so their order is no matter.
+    Each accepts only its own engine's models, so their order does not matter.
     """
     package = __name__.rpartition(".")[0]
     names = [module.name for module in pkgutil.iter_modules(importlib.import_module(package).__path__)]
@@ -33,16 +33,17 @@ def _recognizers() -> list[Callable[..., Engine | None]]:
 
 
 def find_engine(model: nn.Module, optimizer: Any, pairs: Sequence[AdapterPair]) -> Engine:
-    """Recognize the engine from the optimizer and the parameters themselves.
+    """Return the engine that trains a model, recognized by the optimizer and the parameters.
 
     Args:
-        model: bare or wrapped.
+        model: the PEFT model, bare or wrapped. FSDP2 parameters that are gathered are sharded again.
         optimizer: a torch optimizer, or any chain of wrappers around one (accelerate, DeepSpeed).
         pairs: the model's adapters.
 
     Raises:
-        TypeError: the optimizer, or a wrapper around it, is not known.
-        ValueError: the optimizer does not hold the factors, or the engine has an option that is not supported.
+        TypeError: the optimizer or a wrapper around it is unknown.
+        ValueError: the model is wrapped more than once, a factor is frozen, merged or switched off, the optimizer does
+            not hold the factors, or an option of the engine is not supported.
     """
     _refuse_double_wrapping(model)
     reshard(model)
@@ -57,7 +58,7 @@ def find_engine(model: nn.Module, optimizer: Any, pairs: Sequence[AdapterPair]) 
 
 
 def _unwrap(optimizer: Any) -> Any:
-    """Follow ``.optimizer`` to DeepSpeed's wrapper, or to the torch optimizer at the end of the chain."""
+    """Follow ``.optimizer`` to DeepSpeed's wrapper or to the torch optimizer at the end of the chain."""
     chain = [optimizer]
     while not is_deepspeed_optimizer(chain[-1]) and getattr(chain[-1], "optimizer", None) is not None:
         chain.append(chain[-1].optimizer)
@@ -83,7 +84,7 @@ def _refuse_double_wrapping(model: nn.Module) -> None:
 
 def _refuse_frozen(pairs: Sequence[AdapterPair]) -> None:
     for pair in pairs:
-        # FSDP1 without original parameters leaves plain tensors on the modules; these need no gradient themselves.
+        # FSDP1 without original parameters leaves plain tensors on the modules, which may not require gradients.
         frozen = [
             side
             for side, factor in (("lora_A", pair.lora_a), ("lora_B", pair.lora_b))

@@ -1,4 +1,4 @@
-"""The engine of any trained PEFT model, for what concerns its parameters and not pairs of factors."""
+"""The search for the engine of any trained PEFT model, also of one without LoRA pairs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from .zero import PLAIN_OPTIMIZER, ZeroEngine
 
 
 def find_training_engine(model: nn.Module, optimizer: Any) -> Engine:
-    """Recognize the engine: by its LoRA pairs if the model has any, else by what is trained.
+    """Return the engine, recognized by the model's LoRA pairs, or by the trained parameters if it has no LoRA layer.
 
     Raises:
-        TypeError, ValueError: as :func:`find_engine`; or nothing is trained, or not by this optimizer.
+        TypeError, ValueError: as :func:`find_engine`; also if the model has no trained parameter or the optimizer does
+            not hold all of them.
     """
     if lora_layers(model):
         return find_engine(model, optimizer, find_pairs(model))

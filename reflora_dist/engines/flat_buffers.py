@@ -1,4 +1,4 @@
-"""Engines whose optimizer updates flat buffers: DeepSpeed ZeRO, and FSDP1 without original parameters."""
+"""The base of engines whose optimizer updates flat buffers: DeepSpeed ZeRO, and FSDP1 without original parameters."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .pairs import AdapterPair
 
 
 class Piece(NamedTuple):
-    """The part of a parameter in one of the rank's flat buffers; ``numel`` may be 0.
+    """The part of a parameter that lies in one of the rank's flat buffers.
 
     Attributes:
-        buffer: its number.
-        offset: of the part's first element in the buffer.
-        start: of the same element in the row-major parameter.
-        numel: elements.
-        chunk, before: how all ranks cut it: as ``chunk`` and ``offset`` of a Layout.
+        buffer: number of the buffer.
+        offset: position of the part's first element in the buffer.
+        start: position of the same element in the row-major parameter.
+        numel: number of elements; may be 0.
+        chunk, before: the cut between all ranks, as ``chunk`` and ``offset`` of a Layout.
     """
 
     buffer: int
@@ -34,7 +34,15 @@ class Piece(NamedTuple):
 
 
 def piece_of_buffer(buffer: int, rank: int, size: int, position: int, numel: int) -> Piece:
-    """The part of a parameter that begins at ``position`` of a buffer of which each rank has ``size`` elements."""
+    """Return the part that ``rank`` holds of a parameter in a buffer that all ranks share.
+
+    Args:
+        buffer: number of the buffer.
+        rank: rank in the group that shares the buffer.
+        size: elements of the buffer that each rank holds.
+        position: position of the parameter's first element in the whole buffer.
+        numel: elements of the whole parameter.
+    """
     first = max(position, rank * size)
     last = max(first, min(position + numel, (rank + 1) * size))
     offset = first - rank * size if last > first else 0
@@ -42,7 +50,7 @@ def piece_of_buffer(buffer: int, rank: int, size: int, position: int, numel: int
 
 
 class BufferEngine(Engine):
-    """Factors are slices of 1-D buffers, each of which is one parameter of the optimizer."""
+    """An engine whose factors are slices of 1-D buffers. Each buffer is one parameter of the optimizer."""
 
     def __init__(
         self,

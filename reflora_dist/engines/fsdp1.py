@@ -1,4 +1,4 @@
-"""FSDP1: parameters are pieces of a unit's flat parameter."""
+"""The engine of FSDP1, where parameters are pieces of a unit's flat parameter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,17 @@ from .replicated import ReplicatedEngine, require_fsdp1
 
 
 class FSDP1Engine(ParameterEngine):
-    """``FullyShardedDataParallel(use_orig_params=True)``: parameters are pieces of the rank's flat shard."""
+    """The engine of ``FullyShardedDataParallel(use_orig_params=True)``: factors are pieces of the rank's flat shards.
+
+    Args:
+        pairs: the model's adapters.
+        optimizer: the torch optimizer that holds the factors.
+        units: every FSDP module of the model.
+        group: the ranks over which the units shard.
+
+    Raises:
+        ValueError: the optimizer does not hold the factors, or this rank's pieces have other sizes than FSDP's shards.
+    """
 
     name = "fsdp1"
 
@@ -50,10 +60,10 @@ class FSDP1Engine(ParameterEngine):
 
 
 def recognize(model: nn.Module, optimizer: Any, pairs: Sequence[AdapterPair]) -> Engine | None:
-    """The engine, if FSDP1 has wrapped modules of the model; None if this is another's model.
+    """Return the engine if FSDP1 has wrapped modules of the model, else None.
 
     Raises:
-        ValueError: the wrapped model is not whole, or an option is not supported.
+        ValueError: the FSDP modules hold no parameters, or an option is not supported.
     """
     units = [module for module in model.modules() if isinstance(module, FullyShardedDataParallel)]
     if not units:

@@ -1,4 +1,4 @@
-"""FSDP1's FlatParameters. With ``use_orig_params=False``, which PEFT's wrap policy needs, the optimizer holds them."""
+"""The engine of FSDP1 with ``use_orig_params=False``, which PEFT's wrap policy needs: factors in FlatParameters."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ def flat_parameter_engine(
     units: Sequence[FullyShardedDataParallel],
     group: dist.ProcessGroup,
 ) -> BufferEngine:
-    """Find the factors in the FlatParameters of the FSDP units.
+    """Find the factors in the FlatParameters of the FSDP units and return the engine.
 
     Args:
+        pairs: the model's adapters.
+        optimizer: the torch optimizer that holds the FlatParameters.
         units: every FSDP module of the model.
         group: the ranks over which the units shard.
 
@@ -52,7 +54,7 @@ def flat_parameter_engine(
 
 
 def positions(flat_parameter: Any) -> dict[tuple[int, str], tuple[int, int]]:
-    """Where parameters begin in a whole FlatParameter, and their sizes, by module and name."""
+    """Return ``(position, numel)`` of every parameter in a whole FlatParameter, by the module's id and the name."""
     placed, position = {}, 0
     infos = iter(flat_parameter._param_infos)
     for is_padding, numel in zip(flat_parameter._is_padding_mask, flat_parameter._numels_with_padding, strict=True):

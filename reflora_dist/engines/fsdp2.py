@@ -1,4 +1,4 @@
-"""FSDP2, ``fully_shard``: parameters are DTensors."""
+"""The engine of FSDP2, ``fully_shard``, where parameters are DTensors."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ from .parameters import ParameterEngine
 
 
 class FSDP2Engine(ParameterEngine):
-    """``fully_shard``: DTensors, sharded by rows (the default) or, for lora_A ``[r, in]``, by columns.
+    """The engine of ``fully_shard``: DTensors, sharded by rows (the default) or, for lora_A ``[r, in]``, by columns.
 
     | placement | lora_A ``[in, r]``, lora_B ``[out, r]`` | lora_A ``[r, in]`` |
     |---|---|---|
     | Shard(0) | whole rows of the tall factor | some of the r rows: a flat piece |
     | Shard(1) | refused | whole columns: rows of the tall factor |
+
+    Raises:
+        ValueError: the optimizer does not hold the factors, a placement is not supported, or the factors lie on
+            different device meshes.
     """
 
     name = "fsdp2"
@@ -52,7 +56,7 @@ class FSDP2Engine(ParameterEngine):
         self.layout = "flat" if any(layout.columns and not layout.by_rows for layout in self._layouts) else "tall"
         self._check_pieces()
 
-    @torch.no_grad()  # in which to_local() takes no part in autograd, and costs nothing
+    @torch.no_grad()  # without autograd to_local() costs nothing
     def weights(self) -> list[Tensor]:
         return [factor.to_local() for factor in self._sharded()]
 
@@ -66,7 +70,7 @@ class FSDP2Engine(ParameterEngine):
         if not all(isinstance(factor, DTensor) for factor in factors):
             raise RuntimeError(
                 "the factors are gathered: a forward without gradients ran after backward() and left FSDP2's root unit "
-                "so; call model.reshard() before optimizer.step(), or evaluate after it"
+                "gathered; call model.reshard() before optimizer.step(), or evaluate after it"
             )
         return factors  # type: ignore[return-value]
 
@@ -83,13 +87,17 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _chunk(factor: Tensor, dim: int, world_size: int) -> int:
-    """Elements of a rank's part, the last ones' may be smaller: torch cuts a dimension into equal parts, rounded up."""
+    """Return the elements of a rank's piece. torch rounds up the rows per rank, so the last pieces may be smaller."""
     size = factor.shape[dim]
     return -(-size // world_size) * (factor.numel() // size)
 
 
 def _shard_dim(name: str, factor: Tensor) -> int:
-    """The one dimension that the mesh's last axis shards; an axis before it may replicate (HSDP)."""
+    """Return the dimension that the mesh's last axis shards. An axis before it may replicate (HSDP).
+
+    Raises:
+        ValueError: the placements are others.
+    """
     assert isinstance(factor, DTensor)
     *outer, last = factor.placements
     if type(last) is not Shard or len(outer) > 1 or any(not isinstance(axis, Replicate) for axis in outer):
@@ -101,10 +109,10 @@ def _shard_dim(name: str, factor: Tensor) -> int:
 
 
 def recognize(model: nn.Module, optimizer: Any, pairs: Sequence[AdapterPair]) -> Engine | None:
-    """The engine, if the factors are DTensors; None if this is another's model.
+    """Return the engine if the factors are DTensors, else None.
 
     Raises:
-        ValueError: some are and some are not.
+        ValueError: only some of the factors are DTensors.
     """
     kinds = {isinstance(factor.data, DTensor) for pair in pairs for factor in (pair.lora_a, pair.lora_b)}
     if kinds == {True, False}:

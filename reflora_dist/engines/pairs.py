@@ -1,4 +1,4 @@
-"""The LoRA adapters of a PEFT model, as pairs of factors. Nothing here knows about ranks or engines."""
+"""The LoRA adapters of a PEFT model, as pairs of factors. Nothing here depends on processes or engines."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ..collectives.tiling import Layout
 from .bare_base import require_plain_peft_model
 from .tall import TALL_NAME, is_tall
 
-# Wrappers put their own attribute into a module's path; names without them agree between engines.
+# Wrappers insert these attributes into a module's path. Names without them agree between engines.
 _WRAPPER_SEGMENTS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
 
-# Variants in which the layer's function depends on the factors only through the product B A.
+# In these variants the layer's function depends on the factors only through the product B A.
 _SUPPORTED_VARIANTS = ("DoraLinearVariant", "DoraEmbeddingVariant", "DoraConv", "ALoraLinearVariant")
 
 
@@ -29,11 +29,17 @@ _SUPPORTED_VARIANTS = ("DoraLinearVariant", "DoraEmbeddingVariant", "DoraConv", 
 class AdapterPair:
     """One LoRA adapter: ``lora_A`` ``[r, in]``, or ``[in, r]`` if it is stored tall, and ``lora_B`` ``[out, r]``.
 
-    A convolution's ``lora_A`` ``[r, channels, *kernel]`` counts as ``[r, channels * prod(kernel)]`` and
-    its 1 x 1 ``lora_B`` as ``[out, r]``: the update is their product all the same. An embedding's update is
-    ``(B A)^T``.
+    A convolution's ``lora_A`` ``[r, channels, *kernel]`` counts as ``[r, channels * prod(kernel)]``, and its 1 x 1
+    ``lora_B`` as ``[out, r]``: its update is their product, too. An embedding's update is ``(B A)^T``.
 
-    The parameters are looked up on every access: accelerate and FSDP2 replace them when they shard.
+    Parameters are looked up on every access, since accelerate and FSDP2 replace them when they shard.
+
+    Attributes:
+        name: path of the layer without wrappers, then the adapter's name.
+        lora_rank: r.
+        in_features, out_features: in and out, sizes of the whole factors.
+        layer: PEFT's LoRA layer.
+        adapter: PEFT's name of the adapter.
     """
 
     name: str
@@ -53,7 +59,7 @@ class AdapterPair:
 
     @property
     def scaling(self) -> float:
-        """s of the update ``s B A``."""
+        """The factor s of the update ``s B A``."""
         return float(self.layer.scaling[self.adapter])
 
     @property
@@ -68,11 +74,11 @@ class AdapterPair:
 
     @property
     def stored_tall(self) -> bool:
-        """Whether lora_A is stored as ``[in, r]`` (``tall_adapters``)."""
+        """Whether lora_A is stored tall, as ``[in, r]`` (``tall_adapters``)."""
         return is_tall(self.factor_modules()[0])
 
     def whole(self, side: int) -> Layout:
-        """How the factor of a side (SIDE_A or SIDE_B) is stored, all of it in one piece."""
+        """Return the layout of a side's factor (SIDE_A or SIDE_B) in one piece, not cut."""
         columns = side == SIDE_A and not self.stored_tall
         rows = self.in_features if side == SIDE_A else self.out_features
         return Layout(rows, self.lora_rank, columns, chunk=rows * self.lora_rank)
@@ -82,7 +88,7 @@ class AdapterPair:
         return getattr(module, name)
 
     def owners(self) -> tuple[tuple[nn.Module, str], tuple[nn.Module, str]]:
-        """Where lora_A and lora_B are registered: their modules, and their names in these."""
+        """Return the module that registers lora_A and its name there, then those of lora_B."""
         module_a, module_b = self.factor_modules()
         if isinstance(self.layer, Embedding):
             return (module_a, self.adapter), (module_b, self.adapter)
@@ -90,22 +96,22 @@ class AdapterPair:
         return (module_a, TALL_NAME if self.stored_tall else "weight"), (module_b, "weight")
 
     def factor_modules(self) -> tuple[nn.Module, nn.Module]:
-        """The modules that own lora_A and lora_B (for an embedding both are its LoRA layer's dictionaries)."""
+        """Return the modules that own lora_A and lora_B; for an embedding, its LoRA layer's two dictionaries."""
         if isinstance(self.layer, Embedding):
             return self.layer.lora_embedding_A, self.layer.lora_embedding_B
         return self.layer.lora_A[self.adapter], self.layer.lora_B[self.adapter]
 
 
 def find_pairs(model: nn.Module) -> list[AdapterPair]:
-    """List the active LoRA adapters of a model, bare or wrapped, in the order of its modules.
+    """Return the active LoRA adapters of a model, in the order of its modules.
 
     Args:
-        model: anything that contains PEFT LoRA layers.
+        model: a model with PEFT LoRA layers, bare or wrapped.
 
     Raises:
         TypeError: the model is a PeftMixedModel.
-        ValueError: there is no active adapter, one of a kind to which the algebra does not apply, or one that took the
-            place of a trained one.
+        ValueError: no adapter is active, the algebra does not apply to an adapter, two adapters share a factor, or the
+            adapter replaced a trained one.
     """
     require_plain_peft_model(model)
     pairs = [pair for name, module in model.named_modules() for pair in _pairs_of(name, module)]
@@ -124,26 +130,27 @@ def find_pairs(model: nn.Module) -> list[AdapterPair]:
 
 
 def _identity(factor: torch.Tensor) -> int:
-    """By its memory, since PEFT's ensure_weight_tying makes two parameters on one; where it has none, by itself.
+    """Return an identity of a factor: the address of its memory, or ``id`` if it has no memory.
 
-    Sharded parameters have no address, and views of a buffer that FSDP1 has freed only look as if they had one.
+    Tied factors share an address: PEFT's ensure_weight_tying makes two parameters on the same memory. Sharded
+    parameters have no address. Views of a buffer that FSDP1 has freed report one, but their storage is empty.
     """
     address = factor.data_ptr()
     return address if address and factor.untyped_storage().nbytes() else id(factor)
 
 
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
-    """Every LoRA layer, in the order of the model's modules."""
+    """Return every LoRA layer, in the order of the model's modules."""
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 def active_adapters(layers: list[LoraLayer]) -> list[str | tuple[str, ...]]:
-    """The name, or names, of each layer's active adapters; asked in every step."""
+    """Return the name or names of each layer's active adapters. Called in every step, so it has to be fast."""
     return [name if isinstance(name := layer.active_adapter, str) else tuple(name) for layer in layers]
 
 
 def clean_name(name: str) -> str:
-    """A module's path without what DDP, FSDP1, checkpointing and torch.compile put into it."""
+    """Return a module's path without the parts that DDP, DeepSpeed, FSDP1, checkpointing and torch.compile insert."""
     segments = [segment for segment in name.split(".") if segment not in _WRAPPER_SEGMENTS]
     while segments and segments[0] == "module":  # DistributedDataParallel and DeepSpeedEngine
         segments = segments[1:]
@@ -167,7 +174,7 @@ def _pairs_of(name: str, module: nn.Module) -> Iterator[AdapterPair]:
 
 
 def _sizes(name: str, layer: LoraLayer, adapter: str) -> tuple[int, int, int]:
-    """``(r, in, out)`` from the modules' own attributes, since a sharded weight has lost its shape."""
+    """Return ``(r, in, out)``, read from the modules' attributes, since a sharded weight has lost its shape."""
     _refuse_unsupported(name, layer, adapter)
     factor_a: Any = layer.lora_A[adapter]
     factor_b: Any = layer.lora_B[adapter]
@@ -183,7 +190,7 @@ def _refuse_unsupported(name: str, layer: LoraLayer, adapter: str) -> None:
             f"adapter {name} is a {type(layer).__name__} LoRA layer, which is not supported; leave its "
             "module out of target_modules / target_parameters"
         )
-    if isinstance(layer.lora_A[adapter], torch.Tensor):  # AdaLoRA's
+    if isinstance(layer.lora_A[adapter], torch.Tensor):  # as in AdaLoRA
         raise ValueError(f"adapter {name} is a {type(layer).__name__}, which is not supported; use peft.LoraConfig")
     variant = type(layer.lora_variant.get(adapter)).__name__
     if variant != "NoneType" and not variant.startswith(_SUPPORTED_VARIANTS):
@@ -197,11 +204,11 @@ def _refuse_unsupported(name: str, layer: LoraLayer, adapter: str) -> None:
 
 
 def find_peft_model(model: nn.Module) -> PeftModel:
-    """The PEFT model inside of any wrappers; beside a trained one those that are frozen (references) do not count.
+    """Return the PEFT model inside any wrappers. Frozen PEFT models (references) beside a trained one do not count.
 
     Raises:
-        TypeError: there is none.
-        ValueError: there are several.
+        TypeError: the model contains no PEFT model.
+        ValueError: the model contains several PEFT models.
     """
     found = {clean_name(name): module for name, module in model.named_modules() if isinstance(module, PeftModel)}
     if len(found) > 1:
@@ -211,8 +218,8 @@ def find_peft_model(model: nn.Module) -> PeftModel:
         raise TypeError(f"{type(model).__name__} contains no PeftModel: wrap the model with peft.get_peft_model(...)")
     if len(found) > 1:
         raise ValueError(
-            f"{type(model).__name__} contains {len(found)} PEFT models ({', '.join(found)}), and an adapter's files "
-            "and a checkpoint are of one: give save_adapter and load_adapter each by itself"
+            f"{type(model).__name__} contains {len(found)} PEFT models ({', '.join(found)}), but adapter files and "
+            "checkpoints hold one: pass each PEFT model by itself to save_adapter and load_adapter"
         )
     return next(iter(found.values()))
 

@@ -1,4 +1,4 @@
-"""Engines whose optimizer updates the model's own parameters, whole or as the local part of a sharded one."""
+"""The base of engines whose optimizer updates the model's own parameters, whole or sharded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from .pairs import AdapterPair
 
 
 class ParameterEngine(Engine):
-    """The optimizer holds the factors themselves, whole or as the local part of a sharded parameter."""
+    """An engine whose optimizer holds the factors themselves, whole or sharded.
+
+    Raises:
+        ValueError: the optimizer does not hold all factors, or a factor is not contiguous.
+    """
 
     def __init__(self, pairs: Sequence[AdapterPair], optimizer: torch.optim.Optimizer) -> None:
         super().__init__(pairs, optimizer)
@@ -34,7 +38,7 @@ class ParameterEngine(Engine):
         return [factor.grad for factor in self._factors()]
 
     def moments(self) -> list[dict[str, Tensor]]:
-        # of the parameter's size, as opposed to Adam's step count
+        # Adam's step count is 0-dim, and no moment.
         states = [self.optimizer.state.get(factor, {}) for factor in self._factors()]
         return [
             {key: value for key, value in state.items() if isinstance(value, Tensor) and value.dim()}

@@ -1,4 +1,4 @@
-"""One process, DDP, FSDP1 NO_SHARD, or adapters that are left out of sharding: every rank holds the factors whole."""
+"""The engine for one process, DDP, FSDP1 NO_SHARD and adapters left out of sharding: every rank holds the factors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from .parameters import ParameterEngine
 
 
 class ReplicatedEngine(ParameterEngine):
-    """One process, DDP, FSDP1 NO_SHARD, or adapters that are left out of sharding: every rank holds all."""
+    """The engine if every rank holds the factors whole.
+
+    This is so in one process, under DDP and FSDP1 NO_SHARD, and for adapters that are left out of sharding.
+
+    Raises:
+        ValueError: the optimizer does not hold the factors, or a factor is sharded.
+    """
 
     layout = "whole"
 
@@ -31,7 +37,7 @@ class ReplicatedEngine(ParameterEngine):
 
     @property
     def state_name(self) -> str:
-        """Every rank of DDP holds what one process holds."""
+        """Name of the checkpoint format. One process uses DDP's: each rank of DDP holds what one process holds."""
         return "ddp" if self.name == "single" else self.name
 
     def require_wrapped(self, model: nn.Module) -> None:
@@ -43,6 +49,10 @@ class ReplicatedEngine(ParameterEngine):
 
 
 def require_fsdp1(model: nn.Module) -> None:
-    """Raises ValueError for the bare model inside FSDP1's."""
+    """Make sure that the model is FSDP1's wrapper.
+
+    Raises:
+        ValueError: the model is the bare one inside the wrapper.
+    """
     if not isinstance(model, FullyShardedDataParallel):
         raise ValueError(f"pass the FullyShardedDataParallel model, not the bare {type(model).__name__}")

@@ -1,6 +1,6 @@
-"""lora_A stored tall, ``[in, r]``: then an engine's flat pieces of it are whole rows of the tall factor.
+"""Tall storage of lora_A, ``[in, r]``: an engine's flat pieces of it are rows of the tall factor.
 
-Only r x r Grams, and rows that an engine cuts in two, have to cross the wire then. Files keep PEFT's form.
+Ranks then communicate only r x r Gram matrices and rows that are cut. Files keep PEFT's form.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _RAW_KEY = re.compile(rf"(.*\.lora_A(?:\.[^.]+)?)\.{TALL_NAME}")
 class TallLinear(nn.Linear):
     """A linear layer without bias that stores its weight transposed, as the parameter ``tall`` ``[in, out]``.
 
-    ``weight`` is a view ``[out, in]`` of it for whoever reads or initializes it in place (PEFT's merging, DoRA, casts);
-    a new tensor that is put into ``weight.data`` is lost. State dictionaries hold ``weight`` ``[out, in]``, except
-    under FSDP1, which insists on the parameter's own name.
+    ``weight`` is a view ``[out, in]`` of ``tall``, for code that reads or writes it in place (PEFT's merging, DoRA,
+    casts). Assigning a new tensor to ``weight.data`` has no effect. State dictionaries hold ``weight`` ``[out, in]``,
+    except under FSDP1, which needs the parameter's own name.
     """
 
     tall: nn.Parameter
@@ -47,15 +47,15 @@ class TallLinear(nn.Linear):
     def weight(self) -> Tensor:  # type: ignore[override]
         tall = self.tall
         if tall.dim() != 2:
-            return tall  # a flat piece, as FSDP1 and ZeRO-3 leave it outside of the layer's forward
+            return tall  # a flat piece: FSDP1 and ZeRO-3 leave it outside the layer's forward
         try:
             return tall.t()
-        except RuntimeError:  # FSDP1 has freed its memory; PEFT asks for the dtype all the same
+        except RuntimeError:  # FSDP1 has freed its memory, and PEFT still reads the dtype
             return tall
 
     def forward(self, input: Tensor) -> Tensor:
-        # not F.linear(input, self.weight): autograd saves what it is given. The parameter itself is freed and gathered
-        # anew by engines; a view of it would keep gathered memory until backward.
+        # F.linear(input, self.weight) would make autograd save a view, which keeps gathered memory until backward.
+        # Engines free and gather the parameter itself.
         return torch.matmul(input, self.tall)
 
     def _keeps_raw_name(self) -> bool:
@@ -78,18 +78,21 @@ class TallLinear(nn.Linear):
 
 
 def tall_adapters(model: nn.Module) -> int:
-    """Store lora_A of a PEFT model's trainable linear adapters tall, ``[in, r]``. Returns how many were converted.
+    """Store lora_A of a PEFT model's trainable linear adapters tall, as ``[in, r]``.
 
-    Call it after the adapter and its start are made, before the model is wrapped or sharded and before the optimizer
-    is created: parameters are replaced. ``RefLoRACallback`` does so by itself under FSDP and DeepSpeed. Adapters of
-    embeddings and convolutions, tied and frozen ones, and those made under ``zero.Init`` stay as they are; so does what
-    is converted already. Forward, merging and files are PEFT's, bit for bit but for the order of sums in the forward.
+    Call it after the adapter is made and initialized, and before the model is wrapped or sharded and the optimizer is
+    created, since it replaces parameters. ``RefLoRACallback`` calls it under FSDP and DeepSpeed. Adapters of
+    embeddings and convolutions, tied and frozen adapters, and those made under ``zero.Init`` stay as they are.
+    Forward, merging and files agree with PEFT's bit for bit, except for the order of sums in the forward.
 
     Args:
-        model: with PEFT LoRA layers; not wrapped yet.
+        model: the bare model with PEFT LoRA layers.
+
+    Returns:
+        The number of adapters that were converted. Those that are tall already do not count.
 
     Raises:
-        TypeError: there is no LoRA layer.
+        TypeError: the model has no LoRA layer.
         ValueError: the model is wrapped or sharded, or an optimizer holds the parameters that would be replaced.
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
@@ -105,7 +108,7 @@ def tall_adapters(model: nn.Module) -> int:
     found = [
         (layer, adapter, linear)
         for layer, adapter, linear in found
-        if uses.get(linear.weight.data_ptr() or id(linear.weight)) == 1  # PEFT ties two parameters by their memory
+        if uses.get(linear.weight.data_ptr() or id(linear.weight)) == 1  # PEFT ties parameters by memory
     ]
     if found:
         _refuse_too_late(model, {id(linear.weight) for _, _, linear in found})
@@ -117,26 +120,26 @@ def tall_adapters(model: nn.Module) -> int:
 
 
 def is_tall(module: nn.Module) -> bool:
-    """Whether a module, perhaps inside of FSDP1's wrapper, stores its weight tall."""
+    """Return whether a module, bare or in FSDP1's wrapper, stores its weight tall."""
     return isinstance(getattr(module, "_fsdp_wrapped_module", module), TallLinear)
 
 
 def peft_key(key: str) -> str:
-    """PEFT's name of a factor for its parameter's: they differ where it is stored tall."""
+    """Return PEFT's name for a parameter's name. They differ for a factor that is stored tall."""
     match = _RAW_KEY.fullmatch(key)
     return f"{match[1]}.weight" if match else key
 
 
 def transposed(tensor: Tensor) -> Tensor:
-    """``[r, in]`` of ``[in, r]`` and the reverse, in memory of its own; flat pieces as they are."""
+    """Return a contiguous transposed copy of a matrix, and flat pieces as they are."""
     if tensor.dim() != 2:
         return tensor
-    # contiguous() would leave a single row as it is, with strides of a column that not every view takes
+    # contiguous() would keep the column strides of a single row, which some views do not accept
     return tensor.t().clone(memory_format=torch.contiguous_format)
 
 
 def in_peft_form(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dictionary by parameters' names (ZeRO-3's and FSDP1's own) with the names and shapes of PEFT's files."""
+    """Convert a state dictionary by parameters' names (ZeRO-3's, FSDP1's) to the names and shapes of PEFT's files."""
     return {peft_key(key): transposed(value) if peft_key(key) != key else value for key, value in state_dict.items()}
 
 
@@ -145,14 +148,14 @@ def _convertible(layer: LoraLayer) -> Iterator[tuple[str, nn.Linear]]:
         return
     modules: Any = layer.lora_A
     for adapter, module in modules.items():
-        # under zero.Init DeepSpeed knows the parameter itself
+        # DeepSpeed tracks a parameter made under zero.Init, so it cannot be replaced.
         plain = type(module) is nn.Linear and module.bias is None and not hasattr(module.weight, "ds_id")
         if plain and module.weight.requires_grad:
             yield adapter, module
 
 
 def _refuse_deepspeeds(layers: Iterable[LoraLayer]) -> None:
-    """Parameters of which deepspeed.initialize has made masters; what ``zero.Init`` alone has met is fine."""
+    """Refuse adapters for which deepspeed.initialize has made masters. ``zero.Init`` alone makes none."""
     for layer in layers:
         for module in layer.lora_A.values():
             held = [name for name in _OF_DEEPSPEED for p in module.parameters() if hasattr(p, name)]
@@ -185,7 +188,7 @@ def _refuse_too_late(model: nn.Module, replaced: set[int]) -> None:
 
 
 def _convert_what_is_saved(model: nn.Module) -> None:
-    """Engines that gather by parameters' names hand these to ``save_pretrained``, which looks for PEFT's."""
+    """Make ``save_pretrained`` convert its ``state_dict``: some engines gather by parameters' names, not PEFT's."""
     for module in model.modules():
         if isinstance(module, PeftModel):
             module.save_pretrained = functools.partial(_save_pretrained, module)  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""Whole parameters of a sharded model, one at a time, by the names they have without wrappers."""
+"""Gathering and scattering whole parameters of a sharded model, one at a time, by their names without wrappers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ Owner = tuple[nn.Module, str]
 
 
 def owned_tensors(model: nn.Module, peft_model: PeftModel) -> dict[str, Owner]:
-    """Module and attribute of every parameter and buffer, by its name in the PEFT model without wrappers.
+    """Return the module and attribute of every parameter and buffer, by its name in the PEFT model without wrappers.
 
-    FSDP1 may keep parameters as plain attributes, views of its flat buffers; its units know them.
+    FSDP1 may keep parameters as plain attributes, which are views of its flat buffers. They are read from its units.
+
+    Raises:
+        ValueError: the model was taken out of its FSDP1 wrapper.
     """
     module_names = {id(module): name for name, module in peft_model.named_modules()}
     owners = {}
@@ -41,7 +44,7 @@ def owned_tensors(model: nn.Module, peft_model: PeftModel) -> dict[str, Owner]:
 
 
 def _require_all_adapters(model: nn.Module, peft_model: PeftModel, owners: Mapping[str, Owner]) -> None:
-    """A model taken out of its FSDP wrapper does not know what that wrapper holds."""
+    """Refuse a model that was taken out of its FSDP1 wrapper: the parameters in that wrapper cannot be found."""
     units = _fsdp1_units(model)
     held = {(id(module), attribute) for unit in units for module, attribute in _unit_tensors(unit)}
     held_names = {name for name, (module, attribute) in owners.items() if (id(module), attribute) in held}
@@ -56,7 +59,7 @@ def _require_all_adapters(model: nn.Module, peft_model: PeftModel, owners: Mappi
 
 
 def whole_shapes(model: nn.Module, owners: Mapping[str, Owner]) -> dict[str, torch.Size]:
-    """Shapes of parameters of which this rank may hold a part. Local, no communication."""
+    """Return the whole shape of every parameter, also if this rank holds a part of it. Local, no communication."""
     in_units: dict[tuple[int, str], torch.Size] = {}
     for unit in _fsdp1_units(model):
         if unit._handle is not None:
@@ -72,19 +75,21 @@ def whole_shapes(model: nn.Module, owners: Mapping[str, Owner]) -> dict[str, tor
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
-    """The shape of a parameter of which this rank may hold a part."""
+    """Return the whole shape of a parameter that ZeRO-3 or DTensor may have sharded."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def reshard(model: nn.Module) -> None:
-    """Have FSDP2 put sharded parameters back: the root keeps whole ones after an evaluation, until a backward."""
+    """Shard all FSDP2 parameters again: after an evaluation the root unit keeps whole ones until a backward."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def gather(model: nn.Module, owners: Mapping[str, Owner], wanted: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-    """Every wanted tensor, whole, in the same order on all ranks; to be copied before the next is asked for.
+    """Yield every wanted tensor, whole, by its name, in the same order on all ranks.
+
+    Copy a tensor before asking for the next one.
 
     Communication: one gather per tensor, under FSDP1 one per unit that holds any; every rank must exhaust it.
     """
@@ -99,12 +104,12 @@ def gather(model: nn.Module, owners: Mapping[str, Owner], wanted: Collection[str
 
 @torch.no_grad()
 def scatter(model: nn.Module, owners: Mapping[str, Owner], values: Mapping[str, Tensor]) -> None:
-    """The reverse: write whole values, the same on all ranks, into the model's parameters.
+    """Write whole values, the same on all ranks, into the model's parameters: the reverse of :func:`gather`.
 
     Raises:
-        ValueError: a value has another shape than its parameter.
+        ValueError: a value's shape differs from its parameter's.
 
-    Communication: as :func:`gather`; DTensors and ZeRO-3 parameters are sent out by rank 0.
+    Communication: as :func:`gather`, but rank 0 sends out DTensors and ZeRO-3 parameters; every rank must call.
     """
     reshard(model)
     remaining = {name: owners[name] for name in owners if name in values}
@@ -128,7 +133,7 @@ def _in_fsdp1_units(model: nn.Module, wanted: Mapping[str, Owner], writeback: bo
     names = {(id(module), attribute): name for name, (module, attribute) in wanted.items()}
     units = _fsdp1_units(model)
     if units and units[0]._is_root is None:
-        # before the first forward: FSDP takes the first unit that it meets for the root
+        # Before the first forward FSDP makes the first unit that it summons the root.
         with FullyShardedDataParallel.summon_full_params(units[0], recurse=False, writeback=False):
             pass
     for unit in units:
@@ -151,7 +156,7 @@ def _whole(tensor: Tensor) -> Iterator[Tensor]:
         with _gathered_by_deepspeed(tensor):
             yield tensor
     elif isinstance(tensor.data, DTensor):
-        # offloaded shards lie in CPU memory, the mesh may communicate on another device
+        # Offloaded shards lie in CPU memory, while the mesh may communicate on another device.
         yield tensor.data.to(tensor.data.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
     else:
         yield tensor

@@ -1,8 +1,8 @@
-"""DeepSpeed ZeRO-1, 2, 3 and BF16_Optimizer: slices of flat fp32 master buffers.
+"""The engine of DeepSpeed ZeRO-1, 2, 3 and BF16_Optimizer, whose factors are slices of flat fp32 master buffers.
 
-DeepSpeed has no public way to the gradient that the optimizer is about to read (``safe_get_local_grad`` is stale and
-``safe_set_local_grad`` without effect there), so this reads the buffers themselves. Where the pieces of a factor lie is
-computed from the layout; attach() checks it against what each rank has.
+DeepSpeed has no public access to the gradient that the optimizer is about to read: there ``safe_get_local_grad`` is
+stale and ``safe_set_local_grad`` has no effect. So this module reads the buffers themselves. It computes the positions
+of a factor's pieces from the layout, and attach() compares them with each rank's buffers.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ PLAIN_OPTIMIZER = (
 
 
 def is_deepspeed_optimizer(optimizer: object) -> bool:
-    """Whether this is one of DeepSpeed's wrappers around a torch optimizer."""
+    """Return whether the object is one of DeepSpeed's wrappers around a torch optimizer."""
     return not isinstance(optimizer, torch.optim.Optimizer) and any(
         base.__module__.startswith("deepspeed.") for base in type(optimizer).__mro__
     )
 
 
 class ZeroEngine(BufferEngine):
-    """A ZeRO optimizer. It steps its inner optimizer once per param group, under ZeRO-3 once per sub-group.
+    """The engine of a ZeRO optimizer, with one firing per param group, under ZeRO-3 one per sub-group.
 
     Args:
-        zero: what ``deepspeed.initialize`` returned as optimizer.
+        pairs: the model's adapters.
+        zero: the optimizer that ``deepspeed.initialize`` returned.
 
     Raises:
-        ValueError: the ZeRO variant, or an option of it, is not supported; or a factor is not in its buffers.
+        ValueError: the ZeRO variant or one of its options is not supported, or a factor is not in its buffers.
     """
 
     state_format = "deepspeed"
@@ -77,8 +78,8 @@ class ZeroEngine(BufferEngine):
         zero = self._zero
         if self._kind == _STAGE_3:
             if not in_step:
-                zero.checkpoint_event_prologue()  # partitions what is gathered, so that the gathering below is real
-            # The engine has done this for the sub-groups before the last, with the weights of then.
+                zero.checkpoint_event_prologue()  # partitions gathered parameters: the epilogue gathers them anew
+            # For sub-groups before the last the engine has done this already, with weights that have changed since.
             for index, (working, master) in enumerate(
                 zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True)
             ):
@@ -89,7 +90,7 @@ class ZeroEngine(BufferEngine):
         elif not in_step:
             zero.update_lp_params()
         elif self._kind == _STAGE_1_2:
-            # Only this rank's partitions: the engine gathers all of them at the end of the step.
+            # This rank's partitions are enough: the engine gathers all partitions at the end of the step.
             for partitions, master, group in zip(
                 zero.parallel_partitioned_bit16_groups, self._buffers, zero.real_dp_process_group, strict=True
             ):
@@ -108,18 +109,18 @@ class ZeroEngine(BufferEngine):
                 target.copy_(value.reshape(-1)[piece.start : piece.start + piece.numel])
 
     def _current_buffers(self) -> tuple[set[int], set[int]]:
-        """The buffers that the call under way updates, and those updated before it in the same training step."""
+        """Return the buffers that the current firing updates, and those that earlier firings of the step updated."""
         active = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         current = {index for index, buffer in enumerate(self._buffers) if id(buffer) in active}
-        # The same buffer again: the step before was cut short, and this is a new one.
+        # A buffer that fires again begins a new step: the step before was cut short.
         return current, set() if current & self._fired else self._fired
 
 
 def recognize(model: nn.Module, optimizer: Any, pairs: Sequence[AdapterPair]) -> Engine | None:
-    """The engine, if the optimizer is DeepSpeed's; None if this is another's model.
+    """Return the engine if the optimizer is DeepSpeed's, else None.
 
     Raises:
-        ValueError: DeepSpeed's model without its optimizer, or an option that is not supported.
+        ValueError: the model is DeepSpeed's but the optimizer is not, or an option is not supported.
     """
     if is_deepspeed_optimizer(optimizer):
         return ZeroEngine(pairs, optimizer)
@@ -147,14 +148,14 @@ def _refuse_unsupported(kind: str, zero: Any) -> None:
 
 
 def _partition_groups(kind: str, zero: Any) -> list[dist.ProcessGroup]:
-    """The ranks over which each buffer's parameters are cut."""
+    """Return, for each buffer, the process group over which its parameters are cut."""
     if kind == _STAGE_3:
         return [zero._get_sub_group_process_group(index) for index in range(len(zero.fp16_groups))]
     return list(zero.real_dp_process_group)
 
 
 def _places(kind: str, zero: Any) -> tuple[Sequence[Tensor], dict[int, Piece]]:
-    """This rank's master buffers, and where in them each parameter's part lies, by the parameter's id."""
+    """Return this rank's master buffers, and each parameter's piece in them by the parameter's id."""
     group = _partition_groups(kind, zero)[0]
     if kind == _STAGE_3:
         return zero.fp32_partitioned_groups_flat, _places_stage_3(zero, dist.get_rank(group))
@@ -167,7 +168,10 @@ def _places(kind: str, zero: Any) -> tuple[Sequence[Tensor], dict[int, Piece]]:
 
 
 def _places_stage_3(zero: Any, rank: int) -> dict[int, Piece]:
-    """Every parameter is cut into world_size equal pieces, the last ones padded; a buffer holds a sub-group's."""
+    """Return the pieces under ZeRO-3, by the parameter's id.
+
+    Every parameter is cut into world_size equal pieces, the last ones padded. A buffer holds a sub-group's pieces.
+    """
     places = {}
     for index, parameters in enumerate(zero.fp16_groups):
         offset = 0
@@ -182,9 +186,10 @@ def _places_stage_3(zero: Any, rank: int) -> dict[int, Piece]:
 def _places_stage_1_2(
     groups: Sequence[Sequence[Tensor]], flats: Sequence[Tensor], process_group: dist.ProcessGroup
 ) -> dict[int, Piece]:
-    """All parameters of a group lie in one flat buffer, of which each rank updates an equal part.
+    """Return the pieces under ZeRO-1, ZeRO-2 and BF16_Optimizer, by the parameter's id.
 
-    Offsets come from addresses: with round_robin_gradients DeepSpeed's own mapping does not follow the order.
+    All parameters of a group lie in one flat buffer, and each rank updates an equal part of it. Offsets come from
+    addresses, since DeepSpeed's own mapping does not follow the order with round_robin_gradients.
     """
     world_size, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
     places = {}

@@ -1,4 +1,4 @@
-"""What happens at an optimizer step: ``attach``, its handle, and one step class per kind of method.
+"""The optimizer step: ``attach``, its handle, and one step class per kind of method.
 
-It joins methods, collectives and engines, and adds no mathematics of its own.
+This package joins methods, collectives and engines. It adds no mathematics.
 """

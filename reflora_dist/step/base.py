@@ -1,4 +1,4 @@
-"""The one interface of a step: what a method does around the optimizer's update."""
+"""The interface of a step: what a method does around the optimizer's update."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from .figures import Stopwatch
 
 
 class Step:
-    """What a method does before and after an optimizer's update. This one does nothing: plain LoRA.
+    """The actions of a method before and after an optimizer's update. This base class does nothing: plain LoRA.
 
-    Every call returns None where the method did not begin to act, else the number of pairs that it left as they are,
-    a 0-dim int64 tensor on the communicator's device. A step never waits for the device.
+    ``before_first_step``, ``before_update`` and ``after_update`` return None if the method did not begin to act.
+    Otherwise they return the number of pairs that the method left as they are, a 0-dim int64 tensor on the
+    communicator's device. A step never waits for the device.
 
     Args:
-        engine: whose optimizer is stepped.
-        communicator: over the ranks that together hold one copy of the factors.
+        engine: the engine whose optimizer is stepped.
+        communicator: made for the ranks that together hold one copy of the factors.
 
     Attributes:
         stopwatch: times what the method does in a step.
@@ -29,11 +30,15 @@ class Step:
         self.stopwatch = Stopwatch(communicator.device)
 
     def before_first_step(self, *, due: bool) -> Tensor | None:
-        """At attach time of a new run. On every rank."""
+        """Act when a new run is attached. Called on every rank.
+
+        Args:
+            due: whether the schedule lets the method act before the first step.
+        """
         return None
 
     def before_update(self, firing: Firing, *, due: bool) -> Tensor | None:
-        """Gradients are there, weights are still the old ones. On every rank.
+        """Act when gradients are ready and weights are not updated yet. Called on every rank.
 
         Args:
             firing: the call of ``optimizer.step`` that is about to happen.
@@ -42,17 +47,17 @@ class Step:
         return None
 
     def after_update(self, firing: Firing, *, due: bool) -> Tensor | None:
-        """Weights are updated. On every rank.
+        """Act when the weights of this firing are updated. Called on every rank.
 
         Args:
             firing: the call of ``optimizer.step`` that has happened.
-            due: whether the schedule lets a method act that works on updated factors; False before the last firing.
+            due: whether the schedule lets a method act on updated factors; False before the last firing.
         """
         return None
 
     def figures(self) -> dict[str, float]:
-        """Figures of the factors before the last step in which the method acted. Waits for the device; local."""
+        """Return figures of the factors before the last step in which the method acted. Waits for the device; local."""
         return {}
 
     def close(self) -> None:
-        """The handle is detached."""
+        """Release what the step holds. Called when the handle is detached."""

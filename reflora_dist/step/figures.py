@@ -1,4 +1,4 @@
-"""Figures of the last step in which a method acted, for logs: kept on the device, and computed when asked for."""
+"""Figures of the last step in which a method acted, for logs. They stay on the device until they are asked for."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from ..algebra.types import Matrices
 
 
 class Stopwatch:
-    """Times the laps of a step. On a GPU by events in its stream, for which nothing waits before :meth:`milliseconds`.
+    """Times the laps of a step. On a GPU it records events and waits for them in :meth:`milliseconds` only.
 
     Args:
-        device: where the work is done.
+        device: the device that does the work.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._laps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # used again in every step
+        self._laps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # reused in every step
         self._count = 0
         self._begun = 0.0
         self._seconds = 0.0
 
     def start(self, *, new_step: bool) -> None:
-        """Begin a lap, and with ``new_step`` forget those of the step before."""
+        """Begin a lap; ``new_step`` discards the laps of the step before."""
         if new_step:
             self._count, self._seconds = 0, 0.0
         if self._device.type == "cuda":
@@ -44,7 +44,7 @@ class Stopwatch:
         self._count += 1
 
     def milliseconds(self) -> float:
-        """Of all laps of the last step. Waits for the device."""
+        """Return the milliseconds of all laps of the last step. Waits for the device."""
         milliseconds = 1e3 * self._seconds
         for begin, end in self._laps[: self._count]:
             end.synchronize()
@@ -53,15 +53,15 @@ class Stopwatch:
 
 
 def gram_figures(grams: Matrices) -> dict[str, float]:
-    """Conditioning of the Grams, and balance of the factors that they are of. Waits for the device.
+    """Return the conditioning of Gram matrices and the balance of their factors. Waits for the device.
 
     Args:
         grams: ``{r: [2, P_r, r, r]}`` float64, ``A A^T`` and ``B^T B``.
 
     Returns:
-        ``gram_condition_median`` and ``gram_condition_max``, the ratio of a Gram's largest to its smallest eigenvalue
-        (the square of the factor's condition number), over all factors of full rank; and the figures of
-        :func:`balance_figures`. What no pair has is left out, so that every value is finite.
+        ``gram_condition_median`` and ``gram_condition_max`` over all factors of full rank, and the figures of
+        :func:`balance_figures`. A Gram matrix's condition number is the ratio of its largest to its smallest
+        eigenvalue, the square of the factor's. A figure that no pair has is left out, so every value is finite.
     """
     conditions, squared_norms = [], []
     for lora_rank, both in grams.items():
@@ -80,14 +80,14 @@ def gram_figures(grams: Matrices) -> dict[str, float]:
 
 
 def balance_figures(squared_norms: Tensor) -> dict[str, float]:
-    """Balance of the factors. Waits for the device.
+    """Return the balance of the factors. Waits for the device.
 
     Args:
         squared_norms: ``[2, P]`` float64, ``|A|_F^2`` and ``|B|_F^2``.
 
     Returns:
-        ``balance_min``, ``balance_median`` and ``balance_max`` of ``|A|_F / |B|_F`` over the pairs of which neither
-        factor is zero; nothing if there is none.
+        ``balance_min``, ``balance_median`` and ``balance_max`` of ``|A|_F / |B|_F`` over the pairs without a zero
+        factor; an empty dictionary if there is no such pair.
     """
     balance = (squared_norms[0] / squared_norms[1]).sqrt().cpu()
     balance = balance[balance.isfinite() & (balance > 0)]

@@ -1,4 +1,4 @@
-"""One optimizer step: gradients refactored before the update, or factors rescaled after it."""
+"""The step of a method that changes gradients before the update."""
 
 from __future__ import annotations
 
@@ -24,24 +24,26 @@ from .solver import Solver, count_unsolved
 class GradientStep(Step):
     """Applies a GradientMethod to the gradients that an engine is about to use.
 
-    Rows that are cut are made whole, Grams are summed, the method answers with small matrices, gradients are multiplied
-    by them where they lie, and rows that were cut go back.
+    Ranks exchange rows that are cut, sum their Gram matrices, solve for the method's r-sized matrices, multiply their
+    blocks of the gradients by these, and send the rows back.
 
-    Communication per step: one all-reduce of the Grams, for a method that uses gradients one per firing; the solver's
-    all-gather; where factors move, two exchanges per firing; and of float16 gradients an all-reduce of a flag per pair,
-    per firing. None if every rank holds the factors whole.
+    A pair whose new gradient would leave the range of float16 is left as plain LoRA. If two firings update its factors,
+    the first factor may be updated before the second gradient turns out too large: then only the second factor is left
+    as plain LoRA.
 
-    A pair whose new gradient would leave the range of float16 is left as plain LoRA. Of one whose factors are updated
-    by two firings, the first factor may be updated by then: only the second is left so.
+    Communication per step: one all-reduce of the Gram matrices, or one per firing for a method that uses gradients; the
+    solver's all-gather; two exchanges per firing if factors move; for float16 gradients one all-reduce per firing of a
+    flag per pair. None if every rank holds the factors whole.
 
     Args:
-        engine, retiler, communicator: over the same ranks.
-        solver: of the method.
-        uses_gradients: whether the method needs Grams of ``[X, grad_X]``.
-        hopeless: pairs for which the method does not exist, whose gradients are left alone.
+        engine, retiler, communicator: made for the same ranks.
+        solver: the solver of the method.
+        uses_gradients: whether the method needs Gram matrices of ``[X, grad_X]``.
+        hopeless: numbers of the pairs for which the method does not exist; their gradients stay as they are.
 
     Attributes:
-        grams: ``{r: [2, P_r, r, r]}``, of the factors before the last step; empty before the first.
+        grams: ``{r: [2, P_r, r, r]}`` float64, Gram matrices of the factors before the last step; empty before the
+            first.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class GradientStep(Step):
         self._acts_on = tuple(factor // 2 not in hopeless for factor in range(2 * len(engine.pairs)))
         self._transform: Transform | None = None
         self._guard = HalfGuard(communicator) if engine.has_half_gradients() else None
-        self._left: Tensor | None = None  # pairs that the guard has left as they are in this step
+        self._left: Tensor | None = None  # ``[P]`` bool, pairs that the guard has restored in this step
         self._solved: dict[int, Tensor] = {}
         by_rank = self._blocks.pairs_by_rank if self._guard is not None else {}
         self._pairs = {r: torch.tensor(pairs, device=communicator.device) for r, pairs in by_rank.items()}
@@ -86,7 +88,7 @@ class GradientStep(Step):
         """Replace the gradients of this firing.
 
         Returns:
-            The number of pairs left as plain LoRA, a 0-dim tensor, once in a step; on its other firings None.
+            The number of pairs left as plain LoRA, a 0-dim tensor, in one firing of each step; None in the others.
         """
         act = self._with_gradients if self._uses_gradients else self._with_weights
         if not all(self._acts_on):
@@ -108,8 +110,8 @@ class GradientStep(Step):
     def _with_weights(self, firing: Firing) -> Transform:
         gradients = self._engine.gradients()
         if firing.first:
-            self.grams = {}  # not kept beside new ones
-            # The weights of all sub-groups are still those of before the step only now, so S is formed once.
+            self.grams = {}  # frees the old ones before new ones are made
+            # Only in the first firing are all weights those before the step, so S is formed here for all firings.
             weights: Channel = self._engine.weights()
             of_weights, blocks = self._retiler.to_blocks([weights, gradients], [self._everything, firing.present])
             self.grams = reduce_grams(self._blocks.grams(of_weights), self._comm)
@@ -126,7 +128,7 @@ class GradientStep(Step):
 
     def _with_gradients(self, firing: Firing) -> Transform:
         weights, gradients = self._engine.weights(), self._engine.gradients()
-        # the other side's factor may have been updated by an earlier firing; its Gram of before the step is kept
+        # An earlier firing may have updated the pair's other factor, so its Gram matrix before the step is kept.
         present = self._everything if firing.first else firing.present
         streams = self._retiler.to_blocks([weights, gradients], [present, firing.present])
         grams = reduce_grams(self._blocks.stacked_grams(streams), self._comm)

@@ -1,6 +1,7 @@
-"""float16 ends at 65504: a pair whose new values would lie beyond keeps its old ones, on all ranks alike.
+"""The guard of float16's range: a pair whose new values would exceed 65504 keeps its old ones, on all ranks alike.
 
-Factors of unlike size make gradients larger by as much, which float32 and bfloat16 hold.
+Factors of unequal norm enlarge the refactored gradients by the ratio of their norms. float32 and bfloat16 can hold
+these values.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from ..algebra.tensor_lists import PerTensor
 from ..collectives.communicator import Communicator
 from ..collectives.exchange import Channel
 
-FLAG_BYTES = 4  # of each pair, in the all-reduce
+FLAG_BYTES = 4  # per pair, in the all-reduce
 
 
 class HalfGuard:
-    """Keeps what tensors are before a change, and puts it back where the change leaves a pair not finite.
+    """Copies tensors before a change and restores those of every pair that is not finite after it.
 
     Args:
-        communicator: over the ranks that together hold one copy of every factor.
+        communicator: made for the ranks that together hold one copy of every factor.
     """
 
     def __init__(self, communicator: Communicator) -> None:
@@ -32,21 +33,25 @@ class HalfGuard:
         self._before: list[list[Tensor]] = []
 
     def keep(self, channels: Sequence[Channel]) -> None:
-        """Copy what is about to change in place: per channel the local tensor of every factor, or None."""
+        """Copy tensors that are about to change in place.
+
+        Args:
+            channels: per channel the local tensor of every factor, or None.
+        """
         self._channels = [[self._nothing if tensor is None else tensor for tensor in channel] for channel in channels]
         self._before = [[tensor.clone() for tensor in channel] for channel in self._channels]
 
     def restore(self, also: Tensor | None = None, never: Tensor | None = None) -> Tensor:
-        """Put back all tensors of every pair of which one, on any rank, is not finite.
+        """Restore all tensors of every pair with an element that is not finite on any rank.
 
-        That includes a pair that was not finite before: the optimizer gets its tensors bit for bit.
+        A pair that was not finite before the change is restored too, bit for bit.
 
         Args:
-            also: ``[P]`` bool, pairs to put back in any case; the same on all ranks.
-            never: likewise, those not to put back.
+            also: ``[P]`` bool, pairs to restore in any case; the same on all ranks.
+            never: ``[P]`` bool, pairs to leave as they are now; the same on all ranks. It overrides ``also``.
 
         Returns:
-            ``[P]`` bool, the pairs that are as they were; the same on all ranks.
+            ``[P]`` bool, the pairs that were restored; the same on all ranks.
 
         Communication: one all-reduce of an int32 per pair; none if every rank holds the factors whole.
         """

@@ -1,4 +1,4 @@
-"""attach(): find the engine, plan the layout, place the hooks."""
+"""attach() and its handle: they find the engine, make the method's step and register the optimizer's hooks."""
 
 from __future__ import annotations
 
@@ -35,38 +35,38 @@ _attached: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 def attach(
     model: nn.Module, optimizer: Any, config: RefLoRAConfig, *, state_dict: Mapping[str, Any] | None = None
 ) -> Handle:
-    """Make an optimizer refactor the model's LoRA adapters. Call on every rank, after wrapping.
+    """Make an optimizer apply a method to the model's LoRA adapters. Call it on every rank, after wrapping.
 
-    Gradients are changed in place: like any training loop, clear them after every step. A step that GradScaler leaves
-    out because of an overflow is not counted, unless a fused optimizer hides that from its hooks. An optimizer's step
-    that is compiled goes on without the hooks in its graph, so not with ``fullgraph=True``.
+    The method changes gradients in place, so clear them after every step, as any training loop does. A step that
+    GradScaler skips because of an overflow is not counted, unless a fused optimizer hides the overflow from its hooks.
+    A compiled optimizer step runs with the hooks outside its graph, so ``fullgraph=True`` does not work.
 
     Args:
         model: the PEFT model, bare or as DDP, fully_shard, FSDP, deepspeed.initialize or accelerator.prepare
             returned it.
-        optimizer: likewise; any elementwise torch optimizer, for "reflora-s" one of the Adam family, for "lora-rite" a
-            LoRARite.
+        optimizer: the optimizer, bare or as one of these returned it: any elementwise torch optimizer; for "reflora-s"
+            one of the Adam family, for "lora-rite" a LoRARite.
         config: the method and its schedule, the same on all ranks.
-        state_dict: of a handle, to continue a run whose factors and optimizer state are loaded already.
+        state_dict: a handle's saved state, to continue a run. Load its factors and optimizer state before.
 
     Returns:
         A handle for reports, checkpoints and detaching.
 
     Raises:
-        TypeError, ValueError, RuntimeError: on every rank and before anything changes, if there is no adapter, a
-            pair or optimizer that cannot be handled, an optimizer that does not own the factors, an option of the
-            engine that is not supported, or ranks that disagree.
+        TypeError, ValueError, RuntimeError: on every rank and before anything changes. The model has no adapter, a
+            pair, the optimizer or an option of the engine is not supported, the optimizer does not hold the factors,
+            ``state_dict`` does not fit, or ranks disagree.
 
-    Communication: one all-gather of a few numbers, for "lora-rite" also one of small objects; for "reflora-s" with
-    ``warmup_steps=0`` also the first rescaling. At the first step, where ranks hold factors whole, one all-reduce of
-    two numbers.
+    Communication: one all-gather of a few numbers; for "lora-rite" and with ``state_dict`` each one more of small
+    objects; for "reflora-s" with ``warmup_steps=0`` the first rescaling. At the first step, if ranks hold the factors
+    whole, one all-reduce of two numbers.
     """
     engine, error = None, None
     try:
         engine = _find(model, optimizer, config)
         if state_dict is not None:
             check_state(state_dict, config, engine.pairs)
-    except Exception as caught:  # whatever it is: the other ranks must hear of it
+    except Exception as caught:  # any error, since the other ranks must raise it too
         engine, error = None, caught
     state = "" if state_dict is None else json.dumps(dict(state_dict), sort_keys=True, default=str)
     resumed = compare_ranks(engine, config, state, error)
@@ -76,7 +76,7 @@ def attach(
         _warn(
             f"r is above in or out of {len(hopeless)} of {len(engine.pairs)} adapters "
             f"({engine.pairs[hopeless[0]].name}, ...), where "
-            f"{config.method} does not exist: they are plain LoRA throughout; a lower r there (rank_pattern) mends it"
+            f"{config.method} has no solution: these train as plain LoRA; to change that, lower their r (rank_pattern)"
         )
     _tell_what_flat_adapters_cost(engine, config)
     handle = Handle(model, config, engine, hopeless)
@@ -89,7 +89,11 @@ def attach(
 
 
 class Handle:
-    """The link between a model's adapters and their optimizer. Made by :func:`attach`."""
+    """The link between a model's adapters and their optimizer. Made by :func:`attach`.
+
+    Attributes:
+        config: the method and its schedule.
+    """
 
     def __init__(self, model: nn.Module, config: RefLoRAConfig, engine: Engine, hopeless: Sequence[int]) -> None:
         self.config = config
@@ -105,7 +109,7 @@ class Handle:
         self._is_no_step = False
         self._sent_bytes = 0
         self._step = make_step(engine, config, self._comm, hopeless)
-        # a compiled step would be traced into the hooks, and not see that kernels change gradients by their addresses
+        # torch.compile would trace into the hooks, and cannot see that kernels change gradients by their addresses
         untraced = functools.partial(torch.compiler.disable, reason="reflora_dist's hooks cannot be part of a graph")
         self._hooks = [
             engine.optimizer.register_step_pre_hook(untraced(self._before_update)),
@@ -114,7 +118,7 @@ class Handle:
         _attached.add(engine.optimizer)
 
     def report(self) -> Report:
-        """Figures of this rank so far. Waits for the device; local, no communication."""
+        """Return this rank's figures so far. Waits for the device; local, no communication."""
         lora_ranks: dict[int, int] = {}
         for pair in self._engine.pairs:
             lora_ranks[pair.lora_rank] = lora_ranks.get(pair.lora_rank, 0) + 1
@@ -133,14 +137,20 @@ class Handle:
         )
 
     def figures(self) -> dict[str, float]:
-        """Of the last step in which the method acted, for logs. Waits for the device; local, no communication.
+        """Return figures of the last step in which the method acted, for logs.
+
+        Waits for the device; local, no communication.
 
         Returns:
-            Empty until the method has acted, and for method="lora". Then ``step_ms``, that it took on this rank (for
-            "lora-rite" the whole update, and work on a side stream not counted); ``bytes_per_step`` that this rank
-            sent; ``skipped_pairs`` as in the report; ``balance_min``, ``balance_median`` and ``balance_max`` of
-            ``|A| / |B|`` before the step; and where it forms Grams, ``gram_condition_median`` and
-            ``gram_condition_max`` of these. All are finite.
+            A dictionary of finite numbers, empty until the method has acted and for method="lora":
+
+            - ``step_ms``: milliseconds that the method took on this rank, without work on a side stream; for
+              "lora-rite" the whole update.
+            - ``bytes_per_step``: bytes that this rank sent.
+            - ``skipped_pairs``: as in the report.
+            - ``balance_min``, ``balance_median``, ``balance_max``: ``|A| / |B|`` over the pairs, before the step.
+            - ``gram_condition_median``, ``gram_condition_max``: condition numbers of the Gram matrices, if the method
+              forms any.
         """
         figures = self._step.figures()
         if not figures:
@@ -152,12 +162,15 @@ class Handle:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint has to keep, JSON-ready and the same on all ranks."""
+        """Return the state that a checkpoint keeps, JSON-ready and the same on all ranks. Waits for the device."""
         skipped_pairs = int(self._skipped_pairs)
         return handle_state(self.config, self._steps, self._applied_steps, skipped_pairs, self._engine.pairs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue a run's schedule. The factors and the optimizer's state are the engine's to load.
+        """Continue the schedule of a saved run. The engine loads the factors and the optimizer's state, not this.
+
+        Args:
+            state_dict: what :meth:`state_dict` returned.
 
         Raises:
             ValueError: the state was written by another version, for another method or other adapters.
@@ -170,7 +183,10 @@ class Handle:
         self._skipped_pairs.fill_(int(state_dict["skipped_pairs"]))
 
     def detach(self) -> None:
-        """Take the hooks off the optimizer: training goes on as plain LoRA, but LoRARite's does not. On every rank."""
+        """Remove the hooks from the optimizer. Call it on every rank.
+
+        Training may continue as plain LoRA, except with LoRARite, whose ``step`` raises once it is detached.
+        """
         for hook in self._hooks:
             hook.remove()
         if self._hooks:
@@ -217,7 +233,7 @@ class Handle:
             self._applied_steps += 1
 
     def _refuse_gradients_that_nobody_reduces(self) -> None:
-        """Where every rank holds the factors whole, something has to keep them equal. On every rank."""
+        """Refuse gradients that differ between ranks that hold the factors whole. Every rank must call."""
         engine = self._engine
         if engine.group is None and differ_between_replicas(engine, engine.gradients()):
             raise RuntimeError(
@@ -244,7 +260,7 @@ def _find(model: nn.Module, optimizer: Any, config: RefLoRAConfig) -> Engine:
 
 
 def _refuse_broken_factors(engine: Engine) -> None:
-    """A run that continues has factors to go on from. On every rank; one all-gather of small objects."""
+    """Refuse loaded factors that are not finite. Every rank must call; one all-gather of small objects."""
     with agreed("reading the factors"):
         names = engine._factor_names()
         broken = [n for n, w in zip(names, engine.weights(), strict=True) if not bool(torch.isfinite(w).all())]
@@ -253,7 +269,7 @@ def _refuse_broken_factors(engine: Engine) -> None:
 
 
 def _tell_what_flat_adapters_cost(engine: Engine, config: RefLoRAConfig) -> None:
-    """Once, before training."""
+    """Warn before training of the traffic that flat lora_A cause in every step."""
     flat = [layout for layout in engine.layouts() if layout.moves and layout.columns]
     if METHODS[config.method].channels_there and flat:
         megabytes = 3 * 4e-6 * sum(layout.numel for layout in flat)
@@ -266,9 +282,10 @@ def _tell_what_flat_adapters_cost(engine: Engine, config: RefLoRAConfig) -> None
 
 
 def _fills_state() -> bool:
-    """Whether torch.distributed.checkpoint is filling an empty optimizer state, by a step of size zero.
+    """Return whether torch.distributed.checkpoint is filling an empty optimizer state by a step of size zero.
 
-    A first step of a learning-rate warm-up looks the same from here, and torch does it on some ranks only.
+    The call stack tells: the first step of a learning-rate warm-up has size zero as well. Ranks cannot be asked, since
+    torch takes this step on some ranks only.
     """
     frame = sys._getframe()
     while frame is not None and frame.f_code.co_name != "_init_optim_state":

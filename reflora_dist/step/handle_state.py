@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of a handle, and whether it fits the run that continues."""
+"""The state of a handle in a checkpoint, and the checks that it fits the run that continues."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..methods.config import RefLoRAConfig
 _VERSION = 1
 _PEFT_PREFIX = "base_model.model."
 _FIELDS = {"version": int, "config": Mapping, "steps": int, "applied_steps": int, "skipped_pairs": int}
-_MAY_CHANGE = {"method"}  # which is refused
+_MAY_CHANGE = {"method"}  # no warning is needed: check_state refuses another method
 
 
 def handle_state(
@@ -23,7 +23,10 @@ def handle_state(
     skipped_pairs: int = 0,
     pairs: Sequence[AdapterPair] | None = None,
 ) -> dict[str, Any]:
-    """A handle's state dictionary; by itself that of a run whose steps so far were plain LoRA on unknown adapters."""
+    """Return a handle's state dictionary.
+
+    With the defaults it is that of a run whose steps so far were plain LoRA on unknown adapters.
+    """
     state = {
         "version": _VERSION,
         "config": config.as_dict(),
@@ -37,19 +40,21 @@ def handle_state(
 
 
 def describe_storage(pairs: Sequence[AdapterPair]) -> list[Any]:
-    """How many lora_A are stored as ``[in, r]``, and a digest of which."""
+    """Return how many lora_A are stored tall, as ``[in, r]``, and a digest of their names."""
     tall = [_peft_name(pair) for pair in pairs if pair.stored_tall]
     return [len(tall), _digest(tall)]
 
 
 def check_storage(state: Mapping[str, Any], pairs: Sequence[AdapterPair], saved: str = "the saved state") -> None:
-    """Make sure that factors, moments and flat buffers of a run are read as they were written.
+    """Make sure that this model stores lora_A in the form in which the run wrote factors, moments and flat buffers.
 
     Args:
-        state: of a handle. Those of releases that stored no factor tall do not say.
+        state: a handle's saved state. Without ``stored_tall`` (earlier releases) no factor was stored tall.
+        pairs: this model's adapters.
+        saved: name of the state in error messages.
 
     Raises:
-        ValueError: they would be read transposed: in silence where an engine keeps flat buffers.
+        ValueError: lora_A would be read transposed. An engine with flat buffers would not notice.
     """
     if "adapters" not in state:  # a run whose steps so far were plain LoRA on unknown adapters
         return
@@ -64,14 +69,17 @@ def check_storage(state: Mapping[str, Any], pairs: Sequence[AdapterPair], saved:
             "finetune.py --tall_adapters False)"
         )
         raise ValueError(
-            f"{saved} is of a run that stored {before[0]} lora_A tall, as [in, r], and this model stores {now[0]} of "
-            f"{len(pairs)} so: their optimizer state would be read transposed. To continue, {remedy}; or start a new "
-            "run from the adapter, whose files are the same either way (PeftModel.from_pretrained)"
+            f"{saved} is of a run that stored {before[0]} lora_A tall, as [in, r], but this model stores {now[0]} "
+            f"of {len(pairs)} tall: their optimizer state would be read transposed. To continue, {remedy}; or start a "
+            "new run from the adapter, whose files do not depend on the storage (PeftModel.from_pretrained)"
         )
 
 
 def describe_adapters(pairs: Sequence[AdapterPair]) -> dict[str, list[Any]]:
-    """By r and scaling how many there are, and a digest of their names: all that changes when LoraConfig does."""
+    """Return, by r and scaling, the number of adapters and a digest of their names.
+
+    A change of LoraConfig that changes the update changes one of these.
+    """
     names: dict[str, list[str]] = {}
     for pair in pairs:
         names.setdefault(f"r={pair.lora_rank}, scaling={pair.scaling:g}", []).append(_peft_name(pair))
@@ -81,8 +89,13 @@ def describe_adapters(pairs: Sequence[AdapterPair]) -> dict[str, list[Any]]:
 def check_adapters(state: Mapping[str, Any], pairs: Sequence[AdapterPair], saved: str = "the saved state") -> None:
     """Make sure that a run continues with the adapters that it had.
 
+    Args:
+        state: a handle's saved state.
+        pairs: this model's adapters.
+        saved: name of the state in error messages.
+
     Raises:
-        ValueError: others, or another r or scaling (lora_alpha, use_rslora).
+        ValueError: the adapters, their r or their scaling (lora_alpha, use_rslora) differ.
     """
     before, now = state.get("adapters"), describe_adapters(pairs)
     if before is None or before == now:
@@ -91,7 +104,7 @@ def check_adapters(state: Mapping[str, Any], pairs: Sequence[AdapterPair], saved
     _require_descriptions(before, saved)
     if _listed(before) == _listed(now):
         raise ValueError(
-            f"{saved} is of adapters of other layers, or with other names, than this model's ({pairs[0].name}, ...): "
+            f"{saved} is of adapters with other layers or names than this model's ({pairs[0].name}, ...): "
             "give LoraConfig the target_modules of that run, and activate its adapters"
         )
     raise ValueError(
@@ -104,7 +117,7 @@ def check_state(state: Mapping[str, Any], config: RefLoRAConfig, pairs: Sequence
     """Make sure that a handle can continue from a state.
 
     Raises:
-        ValueError: it is no handle's, of another version or method, or of other adapters or ones stored otherwise.
+        ValueError: the state is not a handle's, or its version, method, adapters or storage of lora_A differ.
     """
     if not state:
         raise ValueError("state_dict is empty: the checkpoint was saved without a handle, so leave state_dict out")
@@ -123,7 +136,7 @@ def check_state(state: Mapping[str, Any], config: RefLoRAConfig, pairs: Sequence
 
 
 def changed_settings(state: Mapping[str, Any], config: RefLoRAConfig) -> str:
-    """What of the method's settings is not as it was in the run that goes on; empty if nothing is."""
+    """Return a text that lists the settings that differ from the saved run's; empty if none does."""
     saved = state["config"]
     return ", ".join(
         f"{name}={value!r} in place of {saved[name]!r}"
@@ -133,12 +146,12 @@ def changed_settings(state: Mapping[str, Any], config: RefLoRAConfig) -> str:
 
 
 def _peft_name(pair: AdapterPair) -> str:
-    """Without modules around the PEFT model, which need not be there again."""
+    """Return the pair's name without modules around the PEFT model, which another run may not have."""
     return pair.name[max(0, pair.name.find(_PEFT_PREFIX)) :]
 
 
 def _require_descriptions(descriptions: Mapping[str, Any], source: str) -> None:
-    """Each is a number and a digest."""
+    """Make sure that each description is a number and a digest."""
     for name, value in descriptions.items():
         pair = value if isinstance(value, Sequence) and len(value) == 2 else (None, None)
         if not (isinstance(pair[0], int) and isinstance(pair[1], str)):

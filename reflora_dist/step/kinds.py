@@ -1,4 +1,4 @@
-"""Which class of step carries out which kind of method."""
+"""The choice of the step class for each kind of method."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from .solver import Solver
 
 
 def make_step(engine: Engine, config: RefLoRAConfig, communicator: Communicator, hopeless: Sequence[int]) -> Step:
-    """The step of the configured method.
+    """Make the step of the configured method. Every rank must call.
 
     Args:
-        engine: recognized, with its pairs.
+        engine: the engine that was found, with its pairs.
         config: the method and its settings.
-        communicator: over the engine's group.
+        communicator: made for the engine's group.
         hopeless: numbers of the pairs on which the method can never act.
 
     Raises:
         ValueError: on every rank; the optimizer's state is that of another optimizer.
 
-    Communication: for a method that is an optimizer one all-gather of small objects.
+    Communication: one all-gather of small objects for a method that is an optimizer, otherwise none.
     """
     method = METHODS[config.method]
     if issubclass(method, RescalingMethod):
@@ -49,6 +49,6 @@ def make_step(engine: Engine, config: RefLoRAConfig, communicator: Communicator,
 
 
 def _retiler(engine: Engine, communicator: Communicator) -> Retiler:
-    """float64 factors are exchanged as they are, all others as float32."""
+    """Make the retiler. It exchanges float64 if any factor is float64, otherwise float32."""
     double = any(weight.dtype == torch.float64 for weight in engine.weights())
     return Retiler(engine.layouts(), communicator, torch.float64 if double else torch.float32)

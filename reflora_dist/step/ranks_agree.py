@@ -1,6 +1,6 @@
-"""Before training starts all ranks compare what they found, so that an error is an error everywhere.
+"""The comparison of all ranks' findings before training: an error on one rank is raised on every rank.
 
-What is compared has a fixed size, whatever the model and the number of adapters: a digest of each finding.
+Ranks exchange a digest of each finding, so the message has a fixed size for any model and number of adapters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclasses.dataclass(frozen=True)
 class _Finding:
-    """What one rank found; all ranks must have found the same texts."""
+    """The findings of one rank. The texts must be the same on all ranks."""
 
     texts: dict[str, str]
     error: str = ""
@@ -32,36 +32,37 @@ class _Finding:
     kernels: bool = False
 
     def packed(self) -> list[int]:
-        """As int64 numbers."""
+        """Return the finding as numbers that fit into int64."""
         digests = [_digest(self.texts.get(name, "")) for name in _COMPARED]
         return [bool(self.error), self.has_moments, self.kernels, _signed(self.checksum), *digests]
 
 
 _COMPARED = ("config", "engine", "pairs", "layout", "optimizer", "state")
 _ERROR, _MOMENTS, _KERNELS, _CHECKSUM, _FIRST_DIGEST = range(5)
-_LONGEST = 2000  # characters of a text that are shown where ranks disagree
+_LONGEST = 2000  # characters of a text in an error message
 
 
 def compare_ranks(engine: Engine | None, config: RefLoRAConfig, state: str, error: Exception | None) -> bool:
-    """Compare the ranks' findings.
+    """Compare the findings of all ranks. Every rank must call.
 
     Args:
-        engine: what this rank found, or None if it met ``error``.
-        config: of this rank.
-        state: of the handle to continue, as text; empty for a new run.
-        error: to be raised, here as it is and elsewhere with this rank's number.
+        engine: the engine that this rank found, or None if it met ``error``.
+        config: this rank's configuration.
+        state: the state of the handle to continue, as text; empty for a new run.
+        error: this rank's error, or None. It is raised here as it is, on other ranks with this rank's number.
 
     Returns:
         Whether any rank's optimizer holds moments of earlier steps (a resumed run).
 
     Raises:
-        ValueError: ranks disagree on the configuration, the engine or the adapters, or replicas differ.
+        ValueError: ranks disagree on the configuration, the engine, the adapters, the layout, the optimizer or the
+            state; replicas differ; or another rank met an error.
 
-    Communication: one all-gather of ten int64 numbers over all ranks; two broadcasts of a text if they disagree.
+    Communication: one all-gather of ten int64 numbers over all ranks; if they disagree, two broadcasts of a text.
     """
     try:
         own = _finding(engine, config, state, error)
-    except Exception as caught:  # whatever it is: the other ranks wait for this one's finding
+    except Exception as caught:  # any error, since the other ranks wait for this rank's finding
         error = caught
         own = _finding(None, config, state, error)
     found = _all_gather(own.packed())
@@ -80,7 +81,7 @@ def compare_ranks(engine: Engine | None, config: RefLoRAConfig, state: str, erro
 
 
 def differ_between_replicas(engine: Engine, tensors: Sequence[Tensor | None]) -> bool:
-    """Whether ranks that should hold the same tensors, bit for bit, do not. Waits for the device.
+    """Return whether any replica's tensors differ, bit for bit, from the others'. Waits for the device.
 
     Communication: one all-reduce of two int64 numbers over the replicas; every rank must call.
     """
@@ -113,7 +114,7 @@ def _finding(engine: Engine | None, config: RefLoRAConfig, state: str, error: Ex
 
 
 def _all_gather(numbers: list[int]) -> Tensor:
-    """``[ranks, len(numbers)]`` int64, on the host."""
+    """Return the numbers of all ranks, ``[ranks, len(numbers)]`` int64, on the host."""
     own = torch.tensor(numbers, dtype=torch.int64)
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return own[None]
@@ -124,7 +125,7 @@ def _all_gather(numbers: list[int]) -> Tensor:
 
 
 def _from_rank(rank: int, text: str) -> str:
-    """One rank's text, on all ranks."""
+    """Return one rank's text on all ranks. Communication: one broadcast."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return text
     holder = [text]
@@ -137,12 +138,12 @@ def _digest(text: str) -> int:
 
 
 def _signed(value: int) -> int:
-    """An integer of any size as 63 bits, so that its negative is one, too."""
+    """Reduce an integer of any size to one in [0, 2^63 - 1), so that it and its negative fit into int64."""
     return value % (2**63 - 1)
 
 
 def _kernel_device(engine: Engine) -> torch.device:
-    """Where products are formed: where the shards lie, or the accelerator if an offloaded optimizer holds them."""
+    """The device that forms products: the shards' own, or the accelerator for shards that an optimizer offloads."""
     device = engine.weights()[0].device
     offloaded = device.type == "cpu" and engine.group is not None and torch.cuda.is_available()
     return torch.device("cuda", torch.cuda.current_device()) if offloaded else device
@@ -162,7 +163,7 @@ def _shown(ranks: Sequence[int]) -> str:
 
 
 def _checksum(tensors: Sequence[Tensor]) -> int:
-    """Sum of the tensors' bit patterns: equal bits give equal sums, in any order."""
+    """Sum the tensors' bit patterns as integers: equal bits give equal sums, in any order of summation."""
     sums = [tensor.contiguous().view(_INTEGERS[tensor.element_size()]).sum() for tensor in tensors]
     values = torch.stack(sums).tolist() if sums else []
     return sum(position * int(value) for position, value in enumerate(values, start=1))

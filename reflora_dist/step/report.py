@@ -1,4 +1,4 @@
-"""What attach() found and what the last steps did, in numbers."""
+"""The report of a handle: what attach() found, and figures of the steps so far."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ class Report:
     """Figures of one rank.
 
     Attributes:
-        method: of the configuration.
+        method: the configured method.
         engine: "single", "ddp", "fsdp1", "fsdp2", "zero1", "zero2", "zero3" or "zero1 (BF16_Optimizer)".
-        layout: "whole", "tall" (rows of the tall factors) or "flat" (some lora_A are stored ``[r, in]`` and cut:
-            re-tiled at every step).
-        world_size: ranks of the job.
-        num_pairs: LoRA adapters that the method acts on.
-        lora_ranks: the r that occur, and how many pairs have each.
-        collectives_per_step: by kind, as issued in the last optimizer step (forward, backward and what the
-            engine sends are not in it).
-        bytes_per_step: bytes that this rank sent in them; an all-reduce counts 2 (N - 1) / N times its payload.
+        layout: "whole", "tall" (each rank holds rows of the tall factors) or "flat" (some lora_A are stored
+            ``[r, in]`` and cut, so every step moves them between ranks).
+        world_size: number of ranks in the job.
+        num_pairs: number of LoRA adapters that the method acts on.
+        lora_ranks: number of pairs by r.
+        collectives_per_step: number of collectives by kind in the last optimizer step, without those of forward,
+            backward and the engine.
+        bytes_per_step: bytes that this rank sent in these collectives; an all-reduce counts 2 (N - 1) / N times its
+            payload.
         steps: optimizer steps since the start of training.
-        applied_steps: those of them in which the method was applied.
-        skipped_pairs: pairs for which the method had no solution, or none that float16 factors can hold, which left
-            them plain LoRA, summed over the applied steps; for "lora-rite" pairs of which a gradient was too large to
-            be used, or the update.
+        applied_steps: steps in which the method was applied.
+        skipped_pairs: pairs left as plain LoRA because the method had no solution, or none that float16 factors can
+            hold; for "lora-rite" pairs whose gradient or update was too large. Summed over the applied steps.
     """
 
     method: str
@@ -41,7 +41,7 @@ class Report:
     skipped_pairs: int
 
     def as_dict(self) -> dict[str, Any]:
-        """The figures as a JSON-ready dictionary."""
+        """Return the figures as a JSON-ready dictionary."""
         values = dataclasses.asdict(self)
         values["lora_ranks"] = {str(lora_rank): count for lora_rank, count in self.lora_ranks.items()}
         return values

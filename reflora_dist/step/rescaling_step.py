@@ -13,7 +13,7 @@ from .base import Step
 from .figures import balance_figures
 from .half import HalfGuard
 
-# Where Adam's variants keep what scales like 1 / factor, and like 1 / factor^2.
+# State keys of Adam's variants: first moments scale like 1 / factor, second moments like 1 / factor^2.
 _FIRST_MOMENTS = ("exp_avg",)
 _SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
 _NEEDED = {"exp_avg", "exp_avg_sq"}
@@ -22,13 +22,13 @@ _NEEDED = {"exp_avg", "exp_avg_sq"}
 class RescalingStep(Step):
     """Applies a RescalingMethod to the factors and to Adam's moments.
 
-    Communication per call: one all-reduce of two float64 values per pair, and of float16 factors one of a flag per
-    pair; none if ranks hold the factors whole.
+    A pair whose new factors or moments would leave the range of float16 stays as it is.
 
-    A pair whose new factors or moments would leave the range of float16 is left as it is.
+    Communication per call: one all-reduce of two float64 values per pair; for float16 factors one more of a flag per
+    pair; none if every rank holds the factors whole.
 
     Attributes:
-        squared_norms: ``[2, P]``, of lora_A and lora_B before the last rescaling; None before the first.
+        squared_norms: ``[2, P]`` float64, of lora_A and lora_B before the last rescaling; None before the first.
     """
 
     def __init__(self, method: RescalingMethod, engine: Engine, communicator: Communicator) -> None:
@@ -54,7 +54,14 @@ class RescalingStep(Step):
         return skipped
 
     def __call__(self, in_step: bool) -> Tensor:
-        """Rescale; ``in_step`` as in ``Engine.publish_weights``. Returns the number of pairs left as they are."""
+        """Rescale the factors and moments. Every rank must call.
+
+        Args:
+            in_step: as in ``Engine.publish_weights``.
+
+        Returns:
+            The number of pairs left as they are, a 0-dim int64 tensor.
+        """
         weights = self._engine.weights()
         squared_norms = self._per_tensor.squares(weights).to(self._comm.device)
         (squared_norms,) = self._comm.all_reduce([squared_norms])
@@ -71,7 +78,7 @@ class RescalingStep(Step):
         return (~solved).sum()
 
     def _moments(self) -> dict[str, list[Tensor | None]]:
-        """By name those that there are: none before the first step, and AMSGrad's rarely."""
+        """Return the existing moments by name: none before the first step, ``max_exp_avg_sq`` with AMSGrad only."""
         states = self._engine.moments()
         for state in states:
             if state and not state.keys() >= _NEEDED:

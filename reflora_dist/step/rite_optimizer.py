@@ -1,4 +1,4 @@
-"""LoRARite: the optimizer of LoRA-RITE (Yen et al., 2024, arXiv 2410.20625) for factors that ranks share."""
+"""LoRARite: the LoRA-RITE optimizer (Yen et al., 2024, arXiv 2410.20625) for factors that are cut between ranks."""
 
 from __future__ import annotations
 
@@ -17,47 +17,53 @@ _ADAMW_EPS = 1e-8
 
 
 class FactorUpdate(Protocol):
-    """What ``attach`` gives the optimizer: the update of the factors, on all ranks together."""
+    """The update of the factors by all ranks together, which ``attach`` gives the optimizer."""
 
     def __call__(self) -> None: ...
 
     def others(self, parameter: Tensor) -> list[tuple[int, int]]:
-        """The stretches ``(start, stop)`` of a parameter of the optimizer that belong to no factor."""
+        """Return the stretches ``(start, stop)`` of an optimizer's parameter that belong to no factor."""
 
     def holds_no_factor(self, parameter: Tensor) -> bool:
-        """Whether no rank has a part of a factor in it."""
+        """Return whether an optimizer's parameter holds no part of a factor, on any rank."""
 
 
 class LoRARite(torch.optim.Optimizer):
     """Transformation-invariant adaptive steps on LoRA factors; AdamW on every other parameter.
 
-    Use it like any torch optimizer, wrapped by whatever engine, then
-    ``attach(model, optimizer, RefLoRAConfig(method="lora-rite"))``, which tells it which parameters are factors and who
-    holds what. Before that a step with gradients raises; one whose gradients are all zero only creates the state, which
-    is what DeepSpeed and torch's checkpoint functions do with a new optimizer.
+    Use it like any torch optimizer under any engine, then call
+    ``attach(model, optimizer, RefLoRAConfig(method="lora-rite"))``, which tells it where the factors lie. Before
+    ``attach``, a step raises if any gradient is not zero. A step with zero gradients only creates the state: DeepSpeed
+    and torch's checkpoint functions take such a step with a new optimizer.
 
-    State, all of the parameter's own shape and placement, float32 (float64 of a float64 parameter), so that every
-    engine shards, offloads, saves and reshards it like Adam's: ``step``; ``exp_avg``, a factor's first moment;
-    ``exp_avg_sq``, whose first ``r (r + 1) / 2 + 1`` elements are a factor's second moment (upper triangle) and escaped
-    mass. Moments refer to the symmetric orthonormal basis of the current factors, and change with it.
+    State: ``step``, 0-dim float32 on the CPU; ``exp_avg`` and ``exp_avg_sq``, with the parameter's shape and placement,
+    float32 (float64 for a float64 parameter). Every engine shards, offloads, saves and reshards them like Adam's.
+    ``exp_avg`` is a factor's first moment. The first ``r (r + 1) / 2 + 1`` elements of a factor's ``exp_avg_sq`` are
+    its second moment (upper triangle) and its escaped mass. Moments refer to the symmetric orthonormal basis of the
+    current factors, and change with it.
 
-    Where it differs from the published code: bases are ``X (X^T X)^(-1/2)`` instead of QR factors (the step does not
-    depend on the choice), Gram matrices are float64, singular values below 1e-6 of a factor's norm count as zero, a
-    negative eigenvalue of a second moment counts as zero instead of dropping the step, a gradient that is not finite
-    makes its pair not finite, as with AdamW, and an update that would leave the range of float16 factors is left out.
+    Differences from the published code:
+
+    - Bases are ``X (X^T X)^(-1/2)`` instead of QR factors; the step does not depend on the choice.
+    - Gram matrices are float64.
+    - Singular values below 1e-6 of a factor's norm count as zero.
+    - A negative eigenvalue of a second moment counts as zero instead of dropping the step.
+    - A gradient that is not finite makes its pair not finite, as with AdamW.
+    - An update that would leave the range of float16 factors is skipped.
 
     Args:
-        params: as for any torch optimizer; per-group ``lr``, ``betas`` and ``weight_decay``. A factor without a
-            gradient counts as one with a zero gradient: momentum and weight decay go on.
+        params: as for any torch optimizer; groups may set ``lr``, ``betas`` and ``weight_decay``. A factor without a
+            gradient is treated as one with a zero gradient: momentum and weight decay continue.
         lr: learning rate.
-        betas: decays of the first and second moment, bias-corrected.
-        eps: added to the root of the second moment.
-        clip_unmagnified_grad: largest norm of all unmagnified gradients together; 0 for none.
-        update_capping: largest root mean square of a factor's unmagnified update; 0 for none.
-        update_skipping: an unmagnified gradient of larger root mean square is left out; 0 for never.
-        weight_decay: decoupled, times the learning rate.
-        apply_escape: add to a second moment what turns of the basis took from it. On a GPU this waits for the device.
-        balance_param: give both factors of a pair the same norm after each step.
+        betas: decay rates of the first and second moment, with bias correction.
+        eps: number that is added to the root of the second moment.
+        clip_unmagnified_grad: largest norm of all unmagnified gradients together; 0 for no clipping.
+        update_capping: largest root mean square of a factor's unmagnified update; 0 for no cap.
+        update_skipping: largest root mean square of an unmagnified gradient; a larger one is skipped; 0 for never.
+        weight_decay: decoupled weight decay, multiplied by the learning rate.
+        apply_escape: whether to add the escaped mass, which turns of the basis took, to the second moment. On a GPU
+            this waits for the device.
+        balance_param: whether to give both factors of a pair the same norm after each step.
 
     Raises:
         ValueError: a value is out of range.
@@ -100,15 +106,23 @@ class LoRARite(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas})
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies, which are not attached."""
+        """Return the state without the attached update: copies and pickles are not attached."""
         return {**super().__getstate__(), "settings": self.settings, "_update": None}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step, or an engine's part of one. Communication: that of ``attach``'s step.
+        """Take one step, or one firing of an engine that splits its step.
+
+        Args:
+            closure: recomputes the loss; refused once the optimizer is attached.
+
+        Returns:
+            The closure's loss, or None.
 
         Raises:
-            RuntimeError: the optimizer is not attached.
+            RuntimeError: a gradient is not zero and the optimizer is not attached.
+
+        Communication: that of ``RiteStep``; every rank must call.
         """
         loss = None
         if closure is not None:
@@ -126,13 +140,13 @@ class LoRARite(torch.optim.Optimizer):
         return loss
 
     def connect(self, update: FactorUpdate | None) -> None:
-        """Called by ``attach`` and by ``Handle.detach``: who updates the factors."""
+        """Set the update of the factors, or None to remove it. Called by ``attach`` and ``Handle.detach``."""
         self._update = update
         if update is not None:
             self.create_state()
 
     def create_state(self) -> None:
-        """Zero moments for every parameter that has none."""
+        """Create zero moments for every parameter that has none."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 state = self.state[parameter]
@@ -143,14 +157,14 @@ class LoRARite(torch.optim.Optimizer):
                         state[key] = torch.zeros_like(parameter, dtype=dtype)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but moments stay in their own precision where parameters have 16 bits."""
+        """Load a state as torch does, but keep float32 moments for 16-bit parameters."""
         super().load_state_dict(state_dict)
         saved = state_dict["state"]
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, parameter in zip(indices, parameters, strict=True):
-            state = self.state.get(parameter, {})  # no entry is made for a parameter that an engine may still replace
-            if "step" in state:  # on the host, where reading it makes no GPU wait
+            state = self.state.get(parameter, {})  # get() adds no entry: engines may still replace the parameter
+            if "step" in state:  # kept on the host, so that reading it does not wait for a GPU
                 state["step"] = state["step"].cpu()
             for key in ("exp_avg", "exp_avg_sq"):
                 if key in saved.get(index, {}):
@@ -169,11 +183,11 @@ class LoRARite(torch.optim.Optimizer):
         state = self.state[parameter]
         stretches = self._update.others(parameter)
         if parameter.grad is None and self._update.holds_no_factor(parameter):
-            return  # as in AdamW, whose count of steps is of those with a gradient
+            return  # AdamW, too, counts only steps with a gradient
         if stretches and parameter.grad is not None:
             tensors = [parameter.detach(), parameter.grad, state["exp_avg"], state["exp_avg_sq"]]
             held, gradients, first, second = (_parts(_local(tensor), stretches) for tensor in tensors)
-            # moments are float32 where parameters have 16 bits, and AdamW wants one precision
+            # moments of 16-bit parameters are float32, and AdamW needs one dtype
             wide = first[0].dtype
             weights = [part.to(wide) for part in held]
             gradients = [part.to(wide) for part in gradients]
@@ -190,7 +204,7 @@ class LoRARite(torch.optim.Optimizer):
 
 
 def _is_number(value: object) -> bool:
-    if isinstance(value, Tensor):  # a learning rate on the device: its value is not waited for
+    if isinstance(value, Tensor):  # a learning rate on the device: reading it would wait
         return True
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
@@ -205,7 +219,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _parts(tensor: Tensor, stretches: list[tuple[int, int]]) -> list[Tensor]:
-    """Views of the stretches; the tensor itself where that is all of it, which need not be contiguous then."""
+    """Return views of the stretches, or the tensor itself, contiguous or not, if one stretch covers all of it."""
     if stretches == [(0, tensor.numel())]:
         return [tensor]
     return [tensor.view(-1)[start:stop] for start, stop in stretches]

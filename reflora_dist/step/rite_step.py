@@ -1,4 +1,4 @@
-"""The update of the factors by an optimizer that is a method itself (LoRA-RITE), on all ranks together."""
+"""The LoRA-RITE update of the factors, computed by all ranks together."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ from .figures import gram_figures
 from .half import HalfGuard
 from .rite_optimizer import LoRARite
 
-_FACTORS, _MOMENTS = 0, 2  # streams that change
+_FACTORS, _MOMENTS = 0, 2  # the streams that a step changes
 
 
 class RiteStep(Step):
-    """Steps the factors of a LoRARite optimizer.
+    """The step of a LoRARite optimizer: it updates the factors and their moments.
 
-    Communication per step: one all-reduce of the Grams of ``[X, grad, moment]`` together with the second moments, of
-    which every rank keeps a part; two exchanges if factors move; and of float16 factors an all-reduce of a flag per
-    pair. None if every rank holds the factors whole.
+    A pair whose new factors would leave the range of float16 keeps its factors and its moments.
 
-    A pair whose new factors would leave the range of float16 is left as it is, its moments too.
+    Communication per step: one all-reduce of the Gram matrices of ``[X, grad, moment]`` and of the second moments (each
+    rank holds a part of them); two exchanges if factors move; for float16 factors one all-reduce of a flag per pair.
+    None if every rank holds the factors whole.
 
     Args:
-        optimizer: holds hyperparameters and state.
-        engine: of the optimizer.
-        retiler, communicator: over the engine's group.
+        optimizer: the optimizer with its hyperparameters and state.
+        engine: the engine of that optimizer.
+        retiler, communicator: made for the engine's group.
 
     Attributes:
-        grams: ``{r: [2, P_r, r, r]}``, of the factors before the last step; empty before the first.
+        grams: ``{r: [2, P_r, r, r]}`` float64, Gram matrices of the factors before the last step; empty before the
+            first.
     """
 
     def __init__(
@@ -58,18 +59,24 @@ class RiteStep(Step):
         self._rows = self._per_factor(
             [float(size) for pair in engine.pairs for size in (pair.in_features, pair.out_features)]
         )
-        device = communicator.device  # where a list as an index would make the step wait
+        device = communicator.device  # indexing with a list would make every step wait for the device
         self._pairs = {r: torch.tensor(pairs, device=device) for r, pairs in self._blocks.pairs_by_rank.items()}
         self._free_runs: dict[int, list[tuple[int, int]]] = {}
         self._held: dict[int, Tensor | None] = {}  # gradients of earlier firings of this step
-        self._groups: dict[int, tuple[float, ...]] = {}  # settings of the factors of this step's firings so far
+        self._groups: dict[int, tuple[float, ...]] = {}  # settings of the factors in this step's firings so far
         self._skipped = torch.zeros((), dtype=torch.int64, device=communicator.device)
         self._guard = HalfGuard(communicator) if engine.has_half_gradients() else None
         self.grams: Matrices = {}
 
     @classmethod
     def connected(cls, engine: Engine, retiler: Retiler, communicator: Communicator) -> RiteStep:
-        """Make one, and tell the engine's optimizer of it. On every rank; one all-gather of small objects."""
+        """Make a step and register it with the engine's optimizer.
+
+        Raises:
+            ValueError: on every rank; the optimizer's state is that of another optimizer.
+
+        Communication: one all-gather of small objects; every rank must call.
+        """
         assert isinstance(engine.optimizer, LoRARite)
         step = cls(engine.optimizer, engine, retiler, communicator)
         with agreed("reading the optimizer's state"):
@@ -78,7 +85,7 @@ class RiteStep(Step):
         return step
 
     def before_update(self, firing: Firing, *, due: bool) -> Tensor | None:
-        self.stopwatch.start(new_step=firing.first)  # the update itself is what takes time
+        self.stopwatch.start(new_step=firing.first)  # the method's work is the update itself
         return None
 
     def after_update(self, firing: Firing, *, due: bool) -> Tensor | None:
@@ -92,10 +99,11 @@ class RiteStep(Step):
         self._optimizer.connect(None)
 
     def refuse_foreign_state(self) -> None:
-        """Make sure that the optimizer's moments, if it was given any, are LoRA-RITE's. Local, no communication.
+        """Refuse moments of another optimizer. Local, no communication.
 
         Raises:
-            ValueError: second moments go on where LoRA-RITE keeps nothing: an elementwise optimizer's.
+            ValueError: a second moment is not zero beyond the elements that LoRA-RITE uses, so an elementwise optimizer
+                wrote it.
         """
         heads = self._packed.heads()
         for factor, state in enumerate(self._engine.moments()):
@@ -118,11 +126,11 @@ class RiteStep(Step):
 
     def holds_no_factor(self, parameter: Tensor) -> bool:
         """See :class:`reflora_dist.step.rite_optimizer.FactorUpdate`."""
-        self.others(parameter)  # which looks the factors' parameters up at first
+        self.others(parameter)  # its first call looks up the parameters that hold factors
         return id(parameter) not in self._free_runs
 
     def __call__(self) -> None:
-        """Take this firing's gradients; update every factor once all of them are there."""
+        """Keep this firing's gradients; in the last firing of the step update every factor."""
         firing = self._engine.firing()
         if firing.first:
             self._held, self._groups = {}, {}
@@ -142,7 +150,7 @@ class RiteStep(Step):
             self._engine.publish_weights(in_step=True)
 
     def _take_skipped(self) -> Tensor:
-        """The number of pairs, since the last call, of which a gradient or the update was too large; 0-dim."""
+        """Return how many pairs had too large a gradient or update since the last call; 0-dim int64."""
         skipped, self._skipped = self._skipped, torch.zeros_like(self._skipped)
         return skipped
 
@@ -155,7 +163,7 @@ class RiteStep(Step):
         local_grams = self._blocks.stacked_grams(streams)
         shared = [self._packed.read(seconds), self._own_steps()]
         grams, (packed, steps) = reduce_grams_and(local_grams, shared, self._comm)
-        self.grams = {r: both[..., :r, :r].clone() for r, both in grams.items()}  # a view would keep nine times as much
+        self.grams = {r: both[..., :r, :r].clone() for r, both in grams.items()}  # a view would keep all of it
         groups = self._read_settings(steps)
         update = rite_update(grams, self._packed.unpack(packed), groups, self._optimizer.settings)
         if self._guard is not None:
@@ -171,7 +179,7 @@ class RiteStep(Step):
         self._skipped += torch.stack([flags.sum() for flags in skipped.values()]).sum()
 
     def _broken(self, grams: Matrices) -> Tensor:
-        """``[P]`` bool, the pairs that were not finite before the step: they stay so, as with AdamW."""
+        """``[P]`` bool: pairs that were not finite before the step. They stay so, as with AdamW."""
         broken = torch.empty(len(self._engine.pairs), dtype=torch.bool, device=self._comm.device)
         for r, both in grams.items():
             broken.index_copy_(0, self._pairs[r], ~torch.isfinite(both).flatten(2).all(dim=2).all(dim=0))
@@ -182,13 +190,13 @@ class RiteStep(Step):
         for factor, (parameter, _) in enumerate(self._engine.holders()):
             if present[factor]:
                 group = group_of[id(parameter)]
-                step = float(self._optimizer.state[parameter]["step"]) - 1  # counted by the optimizer before
+                step = float(self._optimizer.state[parameter]["step"]) - 1  # the optimizer has counted this step
                 self._groups[factor] = step, float(group["lr"]), float(group["weight_decay"]), *group["betas"]
 
     def _own_steps(self) -> Tensor:
-        """Steps done, ``[2 P]`` float64, of the factors of which this rank has the first element; else zero.
+        """Steps done, ``[2 P]`` float64, for the factors whose first element this rank holds; zero for the others.
 
-        Where a rank holds nothing of a factor, an engine may not load the factor's count of steps either.
+        A rank that holds nothing of a factor cannot answer: its engine may not have loaded the factor's step count.
         """
         first = self._packed.first
         steps = [self._groups[factor][0] if factor in first else 0.0 for factor in range(len(self._groups))]
@@ -213,9 +221,10 @@ class RiteStep(Step):
 
 
 class _Packed:
-    """Second moments and escaped mass: at the head of every factor's ``exp_avg_sq``, wherever that lies.
+    """Second moments and escaped mass, stored in the first elements of every factor's ``exp_avg_sq``.
 
-    A vector holds all of them, factor after factor; a rank knows its part of it, and the sum over ranks the rest.
+    One vector holds the numbers of all factors, one factor after the other. Each rank fills in the elements that it
+    holds; the sum over ranks is the whole vector.
     """
 
     def __init__(
@@ -225,7 +234,7 @@ class _Packed:
         communicator: Communicator,
     ) -> None:
         self._device = device = communicator.device
-        self._runs: list[tuple[int, int, int, int]] = []  # factor, in the shard, in the vector, how many
+        self._runs: list[tuple[int, int, int, int]] = []  # factor, start in shard, start in vector, count
         self._starts: list[int] = []
         size = 0
         for factor, layout in enumerate(engine.layouts()):
@@ -241,29 +250,29 @@ class _Packed:
         self._places = {r: self._index(r, pairs).to(device) for r, pairs in pairs_by_rank.items()}
 
     def _index(self, lora_rank: int, pairs: Sequence[int]) -> Tensor:
-        """``[2, P_r, r (r + 1) / 2 + 1]``: where each pair's numbers are in the vector."""
+        """Positions of each pair's numbers in the vector, ``[2, P_r, r (r + 1) / 2 + 1]`` int64."""
         starts = torch.tensor([[self._starts[2 * pair + side] for pair in pairs] for side in (0, 1)])
         return starts[..., None] + torch.arange(packed_size(lora_rank))
 
     def heads(self) -> dict[int, list[slice]]:
-        """By factor where in this rank's shard the numbers are; factors of which it has none are left out."""
+        """Return, by factor, the slices of this rank's shard that hold the numbers; factors without any are absent."""
         heads: dict[int, list[slice]] = {}
         for factor, start, _, numel in self._runs:
             heads.setdefault(factor, []).append(slice(start, start + numel))
         return heads
 
     def read(self, seconds: Sequence[Tensor]) -> Tensor:
-        """This rank's part of the vector, zero elsewhere, float64."""
+        """Return the float64 vector with this rank's part, and zeros elsewhere."""
         vector = torch.zeros(self._size, dtype=torch.float64, device=self._device)
         if self._runs:
             parts = [seconds[factor].view(-1)[start : start + numel] for factor, start, _, numel in self._runs]
-            if len({part.device for part in parts}) > 1:  # a model spread over devices
+            if len({part.device for part in parts}) > 1:  # a model spread over several devices
                 parts = [part.to(self._device) for part in parts]
             vector[self._held] = torch.cat(parts).to(self._device, torch.float64, non_blocking=True)
         return vector
 
     def write(self, vector: Tensor, seconds: Sequence[Tensor]) -> None:
-        """Put this rank's part of the vector into its shards."""
+        """Write this rank's part of the vector into its shards."""
         if not self._runs:
             return
         targets = [seconds[factor].view(-1)[start : start + numel] for factor, start, _, numel in self._runs]
@@ -285,7 +294,7 @@ class _Packed:
 
 
 def _free_runs(engine: Engine) -> dict[int, list[tuple[int, int]]]:
-    """What of each parameter that holds a factor is not a factor's."""
+    """Return the stretches ``(start, stop)`` without a factor, for each parameter that holds one, by its id."""
     pieces: dict[int, list[tuple[int, int]]] = {}
     sizes: dict[int, int] = {}
     for (parameter, start), weight in zip(engine.holders(), engine.weights(), strict=True):

@@ -1,4 +1,4 @@
-"""From summed Grams to a method's matrices: every rank solves for all pairs, or each for its share of them."""
+"""The solve for a method's matrices from summed Gram matrices, by every rank for all pairs or for its share."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from ..collectives.grams import from_triangles, triangles
 from ..methods.base import GradientMethod, Transform
 from ..methods.config import RefLoRAConfig
 
-# Sum of r^3 over pairs from which a solve takes longer than an all-gather of what comes of it: on an H200, r = 64 for
-# the 224 pairs of LLaMA-7B takes 2.1 ms and r = 32 0.5 ms; on a CPU core, r = 32 for 56 pairs takes 6 ms.
+# Above this sum of r^3 over pairs, a solve takes longer than an all-gather of its results. Measured: on an H200, 2.1 ms
+# for the 224 pairs of LLaMA-7B with r = 64 and 0.5 ms with r = 32; on a CPU core, 6 ms for 56 pairs with r = 32.
 _DEAR_WORK = {"cpu": 1e6}
 _DEAR_WORK_ELSEWHERE = 2e7
-# The root of float32's largest number. A factor that is so much smaller than the other counts as zero.
+# The root of float32's largest number. A factor that is smaller than the other by this ratio counts as zero.
 _LARGEST_ENTRY = 1e19
-_LEAST_SHARE = 4  # pairs per rank: below, ranks wait for a few pairs that are solved as fast here
+_LEAST_SHARE = 4  # pairs per rank; a rank solves fewer pairs itself as fast as it would wait for others
 
 
 class Solver:
-    """Asks a method what to do to the gradients, on all ranks together.
+    """Solves for the matrices that a method applies to the gradients, on all ranks together.
 
-    One rule decides who solves, alike on all ranks: pairs are shared out where their solve is dear (``r^3`` summed over
-    pairs) and every rank gets at least four of them. Otherwise every rank solves for all, which sends nothing.
+    Ranks share the pairs out if their solve is expensive (``r^3`` summed over pairs) and every rank gets at least four
+    pairs. Otherwise every rank solves for all pairs. All ranks decide alike.
 
     Communication per call: one all-gather of the matrices if pairs are shared out (upper triangles if they are
     symmetric), otherwise none.
 
     Args:
-        kind: of the method.
-        config: its settings.
-        scalings: s of every pair's update.
+        kind: the method's class.
+        config: the method's settings.
+        scalings: s of every pair's update ``s B A``.
         lora_ranks: r of every pair.
-        communicator: over the ranks that have the same Grams.
-        hopeless: pairs for which the method does not exist: never solved, whatever their Grams look like.
+        communicator: made for the ranks that have the same Gram matrices.
+        hopeless: numbers of the pairs for which the method does not exist: they count as unsolved, whatever their Gram
+            matrices are.
     """
 
     def __init__(
@@ -70,22 +71,25 @@ class Solver:
         self._may_be_solved = {r: torch.tensor(values, device=device) for r, values in flags.items()}
 
     def __call__(self, grams: Matrices) -> Transform:
-        """What to do to the gradients of every pair.
+        """Return the matrices by which every pair's gradients are to be multiplied.
 
         Args:
-            grams: ``{r: [2, P_r, r, r]}`` float64, or wider for a method that uses gradients; the same bits on every
-                rank.
+            grams: ``{r: [2, P_r, k r, k r]}`` float64, the same bits on every rank; k is 1, or more for a method that
+                uses gradients.
         """
         transform = self._solve(grams)
         for r, matrices in transform.matrices.items():
             moderate = self._moderate(matrices)
-            # for all pairs, without looking whether one needs it: a GPU would be waited for
+            # applied to all pairs: a look at whether one needs it would wait for the GPU
             transform.matrices[r] = torch.where(moderate[:, None, None], matrices, _unchanged(matrices))
             transform.solved[r] = transform.solved[r] & moderate & self._may_be_solved[r]
         return transform
 
     def _moderate(self, matrices: Tensor) -> Tensor:
-        """Of which pairs no entry of ``[2, P, k r, r]`` is so large that a product could leave the range of float32."""
+        """Return, for each pair of ``[2, P, k r, r]``, whether all entries stay below ``_LARGEST_ENTRY``; ``[P]`` bool.
+
+        With larger entries a product could leave the range of float32.
+        """
         # the largest entry of a positive definite matrix is on its diagonal
         entries = torch.diagonal(matrices, dim1=-2, dim2=-1) if self._symmetric else matrices.flatten(2).abs()
         return (entries < _LARGEST_ENTRY).all(dim=-1).all(dim=0)  # NaN compares False
@@ -102,7 +106,7 @@ class Solver:
         sizes = {r: 1 + (r * (r + 1) if self._symmetric else 2 * width[r] * r) for r in grams}
         shares = {r: -(-count // self._comm.world_size) for r, count in self._counts.items()}
         parts = []
-        for r in grams:  # one row per pair: whether it is solved, and its two matrices
+        for r in grams:  # one row per pair: a flag for solved, then its two matrices
             room = torch.zeros(shares[r], sizes[r], dtype=torch.float64, device=self._comm.device)
             if r in own.solved:
                 values = triangles(own.matrices[r]) if self._symmetric else own.matrices[r].flatten(2)
@@ -122,19 +126,19 @@ class Solver:
 
 
 def _unchanged(matrices: Tensor) -> Tensor:
-    """``[k r, r]`` with which a gradient, the last of what is multiplied, stays as it is."""
+    """The ``[k r, r]`` matrix that leaves a gradient as it is: the gradient is the last block that is multiplied."""
     rows, r = matrices.shape[-2:]
     return torch.eye(rows, dtype=matrices.dtype, device=matrices.device)[:, rows - r :]
 
 
 def shares_out(lora_ranks: Sequence[int], world_size: int, device: torch.device) -> bool:
-    """The rule: whether ranks share the pairs out among each other."""
+    """Return whether ranks share the pairs out. See :class:`Solver`."""
     work = sum(r**3 for r in lora_ranks)
     dear = work >= _DEAR_WORK.get(device.type, _DEAR_WORK_ELSEWHERE)
     return world_size > 1 and dear and len(lora_ranks) >= _LEAST_SHARE * world_size
 
 
 def count_unsolved(solved: dict[int, Tensor]) -> Tensor:
-    """How many pairs a method leaves as plain LoRA, 0-dim."""
+    """Return how many pairs a method leaves as plain LoRA, a 0-dim tensor."""
     first, *others = [(~flags).sum() for flags in solved.values()]
     return sum(others, first)

@@ -1,4 +1,4 @@
-"""Which optimizers may read refactored gradients, and which of them keep Adam's moments."""
+"""Optimizers that may read refactored gradients, and those among them that keep Adam's moments."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..methods.lora_rite import packed_size
 from ..methods.registry import METHODS
 from .rite_optimizer import LoRARite
 
-# Package of the class, class names: elementwise in the gradient, one step per backward.
+# Class names by package. These classes update elementwise in the gradient, with one step per backward.
 _ELEMENTWISE = {
     "torch": {"Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"},
     "deepspeed": {"DeepSpeedCPUAdam", "DeepSpeedCPUAdagrad", "DeepSpeedCPULion", "FusedAdam", "FusedLion"},
     "apex": {"FusedAdam", "FusedSGD"},
     "bitsandbytes": {"Adagrad", "Adam", "AdamW", "Lion", "RMSprop", "SGD"},
 }
-# Of these the moments are known: exp_avg and exp_avg_sq, in full precision.
+# These classes keep the moments exp_avg and exp_avg_sq in full precision.
 _ADAM_FAMILY = {
     "torch": {"Adam", "AdamW", "NAdam", "RAdam"},
     "deepspeed": {"DeepSpeedCPUAdam", "FusedAdam"},
@@ -30,19 +30,20 @@ _ADAM_FAMILY = {
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, config: RefLoRAConfig, pairs: Sequence[AdapterPair]) -> None:
-    """Make sure that a method can work with an optimizer, and with the adapters.
+    """Make sure that a method can work with an optimizer and with the adapters.
 
     Raises:
-        ValueError: the optimizer is not known to be elementwise (a refactored, perhaps flat and partial gradient
-            means nothing to others), or has a ``step`` of its own; or, for "reflora-s", is not one of the Adam family;
-            or "lora-rite" without LoRARite, or with a factor of less than r rows.
+        ValueError: the optimizer is not known to be elementwise (others cannot use a refactored gradient, of which they
+            may hold a flat piece only); its class overrides ``step``; "reflora-s" without one of the Adam family;
+            "lora-rite" without LoRARite or LoRARite with another method; or, for "lora-rite", a tall factor has too few
+            rows for its r.
     """
     name = type(optimizer).__name__
     method = METHODS[config.method]
     if issubclass(method, OptimizerMethod) != isinstance(optimizer, LoRARite):
         raise ValueError(
             f"method={config.method!r} with {name}: LoRA-RITE is an optimizer of its own, so RefLoRAConfig("
-            "method='lora-rite') and reflora_dist.LoRARite(params, ...) go together, and neither with another"
+            "method='lora-rite') and reflora_dist.LoRARite(params, ...) need each other: use both or neither"
         )
     if issubclass(method, OptimizerMethod):
         _check_sizes(pairs)
@@ -59,18 +60,21 @@ def check_optimizer(optimizer: torch.optim.Optimizer, config: RefLoRAConfig, pai
             "of torch.optim's elementwise optimizers"
         )
     if inspect.unwrap(type(optimizer).step) is not inspect.unwrap(base.step):
-        # which may read or change gradients as PEFT's does; and torch calls hooks in it and again in the step it calls
+        # Such a step may read or change gradients, as PEFT's does. torch also calls the hooks twice: in this step and
+        # in the base class's step that it calls.
         raise ValueError(
-            f"{name} has a step() of its own around {base.__name__}'s, in which gradients would be refactored twice or "
-            f"not as meant: use {base.__name__} itself (for PEFT's create_riemannian_optimizer method='scaled-gd')"
+            f"{name} has a step() of its own around {base.__name__}'s, which would refactor gradients twice or "
+            f"wrongly: use {base.__name__} itself (method='scaled-gd' replaces PEFT's create_riemannian_optimizer)"
         )
 
 
 def pairs_without_solution(pairs: Sequence[AdapterPair], config: RefLoRAConfig) -> list[int]:
-    """Numbers of the pairs that a method can never act on: with r above ``in`` or ``out`` a Gram has no inverse.
+    """Return the numbers of the pairs on which a method can never act: their r is above in or out.
+
+    A Gram matrix of such a pair is singular.
 
     Raises:
-        ValueError: all of them are.
+        ValueError: the method can act on no pair.
     """
     if not METHODS[config.method].needs_full_rank:
         return []
@@ -81,7 +85,7 @@ def pairs_without_solution(pairs: Sequence[AdapterPair], config: RefLoRAConfig) 
         pair = pairs[0]
         raise ValueError(
             f"r={pair.lora_rank} is above in={pair.in_features} or out={pair.out_features} of {pair.name}, and "
-            f"likewise in all adapters: {config.method} does not exist there, lower r"
+            f"likewise in all adapters: {config.method} has no solution for them, lower r"
         )
     return hopeless
 
@@ -97,7 +101,10 @@ def _check_sizes(pairs: Sequence[AdapterPair]) -> None:
 
 
 def _listed(optimizer: torch.optim.Optimizer, listed: dict[str, set[str]]) -> type[torch.optim.Optimizer] | None:
-    """The optimizer's class, or one that it derives from, that is in a list (bitsandbytes adds 8bit and Paged)."""
+    """Return the first class of the optimizer's MRO that is listed, or None.
+
+    bitsandbytes adds "Paged", "8bit" and "32bit" to the listed names.
+    """
     for base in type(optimizer).__mro__:
         package = base.__module__.split(".")[0]
         name = base.__name__

@@ -1,4 +1,4 @@
-"""What a method sends in an optimizer step, from the layout of the factors alone: no ranks have to exist."""
+"""The communication of an optimizer step, computed from the layout of the factors: no ranks have to exist."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ _FLOAT64 = 8
 
 
 class Traffic:
-    """The collectives of a step in which a method acts, all factors updated in one firing of the optimizer.
+    """The collectives of a step in which a method acts and one firing updates all factors.
 
     Args:
-        config: the method.
-        layouts: of every factor, lora_A and lora_B alternating, as ``Engine.layouts`` gives them.
-        ranks: that hold one copy of the factors together.
-        device: of the Grams; a CPU and a GPU solve at different speeds, and share the solve out accordingly.
-        element_bytes: of what is exchanged, 8 where a factor is float64.
-        half: gradients are float16 (``Engine.has_half_gradients``).
+        config: the method and its settings.
+        layouts: the layout of every factor, lora_A and lora_B alternating, as ``Engine.layouts`` returns them.
+        ranks: number of ranks that together hold one copy of the factors.
+        device: the device of the Gram matrices. CPUs and GPUs solve at different speeds, so they begin to share the
+            solve at different sizes.
+        element_bytes: bytes per exchanged element; 8 if a factor is float64.
+        half: whether gradients are float16 (``Engine.has_half_gradients``).
 
     Attributes:
-        reduced: bytes of the all-reduce's payload: Grams or norms.
-        flags: bytes of the payload of another all-reduce: of every pair, whether it stays in the range of float16.
+        reduced: payload in bytes of the all-reduce of Gram matrices or norms.
+        flags: payload in bytes of the all-reduce that tells, for every pair, whether it stays in the range of float16.
         gathered: bytes that each rank gives to the all-gather of the shared solve.
-        neighbours: whether what is exchanged are rows that are cut, with neighbours alone.
+        neighbours: whether ranks exchange only rows that are cut, and only with neighbours.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Traffic:
 
     @property
     def collectives(self) -> dict[str, int]:
-        """How many of each kind; a rank that has no cut row takes part in no exchange with neighbours."""
+        """Number of collectives by kind. A rank without a cut row takes no part in the exchange with neighbours."""
         counts = {
             "all_reduce": int(self.reduced > 0) + int(self.flags > 0),
             "all_gather": int(self.gathered > 0),
@@ -72,16 +73,16 @@ class Traffic:
 
     @property
     def sent_in_all_reduces(self) -> int:
-        """Bytes that every rank sends, by the rule of a ring."""
+        """Bytes that every rank sends in ring all-reduces."""
         return sum(2 * (self._ranks - 1) * payload // self._ranks for payload in (self.reduced, self.flags))
 
     def sent(self, rank: int) -> int:
-        """Bytes that a rank sends, as ``Report.bytes_per_step`` counts them."""
+        """Return the bytes that a rank sends, as ``Report.bytes_per_step`` counts them."""
         there, back = self.exchanged(rank)
         return self.sent_in_all_reduces + (self._ranks - 1) * self.gathered + there + back
 
     def exchanged(self, rank: int) -> tuple[int, int]:
-        """Bytes that a rank sends to others in the exchanges: its pieces there, others' pieces back."""
+        """Return the bytes that a rank sends to others in the exchanges: ``(its own pieces, others' pieces back)``."""
         there = back = 0
         for tiling in self._tilings(rank):
             there += sum(run.numel for run in tiling.sent if run.peer != rank)
@@ -92,7 +93,10 @@ class Traffic:
         )
 
     def buffers(self, rank: int) -> int:
-        """Bytes of the exchanges' buffers on a rank: what it sends, and what arrives, there also in blocks."""
+        """Return the bytes of the exchanges' buffers on a rank.
+
+        Elements that it sends count once, elements that it receives twice: as they arrive, and copied into blocks.
+        """
         sent = received = 0
         for tiling in self._tilings(rank):
             sent += sum(run.numel for run in tiling.sent)
@@ -100,13 +104,13 @@ class Traffic:
         return self._element_bytes * self._method.channels_there * (sent + 2 * received)
 
     def _tilings(self, rank: int) -> Iterator[Tiling]:
-        """Of the factors that this rank holds a part of, or owns."""
+        """Yield the tiling of each factor that this rank owns or holds a part of."""
         for factor, layout in enumerate(self._layouts if self._moves else ()):
             owner = layout.owner(factor // 2, self._ranks) if layout.columns else 0
             if layout.piece(rank).numel or (layout.columns and rank == owner):
                 yield self._tile(layout, rank, owner)
 
     def _gathered(self, lora_ranks: Sequence[int]) -> int:
-        """Every rank sends as many numbers, so the last one's share is padded."""
+        """Return the bytes that each rank sends in the all-gather. All send equally many: the last share is padded."""
         shares = {r: -(-lora_ranks.count(r) // self._ranks) for r in set(lora_ranks)}
         return _FLOAT64 * sum(share * self._method.solution_values(r) for r, share in shares.items())

@@ -49,7 +49,7 @@ class LoraXSLinear(nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, config, r, alpha)
 
     def update_layer(self, adapter_name: str, config: LoraXSConfig, r: int, alpha: float) -> None:
-        """Add an adapter. PEFT calls this method by its name.
+        """Add an adapter. The method's name is PEFT's.
 
         Args:
             adapter_name: the adapter's name.

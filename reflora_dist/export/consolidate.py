@@ -134,7 +134,7 @@ def _read_state(folder: Path, choose: _Choose, trust_pickles: bool) -> dict[str,
     if kind is None:
         raise FileNotFoundError(f"{folder} is missing or holds no shards: the checkpoint is incomplete")
     tensors = readers[kind](folder, choose, trust_pickles)
-    # engines that save by parameter name (ZeRO, FSDP1) keep the name of a tall lora_A; PEFT's form differs
+    # engines that save by parameter name (ZeRO, FSDP1) save a tall lora_A as it is, which PEFT's format does not know
     return {key: tensor.detach().clone().contiguous() for key, tensor in in_peft_form(tensors).items()}
 
 

@@ -63,7 +63,7 @@ def merge_adapter(
         base: local folder or hub name of the base; by default the one that the adapter's configuration names.
         dtype: dtype to which the base is rounded before the merge, as by ``from_pretrained(dtype=...)``; None keeps
             the stored dtypes.
-        tokenizer_dir: folder whose tokenizer replaces the base's; by default ``adapter_dir``.
+        tokenizer_dir: folder whose tokenizer is used instead of the base's; by default ``adapter_dir``.
         progress: show a progress bar.
 
     Raises:

@@ -136,12 +136,12 @@ def check_distributed_type(
         findings.error(path, f"distributed_type: {kind} is not supported", "use FSDP, DEEPSPEED or MULTI_GPU")
         return False
     if kind == "FSDP" and truth(arguments.use_cpu):
-        findings.error(path, "use_cpu: true, for which accelerate trains with plain DDP instead of FSDP", "use GPUs")
+        findings.error(path, "use_cpu: true makes accelerate train with plain DDP instead of FSDP", "use GPUs")
         return False
     if kind == "NO" and world_size > 1:
         findings.error(
             path,
-            f"distributed_type: NO, for which accelerate launch starts one process, not {world_size}",
+            f"distributed_type: NO: accelerate launch starts one process, not {world_size}",
             "distributed_type: MULTI_GPU",
         )
         return False

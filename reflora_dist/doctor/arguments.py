@@ -58,7 +58,7 @@ def section(config: dict[str, Any], *path: str) -> dict[str, Any]:
 
 
 def deepspeed_precision(config: dict[str, Any], options: DoctorOptions) -> str:
-    """Return the precision: the option's, else the one that the file enables, else its first "auto", else "no"."""
+    """Return the precision: the option's, else what the file enables, else bf16 or fp16 if "auto", else "no"."""
     if options.mixed_precision is not None:
         return options.mixed_precision
     enabled = {name: section(config, name).get("enabled") for name in ("bf16", "fp16")}

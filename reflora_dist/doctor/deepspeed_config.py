@@ -76,7 +76,7 @@ def judge(
     if "gradient_clipping" not in filled:
         findings.warning(
             where,
-            f"gradient_clipping is absent, which is not off: DeepSpeed clips at {loaded.gradient_clipping}",
+            f"gradient_clipping is absent, which does not turn it off: DeepSpeed clips at {loaded.gradient_clipping}",
             'set it to a number, 0 for none, or "auto"',
         )
     world_size, num_nodes = size

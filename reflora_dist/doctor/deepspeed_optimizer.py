@@ -28,8 +28,8 @@ def check_optimizer(
         if offloaded and loaded.zero_force_ds_cpu_optimizer:
             findings.warning(
                 where,
-                "offload_optimizer without an optimizer section: deepspeed.initialize refuses optimizers but "
-                "DeepSpeedCPUAdam, for which accelerate and Trainer exchange AdamW",
+                "offload_optimizer without an optimizer section: deepspeed.initialize refuses all optimizers but "
+                "DeepSpeedCPUAdam, so accelerate and Trainer replace AdamW by it",
                 "in DeepSpeed's JSON (accelerate's deepspeed_config_file) name the optimizer, or set "
                 '"zero_force_ds_cpu_optimizer": false',
             )

@@ -46,7 +46,7 @@ class Diagnosis:
         versions: the installed packages.
         setup: the engine with its settings.
         parameters: number of elements of "base" and "factors".
-        pairs: rows of :func:`pair_rows`.
+        pairs: the rows that :func:`pair_rows` returns.
         memory: what the rank that holds most needs.
         layouts: the layout of every factor, lora_A and lora_B alternating; empty if every rank holds whole factors.
         traffic: the method's traffic, for every rank.
@@ -114,7 +114,7 @@ class Diagnosis:
 
 
 def diagnose(configs: Sequence[str], options: DoctorOptions, device: torch.device = _GPU) -> Diagnosis:
-    """Predict what a run with these configuration files would do. It sends nothing and uses no GPU.
+    """Predict what a run with these configuration files would do. It does not start the run, and sends nothing.
 
     Args:
         configs: paths of the files. Several files of one kind must agree; a DeepSpeed and an accelerate file are used
@@ -140,8 +140,8 @@ def diagnose(configs: Sequence[str], options: DoctorOptions, device: torch.devic
     else:
         findings.note(
             "--model",
-            "is not given: what a rank holds and sends, and whether it fits, have not been looked at, nor the names of "
-            "layers in the files and in --target_modules",
+            "is not given: memory, traffic, and the names of layers in the files and in --target_modules have not been "
+            "checked",
             "--model NAME_OR_PATH",
         )
     if len(files) == len(set(configs)):
@@ -232,8 +232,8 @@ def _check_adapter(model: MetaModel, setup: Setup, options: DoctorOptions, findi
         findings.warning(
             "sub_group_size",
             f"{setup.sub_group_elements:,} is below the {part:,} elements of factors that a rank updates: the "
-            "optimizer steps, and what has to be exchanged is, several times per step; the number of collectives told "
-            "here is that of one",
+            "optimizer fires several times per step, and the method's exchanges are repeated each time; the number of "
+            "collectives reported here is that of one firing",
             f"sub_group_size of at least {part}",
         )
     deficient = [pair for pair in model.pairs if pair.lora_rank > min(pair.in_features, pair.out_features)]

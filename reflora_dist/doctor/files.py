@@ -44,7 +44,7 @@ def read(path: str) -> dict[str, Any]:
     if is_for_accelerate(config):
         check_sections(config, [(name,) for name in ACCELERATE_SECTIONS])
     elif not is_json:
-        raise ValueError("there is no distributed_type, as accelerate needs it, and DeepSpeed reads JSON only")
+        raise ValueError("there is no distributed_type, which accelerate needs, and DeepSpeed reads JSON only")
     return config
 
 

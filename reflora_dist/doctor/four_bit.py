@@ -42,7 +42,7 @@ def four_bit(model_config: Any, options: DoctorOptions, precision: str, findings
     if storage != computed:
         findings.warning(
             "--model",
-            f"bnb_4bit_quant_storage={storage!r}: FSDP shards no integers, and what casts parameters to {computed} "
+            f"bnb_4bit_quant_storage={storage!r}: FSDP shards no integers, and a cast of parameters to {computed} "
             "destroys other floats",
             "take the model that it was made from, with --load_in_4bit True",
         )

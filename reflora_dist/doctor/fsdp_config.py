@@ -75,7 +75,7 @@ def _wrap(path: str, arguments: Any, setup: Setup, findings: Findings) -> None:
     elif policy == "SIZE_BASED_WRAP":
         findings.error(
             path,
-            f"fsdp_auto_wrap_policy: {policy}: FSDP2 cannot wrap a list of layers, to which accelerate comes",
+            f"fsdp_auto_wrap_policy: {policy}: FSDP2 cannot wrap a list of layers, which accelerate passes to it",
             remedy,
         )
     else:

@@ -36,8 +36,8 @@ class Outcome:
     Attributes:
         refusal: the library that raised an error, and its message; None if there was no error.
         foreign: whether DeepSpeed knows no key of its file.
-        beyond: the operation at which the rehearsal stopped because it needs a GPU; this says nothing about the files.
-            None if it ran to the end.
+        beyond: what ended the rehearsal without saying anything about the files: an operation that needs a GPU, or a
+            signal. None if it ran to the end.
         warnings: the libraries' warnings.
         findings: findings about DeepSpeed's final configuration.
         setup: the fields of DeepSpeed's ``Setup``; None under another engine.
@@ -84,7 +84,7 @@ def rehearse(
     server.stdin.flush()
     answer = server.stdout.readline()
     if not answer:
-        sentence = f"the process in which runs are tried in small has ended with exit code {server.wait()}"
+        sentence = f"the process of the rehearsal has ended with exit code {server.wait()}"
         return Outcome(refusal={"library": "Python", "sentence": sentence})
     return Outcome(**json.loads(answer))
 
@@ -111,7 +111,7 @@ def report(where: str, contents: dict[str, Any], outcome: Outcome, findings: Fin
         sentence = outcome.refusal["sentence"]
         findings.error(where, f"{outcome.refusal['library']} refuses it: {sentence}", remedy(sentence, contents))
     elif outcome.beyond is not None:
-        findings.note(where, f"tried in small until {outcome.beyond}, which needs a GPU", "")
+        findings.note(where, f"rehearsed until {outcome.beyond}, which needs a GPU", "")
     return outcome.refusal is None
 
 

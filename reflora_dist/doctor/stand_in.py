@@ -95,7 +95,9 @@ def _prepare_deepspeed() -> None:
     from deepspeed.ops.op_builder.builder import OpBuilder
     from deepspeed.ops.op_builder.cpu.no_impl import NotImplementedBuilder
 
-    replace(deepspeed.launcher.runner, DEEPSPEED_ENVIRONMENT_NAME=os.devnull)  # do not read or write that file
+    replace(
+        deepspeed.launcher.runner, DEEPSPEED_ENVIRONMENT_NAME=os.devnull
+    )  # accelerate writes variables for pdsh there
     replace(deepspeed.runtime.engine, MonitorMaster=_NoMonitor)
     for builder in (OpBuilder, NotImplementedBuilder):
         replace(builder, load=lambda builder, *args, **kwargs: _Kernels(builder.name))

@@ -235,7 +235,9 @@ def _zero_to_fp32() -> Any:
 def _require_size(path: Path, least: int) -> None:
     present = path.stat().st_size if path.is_file() else None
     if present is None or present < least:
-        state = "is missing" if present is None else f"has {present} bytes, less than the {least} that it should"
+        state = (
+            "is missing" if present is None else f"has {present} bytes, fewer than the {least} that its metadata lists"
+        )
         raise ValueError(f"{path} {state}: the checkpoint is damaged; take an earlier one")
 
 
@@ -270,7 +272,9 @@ def _chosen(
     """
     plain = {name: _plain_name(name) for name in shapes if _OF_MODEL.match(clean_name(name))}
     if len(set(plain.values())) < len(plain):
-        raise ValueError(f"{state} holds several PEFT models ({', '.join(_prefixes(plain))}), and an adapter is of one")
+        raise ValueError(
+            f"{state} holds several PEFT models ({', '.join(_prefixes(plain))}); an adapter belongs to one"
+        )
     if any(re.search(r"\.lora_(A|embedding_A|xs_R)(\.weight|\.tall)?$", path) for path in plain.values()):
         return plain  # accelerate saved the tensors that PEFT had selected and named
     chosen = {name: key for name, path in plain.items() if (key := _peft_key(path, config, adapter)) is not None}

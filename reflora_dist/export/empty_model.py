@@ -84,7 +84,7 @@ def _model_class(source: Path, config: PeftConfig, settings: Any) -> Any:
             return getattr(importlib.import_module(library), mapping["base_model_class"])
         if settings.architectures:
             return getattr(transformers, settings.architectures[0])
-        raise ValueError("neither its task_type nor the base's architectures says of which class the model is")
+        raise ValueError("neither its task_type nor the base's architectures name the model's class")
 
 
 def with_adapter(base: Any, config: PeftConfig, tensors: dict[str, Tensor], source: Path) -> PeftModel:

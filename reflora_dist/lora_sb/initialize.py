@@ -69,7 +69,9 @@ def initialize_lora_sb(
     with agreed("preparing LoRA-SB"):
         targets, owners = _prepare(model, optimizer)
         if config.learning_rate is None:
-            raise ValueError("learning_rate=None: give that of the first step, with a warm-up peak / warm-up steps")
+            raise ValueError(
+                "learning_rate=None: give the first step's; with a linear warm-up this is peak / warm-up steps"
+            )
         kept = list(itertools.islice(batches, config.num_batches))
         if len(kept) < config.num_batches:
             raise ValueError(f"num_batches={config.num_batches}, but there are only {len(kept)} on this rank")

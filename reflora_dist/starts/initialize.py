@@ -207,7 +207,7 @@ def _require_original(start: Start, pairs: Sequence[AdapterPair], before: Sequen
         name, dtype = _layer(pair), str(base_weight(pair).dtype)
         if dtype != start.base_dtype[name]:
             raise ValueError(
-                f"the base was {start.base_dtype[name]} when training began and is {dtype} now: load it so"
+                f"the base was {start.base_dtype[name]} when training began and is {dtype} now: load it as it was"
             )
         if value == start.before[name]:
             continue

@@ -95,9 +95,8 @@ def _prepare_deepspeed() -> None:
     from deepspeed.ops.op_builder.builder import OpBuilder
     from deepspeed.ops.op_builder.cpu.no_impl import NotImplementedBuilder
 
-    replace(
-        deepspeed.launcher.runner, DEEPSPEED_ENVIRONMENT_NAME=os.devnull
-    )  # accelerate writes variables for pdsh there
+    # accelerate would write variables for pdsh to this file
+    replace(deepspeed.launcher.runner, DEEPSPEED_ENVIRONMENT_NAME=os.devnull)
     replace(deepspeed.runtime.engine, MonitorMaster=_NoMonitor)
     for builder in (OpBuilder, NotImplementedBuilder):
         replace(builder, load=lambda builder, *args, **kwargs: _Kernels(builder.name))

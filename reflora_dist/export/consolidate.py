@@ -236,7 +236,7 @@ def _require_size(path: Path, least: int) -> None:
     present = path.stat().st_size if path.is_file() else None
     if present is None or present < least:
         state = (
-            "is missing" if present is None else f"has {present} bytes, fewer than the {least} that its metadata lists"
+            "is missing" if present is None else f"has {present} bytes, less than the {least} that its metadata lists"
         )
         raise ValueError(f"{path} {state}: the checkpoint is damaged; take an earlier one")
 

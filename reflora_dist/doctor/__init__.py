@@ -1,13 +1,18 @@
-"""``python -m reflora_dist.doctor CONFIG...``: what a run would do, before it starts.
+"""``python -m reflora_dist.doctor CONFIG...``: predicts what a run would do, before it starts.
 
-``options`` is the command line, and ``files`` reads configurations. ``setups`` makes a ``Setup`` of them: it has the
-libraries that they are for try the run in small. ``rehearsal`` starts the process for that, ``small_run`` is its
-program, ``stand_in`` replaces what needs GPUs and other ranks there, ``arguments`` are the trainer's options, and
-``refusals`` is what libraries say. ``deepspeed_config``, ``deepspeed_optimizer``, ``deepspeed_zero``,
-``accelerate_config`` and ``fsdp_config`` know what libraries accept although the method cannot use it.
-``base_model`` builds the model on the meta device; ``held`` says what a rank holds, ``activations`` what a backward
-pass needs, ``wire`` what is sent; ``versions`` and ``ranks`` look at this machine and the other ranks; ``diagnosis``
-puts it together and ``tables`` prints it.
+Input: ``options`` defines the command line, and ``files`` reads configuration files.
+
+Setup: ``setups`` turns the files into a ``Setup``. It lets the libraries rehearse the run: one step of a tiny model, on
+the CPU, as rank 0 of a group without other ranks. ``rehearsal`` starts the process for that, ``small_run`` is its
+program, ``stand_in`` replaces GPUs and other ranks there, ``arguments`` derives the trainer's options, and ``refusals``
+reads the libraries' errors. ``deepspeed_config``, ``deepspeed_optimizer``, ``deepspeed_zero``, ``accelerate_config``
+and ``fsdp_config`` find settings that the libraries accept and the method cannot use.
+
+Estimates: ``base_model`` builds the model on the meta device, and ``four_bit`` packs its base. ``held`` estimates the
+memory of a rank, ``activations`` that of forward and backward, and ``wire`` the bytes sent.
+
+Output: ``versions`` and ``ranks`` check this machine and the other ranks, ``diagnosis`` combines everything, and
+``tables`` prints it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m reflora_dist.doctor CONFIG...``, alone or under torchrun, accelerate launch or deepspeed."""
+"""The program ``python -m reflora_dist.doctor CONFIG...``, alone or under torchrun, accelerate launch or deepspeed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,16 @@ from .tables import text
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print a diagnosis; on rank 0 only. Returns 1 if the run could not work, 2 for a wrong command line."""
+    """Print a diagnosis, on rank 0 only.
+
+    Args:
+        argv: the arguments; None: those of the process.
+
+    Returns:
+        The exit status: 0 if the run can work, 1 if it cannot, 2 for a wrong command line.
+
+    Communication: under a launcher every rank must call; gathers of objects, and the timed collectives.
+    """
     try:
         configs, options = parse_options(argv)
         together = launched()
@@ -29,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     _be_quiet()
     device = join() if together else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with contextlib.redirect_stdout(sys.stderr):  # libraries print, too: --json must stay readable
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print, and --json must stay readable
         diagnosis = _together(configs, options, device) if together else _alone(configs, options, device)
     if int(os.environ.get("RANK", "0")) == 0:
         print(to_json(diagnosis) if options.json else text(diagnosis), flush=True)
@@ -40,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _be_quiet() -> None:
-    """The libraries' own remarks would bury the findings."""
+    """Silence the libraries' own warnings, which would hide the findings."""
     warnings.filterwarnings("ignore")
     for library in ("transformers", "accelerate", "peft", "torch", "DeepSpeed"):
         logging.getLogger(library).setLevel(logging.ERROR)
@@ -52,7 +61,7 @@ def _alone(configs: list[str], options: DoctorOptions, device: torch.device) -> 
 
 
 def _together(configs: list[str], options: DoctorOptions, device: torch.device) -> Diagnosis:
-    """The same on every rank, then what differs between them, then the collectives' times."""
+    """Diagnose on every rank, compare the ranks, and time the collectives."""
     options.gpu_memory_gib = options.gpu_memory_gib or smallest_memory_gib(device)
     memories = [memory for memory in gather(options.gpu_memory_gib) if memory is not None]
     asked = dataclasses.asdict(options)

@@ -1,4 +1,4 @@
-"""accelerate's YAML or JSON, read by what ``accelerate launch`` reads it with."""
+"""accelerate's configuration file, read by the code of ``accelerate launch``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DDP = ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU", "MULTI_HPU")
 
 
 def launch_arguments(path: str, config: dict[str, Any], findings: Findings) -> Any:
-    """The arguments that ``accelerate launch --config_file`` arrives at; None if it refuses."""
+    """Return the arguments that ``accelerate launch --config_file`` would use; None if it refuses the file."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
     parser = launch_command_parser()
@@ -37,17 +37,19 @@ def launch_arguments(path: str, config: dict[str, Any], findings: Findings) -> A
         with contextlib.redirect_stdout(io.StringIO()):
             arguments = parser.parse_args(["--config_file", path, "script.py"])
             arguments, _, _ = _validate_launch_command(arguments)
-    except Exception as error:  # ValueError, TypeError and KeyError, by what is wrong
+    except Exception as error:  # ValueError, TypeError or KeyError, depending on the mistake
         findings.error(path, f"accelerate refuses it: {error}".replace("\n", " "), "correct or remove that key")
         return None
     return arguments
 
 
 def deepspeed_contents(arguments: Any) -> dict[str, Any]:
-    """What accelerate's file says to DeepSpeed, by DeepSpeed's keys; all else is "auto".
+    """Return the settings that accelerate's file passes to DeepSpeed, by DeepSpeed's keys.
+
+    They are the contents of ``deepspeed_config_file`` if the file names one. Otherwise all absent keys are "auto".
 
     Raises:
-        ValueError: the file that it names cannot be read.
+        ValueError: ``deepspeed_config_file`` cannot be read.
     """
     file = getattr(arguments, "deepspeed_config_file", None)
     if file is not None:
@@ -62,7 +64,16 @@ def deepspeed_contents(arguments: Any) -> dict[str, Any]:
 def accelerate_setup(
     path: str, arguments: Any, precision: str, options: DoctorOptions, size: tuple[int, int], findings: Findings
 ) -> Setup:
-    """What FSDP or DDP would do by this file."""
+    """Return the setup of FSDP or DDP under this file.
+
+    Args:
+        path: the file, for findings.
+        arguments: what :func:`launch_arguments` returned.
+        precision: "no", "bf16" or "fp16".
+        options: the doctor's options.
+        size: numbers of ranks and machines.
+        findings: receives the problems.
+    """
     world_size, num_nodes = size
     setup = Setup(
         engine="ddp" if world_size > 1 else "single",
@@ -91,7 +102,10 @@ def accelerate_setup(
 
 
 def accelerate_precision(path: str, arguments: Any, options: DoctorOptions, findings: Findings) -> str | None:
-    """The option, else the file's; "no" there leaves it to the trainer's --bf16. None if the file's is unusable."""
+    """Return the precision: the option's, else the file's; None if the file's is unusable.
+
+    "no" in the file leaves the choice to the trainer, for which the doctor assumes ``--bf16``.
+    """
     said = arguments.mixed_precision if isinstance(arguments.mixed_precision, str) else repr(arguments.mixed_precision)
     said = said.lower()
     if said not in PRECISIONS:
@@ -116,18 +130,18 @@ def accelerate_precision(path: str, arguments: Any, options: DoctorOptions, find
 def check_distributed_type(
     path: str, config: dict[str, Any], arguments: Any, world_size: int, findings: Findings
 ) -> bool:
-    """Whether the kind of parallelism is one that works here."""
+    """Return whether the file's ``distributed_type`` is supported, and add its problems to the findings."""
     kind = str(config.get("distributed_type", "NO"))
     if kind not in (*_DDP, "FSDP", "DEEPSPEED"):
         findings.error(path, f"distributed_type: {kind} is not supported", "use FSDP, DEEPSPEED or MULTI_GPU")
         return False
     if kind == "FSDP" and truth(arguments.use_cpu):
-        findings.error(path, "use_cpu: true, for which accelerate trains with plain DDP instead of FSDP", "use GPUs")
+        findings.error(path, "use_cpu: true makes accelerate train with plain DDP instead of FSDP", "use GPUs")
         return False
     if kind == "NO" and world_size > 1:
         findings.error(
             path,
-            f"distributed_type: NO, for which accelerate launch starts one process, not {world_size}",
+            f"distributed_type: NO: accelerate launch starts one process, not {world_size}",
             "distributed_type: MULTI_GPU",
         )
         return False

@@ -1,4 +1,4 @@
-"""Memory of forward and backward, from a run of both on tensors without data."""
+"""Estimate of the memory of forward and backward, from a run of both on tensors without data."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .base_model import build
 from .options import PRECISIONS, DoctorOptions
 from .setup import Setup
 
-_DEPTHS = (2, 3)  # of the shallow models whose difference is one layer
+_DEPTHS = (2, 3)  # numbers of layers of two models; their difference is the cost of one layer
 
 
 class PeakMemory(TorchDispatchMode):
-    """Follows the storages that operations make, from the operation to the moment the last tensor lets go.
+    """Tracks the bytes of the storages that operations create, until each is freed.
 
     Attributes:
-        live, peak: bytes now, and at most so far. Storages that exist already are not in them.
+        live, peak: current and largest number of bytes. The model's own storages do not count.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -53,11 +53,11 @@ class PeakMemory(TorchDispatchMode):
 
 
 def activation_bytes(config: Any, options: DoctorOptions, setup: Setup) -> int:
-    """Peak bytes of what forward and backward of one micro-batch make: saved activations, temporaries, gradients.
+    """Return the peak bytes of one micro-batch's forward and backward: activations, temporaries and gradients.
 
-    Autograd itself says what it saves: forward and backward run with torch's FakeTensorMode on models of two and of
-    three layers, and each further layer is taken to need what the third adds. CPU operators stand in for those of a
-    GPU (attention for its memory-efficient kernel), so this is an estimate.
+    Forward and backward run under torch's FakeTensorMode on models of two and of three layers, so that autograd itself
+    decides what it saves. Each further layer is assumed to need as much as the third. CPU operators replace those of a
+    GPU (attention replaces its memory-efficient kernel), so the result is an estimate.
 
     Raises:
         ValueError: the model's configuration has no number of layers, or the model does not run this way.
@@ -67,7 +67,7 @@ def activation_bytes(config: Any, options: DoctorOptions, setup: Setup) -> int:
         raise ValueError(f"{type(config).__name__} has no num_hidden_layers")
     try:
         first, second = (_peak(_shallow(config, layers), options, setup) for layers in _DEPTHS)
-    except Exception as error:  # whatever operator it is that has no shape rule
+    except Exception as error:  # some operator has no shape rule
         raise ValueError(f"forward and backward without data failed: {type(error).__name__}: {error}") from error
     return first + (depth - _DEPTHS[0]) * (second - first)
 
@@ -103,7 +103,7 @@ def _peak(config: Any, options: DoctorOptions, setup: Setup) -> int:
 
 
 def _to_fake_cpu(model: PeftModel) -> None:
-    """From the meta device, on which there is no autocast and attention is not fused."""
+    """Move the model from the meta device, which has no autocast and no fused attention."""
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:

@@ -1,4 +1,4 @@
-"""The trainer's options with which a configuration is used: the doctor's own, else those that the file asks for."""
+"""The trainer's options for a rehearsal: the doctor's own, else those that the configuration file asks for."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _HYPERPARAMETERS = {
 
 
 def training_arguments(config: dict[str, Any], precision: str, options: DoctorOptions, ranks: int) -> dict[str, Any]:
-    """TrainingArguments, as far as they differ from their defaults.
+    """Return the TrainingArguments that differ from their defaults.
 
-    transformers compares them with the file's numbers. What the doctor has no option for is taken to be given as the
-    file has it, if a command line can give it.
+    transformers compares them with the numbers in the file. Where the doctor has no option, the arguments are assumed
+    to match the file, if a command line can express its value.
 
     Args:
         config: DeepSpeed's configuration; empty under other engines.
         precision: "no", "bf16" or "fp16".
-        options: of the doctor.
-        ranks: of the run.
+        options: the doctor's options.
+        ranks: number of ranks of the run.
     """
     micro_batch_size, accumulation = _batch(config, options, ranks)
     arguments: dict[str, Any] = {
@@ -50,7 +50,7 @@ def training_arguments(config: dict[str, Any], precision: str, options: DoctorOp
 
 
 def section(config: dict[str, Any], *path: str) -> dict[str, Any]:
-    """A section of a configuration; empty where there is none, or something else."""
+    """Return a section of a configuration; empty if it is absent or not a mapping."""
     inner: Any = config
     for name in path:
         inner = inner.get(name) if isinstance(inner, dict) else None
@@ -58,7 +58,7 @@ def section(config: dict[str, Any], *path: str) -> dict[str, Any]:
 
 
 def deepspeed_precision(config: dict[str, Any], options: DoctorOptions) -> str:
-    """What the file says, else the option; by default bf16 where the file leaves that open."""
+    """Return the precision: the option's, else what the file enables, else bf16 or fp16 if "auto", else "no"."""
     if options.mixed_precision is not None:
         return options.mixed_precision
     enabled = {name: section(config, name).get("enabled") for name in ("bf16", "fp16")}
@@ -67,7 +67,7 @@ def deepspeed_precision(config: dict[str, Any], options: DoctorOptions) -> str:
 
 
 def _batch(config: dict[str, Any], options: DoctorOptions, ranks: int) -> tuple[int, int]:
-    """Micro batch and accumulation: the options', else the file's, else what its train_batch_size leaves for them."""
+    """Return micro batch and accumulation: the options', else the file's, else derived from its train_batch_size."""
     micro_batch_size = options.micro_batch_size or _whole(config, "train_micro_batch_size_per_gpu")
     accumulation = options.gradient_accumulation_steps or _whole(config, "gradient_accumulation_steps")
     of_each = (_whole(config, "train_batch_size") or 0) // ranks

@@ -1,4 +1,4 @@
-"""The model with its adapters on the meta device: shapes without weights."""
+"""The model with its adapters on the meta device: shapes without values."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ class Parameter:
     """A parameter of the model.
 
     Attributes:
-        layer: path of the decoder layer that it belongs to, or empty.
-        quantizable: whether bitsandbytes packs it: the weight of a linear layer, but not of the output embedding.
+        name: its path in the model.
+        shape: its whole shape.
+        trainable: whether it belongs to the adapter.
+        layer: path of the decoder layer that contains it; empty outside the layers.
+        quantizable: whether bitsandbytes packs it: weights of linear layers except the output embedding.
     """
 
     name: str
@@ -46,11 +49,14 @@ class Parameter:
 
 @dataclasses.dataclass(frozen=True)
 class MetaModel:
-    """What the estimates are made from.
+    """The model's parameters and pairs, from which the estimates are computed.
 
     Attributes:
-        scale_bytes: of what belongs to 4-bit weights beside the weights.
-        unpacked_numel: elements of the largest 4-bit weight, unpacked.
+        config: the model's configuration.
+        parameters: all parameters.
+        pairs: all pairs.
+        scale_bytes: bytes of the 4-bit weights' scales and tables, which are stored besides the weights.
+        unpacked_numel: elements of the largest 4-bit weight when it is unpacked.
     """
 
     config: Any
@@ -69,23 +75,29 @@ class MetaModel:
 
 
 def load_config(name: str) -> Any:
-    """The model's configuration: hub name, folder, or file.
+    """Return a model's configuration.
+
+    Args:
+        name: hub name, folder or file.
 
     Raises:
-        ValueError: it cannot be found or read.
+        ValueError: the configuration cannot be found or read.
     """
     require_no_adapter(name, "give the base that it names")
     try:
         return AutoConfig.from_pretrained(name)
-    except Exception as error:  # by what is wrong in it
+    except Exception as error:  # the type depends on the mistake
         raise ValueError(f"the configuration of {name!r} cannot be read: {one_line(error)}") from error
 
 
 def build(config: Any, options: DoctorOptions, dtype: torch.dtype, tall: bool = False) -> PeftModel:
-    """The model with its adapters, on the meta device, as launchers and trainers build it.
+    """Return the model with its adapters on the meta device, built as launchers and trainers build it.
 
     Args:
-        tall: store lora_A as ``[in, r]`` where it can be.
+        config: the model's configuration.
+        options: the doctor's options, for the adapter and attention.
+        dtype: dtype of the base.
+        tall: store lora_A as ``[in, r]`` where possible.
 
     Raises:
         ValueError: transformers knows no such causal language model, or no layer has one of the target names.
@@ -103,21 +115,21 @@ def build(config: Any, options: DoctorOptions, dtype: torch.dtype, tall: bool = 
 
 
 def whole_layouts(pairs: Sequence[AdapterPair]) -> list[Layout]:
-    """How every factor is stored, lora_A and lora_B alternating, each in one piece."""
+    """Return the unsharded layout of every factor, lora_A and lora_B alternating."""
     return [pair.whole(side) for pair in pairs for side in (SIDE_A, SIDE_B)]
 
 
 def layer_classes(model: nn.Module) -> set[str]:
-    """Class names of the blocks that FSDP wraps and that are checkpointed."""
+    """Return the class names of the decoder layers, which FSDP wraps and activation checkpointing recomputes."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     return set(getattr(inner, "_no_split_modules", None) or ())
 
 
 def describe(model: PeftModel) -> MetaModel:
-    """List parameters and pairs.
+    """List the parameters and pairs of a model.
 
     Raises:
-        ValueError: there is no adapter, or one that cannot be handled.
+        ValueError: the model has no adapter, or one that is not supported.
     """
     classes = layer_classes(model)
     layers = [name for name, module in model.named_modules() if type(module).__name__ in classes]

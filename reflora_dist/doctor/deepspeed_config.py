@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration, as its engine was made of it: what it does, and what stands in the way of a method."""
+"""Check of the configuration that DeepSpeed's engine received: its effects, and conflicts with a method."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STAGE_NAMES = {1: "zero1", 2: "zero2", 3: "zero3"}
 
 
 class _Asked(dict):
-    """A dictionary that remembers which keys it was asked for: what a library never asks for has no effect."""
+    """A dictionary that records the keys that are read: a key that a library never reads has no effect."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         super().__init__(values)
@@ -44,7 +44,7 @@ class _Asked(dict):
 
 
 def knows_any(config: dict[str, Any]) -> bool:
-    """Whether there is a key that DeepSpeed looks at; it may refuse the value."""
+    """Return whether DeepSpeed reads any key of a configuration, even if it then refuses the value."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
     asked = _Asked(config)
@@ -56,13 +56,14 @@ def knows_any(config: dict[str, Any]) -> bool:
 def judge(
     where: str, filled: dict[str, Any], options: DoctorOptions, size: tuple[int, int], findings: Findings
 ) -> Setup:
-    """Say what DeepSpeed would do, and what it accepts although the method or the run cannot use it.
+    """Return DeepSpeed's setup, and find settings that it accepts but the method or the run cannot use.
 
     Args:
         where: the file, for findings.
-        filled: its contents as DeepSpeed's engine was made of them, on as many ranks.
-        options: of the doctor.
-        size: ranks and machines.
+        filled: its contents as DeepSpeed's engine received them, with "auto" filled in.
+        options: the doctor's options.
+        size: numbers of ranks and machines.
+        findings: receives the problems.
     """
     from deepspeed.runtime.config import DeepSpeedConfig
 
@@ -75,7 +76,7 @@ def judge(
     if "gradient_clipping" not in filled:
         findings.warning(
             where,
-            f"gradient_clipping is absent, which is not off: DeepSpeed clips at {loaded.gradient_clipping}",
+            f"gradient_clipping is absent, which does not turn it off: DeepSpeed clips at {loaded.gradient_clipping}",
             'set it to a number, 0 for none, or "auto"',
         )
     world_size, num_nodes = size
@@ -99,7 +100,7 @@ def judge(
 
 
 def leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """``{"a": {"b": 1}}`` -> ``("a.b", 1)``; but lists are left whole."""
+    """Yield the leaves of nested dictionaries: ``("a.b", 1)`` for ``{"a": {"b": 1}}``. A list is one leaf."""
     if not isinstance(config, dict):
         yield path, config
         return
@@ -108,8 +109,8 @@ def leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _check_names(where: str, filled: dict[str, Any], asked: set[str], findings: Findings) -> None:
-    """Name the keys that DeepSpeed never looks at."""
-    if "sequence_parallel_size" in filled:  # deepspeed.initialize asks for these, for both or none
+    """Warn of keys that DeepSpeed never reads."""
+    if "sequence_parallel_size" in filled:  # deepspeed.initialize reads both of these or neither
         asked |= {"sequence_parallel_size", "data_parallel_size"}
     for key in sorted(set(filled) - asked):
         close = difflib.get_close_matches(key, asked, n=1)

@@ -1,4 +1,4 @@
-"""The optimizer that DeepSpeed's configuration names."""
+"""Check of the optimizer that DeepSpeed's configuration names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..step.supported_optimizers import _ADAM_FAMILY, _ELEMENTWISE
 from .findings import Findings
 from .options import OPTIMIZERS, DoctorOptions
 
-# DeepSpeed's names, in lower case, of optimizers that are not torch's.
+# Classes of DeepSpeed's own optimizers, by their lower-case names in its configuration.
 _OWN_OPTIMIZERS = {"adam": "FusedAdam", "adamw": "FusedAdam", "adagrad": "DeepSpeedCPUAdagrad", "lion": "FusedLion"}
 _OWN_MOMENTS = {"FusedAdam": 2, "DeepSpeedCPUAdagrad": 1, "FusedLion": 1}
 
@@ -18,7 +18,7 @@ _OWN_MOMENTS = {"FusedAdam": 2, "DeepSpeedCPUAdagrad": 1, "FusedLion": 1}
 def check_optimizer(
     where: str, filled: dict[str, Any], loaded: Any, options: DoctorOptions, findings: Findings
 ) -> None:
-    """Whether attach takes what the file names."""
+    """Find out whether attach accepts the optimizer that the file names."""
     offload = loaded.zero_config.offload_optimizer
     offloaded = offload is not None and offload.device != "none"
     name = loaded.optimizer_name
@@ -28,8 +28,8 @@ def check_optimizer(
         if offloaded and loaded.zero_force_ds_cpu_optimizer:
             findings.warning(
                 where,
-                "offload_optimizer without an optimizer section: deepspeed.initialize refuses optimizers but "
-                "DeepSpeedCPUAdam, for which accelerate and Trainer exchange AdamW",
+                "offload_optimizer without an optimizer section: deepspeed.initialize refuses all optimizers but "
+                "DeepSpeedCPUAdam, so accelerate and Trainer replace AdamW by it",
                 "in DeepSpeed's JSON (accelerate's deepspeed_config_file) name the optimizer, or set "
                 '"zero_force_ds_cpu_optimizer": false',
             )
@@ -54,7 +54,10 @@ def check_optimizer(
 
 
 def count_moments(where: str, loaded: Any, options: DoctorOptions, findings: Findings) -> int | None:
-    """Tensors of a factor's size that the file's optimizer keeps; None if there is none."""
+    """Return how many state tensors of a factor's size the file's optimizer keeps.
+
+    None if the file names no optimizer, or an unknown one.
+    """
     name = loaded.optimizer_name
     if name is None:
         return None

@@ -1,4 +1,4 @@
-"""What stands in the way in DeepSpeed's configuration beside its optimizer: ZeRO's options, other parallelism."""
+"""Check of ZeRO's options and of other kinds of parallelism in DeepSpeed's configuration."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ from .values import count
 
 
 def check_zero(where: str, filled: dict[str, Any], loaded: Any, size: tuple[int, int], findings: Findings) -> None:
+    """Find settings that attach refuses, that have no effect, or that do not fit the ranks.
+
+    Args:
+        where: the file, for findings.
+        filled: its contents.
+        loaded: the ``DeepSpeedConfig`` that was made from them.
+        size: numbers of ranks and machines.
+        findings: receives the problems.
+    """
     zero, stage = loaded.zero_config, loaded.zero_optimization_stage
     for name in ("offload_optimizer", "offload_param"):
         section = getattr(zero, name)

@@ -1,4 +1,4 @@
-"""Everything together: from files and options to sizes, traffic and findings."""
+"""The diagnosis: from files and options to memory, traffic and findings."""
 
 from __future__ import annotations
 
@@ -32,17 +32,26 @@ from .wire import Sent, engine_traffic, method_bytes, method_sends
 
 _GIB = 2**30
 _GPU = torch.device("cuda")
-_TIGHT = 0.9  # of a device's memory: CUDA's context, NCCL's buffers and fragmentation come on top
+_TIGHT = 0.9  # share of a device's memory; CUDA's context, NCCL's buffers and fragmentation need the rest
 
 
 @dataclasses.dataclass
 class Diagnosis:
-    """What the doctor found; parts that could not be told are None.
+    """The doctor's result. Parts that could not be determined are None.
 
     Attributes:
-        files: by path what is in them.
-        layouts: of every factor, lora_A and lora_B alternating; empty where every rank holds all.
-        method_sends: on the rank that sends most, in a step in which the method acts.
+        files: the contents of the configuration files, by path.
+        findings: the problems found.
+        options: the doctor's options.
+        versions: the installed packages.
+        setup: the engine with its settings.
+        parameters: number of elements of "base" and "factors".
+        pairs: the rows that :func:`pair_rows` returns.
+        memory: what the rank that holds most needs.
+        layouts: the layout of every factor, lora_A and lora_B alternating; empty if every rank holds whole factors.
+        traffic: the method's traffic, for every rank.
+        method_sends: what the method sends in a step in which it acts, on the rank that sends most.
+        engine_sends: what the engine sends in an optimizer step.
         measured: timed collectives, under a launcher.
     """
 
@@ -66,12 +75,12 @@ class Diagnosis:
 
     @property
     def sent_bytes(self) -> int:
-        """By the method, in a step in which it acts, on the rank that sends most."""
+        """Bytes that the method sends in a step in which it acts, on the rank that sends most."""
         return sum(sent.bytes for sent in self.method_sends or ())
 
     @property
     def layout(self) -> str | None:
-        """As in ``Report.layout``."""
+        """The layout: "whole", "flat" or "tall", as in ``Report.layout``."""
         if self.layouts is None:
             return None
         if not self.layouts:
@@ -79,7 +88,7 @@ class Diagnosis:
         return "flat" if any(layout.columns for layout in self.layouts) else "tall"
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return the diagnosis in types that JSON can represent."""
         setup, traffic = self.setup, self.traffic
         return {
             "ok": not self.findings.failed,
@@ -105,12 +114,13 @@ class Diagnosis:
 
 
 def diagnose(configs: Sequence[str], options: DoctorOptions, device: torch.device = _GPU) -> Diagnosis:
-    """What a run with these configuration files would do. Starts nothing and sends nothing.
+    """Predict what a run with these configuration files would do. It does not start the run, and sends nothing.
 
     Args:
-        configs: paths; several of a kind must agree, one of each are used together, none means DDP.
-        options: what they leave open.
-        device: of the run's ranks.
+        configs: paths of the files. Several files of one kind must agree; a DeepSpeed and an accelerate file are used
+            together; without files the engine is DDP.
+        options: the doctor's options, which complete the files.
+        device: device type of the run's ranks.
     """
     findings = Findings()
     files = _read(configs, findings)
@@ -130,8 +140,8 @@ def diagnose(configs: Sequence[str], options: DoctorOptions, device: torch.devic
     else:
         findings.note(
             "--model",
-            "is not given: what a rank holds and sends, and whether it fits, have not been looked at, nor the names of "
-            "layers in the files and in --target_modules",
+            "is not given: memory, traffic, and the names of layers in the files and in --target_modules have not been "
+            "checked",
             "--model NAME_OR_PATH",
         )
     if len(files) == len(set(configs)):
@@ -160,7 +170,7 @@ def _estimate(result: Diagnosis, setup: Setup, model_config: Any, device: torch.
     try:
         built = build(model_config, options, dtype, setup.tall_adapters)
         model = describe(built)
-    except Exception as error:  # the libraries', by what is wrong in the model's configuration or is not installed
+    except Exception as error:  # the libraries raise many types: for wrong settings, or packages that are missing
         findings.error("--model", *_why_not_built(model_config, options, error))
         return
     _check_class_names(built, setup, findings)
@@ -195,7 +205,7 @@ def _estimate(result: Diagnosis, setup: Setup, model_config: Any, device: torch.
 
 
 def _why_not_built(model_config: Any, options: DoctorOptions, error: Exception) -> tuple[str, str]:
-    """Message and remedy."""
+    """Return message and remedy for a model that could not be built."""
     if type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return (
             f"{type(model_config).__name__} is no causal language model's, and only those are sized",
@@ -222,8 +232,8 @@ def _check_adapter(model: MetaModel, setup: Setup, options: DoctorOptions, findi
         findings.warning(
             "sub_group_size",
             f"{setup.sub_group_elements:,} is below the {part:,} elements of factors that a rank updates: the "
-            "optimizer steps, and what has to be exchanged is, several times per step; the number of collectives told "
-            "here is that of one",
+            "optimizer fires several times per step, and the method's exchanges are repeated each time; the number of "
+            "collectives reported here is that of one firing",
             f"sub_group_size of at least {part}",
         )
     deficient = [pair for pair in model.pairs if pair.lora_rank > min(pair.in_features, pair.out_features)]
@@ -238,7 +248,7 @@ def _check_adapter(model: MetaModel, setup: Setup, options: DoctorOptions, findi
 
 
 def _check_flat_adapters(result: Diagnosis, setup: Setup, built: PeftModel, device: torch.device) -> None:
-    """What it costs to keep lora_A as ``[r, in]``. Stores those of ``built`` tall, so it has to come last."""
+    """Warn of the cost of keeping lora_A as ``[r, in]``. Run it last: it stores the lora_A of ``built`` tall."""
     config, layouts = result.options.reflora_config(), result.layouts or []
     flat = [layout for layout in layouts if layout.columns and layout.moves]
     if not flat or not METHODS[config.method].channels_there:
@@ -292,7 +302,7 @@ def _check_memory(result: Diagnosis, setup: Setup) -> None:
 
 
 def _check_loading(model: MetaModel, setup: Setup, options: DoctorOptions, findings: Findings) -> None:
-    """bitsandbytes packs weights on the device, and engines shard what is packed."""
+    """Check that the unsharded base fits: bitsandbytes packs weights on the device before an engine shards them."""
     loaded = model.scale_bytes + sum(parameter.numel for parameter in model.base) * BYTES[setup.precision]
     if options.gpu_memory_gib is not None and loaded / _GIB > options.gpu_memory_gib:
         findings.error(
@@ -304,5 +314,5 @@ def _check_loading(model: MetaModel, setup: Setup, options: DoctorOptions, findi
 
 
 def to_json(diagnosis: Diagnosis) -> str:
-    """As text."""
+    """Return a diagnosis as JSON text."""
     return json.dumps(diagnosis.as_dict(), indent=2)

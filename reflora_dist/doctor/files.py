@@ -1,4 +1,4 @@
-"""Configuration files; what is in them says which library they are for."""
+"""Reading of configuration files; their contents tell for which library they are."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ _LARGEST = 2**20
 
 
 def is_for_accelerate(config: dict[str, Any]) -> bool:
-    """Whether these are contents for accelerate, not for DeepSpeed."""
+    """Return whether a file's contents are for accelerate, not for DeepSpeed."""
     return any(key in config for key in _ACCELERATE_KEYS)
 
 
 def read(path: str) -> dict[str, Any]:
-    """The file's contents.
+    """Return a file's contents.
 
     Raises:
-        ValueError: it cannot be read, is for neither library, has a key twice, or it or a section is no mapping.
+        ValueError: the file cannot be read, is for neither library, or has a duplicate key, or the file or a section is
+            not a mapping.
     """
     try:
         text = _text(Path(path))
@@ -39,16 +40,16 @@ def read(path: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"a configuration is a mapping, this is a {type(config).__name__}")
     if config.get("distributed_type") is False:
-        config["distributed_type"] = "NO"  # which YAML takes for a truth value
+        config["distributed_type"] = "NO"  # YAML reads NO as a boolean
     if is_for_accelerate(config):
         check_sections(config, [(name,) for name in ACCELERATE_SECTIONS])
     elif not is_json:
-        raise ValueError("there is no distributed_type, as accelerate needs it, and DeepSpeed reads JSON only")
+        raise ValueError("there is no distributed_type, which accelerate needs, and DeepSpeed reads JSON only")
     return config
 
 
 def _text(path: Path) -> str:
-    """A pipe would be waited for without end, and a large file read to no purpose."""
+    """Read a file, but no pipe, which could block forever, and no file too large for a configuration."""
     size = path.stat().st_size
     if not path.is_file():
         raise ValueError("it is no regular file")
@@ -58,7 +59,7 @@ def _text(path: Path) -> str:
 
 
 class _LoadsOnce(yaml.SafeLoader):
-    """YAML in which a key that is there twice is an error, as in JSON: the library would take the last one."""
+    """A YAML loader that refuses duplicate keys, as the JSON reader does; yaml itself takes the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         _once([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])

@@ -1,4 +1,4 @@
-"""What is wrong, and what to do about it."""
+"""Findings: problems of a run, with remedies."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ LEVELS = ("error", "warning", "note")
 
 
 class Finding(NamedTuple):
-    """One thing that was noticed.
+    """One problem or remark.
 
     Attributes:
-        level: "error": the run could not work; "warning": it would do something that is easily overlooked; "note".
-        where: the file, or the part of the machine.
-        message: what was found, with the value.
+        level: "error": the run could not work; "warning": the run has an unintended effect; "note": a remark.
+        where: the file, option or part of the machine that it is about.
+        message: the problem, with the value.
         remedy: what to do; may be empty.
     """
 
@@ -24,21 +24,21 @@ class Finding(NamedTuple):
 
 
 class Findings(list[Finding]):
-    """In the order in which they were made."""
+    """A list of findings, in the order of their discovery."""
 
     def error(self, where: str, message: str, remedy: str = "") -> None:
-        """Note why the run could not work."""
+        """Add a reason why the run could not work."""
         self.append(Finding("error", where, message, remedy))
 
     def warning(self, where: str, message: str, remedy: str = "") -> None:
-        """Note what is probably not meant."""
+        """Add an effect that is probably not intended."""
         self.append(Finding("warning", where, message, remedy))
 
     def note(self, where: str, message: str, remedy: str = "") -> None:
-        """Note what is good to know."""
+        """Add a remark."""
         self.append(Finding("note", where, message, remedy))
 
     @property
     def failed(self) -> bool:
-        """Whether the run could not work."""
+        """Whether there is an error, so that the run could not work."""
         return any(finding.level == "error" for finding in self)

@@ -1,4 +1,4 @@
-"""A base that bitsandbytes keeps in 4 bits, by itself (``finetune.py --load_in_4bit``) or in the model's checkpoint."""
+"""Size of a base in 4 bits: quantized while loading (``finetune.py --load_in_4bit``) or in the model's checkpoint."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from .base_model import MetaModel, Parameter
 from .findings import Findings
 from .options import PRECISIONS, DoctorOptions
 
-_BLOCK, _NESTED_BLOCK = 64, 256  # elements that share a scale; scales that share one
-_CODES, _NESTED_CODES = 16, 256  # entries of each weight's tables
+_BLOCK, _NESTED_BLOCK = 64, 256  # elements that share a scale; scales that share a nested scale
+_CODES, _NESTED_CODES = 16, 256  # entries of the lookup tables that each weight has
 _FLOAT32 = 4
 
 
@@ -18,14 +18,14 @@ class FourBit(NamedTuple):
     """How weights are packed.
 
     Attributes:
-        nested: whether scales are quantized themselves (double quantization).
+        nested: whether the scales are quantized as well (double quantization).
     """
 
     nested: bool
 
 
 def four_bit(model_config: Any, options: DoctorOptions, precision: str, findings: Findings) -> FourBit | None:
-    """How the base is quantized; None if it is not. Adds what is wrong with it to the findings."""
+    """Return how the base is quantized, or None; add problems to the findings."""
     stored = getattr(model_config, "quantization_config", None)
     if stored is None:
         return FourBit(nested=True) if options.load_in_4bit else None
@@ -42,7 +42,7 @@ def four_bit(model_config: Any, options: DoctorOptions, precision: str, findings
     if storage != computed:
         findings.warning(
             "--model",
-            f"bnb_4bit_quant_storage={storage!r}: FSDP shards no integers, and what casts parameters to {computed} "
+            f"bnb_4bit_quant_storage={storage!r}: FSDP shards no integers, and a cast of parameters to {computed} "
             "destroys other floats",
             "take the model that it was made from, with --load_in_4bit True",
         )
@@ -50,9 +50,13 @@ def four_bit(model_config: Any, options: DoctorOptions, precision: str, findings
 
 
 def pack(model: MetaModel, packing: FourBit, element_size: int) -> MetaModel:
-    """The model with linear layers' weights packed, two to a byte, as elements of the dtype that it computes in.
+    """Return the model with the weights of linear layers packed, two values per byte.
+
+    The packed bytes are stored as elements of the dtype in which the model computes.
 
     Args:
+        model: the model before packing.
+        packing: how to pack.
         element_size: bytes of that dtype.
     """
     weights = [parameter for parameter in model.parameters if parameter.quantizable]

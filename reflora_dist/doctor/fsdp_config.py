@@ -1,4 +1,4 @@
-"""FSDP by accelerate's configuration."""
+"""Check of FSDP's settings in accelerate's configuration."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .setup import Setup
 from .values import count, truth
 
 _STRATEGIES = {"1": "FULL_SHARD", "2": "SHARD_GRAD_OP", "3": "NO_SHARD", "4": "HYBRID_SHARD"}
-# What does the same under FSDP2.
+# FSDP2's equivalents of FSDP1's sharding strategies.
 _FSDP2_STRATEGIES = {
     "SHARD_GRAD_OP": "fsdp_reshard_after_forward: false",
     "NO_SHARD": "distributed_type: MULTI_GPU",
@@ -30,9 +30,9 @@ def _class_names(arguments: Any) -> list[str]:
 
 
 def fsdp1(path: str, arguments: Any, setup: Setup, findings: Findings) -> None:
-    """Fill in what FSDP1 does; Trainer wraps by PEFT's policy, whatever the file's is."""
+    """Fill in FSDP1's settings. Trainer always uses PEFT's wrapping policy, not the file's."""
     strategy = _strategy(arguments)
-    setup.class_names = [name for name in _class_names(arguments) if name]  # which PEFT's policy passes over
+    setup.class_names = [name for name in _class_names(arguments) if name]  # PEFT's policy skips empty names
     setup.shard_size = setup.world_size
     if strategy.startswith(("HYBRID", "_HYBRID")):
         setup.shard_size = setup.ranks_per_node
@@ -47,7 +47,7 @@ def fsdp1(path: str, arguments: Any, setup: Setup, findings: Findings) -> None:
 
 
 def fsdp2(path: str, arguments: Any, setup: Setup, findings: Findings) -> None:
-    """Fill in what FSDP2 does."""
+    """Fill in FSDP2's settings."""
     reshard = arguments.fsdp_reshard_after_forward
     setup.reshard_after_forward = reshard is None or str(reshard).lower() not in ("false", "0", "no")
     setup.shard_size = setup.world_size
@@ -64,7 +64,10 @@ def fsdp2(path: str, arguments: Any, setup: Setup, findings: Findings) -> None:
 
 
 def _wrap(path: str, arguments: Any, setup: Setup, findings: Findings) -> None:
-    """What is gathered at a time. Without a policy layers belong to the root, which stays gathered for the backward."""
+    """Fill in which modules are gathered together.
+
+    Without a policy all layers belong to the root unit, which stays gathered until the backward.
+    """
     policy = str(arguments.fsdp_auto_wrap_policy or "NO_WRAP").upper()
     remedy = "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"
     if policy == "TRANSFORMER_BASED_WRAP":
@@ -72,7 +75,7 @@ def _wrap(path: str, arguments: Any, setup: Setup, findings: Findings) -> None:
     elif policy == "SIZE_BASED_WRAP":
         findings.error(
             path,
-            f"fsdp_auto_wrap_policy: {policy}: FSDP2 cannot wrap a list of layers, to which accelerate comes",
+            f"fsdp_auto_wrap_policy: {policy}: FSDP2 cannot wrap a list of layers, which accelerate passes to it",
             remedy,
         )
     else:

@@ -1,4 +1,4 @@
-"""What each rank holds of every factor, and the bytes that a rank holds in all."""
+"""Layout of every factor over the ranks, and the memory of a rank."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .setup import Setup
 
 BYTES = {"no": 4, "bf16": 2, "fp16": 2}
 _MASTER = 4  # fp32
-_FSDP_ALIGNMENT = 16  # bytes to which FSDP1 pads parameters where it keeps the original ones
-_ZERO_ALIGNMENT = 2  # elements per rank to which ZeRO-1/2 pad a flat buffer
+_FSDP_ALIGNMENT = 16  # FSDP1 with use_orig_params pads parameters to a multiple of this many bytes
+_ZERO_ALIGNMENT = 2  # ZeRO-1/2 pad each rank's part of a flat buffer to a multiple of this many elements
 
 
 class Item(NamedTuple):
-    """Something that takes memory on the rank that holds most.
+    """One user of memory on the rank that holds most.
 
     Attributes:
-        name: what it is.
-        bytes: on that rank.
+        name: its description.
+        bytes: its size on that rank.
         place: "device" or "host".
-        counted: whether this is the size of tensors that the engine holds; else an estimate.
+        counted: True for the exact size of tensors that the engine holds, False for an estimate.
     """
 
     name: str
@@ -33,22 +33,23 @@ class Item(NamedTuple):
 
 
 def factor_layouts(setup: Setup, wholes: Sequence[Layout]) -> list[Layout]:
-    """How the ranks of one copy cut every factor; empty where every rank holds all.
+    """Return how the ranks of one copy shard every factor; empty if every rank holds whole factors.
 
     Args:
-        wholes: of every factor, lora_A and lora_B alternating, as ``AdapterPair.whole`` gives them.
+        setup: the engine with its settings.
+        wholes: the unsharded layouts from ``AdapterPair.whole``, lora_A and lora_B alternating.
     """
     if setup.whole:
         return []
-    if setup.engine == "fsdp2":  # Shard(0), which cuts as torch.chunk does
+    if setup.engine == "fsdp2":  # Shard(0) cuts as torch.chunk does
         return [whole._replace(chunk=-(-whole.shape[0] // setup.shard_size) * whole.shape[1]) for whole in wholes]
-    if setup.engine in ("zero3", "fsdp1"):  # FSDP1: PEFT's policy, by which Trainer wraps, makes every factor a unit
+    if setup.engine in ("zero3", "fsdp1"):  # FSDP1: PEFT's policy makes each factor a unit
         return [whole._replace(chunk=-(-whole.numel // setup.shard_size)) for whole in wholes]
     return _slices_of_one_buffer(wholes, setup)
 
 
 def _slices_of_one_buffer(wholes: Sequence[Layout], setup: Setup) -> list[Layout]:
-    """ZeRO-1/2: factors behind each other, of which each rank has an equal part."""
+    """Return the layouts of ZeRO-1/2, which concatenate the factors and give each rank an equal part."""
     order = list(range(len(wholes)))
     if setup.round_robin:
         order = [index for first in range(setup.shard_size) for index in order[first :: setup.shard_size]]
@@ -63,14 +64,14 @@ def _slices_of_one_buffer(wholes: Sequence[Layout], setup: Setup) -> list[Layout
 
 
 def zero_partition(numels: Sequence[int], setup: Setup) -> int:
-    """ZeRO-1/2: elements of the flat buffer that each rank updates."""
+    """Return how many elements of ZeRO-1/2's flat buffer each rank updates, padding included."""
     padded = [numel + (-numel) % setup.alignment for numel in numels[:-1]] + list(numels[-1:])
     unit = _ZERO_ALIGNMENT * setup.shard_size
     return -(-sum(padded) // unit) * _ZERO_ALIGNMENT
 
 
 def persisted(setup: Setup, parameters: Sequence[Parameter]) -> set[str]:
-    """ZeRO-3: names of the parameters that stay whole on every rank beside their pieces, by DeepSpeed's rule."""
+    """Return the names of the parameters that ZeRO-3 also keeps whole on every rank, by DeepSpeed's rule."""
     kept: set[str] = set()
     total = 0
     if setup.engine != "zero3":
@@ -85,12 +86,14 @@ def persisted(setup: Setup, parameters: Sequence[Parameter]) -> set[str]:
 
 
 def memory(setup: Setup, model: MetaModel, moments: int, activation_bytes: int, method_bytes: int) -> list[Item]:
-    """What the rank that holds most needs.
+    """Return the memory of the rank that holds most, by use; unused items are left out.
 
     Args:
-        moments: tensors of a factor's size that the optimizer keeps.
-        activation_bytes: of the peak in forward and backward.
-        method_bytes: of the method's matrices and exchange buffers.
+        setup: the engine with its settings.
+        model: the model's parameters.
+        moments: number of state tensors of a factor's size that the optimizer keeps.
+        activation_bytes: peak bytes of forward and backward.
+        method_bytes: bytes of the method's matrices and exchange buffers.
     """
     working = BYTES[setup.precision]
     base = sum(held_elements(setup, model.base)) * working
@@ -112,7 +115,7 @@ def memory(setup: Setup, model: MetaModel, moments: int, activation_bytes: int, 
 
 
 def held_elements(setup: Setup, parameters: Sequence[Parameter]) -> list[int]:
-    """Elements of parameters on the first rank, padding included: one entry per parameter, or per FSDP1 unit."""
+    """Return the elements on the first rank, padding included: one entry per parameter, or per FSDP1 unit."""
     ranks = setup.shard_size
     if setup.engine == "zero3":
         return [-(-parameter.numel // ranks) for parameter in parameters]
@@ -129,7 +132,7 @@ def held_elements(setup: Setup, parameters: Sequence[Parameter]) -> list[int]:
 
 
 def _plain_factors(setup: Setup, model: MetaModel, moments: int) -> list[Item]:
-    """DDP and FSDP: factors in fp32, since PEFT, and accelerate's FSDP, cast them from 16 bits."""
+    """Return the factors' memory under DDP and FSDP: in fp32, to which PEFT and accelerate's FSDP cast them."""
     place = "host" if setup.offload_params or setup.offload_optimizer else "device"
     if setup.engine == "fsdp1" and not setup.whole:
         held = sum(-(-factor.numel // setup.shard_size) for factor in model.factors)
@@ -143,7 +146,7 @@ def _plain_factors(setup: Setup, model: MetaModel, moments: int) -> list[Item]:
 
 
 def _zero_factors(setup: Setup, model: MetaModel, moments: int) -> list[Item]:
-    """DeepSpeed: the model's weights in its dtype, fp32 masters and moments of this rank's part."""
+    """Return the factors' memory under DeepSpeed: weights in its dtype, and the rank's fp32 masters and moments."""
     working = BYTES[setup.precision]
     numels = [factor.numel for factor in model.factors]
     if setup.engine == "zero3":
@@ -164,7 +167,7 @@ def _zero_factors(setup: Setup, model: MetaModel, moments: int) -> list[Item]:
 
 
 def _engine_buffers(setup: Setup, model: MetaModel) -> list[Item]:
-    """Gathered parameters and communication buckets."""
+    """Return the engine's own memory: gathered parameters and communication buckets."""
     working = BYTES[setup.precision]
     layers: dict[str, int] = {}
     for parameter in model.parameters:
@@ -185,13 +188,19 @@ def _engine_buffers(setup: Setup, model: MetaModel) -> list[Item]:
         return [Item("DDP's buckets", numel * _MASTER, "device", False)]
     if setup.whole:
         return []
-    # the layer that computes and the one that is fetched meanwhile, and what stays gathered around them
+    # the layer that computes, the next one, which is prefetched, and the parameters outside the layers
     live = min(everything, outside + 2 * max(layers.values(), default=0)) if setup.reshard_after_forward else everything
     return [Item("gathered parameters", live * working, "device", False)]
 
 
 def pair_rows(setup: Setup, model: MetaModel, layouts: list[Layout]) -> list[dict[str, Any]]:
-    """One row for pairs of one size and layout."""
+    """Return one table row per group of pairs with equal sizes and layouts.
+
+    Args:
+        setup: the engine with its settings.
+        model: the model's parameters and pairs.
+        layouts: what :func:`factor_layouts` returned.
+    """
     kept = persisted(setup, model.parameters)
     whole = [factor.name in kept for factor in model.factors]
     rows: Counter[tuple[Any, ...]] = Counter()
@@ -209,7 +218,7 @@ def _layout(layout: Layout, setup: Setup, whole: bool) -> str:
     numel, (rows, width) = min(layout.chunk, layout.numel), layout.shape
     holders = layout.holder(layout.numel - 1) - layout.holder(0) + 1
     if setup.engine.startswith(("zero1", "zero2")):
-        text = "slice of one flat buffer"  # elsewhere for every factor
+        text = "slice of one flat buffer"  # its position differs between factors
     else:
         unit = f"{numel:,} elements" if numel % width else f"{numel // width:,} of {rows:,} rows"
         text = f"{unit} on {holders} of {setup.shard_size} ranks"

@@ -15,7 +15,7 @@ from ..methods.registry import METHODS
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 OPTIMIZERS = {"adamw": 2, "sgd": 0, "sgd-momentum": 1}
-"""State tensors of a factor's size by optimizer (LoRA-RITE is the method of that name)."""
+"""Number of state tensors of a factor's size, by optimizer. LoRA-RITE is missing: it is a method here."""
 
 
 def _option(default: object, help_text: str, **metadata: object):  # type: ignore[no-untyped-def]
@@ -26,7 +26,7 @@ def _option(default: object, help_text: str, **metadata: object):  # type: ignor
 
 @dataclasses.dataclass(kw_only=True)
 class DoctorOptions:
-    """What the configuration files leave open: the model, the adapter, the cluster."""
+    """The doctor's options: the model, the adapter, the cluster and other settings that the files do not contain."""
 
     model: str | None = _option(
         None, "Hub name, local path or config.json. Only its configuration is read; without it, keys are checked only."
@@ -65,15 +65,15 @@ class DoctorOptions:
         self.reflora_config()
 
     def reflora_config(self) -> RefLoRAConfig:
-        """The settings that the package reads."""
+        """Return the package's own configuration for this method."""
         return RefLoRAConfig(method=self.method)
 
 
 def parse_options(argv: list[str] | None = None) -> tuple[list[str], DoctorOptions]:
-    """The configuration files, and the options.
+    """Parse the command line into the paths of the configuration files and the options.
 
     Raises:
-        ValueError: an option's value cannot be used.
+        ValueError: an option has an unusable value.
     """
     parser = HfArgumentParser(DoctorOptions, prog="python -m reflora_dist.doctor")  # type: ignore[arg-type]
     parser.add_argument(
@@ -89,10 +89,10 @@ def parse_options(argv: list[str] | None = None) -> tuple[list[str], DoctorOptio
 
 
 def launched() -> bool:
-    """Whether a launcher started this process: torchrun, accelerate and DeepSpeed all set these.
+    """Return whether torchrun, accelerate or DeepSpeed launched this process: they set RANK and WORLD_SIZE.
 
     Raises:
-        ValueError: a launcher's variables are there in part.
+        ValueError: only a part of a launcher's variables is set.
     """
     if not ("RANK" in os.environ and "WORLD_SIZE" in os.environ):
         return False

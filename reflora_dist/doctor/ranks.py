@@ -1,4 +1,4 @@
-"""What differs between ranks or machines; and, under a launcher, how long the method's collectives take."""
+"""Comparison of ranks and machines, and timing of the method's collectives under a launcher."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from ..step.traffic import Traffic
 from .findings import Findings
 
 _ENVIRONMENT = ("NCCL_", "TORCH_", "PYTORCH_", "FSDP_", "ACCELERATE_", "DS_", "CUBLAS_")
-# These have to differ.
+# These differ between ranks by design.
 _OWN = ("machine_rank", "TORCH_NCCL_DUMP_FILE", "ACCELERATE_TORCH_DEVICE")
 _WARM_UP, _TIMED = 3, 7
 
 
 def join() -> torch.device:
-    """Join the launcher's process group; the device that this rank computes on."""
+    """Join the launcher's process group and return the device of this rank.
+
+    Communication: every rank must call.
+    """
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
         accelerator = torch.accelerator.current_accelerator()
@@ -37,7 +40,7 @@ def join() -> torch.device:
 
 
 def flattened(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """``{"a": {"b": 1}}`` -> ``("a.b", 1)``."""
+    """Yield the leaves of nested mappings: ``("a.b", 1)`` for ``{"a": {"b": 1}}``."""
     if isinstance(values, Mapping) and values:
         for key, value in values.items():
             yield from flattened(value, f"{path}.{key}" if path else str(key))
@@ -46,7 +49,7 @@ def flattened(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def environment() -> dict[str, str]:
-    """What of this process's environment decides how it trains."""
+    """Return the Python version and the environment variables that influence training."""
     variables = {
         name: value for name, value in os.environ.items() if name.startswith(_ENVIRONMENT) and name not in _OWN
     }
@@ -54,11 +57,13 @@ def environment() -> dict[str, str]:
 
 
 def compare(what: str, by_owner: Mapping[str, Mapping[str, Any]], findings: Findings, *, is_error: bool = True) -> None:
-    """Name every key in which an owner differs from the first.
+    """Add a finding for every key in which an owner differs from the first.
 
     Args:
-        what: is compared, for the message.
-        by_owner: a rank's or a file's values.
+        what: name of the compared values, for the findings.
+        by_owner: the values of each rank or file, by its name.
+        findings: receives the differences.
+        is_error: whether a difference is an error, not a warning.
     """
     (first, reference), *others = by_owner.items()
     reference = dict(flattened(reference))
@@ -76,27 +81,29 @@ def compare(what: str, by_owner: Mapping[str, Mapping[str, Any]], findings: Find
 
 
 def gather(own: Any) -> list[Any]:
-    """Every rank's object. Communication: one all-gather; every rank must call."""
+    """Return the objects of all ranks. Communication: one all-gather; every rank must call."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
     return everyone
 
 
 def time_collectives(traffic: Traffic, ranks: int, device: torch.device) -> list[dict[str, Any]]:
-    """Time one of each collective that the method issues, of the sizes that it sends, in all copies at once.
+    """Time each kind of collective that the method issues, with its real sizes, in all copies at once.
 
-    The exchange is that of the rank that sends most, there and back in one: an all-to-all sends equal parts to all
-    ranks of a copy, neighbours' rows all go to the next rank. Where the job's ranks are not a multiple of a copy's
-    (more were asked about than there are), everything goes over all of them.
+    The exchange has the size of the rank that sends most, both directions in one call. An all-to-all sends equal parts
+    to all ranks of a copy; an exchange of cut rows sends everything to the next rank. If the number of launched ranks
+    is not a multiple of ``ranks``, the collectives run over all launched ranks.
 
     Args:
-        ranks: that hold one copy together.
+        traffic: the method's traffic.
+        ranks: number of ranks that hold one copy together.
+        device: device of this rank.
 
     Returns:
-        Per collective its kind, the bytes that a rank sends, and the milliseconds of the slowest rank (the median of
-        some calls).
+        Per collective its kind, the bytes that a rank sends, the milliseconds of the slowest rank (median of several
+        calls), and the resulting Gbit/s.
 
-    Communication: several of each, and all-gathers; every rank must call.
+    Communication: several calls of each collective, and all-gathers; every rank must call.
     """
     exchanged = max(sum(traffic.exchanged(rank)) for rank in range(ranks))
     group = dist.group.WORLD
@@ -110,7 +117,7 @@ def time_collectives(traffic: Traffic, ranks: int, device: torch.device) -> list
     if traffic.gathered:
         share = torch.zeros(traffic.gathered // 8, dtype=torch.float64, device=comm.device)
         measured.append(_timed(comm, "all_gather", lambda: comm.all_gather(share)))
-    # there and back are calls of their own; one call of all of it shows the bandwidth
+    # a step sends the two directions in separate calls; one call with all bytes shows the bandwidth better
     if exchanged and traffic.neighbours and comm.world_size > 1:
         rows = torch.zeros(exchanged // 4, dtype=torch.float32, device=comm.device)
         there, back = ({(comm.rank + step) % comm.world_size: len(rows)} for step in (1, -1))
@@ -146,10 +153,10 @@ def _wait(device: torch.device) -> None:
 
 
 def smallest_memory_gib(device: torch.device) -> float | None:
-    """Memory of this device; None on a CPU."""
+    """Return the memory of this device in GiB; None on a CPU."""
     return torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else None
 
 
 def names(count: int, hosts: Sequence[str]) -> list[str]:
-    """How to call the ranks in messages."""
+    """Return the names of the ranks in messages."""
     return [f"rank {rank} ({hosts[rank]})" for rank in range(count)]

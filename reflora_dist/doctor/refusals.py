@@ -1,4 +1,4 @@
-"""What a library's error or warning says, in one line, and what may help."""
+"""Errors and warnings of libraries in one line, with remedies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LIBRARIES = {
 }
 _LONGEST = 400
 _DEEPSPEED_SECTIONS = ("fp16", "bf16", "zero_optimization", "optimizer", "scheduler")
-# What may help, by a part of a library's sentence.
+# Remedies, by a part of a library's message.
 _REMEDIES = {
     "train_batch_size or train_micro_batch_size_per_gpu": '"train_micro_batch_size_per_gpu": "auto"',
     "mismatch TrainingArguments": 'set these values to "auto", or give theirs: --micro_batch_size, '
@@ -37,14 +37,14 @@ _REMEDIES = {
 
 
 def refusal(error: BaseException) -> dict[str, str]:
-    """Who refuses, and its own sentence, JSON-ready."""
+    """Return the "library" that raised an error, and its message as one "sentence"."""
     frames = traceback.extract_tb(error.__traceback__)
     owners = [_library(frame.filename) for frame in frames]
     index = max((i for i, owner in enumerate(owners) if owner), default=len(frames) - 1)
     sentence = " ".join(str(error).split())
     sentence = re.sub(r" ?For further information visit \S+", "", sentence)
     if not sentence or isinstance(error, KeyError | AttributeError | TypeError | AssertionError):
-        frame = frames[index]  # without which it says nothing
+        frame = frames[index]  # such a message says little without the place
         place = f"{Path(frame.filename).name}: {frame.line}" if frame.line else Path(frame.filename).name
         sentence = f"{sentence} (at {place})" if sentence else place
     sentence = f"{type(error).__name__}: {sentence}"
@@ -53,7 +53,7 @@ def refusal(error: BaseException) -> dict[str, str]:
 
 @contextlib.contextmanager
 def heard() -> Iterator[list[str]]:
-    """The warnings of libraries meanwhile, each once; torch's are about its own interfaces."""
+    """Collect the libraries' warnings inside the block, each once. torch's are left out: they concern its own API."""
     found: list[str] = []
 
     def hear(library: str, sentence: str) -> None:
@@ -80,7 +80,7 @@ def heard() -> Iterator[list[str]]:
 
 
 def remedy(sentence: str, contents: dict[str, Any]) -> str:
-    """What may help against a library's sentence on a file with these contents."""
+    """Return the remedy for a library's message about a file with these contents."""
     for name in _DEEPSPEED_SECTIONS:
         if name in contents and not isinstance(contents[name], dict):
             return f"{name}: {contents[name]!r} is not a section of keys and values: fill it in, or remove it"
@@ -88,6 +88,6 @@ def remedy(sentence: str, contents: dict[str, Any]) -> str:
 
 
 def _library(file: str) -> str:
-    """The library that a file belongs to; empty for others."""
+    """Return the library that a source file belongs to; empty for other files."""
     parts = Path(file).parts
     return next((_LIBRARIES[part] for part in reversed(parts) if part in _LIBRARIES), "")

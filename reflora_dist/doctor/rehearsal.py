@@ -1,4 +1,7 @@
-"""Has a run tried in small by a process of its own, in which there is no GPU and no group of ranks."""
+"""Rehearsal of a run in a separate process, which sees no GPU and no launcher.
+
+That process (``small_run``) trains a tiny model for one step with the run's configuration files.
+"""
 
 from __future__ import annotations
 
@@ -23,20 +26,21 @@ _WITHOUT_DEVICES = {
     "OMP_NUM_THREADS": "1",
     "WANDB_MODE": "disabled",
 }
-_servers: dict[int, subprocess.Popen[str]] = {}  # by process, since a fork must not use its parent's
+_servers: dict[int, subprocess.Popen[str]] = {}  # by process id: a fork must not use its parent's server
 
 
 @dataclasses.dataclass(kw_only=True)
 class Outcome:
-    """What came of a run in small.
+    """The result of a rehearsal.
 
     Attributes:
-        refusal: the library that ended it, and its sentence; None if it went through.
-        foreign: DeepSpeed knows no key of its file.
-        beyond: at what it came to an end that says nothing about the files; None if it did not.
-        warnings: of the libraries.
-        findings: about DeepSpeed's configuration, as it was in the end.
-        setup: what DeepSpeed would do; None under another engine.
+        refusal: the library that raised an error, and its message; None if there was no error.
+        foreign: whether DeepSpeed knows no key of its file.
+        beyond: what ended the rehearsal without saying anything about the files: an operation that needs a GPU, or a
+            signal. None if it ran to the end.
+        warnings: the libraries' warnings.
+        findings: findings about DeepSpeed's final configuration.
+        setup: the fields of DeepSpeed's ``Setup``; None under another engine.
     """
 
     refusal: dict[str, str] | None = None
@@ -54,14 +58,14 @@ def rehearse(
     size: tuple[int, int],
     options: DoctorOptions,
 ) -> Outcome:
-    """Try a run in small.
+    """Rehearse a run, and return the result.
 
     Args:
-        accelerate: accelerate's file; None if another launcher starts the run.
-        deepspeed: DeepSpeed's file, which is the trainer's option.
+        accelerate: path of accelerate's file; None if another launcher starts the run.
+        deepspeed: path of DeepSpeed's file, as the trainer's option; None if there is none.
         arguments: transformers' TrainingArguments that differ from their defaults.
-        size: ranks and machines.
-        options: of the doctor.
+        size: numbers of ranks and machines.
+        options: the doctor's options.
     """
     request = {
         "folder": os.getcwd(),
@@ -80,19 +84,19 @@ def rehearse(
     server.stdin.flush()
     answer = server.stdout.readline()
     if not answer:
-        sentence = f"the process in which runs are tried in small has ended with exit code {server.wait()}"
+        sentence = f"the process of the rehearsal has ended with exit code {server.wait()}"
         return Outcome(refusal={"library": "Python", "sentence": sentence})
     return Outcome(**json.loads(answer))
 
 
 def report(where: str, contents: dict[str, Any], outcome: Outcome, findings: Findings) -> bool:
-    """Note what came of it; whether it went through.
+    """Add a rehearsal's result to the findings, and return whether no library refused the run.
 
     Args:
         where: the file, for findings.
-        contents: what is in it.
-        outcome: what came of it.
-        findings: to which it is added.
+        contents: its contents.
+        outcome: the result.
+        findings: receives the result.
     """
     findings.extend(Finding(*found) for found in outcome.findings)
     for warning in outcome.warnings:
@@ -107,7 +111,7 @@ def report(where: str, contents: dict[str, Any], outcome: Outcome, findings: Fin
         sentence = outcome.refusal["sentence"]
         findings.error(where, f"{outcome.refusal['library']} refuses it: {sentence}", remedy(sentence, contents))
     elif outcome.beyond is not None:
-        findings.note(where, f"tried in small until {outcome.beyond}, which needs a GPU", "")
+        findings.note(where, f"rehearsed until {outcome.beyond}, which needs a GPU", "")
     return outcome.refusal is None
 
 

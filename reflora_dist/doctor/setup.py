@@ -1,4 +1,4 @@
-"""What the configuration files and options come down to."""
+"""The engine and settings that follow from configuration files and options."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ import dataclasses
 
 @dataclasses.dataclass(kw_only=True)
 class Setup:
-    """An engine with the settings that decide about memory and traffic.
+    """An engine with the settings that determine memory and traffic.
 
     Attributes:
-        engine: as in ``Report.engine``.
+        engine: name of the engine, as in ``Report.engine``.
         world_size, num_nodes: ranks and machines of the job.
         shard_size: ranks that together hold one copy of every parameter.
         precision: "no", "bf16" or "fp16".
         micro_batch_size: sequences per rank and backward pass.
         accumulation: backward passes per optimizer step.
-        activation_checkpointing: whether layers are computed again in backward.
-        reshard_after_forward: FSDP: free gathered parameters after the forward.
-        offload_optimizer, offload_params: to host memory.
-        persistence_threshold, model_persistence_threshold: ZeRO-3: parameters of at most so many elements, and at most
-            so many elements together, stay whole on every rank.
-        secondary_size: ZeRO++: ranks over which a second copy is sharded, from which backward gathers; 1 if none.
-        bucket_elements: DeepSpeed: elements of its buffers for reduction, all together.
-        max_live_elements: ZeRO-3: elements that may be gathered at a time.
-        sub_group_elements: ZeRO-3: elements of this rank's that the optimizer updates at a time; 0 for all.
-        round_robin: ZeRO-1/2: parameters are dealt out in turn.
-        alignment: ZeRO-1/2: elements to a multiple of which parameters are padded.
-        class_names: FSDP: of the modules that the file has wrapped; empty for the model's own choice.
-        moments: tensors of a factor's size that the optimizer of DeepSpeed's file keeps; None if it names none.
-        tall_adapters: lora_A of linear layers are stored ``[in, r]``.
-        half_gradients: DeepSpeed: masters and their gradients are float16.
+        activation_checkpointing: whether backward recomputes the layers.
+        reshard_after_forward: FSDP: whether gathered parameters are freed after the forward.
+        offload_optimizer, offload_params: whether these are offloaded to host memory.
+        persistence_threshold, model_persistence_threshold: ZeRO-3: largest number of elements of a parameter that stays
+            whole on every rank, and of all such parameters together.
+        secondary_size: ZeRO++: number of ranks that share a second copy, from which backward gathers; 1 if none.
+        bucket_elements: DeepSpeed: total elements of its reduction buffers.
+        max_live_elements: ZeRO-3: largest number of gathered elements at a time.
+        sub_group_elements: ZeRO-3: this rank's elements that the optimizer updates at a time; 0 for all.
+        round_robin: ZeRO-1/2: whether the order of parameters is round-robin over the ranks.
+        alignment: ZeRO-1/2: parameters are padded to a multiple of this many elements.
+        class_names: FSDP: class names of the modules to wrap by the file; empty for the model's own choice.
+        moments: state tensors of a factor's size that the optimizer in DeepSpeed's file keeps; None if it names none.
+        tall_adapters: whether lora_A of linear layers is stored ``[in, r]``.
+        half_gradients: DeepSpeed: whether masters and their gradients are float16.
     """
 
     engine: str
@@ -69,7 +69,7 @@ class Setup:
 
     @property
     def replicas(self) -> int:
-        """Copies of every shard."""
+        """Number of copies of every shard."""
         return self.world_size // self.shard_size
 
     @property

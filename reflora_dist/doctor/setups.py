@@ -1,4 +1,4 @@
-"""From configuration files to what they come down to; the libraries that they are for have the last word."""
+"""From configuration files to a ``Setup``. The files' libraries decide in a rehearsal whether the run can start."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def setup_of(
     options: DoctorOptions,
     findings: Findings,
 ) -> Setup | None:
-    """What the files come down to; None if a run could not start, with an error among the findings.
+    """Return the setup that follows from the files; None, and an error in the findings, if a run could not start.
 
     Args:
-        for_accelerate, for_deepspeed: the file of each kind, or nothing.
-        files: by path what is in them.
-        options: of the doctor.
-        findings: to which is added what was noticed.
+        for_accelerate, for_deepspeed: the path of the file of each kind, or an empty list.
+        files: the files' contents, by path.
+        options: the doctor's options.
+        findings: receives the problems.
     """
     path = for_accelerate[0] if for_accelerate else ""
     size = _size(path, files.get(path, {}), options, findings)
@@ -65,7 +65,7 @@ def _launched_setup(
     size: tuple[int, int],
     findings: Findings,
 ) -> Setup | None:
-    """What ``accelerate launch`` would start, if need be with DeepSpeed's own file beside accelerate's."""
+    """Return the setup under ``accelerate launch``, perhaps with a DeepSpeed file next to accelerate's."""
     arguments = accelerate_config.launch_arguments(path, files[path], findings)
     if arguments is None:
         return None
@@ -98,7 +98,7 @@ def _launched_setup(
         return None
     outcome = rehearse(path, None, training_arguments({}, precision, options, size[0]), size, options)
     setup = None
-    # what libraries refuse may be of a type for which there is no explanation, either
+    # values that a library refused may have types that this code cannot handle either
     with contextlib.suppress(*() if outcome.refusal is None else (TypeError, ValueError)):
         setup = accelerate_setup(path, arguments, precision, options, size, findings)
     return setup if report(path, {}, outcome, findings) else None
@@ -113,7 +113,7 @@ def _deepspeed_setup(
     size: tuple[int, int],
     findings: Findings,
 ) -> Setup | None:
-    """What DeepSpeed would do; accelerate's file ``path`` and DeepSpeed's ``own`` may both be given."""
+    """Return DeepSpeed's setup, from accelerate's file ``path``, DeepSpeed's file ``own``, or both."""
     where = own or path
     assert where is not None
     try:
@@ -135,16 +135,16 @@ def _deepspeed_setup(
 
 
 def _size(path: str, config: dict[str, Any], options: DoctorOptions, findings: Findings) -> tuple[int, int] | None:
-    """Ranks and machines: of the options, else of the launcher, else of the file, else of this machine.
+    """Return the numbers of ranks and machines: from the options, else the launcher, the file or this machine.
 
-    None, with an error among the findings, where the file's are unusable.
+    None, and an error in the findings, if the file's values are unusable.
     """
     before = len(findings)
     processes, machines = (count(path, config, name, findings) for name in ("num_processes", "num_machines"))
     if len(findings) > before:
         return None
     if config.get("distributed_type") == "NO":
-        processes = processes or 1  # as accelerate fills it in
+        processes = processes or 1  # accelerate's default
     launched = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else None
     nodes = options.num_nodes
     if nodes is None and launched:

@@ -1,7 +1,7 @@
-"""``python -m reflora_dist.doctor.small_run``: runs in small, each in a fork, as ``rehearsal`` asks for them.
+"""The program ``python -m reflora_dist.doctor.small_run``: it runs the rehearsals that ``rehearsal`` requests.
 
-A run in small is a model of two layers that transformers' Trainer trains for one step, launched as configuration files
-say, on as many ranks as they say, of which only the first is there.
+In a rehearsal transformers' Trainer trains a model of two layers for one step, launched as the configuration files say.
+The process acts as rank 0 of their number of ranks; the other ranks do not exist. Each rehearsal runs in a fork.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .options import DoctorOptions
 from .refusals import heard, refusal
 from .stand_in import NeedsDeviceError, join, prepare
 
-_SECONDS = 120  # a run in small takes one or two
+_SECONDS = 120  # timeout; a rehearsal takes one or two
 _TINY = LlamaConfig(
     hidden_size=16,
     intermediate_size=16,
@@ -51,13 +51,13 @@ _TINY = LlamaConfig(
 
 
 def main() -> None:
-    """Answer requests, one a line, until there are no more."""
+    """Answer the requests on standard input, one per line, until it ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print
+    os.dup2(2, 1)  # keeps the libraries' prints out of the answers
     torch.set_num_threads(1)
     prepare()
-    _adapted()  # what PEFT and transformers make once and keep, forks then find made
-    gc.freeze()  # libraries collect garbage often: they need not walk through what was there before
+    _adapted()  # fills the caches of PEFT and transformers, which the forks inherit
+    gc.freeze()  # libraries collect garbage often; this excludes all objects that exist now
     for line in sys.stdin:
         read, write = os.pipe()
         child = os.fork()
@@ -75,20 +75,20 @@ def main() -> None:
 
 
 def outcome(request: dict[str, Any]) -> dict[str, Any]:
-    """What came of a run in small, as ``rehearsal.Outcome`` has it."""
+    """Run a rehearsal and return the fields of its ``rehearsal.Outcome``."""
     signal.alarm(_SECONDS)
     os.chdir(request["folder"])
     with heard() as warnings:
         try:
             with tempfile.TemporaryDirectory() as output:
                 came = _run(request, output)
-        except BaseException as error:  # SystemExit, too, by which a launcher's parser ends
+        except BaseException as error:  # includes SystemExit, which a launcher's parser raises
             came = {"refusal": refusal(error)}
     return {**came, "warnings": warnings, "foreign": "refusal" in came and _is_foreign(request["deepspeed"])}
 
 
 def _is_foreign(path: str | None) -> bool:
-    """Whether this is not DeepSpeed's configuration, but something else."""
+    """Return whether a file is no DeepSpeed configuration."""
     return path is not None and not knows_any(json.loads(Path(path).read_text()))
 
 
@@ -101,10 +101,10 @@ def _run(request: dict[str, Any], output: str) -> dict[str, Any]:
             trainer.train()
     except NeedsDeviceError as error:
         came["beyond"] = str(error)
-    except Exception as error:  # every kind
+    except Exception as error:  # libraries raise many types
         came["refusal"] = refusal(error)
     if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
-        # what is refused may be of a type for which there is no explanation, either
+        # values that a library refused may have types that judge cannot handle either
         with contextlib.suppress(*(Exception,) if "refusal" in came else ()):
             came |= _judged(request, options, trainer)
     return came
@@ -159,10 +159,14 @@ def _judged(request: dict[str, Any], options: DoctorOptions, trainer: Trainer) -
 
 
 def launch(path: str, ranks: int) -> int:
-    """Take over the variables that ``accelerate launch --config_file`` sets.
+    """Set the environment variables that ``accelerate launch --config_file`` would set.
+
+    Args:
+        path: accelerate's file.
+        ranks: number of ranks of the run.
 
     Returns:
-        Ranks that it starts as a group; 0 where it starts one process without any.
+        The number of ranks that it would start as a group; 0 if it would start one process without a group.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
 
@@ -186,7 +190,7 @@ def launch(path: str, ranks: int) -> int:
 
 
 def _check_torchrun(arguments: Any) -> None:
-    """What torchrun looks at before it starts processes."""
+    """Run the checks that torchrun makes before it starts processes."""
     from torch.distributed.elastic.rendezvous import registry
     from torch.distributed.run import config_from_args
 
@@ -198,7 +202,7 @@ def _check_torchrun(arguments: Any) -> None:
 
 
 def _avoid_fp16(arguments: dict[str, Any]) -> None:
-    """Outside DeepSpeed accelerate scales losses in fp16, for which it wants a GPU."""
+    """Replace fp16 by bf16: outside DeepSpeed accelerate needs a GPU for fp16's loss scaling."""
     if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     if arguments.pop("fp16", False):
@@ -206,7 +210,7 @@ def _avoid_fp16(arguments: dict[str, Any]) -> None:
 
 
 class _Rows:
-    """More than any run takes."""
+    """A data set with more rows than any run reads."""
 
     def __len__(self) -> int:
         return 2**40
@@ -221,7 +225,7 @@ class _StopAfterOne(TrainerCallback):
 
 
 class LoRARite(torch.optim.SGD):
-    """To DeepSpeed the same as the package's: an optimizer that it does not know."""
+    """A stand-in for the package's LoRARite: to DeepSpeed both are optimizers that it does not know."""
 
 
 def _adapted() -> PeftModel:
@@ -233,7 +237,10 @@ def _adapted() -> PeftModel:
 
 
 def _rename(base: LlamaForCausalLM) -> None:
-    """Give modules the class names that FSDP's file has wrapped: which ones the run's model has is asked elsewhere."""
+    """Rename module classes so that FSDP finds those that the file wraps.
+
+    ``diagnosis`` checks whether the run's own model has them.
+    """
     names = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "").split(",")
     for layer in base.model.layers:
         modules = [layer, layer.mlp, layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm]
@@ -243,7 +250,7 @@ def _rename(base: LlamaForCausalLM) -> None:
 
 @contextlib.contextmanager
 def _sized_as(model: str | None) -> Iterator[None]:
-    """Have transformers fill in what depends on the model's size for that model."""
+    """Let transformers fill in the "auto" values that depend on the model's size for the run's own model."""
     if model is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""What stands in for GPUs, for the other ranks and for kernels where a run is tried in one process on the CPU."""
+"""Replacements of GPUs, other ranks and compiled kernels, for a rehearsal in one process on the CPU."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from accelerate import PartialState
 from accelerate.state import DistributedType
 from torch.nn.parallel import DistributedDataParallel
 
-# Kernels of optimizers may do nothing: nobody looks at what is trained. DeepSpeed's own of other kinds return tensors.
+# Kernels that may do nothing, such as the optimizers': the trained values do not matter. DeepSpeed's other kernels
+# return tensors, so they cannot be skipped.
 _IDLE = ("adam", "adagrad", "lion", "lamb", "muon", "shm_comm", "pin_memory", "utils")
 
 
 class NeedsDeviceError(RuntimeError):
-    """What is tried comes to something that only a GPU, or what is compiled for it, can do."""
+    """The rehearsal reached an operation that needs a GPU or a compiled kernel."""
 
 
 class _Kernels:
-    """A compiled extension's functions."""
+    """Stands for a compiled extension: its functions do nothing, or raise NeedsDeviceError."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -39,7 +40,7 @@ class _Kernels:
 
 
 class _NoMonitor:
-    """In place of DeepSpeed's writers to TensorBoard, WandB and the like: nothing is written anywhere."""
+    """Replaces DeepSpeed's writers to TensorBoard, WandB and the like; it writes nothing."""
 
     enabled = False
 
@@ -51,18 +52,18 @@ class _NoMonitor:
 
 
 def prepare() -> None:
-    """Replace what libraries would look for on this machine. For a process of its own only."""
+    """Patch the libraries so that they run without GPUs. Call it only in a process for rehearsals."""
     import accelerate.utils.dataclasses as plugins
     import accelerate.utils.launch as launch
     import torch.distributed.fsdp._init_utils as fsdp1
     import transformers.training_args
 
-    # accelerate: the device, and under DDP no index of one
+    # accelerate: use the CPU, and no device index under DDP
     os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_BYPASS_DEVICE_MAP": "true"}
     in_use = launch.is_port_in_use
-    replace(launch, is_port_in_use=lambda port: bool(in_use(port)) and False)  # which refuses what is no port
+    replace(launch, is_port_in_use=lambda port: bool(in_use(port)) and False)  # in_use raises for invalid ports
     replace(launch, _get_mpirun_args=lambda: ("mpirun", "--hostfile", "-n", "--npernode", "--bind-to"))
-    replace(plugins, is_cuda_available=lambda: True)  # FSDP1's plugin asks on which device modules are made
+    replace(plugins, is_cuda_available=lambda: True)  # FSDP1's plugin asks where modules are created
     replace(torch.cuda, current_device=lambda: torch.device("cpu"))
     replace(fsdp1, _check_module_states_for_sync_module_states=lambda states: None)
     replace(transformers.training_args, is_torch_bf16_gpu_available=lambda: True)
@@ -73,9 +74,9 @@ def prepare() -> None:
 
 
 def _sending_nothing(initialize: Callable[..., None]) -> Callable[..., None]:
-    """DDP waits for what its group returns, and a group in which nobody answers returns nothing."""
+    """Return DDP's ``__init__`` with a hook that keeps local gradients: the fake group never returns a result."""
 
-    def kept(state, bucket):  # type: ignore[no-untyped-def]  # torch reads annotations, and wants its own types
+    def kept(state, bucket):  # type: ignore[no-untyped-def]  # torch checks annotations
         future: Any = torch.futures.Future()
         future.set_result(bucket.buffer())
         return future
@@ -94,7 +95,8 @@ def _prepare_deepspeed() -> None:
     from deepspeed.ops.op_builder.builder import OpBuilder
     from deepspeed.ops.op_builder.cpu.no_impl import NotImplementedBuilder
 
-    replace(deepspeed.launcher.runner, DEEPSPEED_ENVIRONMENT_NAME=os.devnull)  # accelerate's variables for pdsh
+    # accelerate would write variables for pdsh to this file
+    replace(deepspeed.launcher.runner, DEEPSPEED_ENVIRONMENT_NAME=os.devnull)
     replace(deepspeed.runtime.engine, MonitorMaster=_NoMonitor)
     for builder in (OpBuilder, NotImplementedBuilder):
         replace(builder, load=lambda builder, *args, **kwargs: _Kernels(builder.name))
@@ -109,7 +111,12 @@ def replace(owner: Any, **attributes: Any) -> None:
 
 
 def join(world_size: int, deepspeed: bool) -> None:
-    """Be rank 0 of a group in which nobody answers, as libraries find it on GPUs."""
+    """Become rank 0 of a fake group, set up as libraries find one on GPUs.
+
+    Args:
+        world_size: number of ranks of the group; the others do not exist.
+        deepspeed: whether DeepSpeed runs in it.
+    """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     rank = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}

@@ -1,4 +1,4 @@
-"""A diagnosis as plain text."""
+"""Output of a diagnosis as plain text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _GIB, _MIB = 2**30, 2**20
 
 
 def text(diagnosis: Diagnosis) -> str:
-    """All of it, findings last."""
+    """Return a diagnosis as text, with the findings at the end."""
     lines = [*_versions(diagnosis)]
     if diagnosis.setup is not None:
         lines += _engine(diagnosis, diagnosis.setup)
@@ -25,7 +25,7 @@ def text(diagnosis: Diagnosis) -> str:
 
 
 def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> Iterator[str]:
-    """Rows with aligned columns, those in ``right`` to the right."""
+    """Yield the rows with aligned columns; those in ``right`` are right-aligned."""
     widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
     for row in rows:
         cells = [

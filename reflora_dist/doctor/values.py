@@ -1,4 +1,4 @@
-"""Types of the values in configuration files."""
+"""Type checks of the values in configuration files."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from .findings import Findings
 
 
 def check_sections(config: dict[Any, Any], sections: Sequence[tuple[str, ...]]) -> None:
-    """Make sure that keys are strings, and that sections are mappings, too.
+    """Refuse keys that are not strings, and sections that are not mappings.
 
     Args:
         config: a file's contents.
-        sections: paths of those that are mappings where they are there.
+        sections: paths of the sections; each may be absent.
 
     Raises:
-        ValueError: names the key or section.
+        ValueError: the message names the key or section.
     """
     for path in ((), *sections):
         section: Any = config
@@ -33,7 +33,10 @@ def check_sections(config: dict[Any, Any], sections: Sequence[tuple[str, ...]]) 
 
 
 def count(where: str, config: dict[str, Any], name: str, findings: Findings) -> int | None:
-    """A key's value as a number of at least 1; None where it is absent, or, with an error among the findings, wrong."""
+    """Return a key's value as an integer of at least 1; None if it is absent or wrong.
+
+    A wrong value adds an error to the findings.
+    """
     value = config.get(name)
     if value is None:
         return None
@@ -48,15 +51,15 @@ def count(where: str, config: dict[str, Any], name: str, findings: Findings) -> 
 
 
 def one_line(error: Exception) -> str:
-    """The first line of what a library says."""
+    """Return the first line of an error, with its type."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def is_number(value: object) -> bool:
-    """Of any kind; switches are none."""
+    """Return whether a value is an int or float, but not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def truth(value: object) -> bool:
-    """Whether a switch of accelerate's is on, as a boolean or in words."""
+    """Return whether a switch of accelerate is on, given as a boolean or a word."""
     return str(value).lower() in ("true", "1", "yes")

@@ -1,4 +1,4 @@
-"""Installed versions against those that are required, and those that this release was tested with."""
+"""Comparison of installed versions with the required and the tested ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from packaging.version import Version
 
 from .findings import Findings
 
-# The same as in constraints.txt, which an installed package does not have; a test compares them.
+# A copy of constraints.txt, which is not part of the installed package; a test compares them.
 TESTED = {
     "torch": "2.13.0",
     "transformers": "5.23.0",
@@ -22,7 +22,14 @@ TESTED = {
 
 
 class PackageVersion(NamedTuple):
-    """``installed`` is empty where the package is not there; ``required`` where any version will do."""
+    """A package's versions.
+
+    Attributes:
+        package: its name.
+        installed: the installed version; empty if there is none.
+        required: the required range; empty if any version works.
+        tested: the version that this release was tested with.
+    """
 
     package: str
     installed: str
@@ -31,10 +38,11 @@ class PackageVersion(NamedTuple):
 
 
 def check_versions(findings: Findings, needed: set[str]) -> list[PackageVersion]:
-    """Look at every package of which the version matters.
+    """Check the version of every package that matters, and return all of them.
 
     Args:
-        needed: packages without which the run could not start, beside the ones that are imported already.
+        findings: receives the problems.
+        needed: optional packages that this run needs to start.
     """
     required = _required()
     rows = []

@@ -1,4 +1,4 @@
-"""Bytes that ranks send in an optimizer step: the method's collectives, and the engine's."""
+"""Bytes that a rank sends in an optimizer step, by the method and by the engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ _GRAM, _FACTOR = 8, 4  # bytes: float64, float32
 
 
 class Sent(NamedTuple):
-    """Something that the method, or the engine itself, sends in an optimizer step; bytes per rank."""
+    """One kind of message of an optimizer step.
+
+    Attributes:
+        what: description of the contents.
+        collective: kind of the collective.
+        bytes: bytes that a rank sends.
+    """
 
     what: str
     collective: str
@@ -25,10 +31,12 @@ class Sent(NamedTuple):
 
 
 def method_sends(config: RefLoRAConfig, traffic: Traffic, ranks: int) -> list[Sent]:
-    """What the method sends in a step in which it acts, on the rank that sends most.
+    """Return what the method sends in a step in which it acts, on the rank that sends most.
 
     Args:
-        ranks: that hold one copy together.
+        config: the method.
+        traffic: the method's traffic, for every rank.
+        ranks: number of ranks that hold one copy together.
     """
     most = max(range(ranks), key=traffic.sent)
     exchanged = sum(traffic.exchanged(most))
@@ -51,15 +59,12 @@ def _ring(payload: int, ranks: int) -> int:
 
 
 def _gather(whole: int, ranks: int) -> int:
-    """A ring's all-gather, or reduce-scatter, of so many bytes."""
+    """Return the bytes that a rank sends in a ring's all-gather or reduce-scatter of ``whole`` bytes."""
     return (ranks - 1) * whole // ranks
 
 
 def method_bytes(config: RefLoRAConfig, lora_ranks: Sequence[int], traffic: Traffic, ranks: int) -> int:
-    """Of every pair's Grams and matrices, and of what is gathered and exchanged, on the rank that holds most.
-
-    An estimate.
-    """
+    """Estimate the bytes of the method's Gram matrices, other matrices and buffers, on the rank that holds most."""
     gram = METHODS[config.method].gram_width
     if not gram:
         return 0
@@ -68,7 +73,10 @@ def method_bytes(config: RefLoRAConfig, lora_ranks: Sequence[int], traffic: Traf
 
 
 def engine_traffic(setup: Setup, model: MetaModel) -> list[Sent]:
-    """What the engine sends in an optimizer step, by the rule of a ring; ZeRO-3 at most, since it keeps what it can."""
+    """Return what the engine sends in an optimizer step, assuming ring collectives.
+
+    ZeRO-3's result is an upper bound, since it keeps gathered parameters where it can.
+    """
     ranks, working = setup.shard_size, BYTES[setup.precision]
     factors = sum(factor.numel for factor in model.factors)
     if setup.world_size == 1:
@@ -86,15 +94,15 @@ def engine_traffic(setup: Setup, model: MetaModel) -> list[Sent]:
     gathered = _gather(_padded(setup, cut) * working, ranks)
     sent.append(Sent("parameters for the forward", "all_gather", gathered * setup.accumulation))
     if setup.reshard_after_forward:
-        group = setup.secondary_size if setup.secondary_size > 1 else ranks  # ZeRO++: from the copy within a node
-        if not setup.is_zero:  # what lies outside the layers stays gathered, or takes no part in backward
+        group = setup.secondary_size if setup.secondary_size > 1 else ranks  # ZeRO++ gathers from the second copy
+        if not setup.is_zero:  # parameters outside the layers stay gathered or are not needed
             cut = [parameter for parameter in model.parameters if parameter.layer]
         gathered = _gather(_padded(setup, cut) * working, group)
         sent.append(Sent("parameters for the backward", "all_gather", gathered * setup.accumulation))
-    if kept:  # DeepSpeed gathers all of them anew, frozen or not
+    if kept:  # after a step DeepSpeed gathers all of them again, also frozen ones
         whole = _padded(setup, [parameter for parameter in model.parameters if parameter.name in kept]) * working
         sent.append(Sent("parameters that stay whole", "all_gather", _gather(whole, ranks)))
-    reduced = _padded(setup, model.factors) * working  # accelerate's FSDP reduces in 16 bits, too
+    reduced = _padded(setup, model.factors) * working  # accelerate's FSDP reduces in 16 bits too
     sent.append(Sent("gradients of factors", "reduce_scatter", _gather(reduced, ranks) * setup.accumulation))
     if setup.replicas > 1:
         between = _ring(reduced // ranks, setup.replicas)
@@ -103,7 +111,10 @@ def engine_traffic(setup: Setup, model: MetaModel) -> list[Sent]:
 
 
 def _padded(setup: Setup, parameters: Sequence[Parameter]) -> int:
-    """Elements of parameters on all ranks together, where each is padded to equal parts: many times r rows, perhaps."""
-    if setup.engine == "fsdp1":  # which pads a unit's parameters together
+    """Return the elements of parameters on all ranks together, padding included.
+
+    FSDP2 pads a dimension of r rows to one row per rank at least, which can be many times its size.
+    """
+    if setup.engine == "fsdp1":  # it pads a unit as a whole, not each parameter
         return sum(parameter.numel for parameter in parameters)
     return setup.shard_size * sum(held_elements(setup, parameters))

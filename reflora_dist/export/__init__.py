@@ -1,4 +1,4 @@
-"""From checkpoints and adapters to files that others read: consolidated adapters, merged models.
+"""Export of checkpoints and adapters to files for other tools: consolidated adapters and merged models.
 
-One process, no engine: everything is read from disk.
+Everything runs in one process without an engine, and reads only files.
 """

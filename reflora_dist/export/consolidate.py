@@ -1,12 +1,12 @@
-"""The adapter of a sharded checkpoint, put together in one process without ranks, a GPU or the base.
+"""Consolidation of a sharded checkpoint's adapter, in one process without ranks, a GPU or the base.
 
-What is read (each by its own library):
+The formats, each read by its own library:
 
     DCP         .metadata and *.distcp: FSDP2, FSDP1 and DDP, as HF Trainer, accelerate or save_checkpoint write them
     ZeRO        *_optim_states.pt of DeepSpeed's stages 1 to 3: the fp32 masters
-    universal   zero/<parameter>/fp32.pt, what ds_to_universal makes of these: likewise
+    universal   zero/<parameter>/fp32.pt, written by ds_to_universal: the fp32 masters
 
-DeepSpeed's files and DCP's .metadata are pickles: they are read with the classes that these formats need, and no others
+DeepSpeed's files and DCP's .metadata are pickles. Unpickling allows only the classes that these formats need
 (``safe_pickles``).
 """
 
@@ -48,9 +48,9 @@ from ..starts.convert import convert_adapter
 
 CONFIG_NAME = "adapter_config.json"
 _PREFIX = "base_model.model."
-_OF_MODEL = re.compile(rf"(?!optim)(\w+\.)*{re.escape(_PREFIX)}")  # and not optimizer.state.(...)
+_OF_MODEL = re.compile(rf"(?!optim)(\w+\.)*{re.escape(_PREFIX)}")  # excludes optimizer.state.(...)
 _RANK = re.compile(r"(.*zero_pp_rank_)(\d+)(_mp_rank_\d+_optim_states\.pt)")
-# by names and shapes: which tensors are wanted, and what they are called in PEFT's file
+# Takes the shapes of a state by name; returns, for each wanted tensor, its name in PEFT's file.
 _Choose = Callable[[Mapping[str, Sequence[int]]], dict[str, str]]
 
 
@@ -62,21 +62,22 @@ def consolidate_adapter(
     adapter: str = "default",
     trust_pickles: bool = False,
 ) -> None:
-    """Write the adapter of a sharded checkpoint as PEFT does. One process, no ranks.
+    """Write the adapter of a sharded checkpoint in PEFT's format. One process, no ranks.
 
-    The tensors are those of the sharded state, bit by bit: under DeepSpeed the fp32 masters, also where the working
-    copies are 16-bit. An adapter of a changed base becomes an ordinary one (:func:`reflora_dist.convert_adapter`).
+    The tensors equal those of the sharded state bit by bit. Under DeepSpeed these are the fp32 masters, even if the
+    working copies are 16-bit. An adapter of a changed base becomes an ordinary one
+    (:func:`reflora_dist.convert_adapter`).
 
     Args:
-        checkpoint: a checkpoint of HF Trainer or accelerate, one of ``save_checkpoint``, or its folder of shards.
-        output_dir: for ``adapter_model.safetensors`` and ``adapter_config.json``; must not exist, or be empty.
-        adapter_config: the configuration or its folder; by default that in the checkpoint's folder or the one above.
+        checkpoint: a checkpoint of HF Trainer, accelerate or ``save_checkpoint``, or its folder of shards.
+        output_dir: receives ``adapter_model.safetensors`` and ``adapter_config.json``; must not exist, or be empty.
+        adapter_config: the adapter's configuration or its folder; by default the one in the checkpoint or its parent.
         adapter: the adapter's name in the model.
-        trust_pickles: unpickle whatever DCP's and DeepSpeed's files hold, which can run code.
+        trust_pickles: unpickle any object in DCP's and DeepSpeed's files, which can run code.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such state, a file is missing or truncated (the message names it),
-            or the state does not hold the whole adapter.
+        FileNotFoundError, ValueError: the checkpoint has no sharded state, a file is missing or truncated (the message
+            names it), or the state does not hold the whole adapter.
     """
     source, target = Path(checkpoint), Path(output_dir)
     require_empty(target)
@@ -99,10 +100,10 @@ def consolidate_adapter(
 
 
 def find_state(checkpoint: Path) -> Path | None:
-    """The folder of shards in a checkpoint, or None.
+    """Return the folder of shards in a checkpoint, or None.
 
     Raises:
-        FileNotFoundError, ValueError: the checkpoint is one of ``save_checkpoint`` and incomplete or damaged.
+        FileNotFoundError, ValueError: ``save_checkpoint`` wrote the checkpoint, and it is incomplete or damaged.
     """
     if _kind(checkpoint) is not None:
         return checkpoint
@@ -127,13 +128,13 @@ def _kind(folder: Path) -> str | None:
 
 
 def _read_state(folder: Path, choose: _Choose, trust_pickles: bool) -> dict[str, Tensor]:
-    """The adapter's tensors by PEFT's names."""
+    """Return the adapter's tensors by PEFT's names."""
     readers = {"dcp": _read_dcp, "zero": _read_zero, "universal": _read_universal}
     kind = _kind(folder)
     if kind is None:
         raise FileNotFoundError(f"{folder} is missing or holds no shards: the checkpoint is incomplete")
     tensors = readers[kind](folder, choose, trust_pickles)
-    # a lora_A that was stored tall has the parameter's own name where an engine saves by names (ZeRO, FSDP1)
+    # engines that save by parameter name (ZeRO, FSDP1) save a tall lora_A as it is, which PEFT's format does not know
     return {key: tensor.detach().clone().contiguous() for key, tensor in in_peft_form(tensors).items()}
 
 
@@ -152,11 +153,11 @@ def _read_dcp(folder: Path, choose: _Choose, trust_pickles: bool) -> dict[str, T
     }
     chosen = choose({key: spec.size for key, spec in specs.items()})
     if any(key.startswith("optimizer.") for key in metadata.state_dict_metadata):
-        # save_checkpoint's, which holds nothing but what is trained
+        # save_checkpoint wrote it, so that it holds trained parameters only
         _warn_of_others(specs.keys() - chosen.keys(), folder)
     read: dict[str, Any] = {key: torch.empty(specs[key].size, dtype=specs[key].properties.dtype) for key in chosen}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is")  # which is what no_dist asks for
+        warnings.filterwarnings("ignore", message="torch.distributed is")  # no_dist means to load without it
         with named_read_errors(folder):
             dcp.load(read, storage_reader=reader, no_dist=True)
     return {chosen[key]: tensor for key, tensor in read.items()}
@@ -167,7 +168,7 @@ def _read_zero(folder: Path, choose: _Choose, trust_pickles: bool) -> dict[str, 
     paths = sorted(folder.glob("*_states.pt"))
     for path in paths:
         require_zip(path)
-    require_states(paths, trust_pickles)  # DeepSpeed itself would call whatever they name
+    require_states(paths, trust_pickles)  # DeepSpeed itself would call any function that they name
     _require_all_ranks(folder, trust_pickles)
     state = _fp32_state(folder, with_frozen=False)
     chosen = choose({**frozen, **{name: tensor.shape for name, tensor in state.items()}})
@@ -179,7 +180,7 @@ def _read_zero(folder: Path, choose: _Choose, trust_pickles: bool) -> dict[str, 
 
 def _fp32_state(folder: Path, with_frozen: bool) -> dict[str, Tensor]:
     deepspeed = _zero_to_fp32()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it tells what it does
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it prints progress
         return deepspeed.get_fp32_state_dict_from_zero_checkpoint(
             str(folder.parent), tag=folder.name, exclude_frozen_parameters=not with_frozen
         )
@@ -195,13 +196,13 @@ def _read_universal(folder: Path, choose: _Choose, trust_pickles: bool) -> dict[
         path = folder / "zero" / name / "fp32.pt"
         require_zip(path)
         value = load_states(path, trust_pickles)
-        # of stage 3 a flat tensor, of the others a dictionary
+        # stage 3 saves a flat tensor, the other stages a dictionary
         tensors[key] = (value["param"] if isinstance(value, dict) else value).reshape(shapes[name])
     return tensors
 
 
 def _shapes(folder: Path, trust_pickles: bool) -> tuple[dict[str, torch.Size], dict[str, torch.Size]]:
-    """The shape of every parameter that DeepSpeed trained, and of every frozen one that it saved."""
+    """Return the shapes of the parameters that DeepSpeed trained, and of the frozen ones that it saved."""
     path = model_states(folder)
     require_zip(path)
     require_states([path], trust_pickles)
@@ -228,13 +229,15 @@ def _zero_to_fp32() -> Any:
     return zero_to_fp32
 
 
-# --- what may be wrong with the files ---
+# --- damaged files ---
 
 
 def _require_size(path: Path, least: int) -> None:
     present = path.stat().st_size if path.is_file() else None
     if present is None or present < least:
-        state = "is missing" if present is None else f"has {present} bytes, less than the {least} that it should"
+        state = (
+            "is missing" if present is None else f"has {present} bytes, less than the {least} that its metadata lists"
+        )
         raise ValueError(f"{path} {state}: the checkpoint is damaged; take an earlier one")
 
 
@@ -262,16 +265,18 @@ def _require_all_ranks(folder: Path, trust_pickles: bool) -> None:
 def _chosen(
     shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], adapter: str, state: Path
 ) -> dict[str, str]:
-    """What of a state belongs to the adapter, and PEFT's name for each.
+    """Return PEFT's name for each tensor of a state that belongs to the adapter.
 
     Raises:
-        ValueError: nothing does, or it is of several models.
+        ValueError: no tensor belongs to the adapter, or the state holds several models.
     """
     plain = {name: _plain_name(name) for name in shapes if _OF_MODEL.match(clean_name(name))}
     if len(set(plain.values())) < len(plain):
-        raise ValueError(f"{state} holds several PEFT models ({', '.join(_prefixes(plain))}), and an adapter is of one")
+        raise ValueError(
+            f"{state} holds several PEFT models ({', '.join(_prefixes(plain))}); an adapter belongs to one"
+        )
     if any(re.search(r"\.lora_(A|embedding_A|xs_R)(\.weight|\.tall)?$", path) for path in plain.values()):
-        return plain  # accelerate wrote what PEFT had selected and named
+        return plain  # accelerate saved the tensors that PEFT had selected and named
     chosen = {name: key for name, path in plain.items() if (key := _peft_key(path, config, adapter)) is not None}
     if not chosen:
         others = sorted({match[1] for path in plain.values() if (match := re.search(r"\.lora_\w+\.(\w+)", path))})
@@ -282,7 +287,7 @@ def _chosen(
 def _resized(
     plain: Mapping[str, str], shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any]
 ) -> dict[str, str]:
-    """What a state holds of the base in another size than the base has it: the embedding and head of added tokens."""
+    """Return the base's parameters whose size differs in the state: embedding and head after tokens were added."""
     try:
         base = StoredWeights(Path(local_model_folder(config["base_model_name_or_path"] or "", config.get("revision"))))
     except (KeyError, OSError, ValueError):  # the base is not on this machine
@@ -291,7 +296,7 @@ def _resized(
     for name, path in plain.items():
         key = path.removeprefix(_PREFIX).replace(".token_adapter", "").replace(".base_layer", "")
         stored, present = base.specs.get(key, ((), None))[0], tuple(shapes[name])
-        # 4-bit weights have another width, too
+        # compare widths too: those of 4-bit weights differ, and they are not resized
         if stored and stored[1:] == present[1:] and stored[0] != present[0]:
             resized[name] = path
     return resized
@@ -307,7 +312,7 @@ def _plain_name(name: str) -> str:
 
 
 def _peft_key(path: str, config: Mapping[str, Any], adapter: str) -> str | None:
-    """As PEFT names a parameter in its file; None for the base's and other adapters'."""
+    """Return a parameter's name in PEFT's file; None if it belongs to the base or another adapter."""
     own = re.escape(adapter)
     saved = re.fullmatch(rf"(.+)\.modules_to_save\.{own}\.(.+)", path)
     if saved:
@@ -331,10 +336,10 @@ def _peft_key(path: str, config: Mapping[str, Any], adapter: str) -> str | None:
 
 
 def find_config(place: Path, state: Path) -> Path:
-    """The adapter's configuration: ``place`` itself, in it, or around the folder of shards.
+    """Return the path of the adapter's configuration: ``place``, or a file in it or next to the folder of shards.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no configuration.
     """
     candidates = [place] if place.is_file() else [place / CONFIG_NAME]
     if place.is_dir() and (place == state or place in state.parents):
@@ -355,7 +360,7 @@ def _require_known(config: Mapping[str, Any], path: Path) -> None:
 
 
 def _complete(tensors: dict[str, Tensor], config: Mapping[str, Any], folder: Path, state: Path) -> None:
-    """Add what is never trained and so is in no training state, and make sure that nothing else is missing."""
+    """Add the frozen tensors, which no training state holds, and make sure that no other tensor is missing."""
     path = folder / SAFETENSORS_WEIGHTS_NAME
     beside: set[str] = set()
     if path.is_file():

@@ -1,4 +1,4 @@
-"""A PEFT model without its base: on the meta device but for the adapter's parameters."""
+"""A PEFT model without its base: only the adapter's parameters are off the meta device."""
 
 from __future__ import annotations
 
@@ -39,7 +39,18 @@ _HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 def empty_base(
     stored: StoredWeights, source: Path, config: PeftConfig, tensors: dict[str, Tensor], dtype: torch.dtype | None
 ) -> Any:
-    """The base of these weights on the meta device, of the class that the adapter in ``source`` was trained on."""
+    """Build the base of these weights on the meta device, in the class that the adapter was trained on.
+
+    Args:
+        stored: the base's weights; only shapes and dtypes are read.
+        source: the adapter's folder.
+        config: the adapter's configuration.
+        tensors: the adapter's tensors by PEFT's names; they tell the number of labels and of tokens.
+        dtype: dtype of the parameters; None: as in the base's configuration.
+
+    Raises:
+        ValueError: the base is quantized, or a configuration cannot be used.
+    """
     folder = stored.folder
     settings = read_model_config(str(folder))
     require_size(folder, settings, [shape for shape, _ in stored.specs.values()])
@@ -57,7 +68,7 @@ def empty_base(
         rows = {weight.shape[0] for weight in saved_embeddings(base, tensors).values()}
         if len(rows) != 1 or rows == {base.get_input_embeddings().weight.shape[0]}:
             return base
-        set_vocabulary(settings, rows.pop())  # tokens were added before the adapter was trained
+        set_vocabulary(settings, rows.pop())  # tokens were added before training
         return make(settings, **kind)
 
 
@@ -68,21 +79,31 @@ def _model_class(source: Path, config: PeftConfig, settings: Any) -> Any:
     with readable(source / "adapter_config.json", "correct its task_type or auto_mapping"):
         if mapping:
             library = mapping["parent_library"]
-            if not library.startswith("transformers."):  # importing anything else could run anything
+            if not library.startswith("transformers."):  # other imports could run any code
                 raise ValueError(f"its auto_mapping names {library}, and models of transformers can be merged")
             return getattr(importlib.import_module(library), mapping["base_model_class"])
         if settings.architectures:
             return getattr(transformers, settings.architectures[0])
-        raise ValueError("neither its task_type nor the base's architectures says of which class the model is")
+        raise ValueError("neither its task_type nor the base's architectures name the model's class")
 
 
 def with_adapter(base: Any, config: PeftConfig, tensors: dict[str, Tensor], source: Path) -> PeftModel:
-    """The PEFT model with the adapter's parameters, in the dtypes that PEFT gives them, on an empty base."""
+    """Return the PEFT model of an empty base, with the adapter's parameters in the dtypes that PEFT gives them.
+
+    Args:
+        base: the base on the meta device.
+        config: the adapter's configuration.
+        tensors: the adapter's tensors by PEFT's names.
+        source: the adapter's folder, for messages.
+
+    Raises:
+        ValueError: the adapter does not fit the base, is damaged, or is of a kind that cannot be merged.
+    """
     folder = base.config._name_or_path
     try:
         with torch.device("meta"):
             model = PeftModel(base, config, ADAPTER)
-    except Exception as error:  # no module has one of the target names, or the configuration makes no sense to PEFT
+    except Exception as error:  # no module has one of the target names, or PEFT rejects the configuration
         raise ValueError(f"the adapter in {source} does not fit the base in {folder}: {cause_of(error)}") from error
     _refuse_unsupported(model)
     own = {name for name, _ in model.named_parameters(remove_duplicate=False) if _is_adapters(model, name)}
@@ -99,7 +120,7 @@ def with_adapter(base: Any, config: PeftConfig, tensors: dict[str, Tensor], sour
 
 
 def _make_room(model: PeftModel, names: set[str]) -> None:
-    """Take the parameters of these names, and those that are one with them, off the meta device."""
+    """Replace the parameters of these names, and those tied to them, by empty ones on the CPU."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     wanted = {id(parameters[name]): parameters[name] for name in names & parameters.keys()}
     made = {key: nn.Parameter(torch.empty_like(p, device="cpu"), requires_grad=False) for key, p in wanted.items()}
@@ -110,7 +131,7 @@ def _make_room(model: PeftModel, names: set[str]) -> None:
 
 
 def _is_adapters(model: PeftModel, name: str) -> bool:
-    """Whether a parameter is the adapter's and not the base's."""
+    """Return whether a parameter belongs to the adapter, not to the base."""
     layer, path, inside = None, "", ""
     for part in name.split(".")[:-1]:
         path = f"{path}.{part}" if path else part

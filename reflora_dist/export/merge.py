@@ -1,8 +1,8 @@
-"""Merge an adapter into its base, weight by weight, without ever holding the model.
+"""Merge of an adapter into its base, one weight at a time, without holding the model in memory.
 
-The PEFT model is built without its base (on the meta device), from the configurations and the adapter's file alone.
-So PEFT itself says which weights are adapted and how, and PEFT's own layers merge, each in its turn with the one base
-weight that it needs: the result is that of ``merge_and_unload``, bit by bit.
+The PEFT model is built from the configurations and the adapter's file, with its base on the meta device. So PEFT itself
+decides which weights are adapted and how. PEFT's own layers merge, one after the other, each with the base weight that
+it needs. The result equals that of ``merge_and_unload`` bit by bit.
 """
 
 from __future__ import annotations
@@ -47,27 +47,29 @@ def merge_adapter(
     tokenizer_dir: str | Path | None = None,
     progress: bool = False,
 ) -> None:
-    """Write the model that PEFT's ``merge_and_unload()`` would make of a base and an adapter. One process, no ranks.
+    """Merge an adapter into a base and write the result of PEFT's ``merge_and_unload()``. One process, no ranks.
 
-    Files, names and order of the weights are the base's; ``from_pretrained(output_dir)`` loads them. In memory are
-    the adapter, one weight of the base and its change; the files that are read are mapped, not loaded.
+    Files, names and order of the weights are the base's; ``from_pretrained(output_dir)`` loads them. Memory holds the
+    adapter, one weight of the base and its change; input files are memory-mapped.
 
-    Equal to PEFT's result on a CPU to the last bit, with one exception: where an embedding is adapted that the head
-    shares, PEFT changes the head too, which is another function than was trained. Here the two are separated.
+    The result equals PEFT's result on a CPU to the last bit, with one exception. If the adapter changes an embedding
+    that is tied to the head, PEFT changes the head too, so its merged model differs from the trained one. Here the two
+    are untied.
 
     Args:
-        adapter_dir: LoRA (also DoRA, rsLoRA, patterns, ``modules_to_save``), LoRA-XS or LoRA-SB, in PEFT's format;
-            one of a changed base (:func:`reflora_dist.convert_adapter`) is converted on the way.
-        output_dir: is made; must not exist, or be empty. Nothing is left there if anything fails.
+        adapter_dir: folder of a LoRA (also DoRA, rsLoRA, patterns, ``modules_to_save``), LoRA-XS or LoRA-SB adapter in
+            PEFT's format. An adapter of a changed base (:func:`reflora_dist.convert_adapter`) is converted first.
+        output_dir: folder of the result; must not exist, or be empty. It stays as it was if anything fails.
         base: local folder or hub name of the base; by default the one that the adapter's configuration names.
-        dtype: the base is rounded to it first, as by ``from_pretrained(dtype=...)``; None: as it is stored.
-        tokenizer_dir: whose tokenizer goes before the base's; by default ``adapter_dir``.
+        dtype: dtype to which the base is rounded before the merge, as by ``from_pretrained(dtype=...)``; None keeps
+            the stored dtypes.
+        tokenizer_dir: folder whose tokenizer is used instead of the base's; by default ``adapter_dir``.
         progress: show a progress bar.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing or damaged, adapter and base do not fit, the adapter is of a
-            kind that cannot be merged or is in the base already, the tokenizer has ids for which the merged embedding
-            has no rows, ``output_dir`` is not empty, or the disk is too small.
+        FileNotFoundError, ValueError: a file is missing or damaged, the adapter does not fit the base, cannot be merged
+            or is already merged, the tokenizer has ids beyond the merged embedding's rows, ``output_dir`` is not
+            empty, or the disk is too small.
     """
     target = Path(output_dir)
     require_empty(target)
@@ -97,7 +99,12 @@ def merge_adapter(
 
 
 class _Source(NamedTuple):
-    """Where a parameter of the merged model comes from: ``layer`` merges it, None where nothing is added."""
+    """The source of a parameter of the merged model.
+
+    Attributes:
+        layer: the PEFT layer that merges into it; None if no adapter does.
+        module, name: the module that holds the parameter, and its name there.
+    """
 
     layer: Any
     module: nn.Module
@@ -109,18 +116,18 @@ class _Source(NamedTuple):
 
     @property
     def changed(self) -> bool:
-        """Whether the adapter adds to it or brings it."""
+        """Whether the adapter changes or contains the parameter."""
         return self.layer is not None or not self.parameter.is_meta
 
 
 class _Merge:
-    """What every tensor of the merged model is made from.
+    """The merged model's tensors, each computed when it is written.
 
     Args:
         source: the adapter's folder.
-        config: its configuration.
-        stored: the base.
-        dtype: of the result; None: as stored.
+        config: the adapter's configuration.
+        stored: the base's weights.
+        dtype: dtype of the result; None keeps the stored dtypes.
     """
 
     def __init__(self, source: Path, config: PeftConfig, stored: StoredWeights, dtype: torch.dtype | None) -> None:
@@ -147,11 +154,11 @@ class _Merge:
 
     @property
     def vocabulary(self) -> int:
-        """The rows of the merged model's embedding, or of its head if these are fewer."""
+        """The number of rows of the merged model's embedding, or of its head if that has fewer."""
         return min((self.sources[name].parameter.shape[0] for name in self.embedding_names), default=0)
 
     def _separated(self) -> set[str]:
-        """The names of parameters that were one and are different ones after the merge."""
+        """Return the names of parameters that are tied in the base and differ after the merge."""
         untied: set[str] = set()
         for group in self.tied:
             identities = {id(self.sources[n].layer or self.sources[n].parameter) for n in group}
@@ -162,13 +169,16 @@ class _Merge:
         return untied
 
     def files(self) -> dict[str, list[Entry]]:
-        """What each file of the merged model holds: what the base's does; what it lacks comes into the last one."""
+        """Return the entries of each file of the merged model.
+
+        Each file has the same entries as the base's; entries that the base lacks go into the last one.
+        """
         files = {file: [self._entry(key) for key in keys] for file, keys in self.stored.keys.items()}
         files[list(files)[-1]] += [self._added(name) for name in self._missing()]
         return files
 
     def _missing(self) -> list[str]:
-        """Parameters that the base's files lack and the merged model's must have."""
+        """Return the parameters that the base's files lack and the merged model's files need."""
         elsewhere = {name for group in self.tied for name in group if any(other in self.keys for other in group)}
         missing, absent = [], []
         for name, source in self.sources.items():
@@ -188,7 +198,7 @@ class _Merge:
         return missing
 
     def _refuse_a_base_that_lacks(self, absent: Sequence[str]) -> None:
-        # weights that transformers joins or renames have other keys, and together as many elements
+        # weights that transformers joins or renames have unknown keys, but the same number of elements in total
         unknown = sum(math.prod(shape) for key, (shape, _) in self.stored.specs.items() if key not in self.names)
         if sum(self.sources[name].parameter.numel() for name in absent) > unknown:
             raise ValueError(
@@ -200,7 +210,7 @@ class _Merge:
         shape, stored_dtype = self.stored.specs[key]
         dtype = self.dtype if self.dtype is not None and stored_dtype.is_floating_point else stored_dtype
         name = self.names.get(key)
-        if name is None:  # nothing that the model knows as a parameter: a buffer, or a left-over
+        if name is None:  # no parameter of the model: a buffer or an unused tensor
             return Entry(key=key, shape=shape, dtype=dtype, load=lambda: self.stored.read(key).to(dtype))
         present = tuple(self.sources[name].parameter.shape)
         if present != shape and not self._is_resized(name):
@@ -209,7 +219,7 @@ class _Merge:
         return Entry(key=key, shape=shape, dtype=dtype, load=lambda: self._value(name, dtype))
 
     def _is_resized(self, name: str) -> bool:
-        """Whether an embedding or head comes from the adapter, of another size than the base's."""
+        """Return whether the adapter brings its own embedding or head, whose size may differ from the base's."""
         parameter = self.sources[name].parameter
         if name not in self.embedding_names:
             return False
@@ -226,7 +236,7 @@ class _Merge:
         return Entry(key=name, shape=tuple(parameter.shape), dtype=dtype, load=lambda: self._value(name, dtype))
 
     def _value(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A parameter of the merged model."""
+        """Return a parameter of the merged model."""
         source = self.sources[name]
         if source.layer is None:
             return self._unmerged(name, dtype)
@@ -241,7 +251,7 @@ class _Merge:
         return merged
 
     def _unmerged(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The adapter's own copy, or the base's as it is stored; a copy that may be changed."""
+        """Return a parameter before the merge: a new copy of the adapter's own tensor, or of the base's."""
         parameter = self.sources[name].parameter
         if not parameter.is_meta:
             return parameter.detach().to(dtype, copy=True)
@@ -250,7 +260,7 @@ class _Merge:
         return self.stored.read(key).to(dtype, copy=True)
 
     def write_config(self, folder: Path) -> None:
-        """Where the merged model's configuration is not the base's."""
+        """Write the merged model's configuration if it differs from the base's."""
         settings: dict[str, Any] = {}
         if self.dtype is not None:
             settings["dtype"] = self.dtype
@@ -258,7 +268,7 @@ class _Merge:
             settings["tie_word_embeddings"] = False
         if self.config.architectures != [self.architecture]:
             settings["architectures"] = [self.architecture]
-        if settings or self.resized:  # the configuration has the vocabulary's size already
+        if settings or self.resized:  # a resized vocabulary is already in the configuration
             for setting, value in settings.items():
                 setattr(self.config, setting, value)
             self.config.save_pretrained(folder)
@@ -280,7 +290,7 @@ def _embeddings(base: Any) -> list[nn.Module]:
 
 
 def _names_of_keys(stored: StoredWeights, names: list[str], prefix: str) -> dict[str, str]:
-    """The parameter that each key of the base's files is; a bare model's lack the prefix."""
+    """Return the parameter's name for each key of the base's files; keys of a bare model lack the prefix."""
     known, found = set(names), {}
     for key in stored.specs:
         candidates = (key, f"{prefix}.{key}", key.removeprefix(f"{prefix}."))
@@ -291,7 +301,7 @@ def _names_of_keys(stored: StoredWeights, names: list[str], prefix: str) -> dict
 
 
 def _find_source(root: nn.Module, name: str) -> _Source:
-    """Follow a parameter's name in the base through the layers that PEFT put in its way."""
+    """Find a parameter of the base by its name, through the layers that PEFT inserted."""
     *path, leaf = name.split(".")
     module, layer = root, None
     for part in path:
@@ -308,7 +318,7 @@ def _has_bias(layer: Any) -> bool:
 
 
 def _merged(layer: Any, module: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """PEFT's own merge, of a layer that has its base's parameters for this moment only."""
+    """Run PEFT's own merge on a layer that holds its base's parameters only during this call."""
     empty = {name: module._parameters[name] for name in values}
     try:
         for name, value in values.items():
@@ -341,7 +351,7 @@ def _read_config(source: Path) -> PeftConfig:
 
 @contextmanager
 def _ordinary_adapter(adapter_dir: Path) -> Iterator[Path]:
-    """The folder of an adapter on the original base: itself, or for the moment a converted one."""
+    """Yield the folder of an adapter on the original base: ``adapter_dir``, or a temporary converted copy."""
     if not (adapter_dir / CONFIG_NAME).is_file():
         model = ", and is a model by itself" if (adapter_dir / "config.json").is_file() else ""
         raise ValueError(f"{adapter_dir} holds no adapter in PEFT's format: it has no {CONFIG_NAME}{model}")

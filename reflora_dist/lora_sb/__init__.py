@@ -1,7 +1,7 @@
-"""LoRA-SB and LoRA-XS: adapters ``s B R A`` of which only R ``[r, r]`` is trained, under every engine.
+"""LoRA-SB and LoRA-XS: adapters ``s B R A`` that train only R ``[r, r]``, under every engine.
 
-Importing this makes the adapter known to PEFT: ``PeftModel.from_pretrained`` loads what was saved. Where it is not
-imported PEFT stops with ``KeyError: 'REFLORA_DIST_LORA_XS'``.
+Importing this package registers the adapter with PEFT, so that ``PeftModel.from_pretrained`` loads saved adapters.
+Without the import PEFT raises ``KeyError: 'REFLORA_DIST_LORA_XS'``.
 """
 
 from .callback import LoRASBCallback

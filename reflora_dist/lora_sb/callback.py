@@ -1,4 +1,4 @@
-"""LoRA-SB and LoRA-XS in HF Trainer as one callback."""
+"""The callback that runs LoRA-SB and LoRA-XS in HF Trainer."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ logger = logging.getLogger(__name__)
 
 
 class LoRASBCallback(TrainerCallback):
-    """Initializes the adapters at the beginning of training, from the Trainer's own batches, under every engine.
+    """Initializes the adapters when training begins, from the Trainer's own batches, under every engine.
 
-    A resumed run is not initialized: it takes A and B from the checkpoint's adapter, which this callback writes under
-    every engine, since they cannot be made again.
+    A and B cannot be recomputed later, so this callback writes the adapter into every checkpoint, under every engine.
+    A resumed run loads A and B from there instead of initializing them.
 
     Args:
-        config: what to do, or its settings as a dictionary.
-        loss: of "lora-sb", ``loss(model, batch)``; needed where the Trainer computes another than the model's own.
+        config: the settings, as a :class:`LoRASBConfig` or a dictionary of its fields.
+        loss: ``loss(model, batch)`` for "lora-sb"; needed if the Trainer's loss is not the model's own.
     """
 
     def __init__(self, config: LoRASBConfig | Mapping[str, Any], *, loss: Loss | None = None) -> None:
@@ -72,7 +72,7 @@ class LoRASBCallback(TrainerCallback):
         self._report = dataclasses.replace(self._report, steps=steps, applied_steps=steps)
 
     def report(self) -> Report:
-        """As ``Handle.report()``: nothing is sent in a step.
+        """Return a report as ``Handle.report()`` does; its collectives and bytes are zero, as a step sends nothing.
 
         Raises:
             RuntimeError: training has not begun.
@@ -93,11 +93,14 @@ class LoRASBCallback(TrainerCallback):
     ) -> None:
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best and isinstance(kwargs["model"], FullyShardedDataParallel):
-            # Trainer has just loaded it, from files that hold no adapter
+            # Trainer has just loaded the best checkpoint, from files that hold no adapter
             load_adapter(kwargs["model"], kwargs["optimizer"], best)
 
     def first_learning_rate(self, args: TrainingArguments, state: TrainerState) -> float:
-        """That of the configuration, or of the first step of a linear warm-up: as published, whatever the schedule."""
+        """Return the configured learning rate, or that of the first step of a linear warm-up.
+
+        As published, the warm-up is assumed to be linear for every schedule.
+        """
         if self.config.learning_rate is not None:
             return self.config.learning_rate
         return args.learning_rate / max(1, args.get_warmup_steps(state.max_steps))
@@ -128,7 +131,7 @@ def _layers(model: Any) -> list[LoraXSLinear]:
 
 
 def _first_batches(loader: Any, count: int) -> list[Any]:
-    """The batches that training begins with, taken such that it still begins with them."""
+    """Return the first batches of training, and restore the loader so that training still begins with them."""
     generators = {id(found): found for found in _generators(loader)}
     states = {key: generator.get_state() for key, generator in generators.items()}
     with torch.random.fork_rng(devices=[]):
@@ -137,14 +140,14 @@ def _first_batches(loader: Any, count: int) -> list[Any]:
         if hasattr(iterator, "close"):
             iterator.close()
     if hasattr(loader, "end"):
-        loader.end()  # accelerate counts a loader that was left early as one that is still read
+        loader.end()  # without it accelerate treats a loader that was left early as still active
     for key, generator in generators.items():
         generator.set_state(states[key])
     return batches
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
-    """Every random generator that a loader, or a sampler in it, draws from."""
+    """Return every random generator that a loader or its samplers draw from."""
     found, waiting = [], [loader]
     while waiting:
         part = waiting.pop()

@@ -1,4 +1,4 @@
-"""What there is to set: the adapter, as PEFT's configurations, and how it is initialized."""
+"""The configurations: of the adapter, in PEFT's form, and of its initialization."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ METHODS = ("lora-sb", "lora-xs")
 
 
 class LoraXSType(str, enum.Enum):  # noqa: UP042  (a key of PEFT's tables, which look strings up)
-    """PEFT's name of the method. It is in ``adapter_config.json``, and PEFT's error names it where it is not known."""
+    """PEFT's name of the method, as stored in ``adapter_config.json``."""
 
     REFLORA_DIST_LORA_XS = "REFLORA_DIST_LORA_XS"
 
 
 @dataclasses.dataclass
 class LoraXSConfig(PeftConfig):
-    """The adapter ``s B R A`` of LoRA-XS and LoRA-SB, for ``peft.get_peft_model``. The fields are those of LoraConfig.
+    """The adapter ``s B R A`` of LoRA-XS and LoRA-SB, for ``peft.get_peft_model``.
+
+    The fields have the meaning of PEFT's ``LoraConfig``.
 
     Args:
-        r: side of R; every adapter trains r * r values.
-        lora_alpha: ``s = lora_alpha / r``; None, as in the papers' code, is s = 1 for every r.
-        lora_dropout: of the adapter's input.
-        target_modules, exclude_modules, layers_to_transform, layers_pattern: which ``nn.Linear`` to adapt.
-        rank_pattern, alpha_pattern: module names or regular expressions with their own r and lora_alpha.
-        bias: only "none": biases stay frozen.
-        modules_to_save: modules that are trained whole and saved with the adapter.
+        r: size of R ``[r, r]``; every adapter trains r * r values.
+        lora_alpha: sets ``s = lora_alpha / r``. None means s = 1 for every r, as in the papers' code.
+        lora_dropout: dropout probability of the adapter's input.
+        target_modules, exclude_modules, layers_to_transform, layers_pattern: select the ``nn.Linear`` modules to adapt.
+        rank_pattern, alpha_pattern: r and lora_alpha for single modules, by module name or regular expression.
+        bias: must be "none"; biases stay frozen.
+        modules_to_save: modules that are trained in full and saved with the adapter.
     """
 
     r: int = 8
@@ -62,19 +64,20 @@ class LoraXSConfig(PeftConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRASBConfig:
-    """How A, B and R are initialized, the same on all ranks.
+    """How A, B and R are initialized. The settings must be the same on all ranks.
 
     Args:
-        method: "lora-sb": from the first full-fine-tuning step, ``-learning_rate * sign(mean gradient)``. "lora-xs":
-            from the pretrained weights; needs no batch, and the next three fields mean nothing.
-        num_batches: per rank; the gradient is the mean over all ranks' batches.
-        learning_rate: of that first step; with a linear warm-up, as in the paper, the peak divided by the number of
-            warm-up steps. None (only in the callback): this quotient of the Trainer's arguments.
-        modules_per_pass: adapted modules whose gradients are collected at a time, every time by one pass over the
-            batches. None: those of one decoder layer (one number in their names), 1 or more: as many in order.
-        oversampling: of the SVD's range finder; None: r, and at least 16.
-        power_iterations: of the SVD's range finder.
-        seed: of the SVD's random directions, and of R under "lora-xs".
+        method: "lora-sb" starts from the first full-fine-tuning step, ``-learning_rate * sign(mean gradient)``.
+            "lora-xs" starts from the pretrained weights; it needs no batch and ignores num_batches and learning_rate.
+        num_batches: batches per rank; the gradient is the mean over all ranks' batches.
+        learning_rate: learning rate of that first step. With a linear warm-up, as in the paper, this is the peak
+            divided by the number of warm-up steps. None is allowed only in the callback, which computes this quotient
+            from the Trainer's arguments.
+        modules_per_pass: number of adapted modules that are initialized together; "lora-sb" makes one pass over the
+            batches for each such group. None: the modules of one decoder layer (same number in their names).
+        oversampling: further random directions of the SVD's range finder; None: r, at least 16.
+        power_iterations: power iterations of the SVD's range finder.
+        seed: seed of the SVD's random directions, and of R under "lora-xs".
     """
 
     method: str = "lora-sb"

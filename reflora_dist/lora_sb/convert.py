@@ -1,4 +1,4 @@
-"""An ordinary LoRA adapter that computes the same, for tools that know nothing else."""
+"""Conversion of LoRA-XS and LoRA-SB adapters to ordinary LoRA adapters, for tools that know only these."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .config import LoraXSConfig
 
 
 def save_as_lora(adapter_dir: str | Path, output_dir: str | Path) -> None:
-    """Convert a saved adapter: ``lora_A = A``, ``lora_B = B R``, of the same r, scale and modules.
+    """Convert a saved LoRA-XS or LoRA-SB adapter to a LoRA adapter: ``lora_A = A``, ``lora_B = B R``.
 
-    On one process, from the files alone. ``lora_B`` is formed in float64 and rounded once. What ``modules_to_save``
-    holds is copied.
+    r, scale and modules stay the same. It runs in one process and reads only the files. ``lora_B`` is computed in
+    float64 and rounded once. The weights of ``modules_to_save`` are copied.
 
     Args:
-        adapter_dir: with ``adapter_config.json`` and ``adapter_model.safetensors``.
-        output_dir: another folder, for the same files of the LoRA adapter.
+        adapter_dir: folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        output_dir: another folder, which receives the same two files of the LoRA adapter.
 
     Raises:
         ValueError: the adapter is of another kind, the folders are the same, or a module's name cannot be matched.
@@ -60,7 +60,8 @@ def _as_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _lora_config(config: LoraXSConfig, tensors: dict[str, Tensor]) -> LoraConfig:
-    # per module: lora_alpha=None is s = 1 for every r, and one module's r and alpha may come from different patterns
+    # alpha needs a value per module: lora_alpha=None means s = 1 for every r, and a module's r and alpha may come from
+    # different patterns
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for key, tensor in tensors.items():

@@ -1,7 +1,7 @@
-"""Gradients of frozen weights under any engine: ``dY^T X`` of each layer, row block by row block, summed over ranks.
+"""Gradients of frozen weights under any engine: ``dY^T X`` of each layer, summed over ranks.
 
-The weight itself takes no part: it stays frozen, and how the engine shards it does not matter. What an engine has to
-do is run the model forward and back.
+They are computed one block of rows at a time. The weight itself stays frozen, and its sharding does not matter: the
+engine only has to run the model forward and backward.
 """
 
 from __future__ import annotations
@@ -18,31 +18,33 @@ from torch.nn.parallel import DistributedDataParallel
 from ..collectives.communicator import Communicator
 
 Loss = Callable[[Any, Any], Tensor]
-# Input and output gradient of every call of a layer in one batch, [tokens, in] and [tokens, out].
+# Per call of a layer in one batch: its input [tokens, in] and its output's gradient [tokens, out].
 _Calls = list[tuple[Tensor, Tensor]]
 
 
 def mean_gradients(
     model: nn.Module, layers: Sequence[Any], batches: Sequence[Any], loss: Loss, comm: Communicator
 ) -> list[Tensor]:
-    """The mean gradient of linear layers' weights over all ranks' batches: of each this rank's block of rows.
+    """Return this rank's rows of the mean gradient of each layer's weight, over all ranks' batches.
 
-    Every batch counts the same, as under data parallelism; a layer that none of them reaches has the gradient zero.
+    Every batch has the same weight in the mean, as under data parallelism. A layer that no batch reaches has a zero
+    gradient.
 
-    All parameters are frozen meanwhile, so that engines have no gradient to reduce or to accumulate. The graph begins
-    at the given layers: what lies before them only runs forward. Random states are what they were afterwards.
+    During the call all parameters are frozen, so that engines have no gradient to reduce or accumulate. The autograd
+    graph begins at the given layers; modules before them run forward only. Random states are restored afterwards.
 
     Shapes:
         returned  [rows_k, in]  float32, per layer; the rows of :func:`row_block`
 
     Args:
-        model: as the engine returned it, or bare.
+        model: the model that the engine returned, or the bare model.
         layers: modules that take ``[..., in]`` and return ``[..., out]``, with ``in_features`` and ``out_features``.
-        batches: as many on every rank.
-        loss: from the model and a batch, its mean loss.
+        batches: this rank's batches; the number must be the same on every rank.
+        loss: takes the model and a batch, and returns the batch's mean loss.
         comm: all ranks that hold batches.
 
-    Communication: per batch and layer one reduce per rank, in all ``out * in`` float32 values; and the engine's own.
+    Communication: per batch and layer one reduce to each rank, together ``out * in`` float32 values, and the engine's
+    own in forward and backward.
     """
     module = _callable(model)
     device = comm.device
@@ -56,7 +58,7 @@ def mean_gradients(
         for batch in batches:
             calls = _calls_of(module, layers, batch, loss)
             for layer, total in zip(layers, totals, strict=True):
-                # after backward and in one order: a layer that one rank does not reach makes no rank wait for ever
+                # after backward and in a fixed order: ranks need not reach the same layers for the reduces to match
                 _add_products(total, calls.pop(0), layer, comm)
     for total in totals:
         total /= len(batches) * comm.world_size
@@ -64,12 +66,12 @@ def mean_gradients(
 
 
 def row_block(rows: int, rank: int, world_size: int) -> slice:
-    """The rows that a rank owns: equal blocks but for one row, in the order of ranks; some may be empty."""
+    """Return the rows that a rank owns. Ranks own consecutive blocks that differ by at most one row, perhaps empty."""
     return slice(rank * rows // world_size, (rank + 1) * rows // world_size)
 
 
 def _calls_of(module: nn.Module, layers: Sequence[nn.Module], batch: Any, loss: Loss) -> list[_Calls]:
-    """Run one batch forward and back."""
+    """Run one batch forward and backward, and return the recorded calls of each layer."""
     calls: list[_Calls] = [[] for _ in layers]
     hooks = [layer.register_forward_hook(_recorder(calls[index])) for index, layer in enumerate(layers)]
     try:
@@ -89,9 +91,10 @@ def _calls_of(module: nn.Module, layers: Sequence[nn.Module], batch: Any, loss: 
 
 
 def _restore_unsharded_units(model: nn.Module) -> None:
-    """What FSDP1 does after backward, but under NO_SHARD leaves out for a unit in which nothing needs a gradient.
+    """Put the parameters of FSDP1's NO_SHARD units back into their modules.
 
-    Its modules would keep views instead of parameters, and lose these for good in the next forward.
+    FSDP1 does this after backward, but skips NO_SHARD units in which nothing needs a gradient. The modules of such a
+    unit would keep views in place of parameters, and the next forward would lose the parameters for good.
     """
     units = (module for module in model.modules() if isinstance(module, FullyShardedDataParallel))
     for handle in (unit._handle for unit in units if unit._use_orig_params):
@@ -102,7 +105,7 @@ def _restore_unsharded_units(model: nn.Module) -> None:
 def _recorder(calls: _Calls) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
     def record(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if not torch.is_grad_enabled():
-            return None  # the first forward of reentrant checkpointing; it comes again
+            return None  # first forward of reentrant checkpointing; the recomputation is recorded
         if not output.requires_grad:
             output = output.detach().requires_grad_()
         x = inputs[0].detach()
@@ -113,7 +116,7 @@ def _recorder(calls: _Calls) -> Callable[[nn.Module, tuple[Any, ...], Tensor], T
 
 
 def _add_products(total: Tensor, calls: _Calls, layer: Any, comm: Communicator) -> None:
-    """Add this batch's ``dY^T X`` to the owner's rows. No rank ever holds more of it than one block."""
+    """Add this batch's ``dY^T X`` to ``total`` on each owner of rows. A rank never holds more than one block of it."""
     wide = [(x.to(total.device, torch.float32), gradient) for x, gradient in calls]
     for owner in range(comm.world_size):
         rows = row_block(layer.out_features, owner, comm.world_size)
@@ -128,9 +131,9 @@ def _add_products(total: Tensor, calls: _Calls, layer: Any, comm: Communicator) 
 
 
 def _callable(model: nn.Module) -> Any:
-    """What to run: DDP and DeepSpeed would prepare the reduction of gradients, of which there are none.
+    """Return the module to run: without the wrappers of DDP and DeepSpeed, which would prepare a gradient reduction.
 
-    ZeRO-3 gathers weights by hooks on the modules inside, FSDP by the wrapper.
+    FSDP's wrapper stays, because it gathers the weights; ZeRO-3 gathers them by hooks on the inner modules.
     """
     if isinstance(model, DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
         return model.module

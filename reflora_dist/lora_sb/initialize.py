@@ -1,4 +1,4 @@
-"""initialize_lora_sb() and initialize_lora_xs(): A, B and R of every adapter, under any engine."""
+"""initialize_lora_sb() and initialize_lora_xs(): initial A, B and R of every adapter, under any engine."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from .layer import LoraXSLinear
 from .svd import truncated_svd
 
 _LEAST_OVERSAMPLING = 16
-_R_STD = 1e-5  # of R at the start of LoRA-XS, as published
+_R_STD = 1e-5  # standard deviation of LoRA-XS's initial R, as published
 
 
 @dataclasses.dataclass(frozen=True)
 class _Target:
-    """One active adapter, and its layer's name without wrappers."""
+    """One active adapter, with its layer and the layer's name without wrapper segments."""
 
     name: str
     layer: LoraXSLinear
@@ -43,38 +43,41 @@ class _Target:
 def initialize_lora_sb(
     model: nn.Module, optimizer: Any, batches: Iterable[Any], config: LoRASBConfig, *, loss: Loss | None = None
 ) -> None:
-    """Start every adapter at the best rank-r approximation of the first full-fine-tuning step (LoRA-SB).
+    """Initialize every adapter with the best rank-r approximation of the first full-fine-tuning step (LoRA-SB).
 
-    With ``U S V^T`` the truncated SVD of ``-learning_rate * sign(G)``, G the mean gradient at the pretrained weights:
-    B = U, A = V^T, R = S / s (Ponkshe et al., 2024, arXiv 2411.19557). Nothing else changes: no gradient, optimizer
-    state or random state. Call it once, before training and before the optimizer has any state.
+    Let ``U S V^T`` be the truncated SVD of ``-learning_rate * sign(G)``, with G the mean gradient at the pretrained
+    weights. Then B = U, A = V^T, R = S / s (Ponkshe et al., 2024, arXiv 2411.19557). Gradients, optimizer state and
+    random states do not change. Call it once, before training and before the optimizer has any state.
 
     Args:
-        model: the PEFT model with LoraXSConfig adapters, bare or wrapped; under FSDP1 as FSDP returned it.
-        optimizer: as the engine returned it.
-        batches: this rank's; the first ``config.num_batches`` are kept and gone over once per group of modules.
-        config: the same on all ranks.
+        model: the PEFT model with LoraXSConfig adapters, bare or wrapped; under FSDP1 the model that FSDP returned.
+        optimizer: the optimizer that the engine returned.
+        batches: this rank's batches. The first ``config.num_batches`` are kept; each group of modules uses all of them.
+        config: the settings, the same on all ranks.
         loss: ``loss(model, batch)``; by default ``model(**batch).loss``.
 
     Raises:
         TypeError, ValueError, RuntimeError: on every rank; there is no such adapter, it is merged or disabled, there
-            are too few batches, or a gradient has less than r singular values that are not zero.
+            are too few batches, or a gradient has fewer than r nonzero singular values.
 
-    Communication: every rank must call. Per group and batch ``out * in`` float32 values of every module in it, the
-    SVD's all-reduces (``power_iterations + 1`` of ``in * (r + oversampling)`` float64 values per module, two small
-    ones, and one of B, ``out * r``), what brings A, B and R to the engine's shards, and what the engine sends in a
-    forward and backward.
+    Communication: every rank must call. For each group of modules:
+        gradients: ``out * in`` float32 values per batch and module, and the engine's own in a forward and backward.
+        SVD: per module ``power_iterations + 1`` all-reduces of ``in * (r + oversampling)`` float64 values, two small
+            ones, and one of B, ``out * r``.
+        result: A and B are brought to the engine's shards; R follows once, after all groups.
     """
     with agreed("preparing LoRA-SB"):
         targets, owners = _prepare(model, optimizer)
         if config.learning_rate is None:
-            raise ValueError("learning_rate=None: give that of the first step, with a warm-up peak / warm-up steps")
+            raise ValueError(
+                "learning_rate=None: give the first step's; with a linear warm-up this is peak / warm-up steps"
+            )
         kept = list(itertools.islice(batches, config.num_batches))
         if len(kept) < config.num_batches:
             raise ValueError(f"num_batches={config.num_batches}, but there are only {len(kept)} on this rank")
     _require_equal(targets, config)
     comm = _communicator(model)
-    # while R is zero every group sees the gradient at the pretrained weights
+    # with R = 0 the model computes its base, so every group sees the gradient at the pretrained weights
     scatter(model, owners, {t.key("R"): torch.zeros(t.layer.r[t.adapter], t.layer.r[t.adapter]) for t in targets})
     latent = {}
     for group in _groups(targets, config.modules_per_pass):
@@ -90,17 +93,23 @@ def initialize_lora_sb(
 
 
 def initialize_lora_xs(model: nn.Module, optimizer: Any, config: LoRASBConfig) -> None:
-    """Span every adapter by the leading singular vectors of its pretrained weight (LoRA-XS).
+    """Initialize every adapter with the leading singular vectors of its pretrained weight (LoRA-XS).
 
-    With ``U S V^T`` the truncated SVD of W: B = U, A = S V^T, as in the published code, and R normal with a standard
-    deviation of 1e-5 (Bałazy et al., 2024, arXiv 2405.17604).
+    Let ``U S V^T`` be the truncated SVD of W. Then B = U and A = S V^T, as in the published code, and R is drawn from a
+    normal distribution with standard deviation 1e-5 (Bałazy et al., 2024, arXiv 2405.17604).
 
-    Under FSDP2 each rank uses the rows that it holds, and no weight is gathered. Elsewhere weights are gathered one at
-    a time (under FSDP1 one unit at a time) and each rank keeps a block of rows.
+    Under FSDP2 each rank uses the rows that it holds, and no weight is gathered. Under other engines weights are
+    gathered one at a time (under FSDP1 one unit at a time), and each rank keeps a block of rows.
 
-    Args, raises: as :func:`initialize_lora_sb`, without batches.
+    Args:
+        model, optimizer, config: as for :func:`initialize_lora_sb`.
 
-    Communication: every rank must call. The gathers, and the SVD's all-reduces as in :func:`initialize_lora_sb`.
+    Raises:
+        TypeError, ValueError, RuntimeError: on every rank; there is no such adapter, it is merged or disabled, or a
+            weight has fewer than r nonzero singular values.
+
+    Communication: every rank must call. The gathers, the SVD's all-reduces as in :func:`initialize_lora_sb`, and the
+    transfer of A, B and R to the engine's shards.
     """
     with agreed("preparing LoRA-XS"):
         targets, owners = _prepare(model, optimizer)
@@ -120,7 +129,7 @@ def initialize_lora_xs(model: nn.Module, optimizer: Any, config: LoRASBConfig) -
 
 
 def _prepare(model: nn.Module, optimizer: Any) -> tuple[list[_Target], dict[str, Owner]]:
-    find_training_engine(model, optimizer)  # knows it, or refuses
+    find_training_engine(model, optimizer)  # raises for an unknown engine
     peft_model = find_peft_model(model)
     targets = []
     for path, module in peft_model.named_modules():
@@ -141,7 +150,7 @@ def _prepare(model: nn.Module, optimizer: Any) -> tuple[list[_Target], dict[str,
 
 
 def _require_equal(targets: Sequence[_Target], config: LoRASBConfig) -> None:
-    """Ranks that disagree would wait for each other's collectives, or sum what does not belong together."""
+    """Refuse ranks that disagree: their collectives would hang, or sum values of different modules."""
     own = repr((config, [(t.name, t.adapter, t.layer.r[t.adapter]) for t in targets]))
     if dist.is_initialized() and dist.get_world_size() > 1:
         found: list[str] = [""] * dist.get_world_size()
@@ -152,7 +161,7 @@ def _require_equal(targets: Sequence[_Target], config: LoRASBConfig) -> None:
 
 
 def _groups(targets: Sequence[_Target], size: int | None) -> Iterator[list[_Target]]:
-    """Consecutive adapters whose gradients are held at the same time."""
+    """Split the adapters into consecutive groups; the gradients of one group are held at the same time."""
     if size is not None:
         for start in range(0, len(targets), size):
             yield list(targets[start : start + size])
@@ -162,7 +171,10 @@ def _groups(targets: Sequence[_Target], size: int | None) -> Iterator[list[_Targ
 
 
 def _block_of(name: str) -> str:
-    """``model.layers.3`` of ``model.layers.3.self_attn.q_proj``; a module in no numbered block is its own."""
+    """Return the numbered block of a module: ``model.layers.3`` for ``model.layers.3.self_attn.q_proj``.
+
+    A module outside such blocks is a block of its own.
+    """
     match = re.match(r"(.*?\.\d+)\.", name)
     return match[1] if match else name
 
@@ -176,7 +188,7 @@ def _communicator(model: nn.Module) -> Communicator:
 def _weights(
     model: nn.Module, owners: dict[str, Owner], group: Sequence[_Target]
 ) -> Iterator[tuple[_Target, Tensor, Communicator]]:
-    """This rank's rows of every weight, with the ranks among which its rows are distributed."""
+    """Yield this rank's rows of every weight, and the communicator of the ranks that hold its other rows."""
     names = {(id(module), attribute): name for name, (module, attribute) in owners.items()}
     whole = {}
     for target in group:
@@ -214,7 +226,7 @@ def _svd(target: _Target, rows: Tensor, config: LoRASBConfig, comm: Communicator
 
 
 def _whole(rows: Tensor, comm: Communicator) -> Tensor:
-    """All ranks' rows ``[m_k, r]`` below each other: two all-reduces, the second of ``m * r`` float64 values."""
+    """Concatenate all ranks' rows ``[m_k, r]``. Communication: two all-reduces, the second of ``m * r`` float64."""
     if comm.world_size == 1:
         return rows
     counts = torch.zeros(comm.world_size, dtype=torch.int64, device=rows.device)

@@ -1,4 +1,4 @@
-"""The adapter of LoRA-XS and LoRA-SB: ``W + s B R A``, of which only R ``[r, r]`` is trained."""
+"""The layer of LoRA-XS and LoRA-SB: ``W + s B R A``; only R ``[r, r]`` is trained."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class LoraXSLinear(nn.Module, BaseTunerLayer):
         lora_xs_R  [r, r]    trained, zero at first
         lora_xs_B  [out, r]  frozen
 
-    All three are parameters, so that engines shard, move and gather them as they do any other. Before they are
-    initialized (:func:`initialize_lora_sb`, :func:`initialize_lora_xs`) or loaded, A and B span random subspaces and
-    R = 0: the model computes what its base does.
+    All three are parameters, so that engines shard, move and gather them like any other. Before initialization
+    (:func:`initialize_lora_sb`, :func:`initialize_lora_xs`) or loading, A and B are random and R = 0, so the layer
+    computes the same as its base.
     """
 
-    # PEFT sets requires_grad by the first; what is in the second it moves, deletes and saves, and leaves frozen
+    # PEFT trains the parameters in the first; those in the second it moves, deletes and saves, but leaves frozen
     adapter_layer_names = ("lora_xs_R",)
     other_param_names = ("lora_xs_A", "lora_xs_B", "lora_xs_dropout", "r", "lora_alpha", "scaling")
 
@@ -37,7 +37,7 @@ class LoraXSLinear(nn.Module, BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
-        # by adapter; Any, since a ModuleDict's values are of no known type
+        # keyed by adapter; typed Any, since mypy knows only Module for a ModuleDict's values
         self.lora_xs_dropout: Any = nn.ModuleDict()
         self.lora_xs_A: Any = nn.ModuleDict()
         self.lora_xs_B: Any = nn.ModuleDict()
@@ -49,7 +49,13 @@ class LoraXSLinear(nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, config, r, alpha)
 
     def update_layer(self, adapter_name: str, config: LoraXSConfig, r: int, alpha: float) -> None:
-        """Add an adapter (PEFT's name for it).
+        """Add an adapter. The method's name is PEFT's.
+
+        Args:
+            adapter_name: the adapter's name.
+            config: its configuration, for dropout and inference mode.
+            r: its r in this layer.
+            alpha: its alpha in this layer; ``s = alpha / r``.
 
         Raises:
             ValueError: r is not between 1 and the smaller side of the weight.
@@ -76,19 +82,27 @@ class LoraXSLinear(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor, Tensor]:
-        """``B``, ``R``, ``A``, as the engine holds them."""
+        """Return the weights ``B``, ``R``, ``A`` as the engine holds them, perhaps sharded."""
         weights = [module[adapter].weight for module in (self.lora_xs_B, self.lora_xs_R, self.lora_xs_A)]
         return weights[0], weights[1], weights[2]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """``s B R A``, in the precision of R; formed in float32 at least."""
+        """Return ``s B R A`` ``[out, in]`` in R's dtype; it is computed in at least float32."""
         factors = self.factors(adapter)
         wide = torch.promote_types(factors[1].dtype, torch.float32)
         b, r, a = (factor.to(wide) for factor in factors)
         return (self.scaling[adapter] * (b @ r @ a)).to(factors[1].dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters to the base weight. ``safe_merge`` refuses a result that is not finite."""
+        """Add the adapters to the base weight.
+
+        Args:
+            safe_merge: refuse a result that is not finite.
+            adapter_names: adapters to merge; None: the active ones.
+
+        Raises:
+            ValueError: ``safe_merge`` is set and a merged weight is not finite.
+        """
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.lora_xs_R:
                 continue
@@ -101,7 +115,7 @@ class LoraXSLinear(nn.Module, BaseTunerLayer):
             self.merged_adapters.append(adapter)
 
     def unmerge(self) -> None:
-        """Take the merged adapters out of the base weight again."""
+        """Subtract the merged adapters from the base weight."""
         weight = self.get_base_layer().weight
         assert isinstance(weight, Tensor)
         while self.merged_adapters:
@@ -123,7 +137,7 @@ class LoraXSLinear(nn.Module, BaseTunerLayer):
         return result.to(dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """PEFT's ``convert_to_lora`` works too, by an SVD; :func:`save_as_lora` needs none."""
+        """Tell PEFT that its ``convert_to_lora`` works. It needs an SVD; :func:`save_as_lora` does not."""
         return True
 
     def __repr__(self) -> str:

@@ -1,6 +1,6 @@
-"""The adapter as a PEFT method: importing this registers it, and ``PeftModel.from_pretrained`` then knows it.
+"""The adapter as a PEFT method. Importing this module registers it, so that ``PeftModel.from_pretrained`` knows it.
 
-PEFT's ``register_peft_method`` takes names from a closed enumeration only; the tables that it fills are public.
+PEFT's ``register_peft_method`` accepts only names of a closed enumeration, so this module fills its public tables.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .layer import LoraXSLinear
 
 
 class LoraXSModel(BaseTuner):
-    """Puts the adapters into a model; made by ``peft.get_peft_model(model, LoraXSConfig(...))``."""
+    """Inserts the adapters into a model; ``peft.get_peft_model(model, LoraXSConfig(...))`` creates it."""
 
     prefix = "lora_xs_"
     tuner_layer_cls = LoraXSLinear  # type: ignore[assignment]
@@ -46,7 +46,7 @@ class LoraXSModel(BaseTuner):
         _require_linear(current_key, target)
         layer = LoraXSLinear(target, adapter_name, *settings)
         if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # a further adapter is not trained until it is made active
+            layer.requires_grad_(False)  # a further adapter stays frozen until it is activated
         self._replace_module(parent, target_name, layer, target)
 
 
@@ -62,7 +62,7 @@ def _require_linear(name: str, target: nn.Module) -> None:
 
 
 def register() -> None:
-    """Make the method known to PEFT."""
+    """Register the method with PEFT."""
     key: Any = LoraXSType.REFLORA_DIST_LORA_XS
     PEFT_TYPE_TO_CONFIG_MAPPING[key] = LoraXSConfig
     PEFT_TYPE_TO_TUNER_MAPPING[key] = LoraXSModel

@@ -1,4 +1,4 @@
-"""Starts of the factors that change the base (PiSSA, OLoRA, LoRA-GA, the RefLoRA restart), and their replay.
+"""Initializations of the factors that change the base (PiSSA, OLoRA, LoRA-GA, the RefLoRA restart), and their replay.
 
-Nothing in here runs during a step.
+Nothing here runs during a step.
 """

@@ -1,4 +1,4 @@
-"""The change of a frozen weight, ``W - scaling * B A``, on any block of it. Nothing here knows about ranks."""
+"""The change of a frozen weight, ``W - scaling * B A``, on any rectangle of it. Nothing here knows about ranks."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Elements whose fp64 product is held at a time: small enough for a core's cache, large enough for a GPU.
+# Elements whose fp64 product is held at a time: few enough for a core's cache, enough to fill a GPU.
 _CPU_ELEMENTS, _GPU_ELEMENTS = 2**16, 2**24
-# Periods of a checksum's position weights: primes, so that rows or columns that change places show.
+# Periods of a checksum's position weights. They are primes, so that swapped rows or columns change the checksum.
 _ROW_PERIOD, _COLUMN_PERIOD = 8191, 8179
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Block(NamedTuple):
-    """A rectangle of a weight ``[rows, columns]``, as a view of the memory that holds it."""
+    """A rectangle of a weight ``[rows, columns]``.
+
+    Attributes:
+        tensor: a view of the memory that holds the rectangle.
+        row, column: its first row and column in the weight.
+    """
 
     tensor: Tensor
     row: int
@@ -24,9 +29,9 @@ class Block(NamedTuple):
 
 
 def blocks_of_flat_piece(piece: Tensor, start: int, columns: int) -> list[Block]:
-    """Elements ``[start, start + len(piece))`` of a row-major weight as at most three rectangles.
+    """Return elements ``[start, start + len(piece))`` of a row-major weight as at most three rectangles.
 
-    The first and the last row may be cut; whole rows lie between them.
+    The first and the last row may be cut; the rows between them are whole.
     """
     blocks: list[Block] = []
     position, end = start, start + piece.numel()
@@ -42,16 +47,16 @@ def blocks_of_flat_piece(piece: Tensor, start: int, columns: int) -> list[Block]
 
 @torch.no_grad()
 def subtract_product(block: Block, left: Tensor, right: Tensor, scaling: float) -> None:
-    """``weight -= scaling * left @ right``, on one block, with bits that depend on nothing but the values.
+    """Compute ``weight -= scaling * left @ right`` on one block, in place and reproducibly to the bit.
 
-    A product of two fp32 numbers is exact in fp64 and the sum over r is taken in order, one addition at a time. So
-    every sharding, number of ranks and device rounds alike, which a matrix product does not promise: a change made
-    by two ranks can be repeated by seven, or by one.
+    A product of two fp32 numbers is exact in fp64, and the sum over r is taken in order, one addition at a time. So
+    the result is the same to the bit for every sharding, number of ranks and device; a matrix product does not promise
+    that. Seven ranks, or one, can repeat a change that two ranks made.
 
     Shapes (R x C the weight, r = lora_rank):
         block.tensor  [n, m]  fp64, fp32, bf16 or fp16; rounded once
-        left          [R, r]  of at most fp32 precision
-        right         [r, C]  likewise
+        left          [R, r]  at most fp32 precision
+        right         [r, C]  at most fp32 precision
     """
     columns = slice(block.column, block.column + block.tensor.shape[1])
     device = compute_device(block.tensor.device)
@@ -67,14 +72,14 @@ def subtract_product(block: Block, left: Tensor, right: Tensor, scaling: float) 
 
 @torch.no_grad()
 def checksum(block: Block) -> int:
-    """A sum over the bit patterns of the weight's elements and their positions.
+    """Return a sum over the bit patterns of a block's elements, weighted by their positions in the weight.
 
-    Those of the blocks that make up a weight add up, modulo 2**64, to that of the weight, however it is cut.
+    The checksums of the blocks of a weight add up, modulo 2**64, to the weight's checksum, however it is cut.
     """
     device = compute_device(block.tensor.device)
     row_count, column_count = block.tensor.shape
     column_weights = torch.arange(block.column, block.column + column_count, device=device) % _COLUMN_PERIOD + 1
-    # odd, so that the weights of a transposed place differ
+    # odd, so that an element and its transposed position have different weights
     row_weights = torch.arange(block.row, block.row + row_count, device=device) % _ROW_PERIOD * 2 + 1
     total = 0
     for rows in _row_ranges(block.tensor, device):
@@ -92,5 +97,8 @@ def _row_ranges(tensor: Tensor, device: torch.device) -> Iterator[slice]:
 
 
 def compute_device(device: torch.device) -> torch.device:
-    """A GPU where there is one: a base that is not wrapped yet lies in host memory, and its bits come out the same."""
+    """Return the current GPU, or ``device`` where there is none.
+
+    A base that is not wrapped yet lies in host memory; the GPU changes it faster, with the same bits.
+    """
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else device

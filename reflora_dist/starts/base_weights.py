@@ -1,4 +1,4 @@
-"""What this rank holds of the frozen weight under an adapter, under every engine."""
+"""This rank's part of the frozen weight under an adapter, for every engine."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def base_weight(pair: AdapterPair) -> nn.Parameter:
-    """The frozen weight that the pair adapts."""
+    """Return the frozen weight that the pair adapts."""
     layer: Any = pair.layer.get_base_layer()
     return layer.weight
 
 
 def stored_transposed(pair: AdapterPair) -> bool:
-    """Whether the weight lies in memory as ``(B A)^T`` does: embeddings, and transformers' Conv1D."""
+    """Return whether the weight is stored ``[in, out]``, as ``(B A)^T``: embeddings and transformers' Conv1D."""
     return isinstance(pair.layer, Embedding) or bool(getattr(pair.layer, "fan_in_fan_out", False))
 
 
 def rank_holds_base() -> bool:
-    """Whether this rank's base weights are real.
+    """Return whether this rank's base weights hold the model's values.
 
-    With accelerate's ``cpu_ram_efficient_loading`` only the first rank reads them; what the others hold is
-    overwritten when the model is wrapped.
+    With accelerate's ``cpu_ram_efficient_loading`` only the first rank reads the weights. The other ranks hold
+    placeholders, which are overwritten when the model is wrapped.
     """
     return not is_fsdp_enabled() or dist.get_rank() == 0
 
 
 def refuse_unsupported(model: nn.Module, pairs: Sequence[AdapterPair]) -> None:
-    """Find, before anything changes, what the change of the base cannot be made on.
+    """Refuse models whose base weights cannot be changed, before anything changes.
 
     Raises:
-        ValueError: a base weight is quantized, shared, merged or held in a way that is not known; the factors have
-            been given to an engine that keeps copies of them.
+        ValueError: a base weight is quantized, shared, merged or sharded in an unknown way, or an engine already keeps
+            copies of the factors.
     """
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(
@@ -100,7 +100,7 @@ def _refuse_engine(pair: AdapterPair, weight: Any) -> None:
 
 
 def _sharded_dim(weight: DTensor) -> tuple[int, int] | None:
-    """``(mesh axis, tensor dim)`` along which a DTensor is cut."""
+    """Return the ``(mesh axis, tensor dim)`` along which a DTensor is cut; None if it is replicated."""
     cuts = [
         (axis, placement) for axis, placement in enumerate(weight.placements) if not isinstance(placement, Replicate)
     ]
@@ -113,7 +113,9 @@ def _sharded_dim(weight: DTensor) -> tuple[int, int] | None:
 
 
 def local_blocks(pair: AdapterPair) -> list[Block]:
-    """This rank's part of the base weight, written ``[rows, columns]`` as it lies in memory. Local.
+    """Return this rank's part of the base weight as rectangles of ``[rows, columns]``, as it is stored. Local.
+
+    The list is empty where this rank holds no element, or only placeholders (:func:`rank_holds_base`).
 
     ===============================  ============================================
     one process, DDP, ZeRO-1/2       the whole weight
@@ -127,7 +129,7 @@ def local_blocks(pair: AdapterPair) -> list[Block]:
     if hasattr(weight, "ds_id"):
         piece = weight.ds_tensor.detach()
         start = dist.get_rank(weight.ds_process_group) * piece.numel()
-        count = max(0, min(piece.numel(), weight.ds_numel - start))  # the last pieces end in padding
+        count = max(0, min(piece.numel(), weight.ds_numel - start))  # without the padding of the last pieces
         return blocks_of_flat_piece(piece.view(-1)[:count], start, math.prod(weight.ds_shape[1:]))
     weight = weight.data
     if isinstance(weight, DTensor):
@@ -142,10 +144,10 @@ def local_blocks(pair: AdapterPair) -> list[Block]:
 
 
 def base_checksums(pairs: Sequence[AdapterPair]) -> list[int]:
-    """One checksum per base weight, the same however the weights are sharded.
+    """Return one checksum per base weight; it does not depend on how the weights are sharded.
 
     Raises:
-        ValueError: ranks that should hold the same part of a weight do not.
+        ValueError: ranks that hold the same part of a weight have different values.
 
     Communication: one all-gather of objects; every rank must call.
     """

@@ -1,4 +1,4 @@
-"""From an adapter whose start changed the base to one that fits the unchanged base."""
+"""Conversion of an adapter that was trained on a changed base into one for the unchanged base."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ from ..files.open_files import read_json, read_tensors
 
 
 def convert_adapter(adapter_dir: str | Path, output_dir: str | Path) -> None:
-    """Make an ordinary adapter of the original base out of one that was trained on a changed base. No ranks.
+    """Convert an adapter that was trained on a changed base into an ordinary adapter of the original base.
 
-    With the initial factors ``A0``, ``B0`` the trained function is ``W - s B0 A0 + s B A``, which is ``W`` with the
-    adapter ``[B, -B0] [A; A0]`` of twice the r. Plain PEFT loads it; alpha is set so that the scaling stays.
+    One process, no ranks. With the initial factors ``A0``, ``B0`` the trained function is ``W - s B0 A0 + s B A``.
+    This equals ``W`` with the adapter ``[B, -B0] [A; A0]``, whose r is doubled. Plain PEFT loads the result; alpha is
+    set so that the scaling stays the same.
 
     Args:
-        adapter_dir: an adapter or checkpoint, with its initial factors in it or in the folder above.
-        output_dir: where ``adapter_model.safetensors`` and ``adapter_config.json`` are written.
+        adapter_dir: folder of an adapter or checkpoint; the initial factors are in it or in its parent.
+        output_dir: folder that receives ``adapter_model.safetensors`` and ``adapter_config.json``.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing or damaged, the two do not belong together, or the adapter
-            belongs to an unchanged base already.
+        FileNotFoundError, ValueError: a file is missing or damaged, the adapter and the initial factors do not belong
+            together, or the adapter already belongs to an unchanged base.
     """
     source, target = Path(adapter_dir), Path(output_dir)
     if saved_mark(source) is None:
@@ -55,7 +56,7 @@ def convert_adapter(adapter_dir: str | Path, output_dir: str | Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     part = target / f".{SAFETENSORS_WEIGHTS_NAME}.part"
     save_file(tensors, part, metadata={"format": "pt"})
-    # an adapter that this replaces may be of a changed base: its configuration goes first
+    # the replaced adapter may belong to a changed base: remove its configuration before its weights change
     (target / _CONFIG_NAME).unlink(missing_ok=True)
     os.replace(part, target / SAFETENSORS_WEIGHTS_NAME)
     (target / f".{_CONFIG_NAME}.part").write_text(json.dumps(config, indent=2, sort_keys=True))
@@ -63,7 +64,7 @@ def convert_adapter(adapter_dir: str | Path, output_dir: str | Path) -> None:
 
 
 def _ordinary_config(start: Start) -> dict[str, Any]:
-    """The fields of ``LoraConfig`` that differ: twice the r of every pair, and the alpha that keeps its scaling."""
+    """Return the changed fields of ``LoraConfig``: every pair's r is doubled, and alpha keeps its scaling."""
     ranks, alphas = {}, {}
     for name, factor in start.factors.items():
         if _is_lora_a(name):
@@ -86,19 +87,21 @@ def _ordinary_config(start: Start) -> dict[str, Any]:
 
 
 def exact_pattern(values: Mapping[str, _Value], default: _Value) -> dict[str, _Value]:
-    """A ``rank_pattern`` or ``alpha_pattern`` with a key for every module that has not the default, and only for it.
+    """Return a ``rank_pattern`` or ``alpha_pattern`` in which each key matches exactly one module.
+
+    Modules with the default value get no key.
 
     Args:
-        values: by every adapted module's path in the base model.
-        default: ``r`` or ``lora_alpha``.
+        values: r or alpha of every adapted module, by its path in the base model.
+        default: the configuration's ``r`` or ``lora_alpha``.
 
     Raises:
-        ValueError: PEFT would read another value for some module.
+        ValueError: PEFT would read a different value for some module.
     """
-    # PEFT matches (.*\.)?(key)$, where a mere path "l" takes "enc.l" too; after "^" nothing can stand before it
+    # PEFT matches (.*\.)?(key)$, so the key "l" would match "enc.l" too; "^" excludes such prefixes
     pattern = {f"^{re.escape(path)}": value for path, value in values.items() if value != default}
     for path, value in values.items():
-        # sorted, as they are in the file: the first key that matches counts
+        # PEFT takes the first key that matches, and the file has the keys sorted
         if pattern.get(get_pattern_key(sorted(pattern), path), default) != value:
             raise ValueError(f"PEFT's patterns of names cannot give the module {path!r} its {value}: rename it")
     return pattern

@@ -1,13 +1,13 @@
-"""Starts that change the base: both factors nonzero, and ``W - scaling * B0 A0`` in place of ``W``.
+"""Initializations that change the base: both factors are nonzero, and ``W - scaling * B0 A0`` replaces ``W``.
 
     kaiming_both          both factors Kaiming-uniform: the published RefLoRA for ``warmup_steps=0``, where S must
                           exist from the first step on
     pissa, pissa_niter_N  principal singular vectors of W (PiSSA, arXiv 2404.02948)
-    olora                 leading columns of its QR decomposition (OLoRA, arXiv 2406.01775)
-    lora_ga               singular vectors of its gradient (LoRA-GA, arXiv 2407.05000)
+    olora                 leading columns of W's QR decomposition (OLoRA, arXiv 2406.01775)
+    lora_ga               singular vectors of W's gradient (LoRA-GA, arXiv 2407.05000)
 
-The function is that of the original base, up to the rounding of W. Checkpoints leave the base out, so the initial
-factors go into each of them, and resuming repeats the change, to the bit, on whatever each rank holds. The trained
+The model computes the same function as before, up to the rounding of W. Checkpoints do not contain the base, so each
+contains the initial factors. A resumed run uses them to repeat the change to the bit, under any sharding. The trained
 factors alone are no adapter of the original base; :func:`convert_adapter` and :func:`export_adapter` make one.
 """
 
@@ -47,24 +47,24 @@ Factors = tuple[Tensor, Tensor]
 
 
 def initialize_adapters(model: nn.Module, init: str, *, lora_ga_config: Any = None) -> None:
-    """Give every adapter a start in which neither factor is zero, and take its product out of the base.
+    """Initialize both factors of every adapter with nonzero values, and subtract their product from the base.
 
-    Call on every rank, once, after ``get_peft_model(base, LoraConfig(...))`` with PEFT's default start, and before
-    ``deepspeed.initialize``, FSDP1 or DDP; the base may have been built under ``zero.Init``, and FSDP2 may have
-    sharded the model already. The factors are rounded to the base's dtype, in which an engine may keep them.
+    Call once on every rank, after ``get_peft_model(base, LoraConfig(...))`` with PEFT's default initialization and
+    before ``deepspeed.initialize``, FSDP1 or DDP. The base may have been built under ``zero.Init``, and FSDP2 may have
+    sharded the model already. The factors are rounded to the base's dtype, because an engine may keep them in it.
 
     Args:
-        model: the PEFT model, with the one adapter "default".
-        init: see the module.
-        lora_ga_config: PEFT's ``LoraGAConfig``, for "lora_ga"; the first rank's base layers must carry what PEFT's
-            ``preprocess_loraga`` leaves there (``_peft_loraga_grad``).
+        model: the PEFT model, with a single adapter named "default".
+        init: "kaiming_both", "pissa", "pissa_niter_N", "olora" or "lora_ga".
+        lora_ga_config: PEFT's ``LoraGAConfig``, for "lora_ga". On the first rank PEFT's ``preprocess_loraga`` must have
+            stored its gradients (``_peft_loraga_grad``) in the base layers.
 
     Raises:
-        TypeError, ValueError, RuntimeError: on every rank and before anything changes; the start is unknown, or the
-            base is quantized, shared with another module or cut up in a way that is not supported.
+        TypeError, ValueError, RuntimeError: on every rank and before anything changes; the initialization is unknown,
+            or the base is quantized, shared with another module or sharded in a way that is not supported.
 
-    Communication: every rank must call. One broadcast per pair, two all-gathers of checksums; for PiSSA and OLoRA
-    under ``zero.Init`` also one gather per base weight. Otherwise no base weight is gathered.
+    Communication: every rank must call. One broadcast per pair and two all-gathers of checksums. PiSSA and OLoRA under
+    ``zero.Init`` also gather each base weight once; otherwise no base weight is gathered.
     """
     with agreed("preparing the initialization"):
         pairs = _prepared(model, init)
@@ -89,20 +89,19 @@ def initialize_adapters(model: nn.Module, init: str, *, lora_ga_config: Any = No
 
 
 def replay_initialization(model: nn.Module, checkpoint: str | Path) -> None:
-    """Change the original base as it was changed when the run began, to continue from one of its checkpoints.
+    """Repeat the change of the base with which a run began, to continue from one of its checkpoints.
 
-    Call in place of :func:`initialize_adapters`; the factors stay as they are, for the checkpoint's to be loaded.
+    Call it in place of :func:`initialize_adapters`. It leaves the factors alone; load them from the checkpoint.
 
     Args:
-        model: the PEFT model on the original base, made as for the first run.
-        checkpoint: a checkpoint or saved adapter of the run. Does nothing if that was trained on the original base.
+        model: the PEFT model on the original base, built as for the first run.
+        checkpoint: a checkpoint or saved adapter of the run. If it was trained on the original base, nothing happens.
 
     Raises:
         TypeError, ValueError, FileNotFoundError, RuntimeError: on every rank and before anything changes; the initial
-            factors are missing or of another run, or the base is not the one (or not in the dtype) that training
-            started from.
+            factors are missing or belong to another run, or training started from another base or another dtype.
 
-    Communication: every rank must call. Two all-gathers of checksums; nothing of the base or the factors.
+    Communication: every rank must call. Two all-gathers of checksums; no base weight or factor is sent.
     """
     with agreed("opening the initial factors"):
         wanted = saved_mark(checkpoint) is not None
@@ -124,17 +123,18 @@ def replay_initialization(model: nn.Module, checkpoint: str | Path) -> None:
 
 
 def export_adapter(model: nn.Module, output_dir: str | Path) -> None:
-    """Save an adapter that plain PEFT loads onto the original base: as ``save_adapter``,
-    of twice the r if the start changed the base.
+    """Save an adapter that plain PEFT loads onto the original base.
+
+    It is written as by ``save_adapter``; its r is doubled if the initialization changed the base.
 
     Args:
-        model: the PEFT model, bare or wrapped; under FSDP1 as FSDP returned it.
-        output_dir: on storage that the first rank can write.
+        model: the PEFT model, bare or wrapped; under FSDP1 the model that FSDP returned.
+        output_dir: a folder that the first rank can write.
 
     Raises:
         TypeError, ValueError, OSError, RuntimeError: see ``save_adapter`` and :func:`convert_adapter`.
 
-    Communication: as ``save_adapter``; every rank must call.
+    Communication: every rank must call. That of ``save_adapter``.
     """
     if mark_of(model) is None:
         save_adapter(model, output_dir)
@@ -207,7 +207,7 @@ def _require_original(start: Start, pairs: Sequence[AdapterPair], before: Sequen
         name, dtype = _layer(pair), str(base_weight(pair).dtype)
         if dtype != start.base_dtype[name]:
             raise ValueError(
-                f"the base was {start.base_dtype[name]} when training began and is {dtype} now: load it so"
+                f"the base was {start.base_dtype[name]} when training began and is {dtype} now: load it as it was"
             )
         if value == start.before[name]:
             continue
@@ -220,9 +220,10 @@ def _require_original(start: Start, pairs: Sequence[AdapterPair], before: Sequen
 
 
 def _shared_factors(model: nn.Module, pairs: Sequence[AdapterPair], init: str, lora_ga_config: Any) -> list[Factors]:
-    """The initial factors, the same on every rank.
+    """Return the initial factors, the same on every rank.
 
-    Decompositions are shared out among the ranks; what is drawn at random is the first rank's.
+    If every rank holds the base, the ranks share the decompositions of PiSSA and OLoRA. All other factors come from the
+    first rank.
     """
     spread = needs_base(init) and _every_rank_holds_base()
     sources = [index % world_size() if spread else 0 for index in range(len(pairs))]
@@ -231,10 +232,10 @@ def _shared_factors(model: nn.Module, pairs: Sequence[AdapterPair], init: str, l
     error: Exception | None = None
     weights = _whole_weights(model, pairs) if needs_base(init) else ((index, None) for index in range(len(pairs)))
     for index, weight in weights:
-        # a failure waits: the ranks gather the next weight together
+        # raise an error only after the loop: the other ranks would wait in the gather of the next weight
         try:
             if init == KAIMING_BOTH:
-                own[index] = kaiming_both(pairs[index])  # on every rank: generators stay alike
+                own[index] = kaiming_both(pairs[index])  # on every rank, so that their generators stay equal
                 continue
             gradient = pairs[index].layer.get_base_layer().__dict__.pop("_peft_loraga_grad", None)
             if sources[index] == rank and error is None:
@@ -265,7 +266,7 @@ def _every_rank_holds_base() -> bool:
 
 
 def _broadcast(factors: Factors | None, pair: AdapterPair, source: int) -> Factors:
-    """The factors of one rank to all, rounded to the base's dtype. Communication: one broadcast."""
+    """Send the factors of one rank to all, rounded to the base's dtype. Communication: one broadcast."""
     dtype = base_weight(pair).dtype if base_weight(pair).dtype != torch.float64 else torch.float32
     shapes = [whole_shape(factor) for factor in (pair.lora_a, pair.lora_b)]
     sizes = [shape.numel() for shape in shapes]
@@ -282,7 +283,7 @@ def _broadcast(factors: Factors | None, pair: AdapterPair, source: int) -> Facto
 
 
 def _change_base(pairs: Sequence[AdapterPair], factors: Sequence[Factors]) -> None:
-    """``W -= scaling * B A`` on what this rank holds of each W. Local."""
+    """Compute ``W -= scaling * B A`` on this rank's part of each W. Local."""
     for pair, (lora_a, lora_b) in zip(pairs, factors, strict=True):
         left, right = lora_b.flatten(1), lora_a.flatten(1)
         if stored_transposed(pair):
@@ -326,7 +327,7 @@ def _layer(pair: AdapterPair) -> str:
 
 
 def _file_keys(pair: AdapterPair) -> tuple[str, str]:
-    """The names of lora_A and lora_B in the files that PEFT writes."""
+    """Return the names of lora_A and lora_B in the files that PEFT writes."""
     suffix = "" if pair.factor_modules()[0] is pair.layer.lora_embedding_A else ".weight"
     sides = ("lora_embedding_A", "lora_embedding_B") if not suffix else ("lora_A", "lora_B")
     return f"{_layer(pair)}.{sides[0]}{suffix}", f"{_layer(pair)}.{sides[1]}{suffix}"

@@ -1,4 +1,4 @@
-"""The factors that training starts from. Nothing here knows about ranks or engines."""
+"""Computation of the initial factors. Nothing here knows about ranks or engines."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _REFUSED = {
 
 
 def check_init(init: str) -> None:
-    """Refuse what is not a start that changes the base.
+    """Refuse an unknown ``init``.
 
     Raises:
-        ValueError: naming the value, the reason and what is there.
+        ValueError: the message names the value, the reason and the supported values.
     """
     if init == KAIMING_BOTH or _PEFT.fullmatch(init):
         return
@@ -41,15 +41,16 @@ def check_init(init: str) -> None:
 
 
 def needs_base(init: str) -> bool:
-    """Whether the factors are computed from the base weight; lora_ga's are from its gradient."""
+    """Return whether the factors are computed from the base weight; "lora_ga" uses its gradient instead."""
     return init.startswith("pissa") or init == "olora"
 
 
 def refuse_layers(pair: AdapterPair, init: str) -> None:
-    """Refuse a layer to which PEFT's start does not apply.
+    """Refuse a layer that PEFT's initialization does not support.
 
     Raises:
-        ValueError: naming the adapter.
+        ValueError: the layer is not linear, or smaller than the number of singular vectors; the message names the
+            adapter.
     """
     if init == KAIMING_BOTH:
         return
@@ -65,13 +66,13 @@ def refuse_layers(pair: AdapterPair, init: str) -> None:
 
 
 def kaiming_both(pair: AdapterPair) -> tuple[Tensor, Tensor]:
-    """Both factors uniform, A within 1 / sqrt(in) and B within 1 / sqrt(r), as the published RefLoRA restarts them.
+    """Draw both factors as the published RefLoRA restart does: uniform, |A| <= 1 / sqrt(in) and |B| <= 1 / sqrt(r).
 
-    Drawn in fp32 from torch's CPU generator, A first. After the same seed and the same PEFT model these are the
-    published code's own numbers.
+    The values are drawn in fp32 from torch's CPU generator, A first. With the same seed and the same PEFT model they
+    equal the published code's values.
 
     Returns:
-        lora_A ``[r, in]`` and lora_B ``[out, r]``, a convolution's and an embedding's in their own shapes.
+        lora_A ``[r, in]`` and lora_B ``[out, r]``; factors of convolutions and embeddings keep their own shapes.
     """
     factors = [torch.empty(whole_shape(factor), dtype=torch.float32) for factor in (pair.lora_a, pair.lora_b)]
     for factor in factors:
@@ -82,21 +83,21 @@ def kaiming_both(pair: AdapterPair) -> tuple[Tensor, Tensor]:
 def peft_factors(
     pair: AdapterPair, init: str, weight: Tensor | None, gradient: Tensor | None, lora_ga_config: Any = None
 ) -> tuple[Tensor, Tensor]:
-    """PEFT's own start, computed on a copy: neither the model nor torch's generators notice.
+    """Compute PEFT's own initialization on a copy; the model and torch's generators do not change.
 
     PiSSA (arXiv 2404.02948), OLoRA (arXiv 2406.01775), LoRA-GA (arXiv 2407.05000).
 
     Args:
-        pair: on a linear layer.
+        pair: a pair on a linear layer.
         init: PEFT's ``init_lora_weights``.
-        weight: the base weight as the layer stores it, whole; None for lora_ga's scales that do not read it.
-        gradient: of the loss by that weight, for lora_ga.
+        weight: the whole base weight as the layer stores it; None for "lora_ga", which does not read it.
+        gradient: the gradient of the loss with respect to that weight, for "lora_ga".
         lora_ga_config: PEFT's ``LoraGAConfig``.
 
     Returns:
         lora_A ``[r, in]`` and lora_B ``[out, r]``, fp32.
     """
-    device = compute_device(torch.device("cpu"))  # decompositions on a CPU take many times as long
+    device = compute_device(torch.device("cpu"))  # a CPU is many times slower at decompositions
     copied = torch.zeros(pair.shape_b[0], pair.shape_a[1], device=device)
     if weight is not None:
         copied.copy_(_as_linear(pair, weight.detach()))

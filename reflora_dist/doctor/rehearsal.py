@@ -36,8 +36,8 @@ class Outcome:
     Attributes:
         refusal: the library that raised an error, and its message; None if there was no error.
         foreign: whether DeepSpeed knows no key of its file.
-        beyond: what ended the rehearsal without saying anything about the files: an operation that needs a GPU, or a
-            signal. None if it ran to the end.
+        beyond: the operation that needs a GPU and ended the rehearsal; None if there was none.
+        died: how the rehearsal's process ended without a result: by a signal, or by its time limit. None if it did not.
         warnings: the libraries' warnings.
         findings: findings about DeepSpeed's final configuration.
         setup: the fields of DeepSpeed's ``Setup``; None under another engine.
@@ -46,6 +46,7 @@ class Outcome:
     refusal: dict[str, str] | None = None
     foreign: bool = False
     beyond: str | None = None
+    died: str | None = None
     warnings: list[str] = dataclasses.field(default_factory=list)
     findings: list[list[str]] = dataclasses.field(default_factory=list)
     setup: dict[str, Any] | None = None
@@ -110,6 +111,12 @@ def report(where: str, contents: dict[str, Any], outcome: Outcome, findings: Fin
     if outcome.refusal is not None and not outcome.foreign:
         sentence = outcome.refusal["sentence"]
         findings.error(where, f"{outcome.refusal['library']} refuses it: {sentence}", remedy(sentence, contents))
+    elif outcome.died is not None:
+        findings.warning(
+            where,
+            f"the rehearsal ended without a result ({outcome.died}), so the libraries may still refuse the file",
+            "ask again on an idle machine, or start the run with a few steps first",
+        )
     elif outcome.beyond is not None:
         findings.note(where, f"rehearsed until {outcome.beyond}, which needs a GPU", "")
     return outcome.refusal is None

@@ -70,8 +70,15 @@ def main() -> None:
         with os.fdopen(read) as answer:
             text = answer.read()
         _, status = os.waitpid(child, 0)
-        answers.write((text or json.dumps({"beyond": f"signal {os.waitstatus_to_exitcode(status)}"})) + "\n")
+        answers.write((text or json.dumps({"died": _ending(os.waitstatus_to_exitcode(status))})) + "\n")
         answers.flush()
+
+
+def _ending(code: int) -> str:
+    """Return how a child that wrote no answer ended, from its exit code; negative codes are signals."""
+    if code == -signal.SIGALRM:
+        return f"it took longer than {_SECONDS} s"
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def outcome(request: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from safetensors import safe_open
@@ -49,6 +50,10 @@ def readable(path: str | Path, remedy: str = GET_ANEW) -> Iterator[None]:
     """
     try:
         yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # says nothing about the file
+    except PermissionError as error:
+        raise ValueError(f"{path} cannot be read ({cause_of(error)}): give this user the right to read it") from error
     except Exception as error:  # the type depends on the library and on the damage
         raise ValueError(f"{path} cannot be read ({cause_of(error)}): {remedy}") from error
 

@@ -117,3 +117,15 @@ def test_a_title_brings_its_line() -> None:
         readable("f"),
     ):
         raise KeyError("x")
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), torch.OutOfMemoryError("no room")])
+def test_a_lack_of_memory_is_no_damage(error: Exception) -> None:
+    with pytest.raises(type(error), match="no room"), readable("model.safetensors"):
+        raise error
+
+
+def test_a_file_that_may_not_be_read_is_no_damage() -> None:
+    message = r"^a\.json cannot be read \(PermissionError: .*\): give this user the right to read it$"
+    with pytest.raises(ValueError, match=message), readable("a.json"):
+        raise PermissionError("denied")

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from reflora_dist.algebra import refactorization as refactor
-from reflora_dist.algebra import roots
+from reflora_dist.algebra import decompositions, roots
 from tests.support.matrices import factor, positive_definite, relative
 
 EXAMPLES = settings(max_examples=40, deadline=None)
@@ -66,7 +65,7 @@ def test_what_counts_is_split_from_what_does_not(
 ) -> None:
     """Singular values on both sides of the threshold and close to it, in as many steps as on a GPU: N G N is a
     projector, to what is left of an eigenvalue of 1e-12 in a Gram that is good to 1e-16."""
-    monkeypatch.setattr(refactor, "NEARLY_ORTHOGONAL", -1.0)
+    monkeypatch.setattr(decompositions, "NEARLY_ORTHOGONAL", -1.0)
     torch.manual_seed(0)
     basis, _ = torch.linalg.qr(torch.randn(lora_rank, lora_rank, dtype=torch.float64))
     values = torch.logspace(0, math.log10(smallest), lora_rank, dtype=torch.float64)

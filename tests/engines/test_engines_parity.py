@@ -49,7 +49,7 @@ _SOME = ("lora", "reflora", "reflora-s", "lora-rite", "scaled-gd", "lora-pro acc
 # a schedule and accumulation too with the other one,
 _MORE = (*_SOME, "reflora-warmup2-interval2", "reflora accumulated", "reflora-clip")
 # and all runs with it under these engines.
-_IN_FULL = ("single", "ddp", "fsdp2", "fsdp1-full", "zero2", "zero3")
+_IN_FULL = ("single", "ddp", "fsdp2", "fsdp1-full", "zero2")
 
 
 def _runs(engine_name: str, all_of_them: bool) -> list[Run]:

@@ -32,6 +32,7 @@ from transformers import (
     default_data_collator,
 )
 
+from ..files.open_files import read_json
 from .base_model import load_config
 from .deepspeed_config import judge, knows_any
 from .findings import Findings
@@ -96,7 +97,7 @@ def outcome(request: dict[str, Any]) -> dict[str, Any]:
 
 def _is_foreign(path: str | None) -> bool:
     """Return whether a file is no DeepSpeed configuration."""
-    return path is not None and not knows_any(json.loads(Path(path).read_text()))
+    return path is not None and not knows_any(read_json(Path(path)))
 
 
 def _run(request: dict[str, Any], output: str) -> dict[str, Any]:

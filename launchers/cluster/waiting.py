@@ -57,7 +57,7 @@ def wait_for_ranks(what: str) -> None:
 
     Communication: small requests to the job's store, a few per second and rank.
     """
-    import torch.distributed as dist  # shell scripts run modules that import this one, and importing torch takes seconds
+    import torch.distributed as dist  # shell scripts run modules that import this one, and torch takes seconds
     from torch.distributed.distributed_c10d import _get_default_store
 
     if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -179,7 +179,7 @@ def _set_dropout(config: Any, probability: float) -> None:
 
 
 def metrics_of(options: Options) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Return Trainer's ``compute_metrics``, which maps logits ``[records, labels]`` and labels ``[records]`` to metrics."""
+    """Return Trainer's ``compute_metrics``: logits ``[records, labels]`` and labels ``[records]`` to metrics."""
     from scipy import stats
     from sklearn import metrics
 

@@ -5,7 +5,7 @@ the job's store as the last step. Every rank reads the store at the end of every
 the writer has begun step s + 1, and the writer begins that step after writing. On a GPU this holds because Trainer
 reads the loss of every step. With ``logging_nan_inf_filter=False`` a rank may run ahead, and then raises an error.
 
-transformers' own ``enable_jit_checkpoint`` lets each rank decide by itself, and ranks that disagree wait for each other.
+transformers' own ``enable_jit_checkpoint`` lets each rank decide alone, and ranks that disagree wait for each other.
 """
 
 from __future__ import annotations

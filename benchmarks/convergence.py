@@ -2,7 +2,7 @@
 
     python benchmarks/convergence.py --output benchmarks/results/convergence/embedded_HARDWARE_YYYYMM.json
 
-Every method trains at every learning rate of one grid and with every seed. A seed determines the initial factors and the
+Every method trains at every learning rate of one grid and with every seed. A seed fixes the initial factors and the
 order of the data, which all methods share. Finished runs are kept in a .jsonl file beside the output. An interrupted
 sweep, or one with further learning rates or seeds, continues with the missing runs.
 """

@@ -12,8 +12,8 @@ that N ranks hold in equal pieces, with float32 factors and gradients and float6
 | tall | ``[in, r]`` | all-reduce of Grams; rows that are cut, with neighbours | 1 / N of A and B, the solve |
 | backward | any | nothing: Grams in the forward, with whole factors | all of it, per micro-batch |
 
-The bytes of "flat" and "tall" come from the package's own plan (``reflora_dist.step.traffic``), for all sizes and every
-rank. Where ranks share out the solve, an all-gather of the solutions is added. With P pairs, and ``sum A`` and ``sum B``
+The bytes of "flat" and "tall" come from the package's own plan (``reflora_dist.step.traffic``), for every rank. Where
+ranks share out the solve, an all-gather of the solutions is added. With P pairs, and ``sum A`` and ``sum B``
 elements, a rank sends
 
 - gather: ``4 (N - 1) / N (2 sum A + sum B)`` bytes,

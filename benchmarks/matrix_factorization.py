@@ -113,7 +113,7 @@ def make(problem: Problem, seed: int, size: int, lora_rank: int, device: torch.d
 
 
 def direction(method: str, a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what a method subtracts, before the learning rate. Arguments are batches ``[P, r, n]`` or ``[P, n, r]``."""
+    """Return what a method subtracts, without the rate. Arguments are batches ``[P, r, n]`` or ``[P, n, r]``."""
     gram_a, gram_b = a @ a.mT, b.mT @ b
     if method == "scaled-gd":
         # solve_ex does not raise for diverged runs

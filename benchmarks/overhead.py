@@ -245,8 +245,8 @@ def bare_collectives(
     """Return the time of RefLoRA's collectives alone, and what RefLoRA adds as a multiple; None if it sends nothing.
 
     ``step_ms`` is the time of the collectives, issued again and again. ``added_step_ms`` is what they add to plain
-    LoRA's optimizer step if each step issues them before the update. Then ranks arrive at different times, and the cache
-    holds other data.
+    LoRA's optimizer step if each step issues them before the update. Then ranks arrive at different times, and the
+    cache holds other data.
     """
     if not calls:
         return None
@@ -270,9 +270,9 @@ def measure_breakdowns(
 
 
 def measure_breakdown(steps: int, workload: Workload, device: torch.device, name: str) -> dict[str, dict[str, float]]:
-    """Return milliseconds by phase of a variant's optimizer step. The steps are separate ones, and "rest" has the update.
+    """Return milliseconds by phase of a variant's optimizer step, measured in steps of their own.
 
-    Phases that do not occur are left out.
+    "rest" contains the update. Phases that do not occur are left out.
     """
     by_phase: dict[str, list[float]] = {}
     phases = BASELINE_PHASES if name.startswith("gather") else PHASES

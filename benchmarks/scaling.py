@@ -4,7 +4,7 @@ The script starts the ranks itself, with one launch per number of ranks:
 
     python benchmarks/scaling.py --output result.json
 
-Weak scaling keeps the batch of a rank, and strong scaling the batch of all ranks. Before anything is timed, every engine
+Weak scaling keeps the batch of a rank, strong scaling the batch of all ranks. Before anything is timed, every engine
 must reproduce the losses of the plain single-process RefLoRA. The model of ``cost_model.py`` is fitted to bare
 collectives and small steps, and compared with larger steps that it has not seen. With published constants
 (``costs/links.py``) it predicts clusters of GPUs.

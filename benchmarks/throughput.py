@@ -7,15 +7,15 @@ The model is built from its configuration with random weights and trains on rand
 ones. The variants take turns on one model and optimizer. Steps within a block run without waiting for each other, as in
 training.
 
-MFU is the share of the device's peak rate (dense bfloat16) that the model's own arithmetic uses. The FLOPs per token are
-as follows, with N parameters in the frozen matrices (without the embedding lookup), N_a in the adapters, L layers,
+MFU is the share of the device's peak rate (dense bfloat16) that the model's own arithmetic uses. FLOPs per token are as
+follows, with N parameters in the frozen matrices (without the embedding lookup), N_a in the adapters, L layers,
 hidden size h and sequences of s tokens:
 
     4 N  +  6 N_a  +  6 L h s
 
 Forward and the activations' gradients are 2 N each. Full training has 6 N, because it also computes the weights'
-gradients; LoRA does so only for the adapters. Attention is 2 L h s forward (two products over the causal half) and twice
-that backward. Recomputed activations and the optimizer's work do not count.
+gradients; LoRA does so only for the adapters. Attention is 2 L h s forward (two products over the causal half), and
+twice that backward. Recomputed activations and the optimizer's work do not count.
 """
 
 from __future__ import annotations

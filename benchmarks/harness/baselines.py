@@ -45,7 +45,8 @@ def solve_batched(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tensor]:
 class Loop:
     """The plain method for whole factors: pair after pair, written straight from the formula.
 
-    Gram matrices and S are float64, because a Gram matrix squares the condition number. Products have the gradients' dtype.
+    Gram matrices and S are float64, because a Gram matrix squares the condition number. Products have the dtype of
+    the gradients.
     """
 
     def __init__(self, engine: Engine) -> None:

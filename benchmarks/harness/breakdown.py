@@ -1,9 +1,9 @@
 """Time the phases of a RefLoRA step with timers around the functions that do the work.
 
 The timers wait for the device, so a phase is longer than in an undisturbed step. Compare phases only with each other.
-``PHASES`` names the functions of RefLoRA, and ``BASELINE_PHASES`` those of the baselines; nothing else depends on these
-names. The phases of a step depend on the layout: cut rows or a flat lora_A are exchanged, Gram matrices are summed in an
-all-reduce, and where the solve is expensive, the ranks' solutions are gathered.
+``PHASES`` names the functions of RefLoRA, and ``BASELINE_PHASES`` those of the baselines. Nothing else here depends on
+these names. The phases of a step depend on the layout: cut rows or a flat lora_A are exchanged, Gram matrices are summed
+in an all-reduce, and where the solve is expensive, the ranks' solutions are gathered.
 """
 
 from __future__ import annotations

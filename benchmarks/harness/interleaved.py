@@ -119,7 +119,7 @@ def _time_calls(calls: Sequence[Collective], steps: int, device: torch.device) -
 
 
 def record_collectives(workload: Workload, name: str) -> list[Collective]:
-    """Return the collectives of a variant's second step, after which they no longer change.
+    """Return the collectives of a variant's second step; the first one may issue others.
 
     Raises:
         RuntimeError: the variant reports another number of collectives than it issued.

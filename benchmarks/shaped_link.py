@@ -3,8 +3,9 @@
     python benchmarks/shaped_link.py --output result.json
 
 The script makes two hosts on this machine (``two_hosts``; needs root and iproute2) and slows their link with `tc`. Then
-``launchers/multinode.sh`` runs ``overhead.py`` on one rank of each, which times the optimizer step of a model's adapters. Whole factors are gathered in one collective, with their gradients. A flat lora_A goes to its owner and its
-gradient back, beside the Gram matrices. With lora_A stored tall, RefLoRA sends only the Gram matrices.
+``launchers/multinode.sh`` runs ``overhead.py`` on one rank of each, which times the optimizer step of adapters. Whole
+factors are gathered in one collective, with their gradients. A flat lora_A goes to its owner and its gradient back,
+beside the Gram matrices. With lora_A stored tall, RefLoRA sends only the Gram matrices.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from benchmarks.costs import events as cost_events
 from benchmarks.harness import timing
 
 MESSAGE_BYTES = (1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
-EVICTED_BYTES = 1 << 26  # touched before each measurement, because forward and backward evict a step's data from the cache
+EVICTED_BYTES = 1 << 26  # touched before each measurement: forward and backward leave nothing of a step in a cache
 
 
 def collectives(device: torch.device) -> Iterator[dict[str, Any]]:
@@ -51,7 +51,7 @@ def _to_neighbours(sent: torch.Tensor, received: torch.Tensor) -> None:
     """Exchange a half with either neighbour, as for cut rows; on two ranks exchange all with the other."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     neighbours = sorted({(rank - 1) % ranks, (rank + 1) % ranks})
-    numel = sent.numel() // len(neighbours)  # equal on both sides, because a message of another size ends gloo's process
+    numel = sent.numel() // len(neighbours)  # equal on both sides: a message of another size ends gloo's process
     operations = [
         dist.P2POp(operation, whole[place * numel : (place + 1) * numel], peer)
         for operation, whole in ((dist.isend, sent), (dist.irecv, received))

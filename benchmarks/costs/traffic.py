@@ -43,7 +43,7 @@ class Adapters:
     def layouts(self, engine: str, ranks: int, tall: bool) -> list[Layout]:
         """Return how an engine cuts every factor, lora_A and lora_B alternating.
 
-        ZeRO-3 cuts a stored factor into flat pieces of ``ceil(numel / N)`` elements, FSDP2 into ``ceil(rows / N)`` rows.
+        ZeRO-3 cuts a stored factor into flat pieces of ``ceil(numel / N)``, FSDP2 into ``ceil(rows / N)`` of its rows.
 
         Args:
             engine: one of LAYOUTS.

@@ -2,8 +2,8 @@
 
 The timers wait for the device, so a phase is longer than in an undisturbed step. Compare phases only with each other.
 ``PHASES`` names the functions of RefLoRA, and ``BASELINE_PHASES`` those of the baselines. Nothing else here depends on
-these names. The phases of a step depend on the layout: cut rows or a flat lora_A are exchanged, Gram matrices are summed
-in an all-reduce, and where the solve is expensive, the ranks' solutions are gathered.
+these names. The phases of a step depend on the layout. Cut rows and a flat lora_A are exchanged. Gram matrices are
+summed in an all-reduce. Where the solve is expensive, the ranks' solutions are gathered.
 """
 
 from __future__ import annotations

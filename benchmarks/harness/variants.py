@@ -2,8 +2,8 @@
 
 ``lora`` (nothing is done to the gradients), ``reflora``, ``reflora-s`` and the other methods of this package, ``loop``,
 ``gather-coalesced`` and ``gather-each`` (``baselines``: RefLoRA's result by other means), ``riemannian`` (PEFT's
-preconditioned optimizer, the method of ``scaled-gd``). The suffix ``-flat`` means the same variant on a model of its own
-that stores lora_A as PEFT does.
+preconditioned optimizer, the method of ``scaled-gd``). The suffix ``-flat`` means the same variant on a model of its
+own that stores lora_A as PEFT does.
 """
 
 from __future__ import annotations

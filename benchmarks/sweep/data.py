@@ -18,7 +18,7 @@ from launchers.data.tokenization import IGNORE_INDEX, Collator, TokenizationSett
 from reflora_dist.engines.bare_base import require_no_adapter
 
 EVAL_BATCH_SIZE = 16
-SPLIT_SEED = 0  # the held-out records are the same for every run, whatever its seed
+SPLIT_SEED = 0  # the held-out records do not depend on a run's seed
 
 Example = dict[str, list[int]]
 Batch = dict[str, Tensor]

@@ -229,7 +229,7 @@ class Workbench:
 
     def _time_block(self, method: str, batch: Batch) -> list[float]:
         batches = [batch] * _GRADIENT_BATCHES
-        model, optimizer, handle = self._start(Task(method, 1e-4, 0), batches, warmup_steps=1)  # after one plain step B is not 0
+        model, optimizer, handle = self._start(Task(method, 1e-4, 0), batches, warmup_steps=1)  # leaves B = 0 behind
         times = []
         for step in range(UNTIMED_STEPS + TIMED_STEPS):
             began = timing.now(self.device)

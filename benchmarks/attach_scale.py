@@ -1,11 +1,11 @@
-"""What ``attach`` costs one rank of many: bytes received, seconds, memory. The other ranks do not exist.
+"""Measure what ``attach`` costs one rank of many: bytes received, seconds, memory. The other ranks do not exist.
 
     python benchmarks/attach_scale.py --model 70b --ranks 4096 --output result.json
 
-torch's fake process group stands for them: a collective returns at once, and what it should have brought from others is
-what this rank gave, so time on the wire is not in the figures. The model is real but for its base, which is on the meta
-device; adapters hold this rank's parts as ZeRO-3 and FSDP2 cut them. Each engine is measured in a process of its own
-(Linux), twice: time and the resident set's growth to its peak undisturbed, then what every collective delivers.
+torch's fake process group stands for the other ranks. A collective returns at once, with this rank's own input in place
+of the others', so the figures contain no time on the wire. The model's base is on the meta device. Its adapters hold
+this rank's pieces as ZeRO-3 and FSDP2 cut them. Each engine is measured in a process of its own (Linux), twice: first
+time and the growth of the resident set to its peak, undisturbed; then the bytes that every collective delivers.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from reflora_dist import RefLoRAConfig, attach, tall_adapters
 from reflora_dist.engines.pairs import AdapterPair, find_pairs
 
 ENGINES = ("zero3", "fsdp2", "zero3-flat", "fsdp2-flat")
-LIMITS = {"received_bytes": 10e6, "seconds": 3.0, "grown_bytes": 100e6}  # of tall adapters, on any number of ranks
+LIMITS = {"received_bytes": 10e6, "seconds": 3.0, "grown_bytes": 100e6}  # for tall adapters, on any number of ranks
 CONFIG = RefLoRAConfig(method="reflora")
 
 
 @dataclasses.dataclass
 class Arguments:
-    """The model, and how many ranks there would be."""
+    """The model and the number of ranks."""
 
     model: str = dataclasses.field(default="70b", metadata={"help": f"one of {', '.join(models.SHAPES)}"})
     num_layers: int | None = dataclasses.field(default=None, metadata={"help": "instead of the model's own number"})
@@ -71,7 +71,7 @@ class Arguments:
 
     @property
     def shape(self) -> models.ModelShape:
-        """Of the model, with the number of layers asked for."""
+        """The model's shape, with the number of layers of the options."""
         return models.shape_of(self.model, self.num_layers)
 
 
@@ -84,17 +84,17 @@ def main() -> None:
 
 
 def _in_a_process(arguments: Arguments, engine: str) -> dict[str, Any]:
-    """``measure`` in a fork of this process, whose memory nothing else has used."""
+    """Call ``measure`` in a fork of this process, whose memory nothing else has used."""
     with multiprocessing.get_context("fork").Pool(1) as pool:
         return pool.apply(measure, (arguments, engine))
 
 
 def measure(arguments: Arguments, engine: str) -> dict[str, Any]:
-    """``attach`` on one rank, undisturbed and then with everything counted that collectives deliver."""
+    """Measure ``attach`` on one rank: first undisturbed, then counting the bytes that collectives deliver."""
     with fake_ranks(arguments.rank or 0, arguments.ranks):
         model, optimizer = shard(arguments, engine)
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what is free but resident could be taken without growing
+        ctypes.CDLL(None).malloc_trim(0)  # memory that is free but resident could be used without growth
         before = _reset_peak()
         start = time.perf_counter()
         handle = attach(model, optimizer, CONFIG)
@@ -116,7 +116,7 @@ def measure(arguments: Arguments, engine: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def fake_ranks(rank: int, ranks: int) -> Iterator[None]:
-    """A process group in which only this rank exists."""
+    """Make a process group in which only this rank exists."""
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
     try:
         yield
@@ -125,7 +125,7 @@ def fake_ranks(rank: int, ranks: int) -> Iterator[None]:
 
 
 def shard(arguments: Arguments, engine: str) -> tuple[nn.Module, Any]:
-    """The model with this rank's parts of its adapters, and its optimizer as the engine returns it."""
+    """Return the model with this rank's pieces of its adapters, and the optimizer as the engine returns it."""
     model = meta_adapters(arguments.shape, arguments.lora_rank)
     if engines.stores_tall(engine):
         tall_adapters(model)
@@ -136,7 +136,7 @@ def shard(arguments: Arguments, engine: str) -> tuple[nn.Module, Any]:
 
 
 def _as_fsdp2(model: nn.Module, pairs: list[AdapterPair]) -> torch.optim.Optimizer:
-    """Parameters as ``fully_shard`` leaves them, which itself takes minutes to cut them for so many ranks."""
+    """Make parameters as ``fully_shard`` leaves them. ``fully_shard`` itself takes minutes for so many ranks."""
     assert dist.group.WORLD is not None
     mesh = DeviceMesh.from_group(dist.group.WORLD, "cpu")
     for module, name, factor in _owned(pairs):
@@ -151,9 +151,9 @@ def _as_fsdp2(model: nn.Module, pairs: list[AdapterPair]) -> torch.optim.Optimiz
 
 
 class DeepSpeedZeroOptimizer_Stage3:
-    """What the package reads of DeepSpeed's optimizer, by its names, with one sub-group.
+    """Stand-in for DeepSpeed's optimizer with the attributes that the package reads, and one sub-group.
 
-    Parameters are empty outside of their layer's forward; their masters lie in one flat buffer.
+    Parameters are empty outside of their layer's forward. Their masters lie in one flat buffer.
     """
 
     __module__ = "deepspeed.stand_in"
@@ -178,20 +178,20 @@ class DeepSpeedZeroOptimizer_Stage3:
 
 
 def _owned(pairs: list[AdapterPair]) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
-    """Where every factor is registered, and the factor."""
+    """Yield the module and name of every factor, and the factor."""
     for pair in pairs:
         for module, name in pair.owners():
             yield module, name, getattr(module, name)
 
 
 def _reset_peak() -> int:
-    """Let the peak of the resident set begin anew. Returns the bytes resident now."""
+    """Reset the peak of the resident set. Return the bytes resident now."""
     Path("/proc/self/clear_refs").write_text("5")
     return _resident("VmRSS")
 
 
 def _resident(field: str) -> int:
-    """Bytes, by a field of /proc/self/status."""
+    """Return a field of /proc/self/status in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == field:

@@ -1,10 +1,10 @@
-"""Do the methods learn faster? Loss by step and by time from the same start, with a learning rate tuned for each.
+"""Compare the convergence of methods: loss by step and by time from one start, each at its best learning rate.
 
     python benchmarks/convergence.py --output benchmarks/results/convergence/embedded_HARDWARE_YYYYMM.json
 
-Every method trains at every learning rate of one grid and with every seed: a seed stands for initial factors and an
-order of the data, which all methods share. Finished runs are kept in a .jsonl file beside the output, and a sweep that
-was interrupted continues with the ones that are missing. So does one with further learning rates or seeds.
+Every method trains at every learning rate of one grid and with every seed. A seed fixes the initial factors and the
+order of the data, which all methods share. Finished runs are kept in a .jsonl file beside the output. An interrupted
+sweep, or one with further learning rates or seeds, continues with the missing runs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from benchmarks.sweep.runs import (
 from benchmarks.sweep.statistics import summarize
 from launchers.data.cache import default_cache_dir
 
-GPU_WORKERS = 8  # small models leave a GPU waiting for the host; each process takes about half a GiB of its memory
+GPU_WORKERS = 8  # small models do not fill a GPU; each process takes about half a GiB of its memory
 
 
 def _list(values: Sequence[Any], help_text: str) -> Any:
@@ -55,7 +55,7 @@ def _option(default: Any, help_text: str) -> Any:
 
 @dataclasses.dataclass
 class Arguments:
-    """The sweep: methods x learning rates x seeds, on which model and text."""
+    """The sweep (methods x learning rates x seeds), the model and the text."""
 
     methods: list[str] = _list(ALL_METHODS, "methods to compare")  # noqa: RUF009
     learning_rates: list[float] = _list([1.25e-3 * 2**k for k in range(7)], "the grid, the same for every method")  # noqa: RUF009
@@ -99,11 +99,11 @@ class Arguments:
             raise ValueError(f"eval_dataset={self.eval_dataset} needs --dataset; the embedded records bring their own")
 
     def schedule(self) -> Schedule:
-        """What all runs share."""
+        """Return what all runs share."""
         return Schedule(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Schedule)})
 
     def tasks(self) -> list[Task]:
-        """All runs, seed by seed, so that an interrupted sweep holds whole comparisons."""
+        """Return all runs, seed by seed, so that an interrupted sweep holds whole comparisons."""
         grid = itertools.product(self.seeds, self.learning_rates, self.methods)
         return [Task(method, learning_rate, seed) for seed, learning_rate, method in grid]
 
@@ -174,13 +174,13 @@ def run_all(
 
 
 def default_workers(device: torch.device) -> int:
-    """One process per core that this one may use; on a GPU not more than GPU_WORKERS."""
+    """Return one worker per core that this process may use; on a GPU at most GPU_WORKERS."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, GPU_WORKERS) if device.type == "cuda" else cores
 
 
 def _short(run: dict[str, Any]) -> dict[str, Any]:
-    """A run without its losses by step, of which the curves show mean and spread."""
+    """Return a run without its losses by step. The curves show their mean and spread."""
     return {key: value for key, value in run.items() if key not in ("train_losses", "settings")}
 
 

@@ -1,9 +1,9 @@
-"""What RefLoRA adds to one optimizer step, predicted for every way of doing it.
+"""Predict what RefLoRA adds to one optimizer step, for four ways of doing it.
 
-A step is counted in events (hops of a ring, messages, bytes, floating-point operations, ...), and its time is the sum
-of count x seconds per event. The model is linear in the constants, so the same counts serve to fit the constants of a
-machine to measurements and to predict clusters whose constants are known from elsewhere. Four ways, for pairs A and B
-``[out, r]`` that N ranks hold in equal pieces, factors and gradients float32, Grams float64:
+A step is counted in events (hops of a ring, messages, bytes, floating-point operations, ...). Its time is the sum of
+count x seconds per event. The model is linear in the constants. So the same counts serve to fit the constants of a
+machine to measurements, and to predict clusters with published constants. The table is for pairs A and B ``[out, r]``
+that N ranks hold in equal pieces, with float32 factors and gradients and float64 Gram matrices:
 
 | way | lora_A | on the wire | computed by each rank |
 |---|---|---|---|
@@ -12,14 +12,15 @@ machine to measurements and to predict clusters whose constants are known from e
 | tall | ``[in, r]`` | all-reduce of Grams; rows that are cut, with neighbours | 1 / N of A and B, the solve |
 | backward | any | nothing: Grams in the forward, with whole factors | all of it, per micro-batch |
 
-What "flat" and "tall" send is the package's own plan (``reflora_dist.step.traffic``) whatever the sizes, and for every
-rank; where it shares the solve out among ranks (``solving.shares_out``), an all-gather of the solutions is added. Bytes
-that a rank sends, with ``sum A`` and ``sum B`` the numbers of elements and P the number of pairs: gather
-``4 (N - 1) / N (2 sum A + sum B)``; the upper triangles of two Grams per pair in a ring all-reduce are
-``2 (N - 1) / N x 8 x P r (r + 1)``; flat, on average, ``3 x 4 (N - 1) / N^2 sum A`` more. Where there are more ranks
-than pairs, it is the owners who are waited for.
+The bytes of "flat" and "tall" come from the package's own plan (``reflora_dist.step.traffic``), for every rank. Where
+ranks share out the solve, an all-gather of the solutions is added. With P pairs, and ``sum A`` and ``sum B``
+elements, a rank sends
 
-Run alone, this prints predictions only: ``python benchmarks/cost_model.py --models 7b --gpus 8 512``.
+- gather: ``4 (N - 1) / N (2 sum A + sum B)`` bytes,
+- the upper triangles of two Gram matrices per pair, in a ring all-reduce: ``2 (N - 1) / N x 8 x P r (r + 1)`` bytes,
+- flat: on average ``3 x 4 (N - 1) / N^2 sum A`` bytes more. With more ranks than pairs, all ranks wait for the owners.
+
+Run as a script, this module prints predictions only: ``python benchmarks/cost_model.py --models 7b --gpus 8 512``.
 """
 
 from __future__ import annotations
@@ -57,12 +58,12 @@ _BY_LAYOUT = ("flat", "tall")  # ways whose cost depends on how the engine cuts 
 _ALGORITHMS = ("ring", "tree")
 # The solve of one pair, in units of r^3: Cholesky factors, ten Newton steps of one inverse each, products.
 _SOLVE_FLOPS = 40
-# Read and written per element: a float64 copy is made and read; an applied product is written and rounded back, too.
+# Read and written per element: a float64 copy is made and read; a product is also written and rounded back.
 _GRAM_TRAFFIC_BYTES, _APPLY_TRAFFIC_BYTES = 4 + 8 + 8, 4 + 8 + 8 + 8 + 8 + 4
 
 
 def sent_bytes(way: str, adapters: Adapters, ranks: int, layout: str = "zero3", device: str = "cuda") -> np.ndarray:
-    """Bytes that each rank sends in one optimizer step, ``[ranks]``; a ring all-reduce counts 2 (N - 1) / N.
+    """Return the bytes that each rank sends in one optimizer step, ``[ranks]``. A ring all-reduce counts 2 (N - 1) / N.
 
     Raises:
         ValueError: the way is not one of WAYS.
@@ -79,7 +80,7 @@ def sent_bytes(way: str, adapters: Adapters, ranks: int, layout: str = "zero3", 
 
 
 def memory_bytes(way: str, adapters: Adapters, ranks: int, layout: str = "zero3", device: str = "cuda") -> int:
-    """Bytes that a rank needs beyond plain LoRA: Grams, S and its inverse, and what is gathered or exchanged."""
+    """Return the bytes that a rank needs beyond plain LoRA: Gram matrices, S and its inverse, and buffers."""
     everywhere = 4 * GRAM_BYTES * adapters.lora_rank**2 * len(adapters.pairs)
     if way == "gather":
         return everywhere + _gathered_bytes(adapters)
@@ -95,11 +96,14 @@ def _gathered_bytes(adapters: Adapters) -> int:
 def compute(
     adapters: Adapters, gram_elements: float, apply_elements: float, *, times: int = 1, solved: float | None = None
 ) -> Counts:
-    """Grams of so many elements of factors, products with so many elements of gradients, and so many pairs solved.
+    """Count the computations of a step: Gram matrices, products with gradients, and solved pairs.
 
     Args:
+        adapters: the model's adapters.
+        gram_elements: elements of factors that enter Gram matrices.
+        apply_elements: elements of gradients that are multiplied.
         times: how often all of it is done.
-        solved: all pairs by default.
+        solved: number of pairs solved; all pairs by default.
     """
     r, pairs = adapters.lora_rank, len(adapters.pairs)
     solved = pairs if solved is None else solved
@@ -114,7 +118,7 @@ def compute(
 
 
 def packing(pieces: float, collected: float, ordered: float, grain: int) -> Counts:
-    """So many pieces of tensors copied to or from one behind the other, and elements ordered by grains."""
+    """Count packing: pieces of tensors copied into or out of one buffer, and elements reordered in grains."""
     return {"piece": float(pieces), "packed": float(collected + ordered), "grain": ordered / grain}
 
 
@@ -127,7 +131,7 @@ def step_counts(
     micro_batches: int = 1,
     device: str = "cuda",
 ) -> list[list[Counts]]:
-    """One optimizer step of the slowest rank: steps one after another, each a list of algorithms to choose from."""
+    """Count one optimizer step of the slowest rank: a list of parts, each a list of algorithms to choose from."""
     ranks, whole = topology.ranks, adapters.elements_a + adapters.elements_b
     if way == "gather":
         gathered = _gathered_bytes(adapters)
@@ -144,39 +148,39 @@ def step_counts(
     elements = plan.stays.max() + plan.owned.max()
     computed = compute(adapters, elements, elements, solved=solved)
     if plan.anything:
-        computed["exchanged"] = 1.0  # blocks that stay and blocks that arrive are computed on one after the other
+        computed["exchanged"] = 1.0  # blocks that stay and blocks that arrive are computed one after the other
         steps += [[part] for part in _exchange_counts(plan, topology)]
     return [[computed], *steps]
 
 
 def _exchange_counts(plan: Moved, topology: Topology) -> list[Counts]:
-    """The exchange there and back, and packing; in each part the rank that has most to do is waited for."""
+    """Count the exchange there and back, and packing. Each part takes as long as the busiest rank."""
     there, back = plan.sent()
-    # A link carries both directions at a time: the busier one of the busiest rank. What is sent back came there.
+    # A link carries both directions at once, so the busier direction of the busiest rank counts.
     busiest = [float(max(there.max(), 2 * back.max())), float(max(back.max(), there.max() / 2))]
     if plan.traffic.neighbours:
         far, near = max(_far_and_near(peers, rank, topology) for rank, peers in enumerate(plan.peers))
         exchanges = [messages(sent, near, far) for sent in busiest]
     else:
         exchanges = [all_to_all(sent, topology, plan.partners) for sent in busiest]
-    # Holders collect what they send and write what comes back. Owners order what arrives, and what they send back.
+    # Holders pack what they send and unpack what comes back. Owners reorder both.
     collected, ordered = 3 * plan.held.max(), 3 * plan.owned.max()
     return [*exchanges, packing(3 * plan.spans.max(), collected, ordered, plan.grain)]
 
 
 def _far_and_near(peers: set[int], rank: int, topology: Topology) -> tuple[int, int]:
-    """How many of a rank's peers are in other nodes, and in its own."""
+    """Return how many of a rank's peers are in other nodes, and how many in its own."""
     far = sum(peer // topology.ranks_per_node != rank // topology.ranks_per_node for peer in peers)
     return far, len(peers) - far
 
 
 def step_seconds(steps: Sequence[Sequence[Counts]], constants: Constants) -> float:
-    """The time of a step; of several algorithms the fastest, as communication libraries choose."""
+    """Return the time of a step. Each part uses its fastest algorithm, as communication libraries do."""
     return sum(min(seconds(counts, constants) for counts in choices) for choices in steps)
 
 
 def cluster_constants(cluster: links.Cluster) -> dict[str, float]:
-    """A cluster's seconds per event. Kernel launches are left out; a ring's bandwidth includes its sums."""
+    """Return a cluster's seconds per event. Kernel launches are left out; a ring's bandwidth includes its sums."""
     known = {name: constant.seconds for name, constant in cluster.constants.items()}
     return {
         **known,
@@ -188,14 +192,14 @@ def cluster_constants(cluster: links.Cluster) -> dict[str, float]:
 
 
 def matmul_parameters(shape: models.ModelShape) -> int:
-    """Weights of a model that a token is multiplied with: all linears and the head."""
+    """Return the number of weights that multiply a token: all linears and the head."""
     layer = sum(n_in * n_out for _, n_in, n_out in shape.adapted_linears())
     return shape.num_layers * layer + shape.vocab_size * shape.hidden_size
 
 
 @dataclasses.dataclass(kw_only=True)
 class Scenario:
-    """Which steps to predict."""
+    """The steps to predict."""
 
     models: list[str] = dataclasses.field(default_factory=lambda: ["7b", "13b", "70b", "405b"])
     gpus: list[int] = dataclasses.field(default_factory=lambda: [8, 64, 512, 4096])
@@ -213,10 +217,10 @@ class Scenario:
 
 
 def predict(scenario: Scenario) -> dict[str, Any]:
-    """Predicted steps for every model, cluster, number of GPUs and way, and the constants with their sources.
+    """Predict steps for every model, cluster, number of GPUs and way. Return them with the constants and their sources.
 
-    The training step that the addition is compared with takes 4 FLOP per token and weight (forward, and backward
-    through frozen weights) at an assumed utilization; the base lies in bfloat16, evenly over all GPUs.
+    The training step, for comparison, takes 4 FLOP per token and weight (forward, and backward through frozen weights)
+    at an assumed utilization. The base is in bfloat16, evenly over all GPUs.
     """
     rows = [
         row
@@ -246,7 +250,7 @@ def _rows(scenario: Scenario, model: str, name: str, cluster: links.Cluster, gpu
     parameters = matmul_parameters(shape)
     rate = links.MODEL_FLOPS_UTILIZATION * links.PEAK_BF16_FLOPS
     step_ms = 1e3 * 4 * parameters * scenario.tokens_per_gpu / rate
-    # the embedding is stored, though nothing is multiplied with it
+    # the embedding is stored, too, though it multiplies nothing
     base_bytes = 2 * (parameters + shape.vocab_size * shape.hidden_size) / gpus
     rows = []
     for way, layout in itertools.product(WAYS, LAYOUTS):

@@ -1,10 +1,11 @@
-"""What FSDP2 itself gathers of lora_A in a forward, by how it is stored: torch pads what it shards to equal parts.
+"""Count what FSDP2 itself gathers of lora_A in a forward, by storage. torch pads shards to equal size.
 
     torchrun --nproc-per-node 4 benchmarks/fsdp2_gathers.py --lora_ranks 2 16 --output result.json
 
-PEFT's lora_A has r rows, of which each of N ranks takes ``ceil(r / N)``: with fewer rows than ranks all of them travel
-with as many rows of padding as ranks have none. Stored tall it has as many rows as the linear has inputs. Each lora_A
-is a unit of its own here, so that nothing else is in its all-gather; counted is what torch's operator delivers.
+PEFT's lora_A has r rows, and each of N ranks holds ``ceil(r / N)``. If there are fewer rows than ranks, the ranks
+without a row send a row of padding. Stored tall, lora_A has as many rows as the linear has inputs. Each lora_A is an
+FSDP unit of its own here, so that its all-gather contains nothing else. Counted are the elements that torch's operator
+delivers.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def main() -> None:
 
 
 def count(shape: models.ModelShape, lora_rank: int, tall: bool, device: torch.device) -> dict[str, Any]:
-    """Elements of all lora_A, and what a forward gathers of them on this rank. Every rank must call."""
+    """Count the elements of all lora_A, and those that a forward gathers on this rank. Every rank must call."""
     model = models.build_model(shape, lora_rank, device)
     if tall:
         tall_adapters(model)

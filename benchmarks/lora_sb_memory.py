@@ -1,14 +1,14 @@
-"""Peak memory and time of LoRA-SB's initialization, group by group, beside holding all gradients at once.
+"""Measure peak memory and time of LoRA-SB's initialization by groups, and with all gradients at once.
 
-Starts the ranks itself, a launch per variant and number of ranks, each in fresh processes:
+The script starts the ranks itself, in fresh processes for each variant and number of ranks:
 
     python benchmarks/lora_sb_memory.py --output result.json
 
     training    no initialization: forward and backward of one batch with adapters, for comparison
     by group    ``initialize_lora_sb``: the rows of one decoder layer's gradients at a time
-    all at once the published way: all weights trainable, gradients of all batches, then the SVDs by torch
+    all at once the published way: all weights trainable, gradients of all batches, then torch's SVDs
 
-Before figures are shown, the variants must capture the same energy of the first step.
+Figures are shown only if the variants capture the same energy of the first step.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from benchmarks.harness.options import parse, require_known, require_positive
 
 VARIANTS = ("training", "by group", "all at once")
 _RANKS_SCRIPT = Path(__file__).with_name("ranks") / "lora_sb_memory.py"
-# Each sums in its own order, so that gradients near zero can differ in sign, and both SVDs are approximations.
+# Variants sum in different orders, so gradients near zero can differ in sign; and both SVDs are approximations.
 ENERGY_TOLERANCE = 0.02
 
 
 @dataclasses.dataclass
 class Arguments:
-    """What is initialized."""
+    """The model, the batches and the numbers of ranks."""
 
     shape: str = dataclasses.field(default="160m", metadata={"help": f"one of {', '.join(models.SHAPES)}"})
     lora_rank: int = dataclasses.field(default=16, metadata={"help": "r"})
@@ -63,9 +63,9 @@ def run(arguments: Arguments) -> dict[str, Any]:
     """Measure every variant on every number of ranks.
 
     Returns:
-        ``cells``: per launch its ``variant``, ``ranks``, ``seconds``, ``peak_bytes``, ``added_bytes`` (the peak
-        beyond what the built model holds; both the largest of the ranks) and the ``energy`` captured;
-        ``gradient_bytes`` of all adapted weights in float32; ``shape``.
+        ``cells``: per launch its ``variant``, ``ranks``, ``seconds``, ``peak_bytes``, ``added_bytes`` and captured
+        ``energy``. ``added_bytes`` is the peak beyond the built model; both are the largest of the ranks.
+        ``gradient_bytes``: float32 gradients of all adapted weights. ``shape``: the model's.
     """
     shape = models.SHAPES[arguments.shape]
     cells = []
@@ -92,7 +92,7 @@ def _require_equal_energy(cells: list[dict[str, Any]]) -> None:
 
 
 def launch(arguments: Arguments, variant: str, ranks: int) -> dict[str, Any]:
-    """Run ``ranks/lora_sb_memory.py`` on so many ranks of this machine. Raises RuntimeError if one fails."""
+    """Run ``ranks/lora_sb_memory.py`` on ``ranks`` ranks of this machine. Raise RuntimeError if one fails."""
     return launch_ranks(_RANKS_SCRIPT, ranks, {**dataclasses.asdict(arguments), "variant": variant})
 
 

@@ -8,10 +8,10 @@
     scaled-gd   A <- A - lr (B^T B)^-1 grad_A    B <- B - lr grad_B (A A^T)^-1    (Tong, Ma and Chi, JMLR 2021)
     reflora     A <- A - lr S^-1 grad_A          B <- B - lr grad_B S             with S (A A^T) S = B^T B
 
-each at the paper's two learning rates and at its own best rate of one common grid. The published repository holds
-the paper's plot (assets/MF-loss.png) but not the program. The sizes of the problem "like the published plot" are chosen
-so that plain gradient descent behaves as in that plot: it starts at a loss of 1500, is slow at 0.01 and diverges at
-0.03. The two other problems change one thing each: the condition number of M, and the balance of the start.
+Each rule runs at the paper's two learning rates and at its own best rate of one common grid. The published repository
+holds the paper's plot (assets/MF-loss.png) but not the program. The sizes of the problem "like the published plot" are
+chosen so that plain gradient descent behaves as in that plot: it starts at a loss of 1500, is slow at 0.01 and diverges
+at 0.03. Each of the two other problems changes one thing: the condition number of M, or the balance of the start.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from reflora_dist.algebra.refactorization import solve_refactorization
 from reflora_dist.methods.reference import refactored
 
 METHODS = ("lora", "scaled-gd", "reflora")
-INVARIANT = ("scaled-gd", "reflora")  # these rules see the product alone, not how it is factorized
+INVARIANT = ("scaled-gd", "reflora")  # these rules depend on the product alone, not on its factors
 PAPER_RATES = (0.01, 0.03)
 QUARTILES = {"q1": 0.25, "median": 0.5, "q3": 0.75}
 START_LOSS = 1500.0  # where the curves of the published plot begin
@@ -45,7 +45,7 @@ DRIFT_LIMIT = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """M has r singular values from the largest to 1/condition_number of it; A and B start as normal noise."""
+    """M has r singular values between the largest and 1/condition_number of it. A and B start as normal noise."""
 
     name: str
     condition_number: float
@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def make(problem: Problem, seed: int, size: int, lora_rank: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """M ``[n, n]``, A ``[r, n]`` and B ``[n, r]`` of one seed, float64. ``|M|_F^2 / 2`` is START_LOSS."""
+    """Return M ``[n, n]``, A ``[r, n]`` and B ``[n, r]`` of one seed, float64. ``|M|_F^2 / 2`` is START_LOSS."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> Tensor:
@@ -113,10 +113,10 @@ def make(problem: Problem, seed: int, size: int, lora_rank: int, device: torch.d
 
 
 def direction(method: str, a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor) -> tuple[Tensor, Tensor]:
-    """What a method subtracts, times the learning rate; all arguments are batches ``[P, r, n]`` or ``[P, n, r]``."""
+    """Return what a method subtracts, without the rate. Arguments are batches ``[P, r, n]`` or ``[P, n, r]``."""
     gram_a, gram_b = a @ a.mT, b.mT @ b
     if method == "scaled-gd":
-        # solve_ex does not raise where a run has diverged
+        # solve_ex does not raise for diverged runs
         scaled_a, _ = torch.linalg.solve_ex(gram_b, grad_a)
         scaled_b, _ = torch.linalg.solve_ex(gram_a, grad_b.mT)
         return scaled_a, scaled_b.mT
@@ -130,7 +130,7 @@ def direction(method: str, a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor)
 def descend(
     method: str, target: Tensor, a: Tensor, b: Tensor, learning_rates: Tensor, iterations: int
 ) -> tuple[Tensor, Tensor]:
-    """Gradient descent of a batch of P runs side by side.
+    """Run gradient descent on a batch of P runs.
 
     Args:
         method: one of METHODS.
@@ -157,16 +157,16 @@ def descend(
 
 
 def check(arguments: Arguments, device: torch.device) -> dict[str, Any]:
-    """Compare reflora's step with the plain method, and each rule's products from two factorizations of one start.
+    """Compare reflora's step with the plain method's, and each rule's products from two factorizations of one start.
 
     Returns:
-        ``reference_error``, and per method ``product_drift``: how far the products from ``(A, B)`` and
-        ``(X A, B X^-1)`` are apart after 10 steps, relative to M.
+        ``reference_error``, and per method ``product_drift``: the relative distance of the products from ``(A, B)``
+        and ``(X A, B X^-1)`` after 10 steps.
 
     Raises:
-        AssertionError: a step differs from the plain method's, or a rule that sees only the product drifts.
+        AssertionError: a step differs from the plain method's, or a rule that depends only on the product drifts.
     """
-    problem = PROBLEMS[-1]  # from a balanced start every rule is stable at the rate below
+    problem = PROBLEMS[-1]  # every rule is stable from a balanced start at the rate below
     target, a, b = make(problem, arguments.seeds[0], arguments.size, arguments.lora_rank, device)
     error = b @ a - target
     gradients = b.mT @ error, error @ a.mT
@@ -193,7 +193,7 @@ def _distance(x: Tensor, y: Tensor) -> float:
 
 
 def measure(problem: Problem, arguments: Arguments, device: torch.device) -> dict[str, Any]:
-    """Every method at every rate and seed of one problem."""
+    """Run every method at every rate and seed of one problem."""
     made = [make(problem, seed, arguments.size, arguments.lora_rank, device) for seed in arguments.seeds]
     target, a, b = (torch.stack(parts) for parts in zip(*made, strict=True))
     rates = sorted({*arguments.learning_rates, *PAPER_RATES})
@@ -209,13 +209,13 @@ def measure(problem: Problem, arguments: Arguments, device: torch.device) -> dic
 
 
 def summary(losses: Tensor, rate: float, target: float) -> dict[str, Any]:
-    """Median and quartiles over seeds ``[seeds, iterations + 1]`` of the loss, and of the steps to the target.
+    """Return median and quartiles over seeds of the losses ``[seeds, iterations + 1]``, and the steps to the target.
 
-    A run that never comes down to ``target`` times its first loss, or diverges later, counts as infinitely many
-    steps; None stands for infinity.
+    A run that never reaches ``target`` times its first loss, or diverges later, counts as infinitely many steps. None
+    stands for infinity.
     """
     levels = torch.tensor(list(QUARTILES.values()), dtype=losses.dtype)
-    quartiles = torch.quantile(losses, levels, dim=0, interpolation="nearest")  # no mean with infinity
+    quartiles = torch.quantile(losses, levels, dim=0, interpolation="nearest")  # interpolating with infinity would fail
     reached = losses <= target * losses[:, :1]
     first = torch.where(reached.any(dim=1), reached.int().argmax(dim=1).double(), math.inf)
     first = torch.where(torch.isfinite(losses[:, -1]), first, math.inf)
@@ -230,7 +230,7 @@ def summary(losses: Tensor, rate: float, target: float) -> dict[str, Any]:
 
 
 def pick(by_rate: list[dict[str, Any]]) -> dict[str, Any]:
-    """The entries by their rate, and the best rate: fewest steps to the target, then lowest final loss.
+    """Return the entries by rate, and the best rate: fewest steps to the target, then lowest final loss.
 
     The curves of the rates that are neither the paper's nor the best are dropped.
     """
@@ -253,7 +253,7 @@ def pick(by_rate: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _finite(value: float) -> float | None:
-    """None for what JSON has no number for; five digits are more than any plot shows."""
+    """Round to five digits, more than any plot shows; None for infinity, which JSON does not have."""
     return float(f"{value:.5g}") if math.isfinite(value) else None
 
 

@@ -1,6 +1,6 @@
-"""What RefLoRA adds to the optimizer step and to the training step, beside plain LoRA and other ways to its result.
+"""Measure what RefLoRA adds to the optimizer step and to the training step, beside other ways to its result.
 
-The optimizer step alone, on the adapters of a model of which nothing else exists (CPU or one GPU):
+The optimizer step alone, on a model's adapters without their base (CPU or one GPU):
 
     python benchmarks/overhead.py --model 7b --lora_ranks 16 32
 
@@ -8,16 +8,16 @@ Whole training steps, under an engine:
 
     torchrun --nproc-per-node 2 benchmarks/overhead.py --scope training --engine zero3
 
-The sharded path where there is one GPU, shared by several ranks:
+Sharded factors on one GPU that several ranks share:
 
     torchrun --nproc-per-node 4 benchmarks/overhead.py --model 7b --num_layers 8 --engine fsdp2 --backend gloo
 
-lora_A stored tall, as users get it where adapters are sharded, against PEFT's storage of it:
+lora_A stored tall, the default for sharded adapters, against PEFT's storage:
 
     torchrun --nproc-per-node 2 benchmarks/overhead.py --engine fsdp2 --flat --lora_ranks 16 64
 
-All variants act on one model and optimizer (with ``--flat`` on one of each storage), in blocks that take turns, and are
-first shown to compute the same gradients. Prints medians with quartiles, and writes them as JSON.
+All variants act on one model and optimizer (with ``--flat`` on one of each storage), in blocks that take turns. First
+they must compute the same gradients. The script prints medians with quartiles, and writes them as JSON.
 """
 
 from __future__ import annotations
@@ -103,13 +103,13 @@ class Arguments:
 
     @property
     def shape(self) -> models.ModelShape:
-        """Of the model, with the number of layers asked for."""
+        """The model's shape, with the number of layers of the options."""
         shape = models.SHAPES[self.model]
         return shape if self.num_layers is None else dataclasses.replace(shape, num_layers=self.num_layers)
 
     @property
     def schedule(self) -> Schedule:
-        """How much is measured."""
+        """The numbers of blocks and steps."""
         return Schedule(blocks=self.blocks, steps=self.steps, block_seconds=self.block_seconds)
 
 
@@ -122,7 +122,7 @@ def main() -> None:
 
 
 def measure(arguments: Arguments, device: torch.device) -> dict[str, Any]:
-    """One run per lora_rank. Returns what the record has under ``results``."""
+    """Measure one run per r. Return the ``results`` of the record."""
     runs = []
     total = len(arguments.lora_ranks) * arguments.blocks * (len(arguments.variants) + 2 * arguments.flat)
     with timing.progress(total, "blocks of steps") as advance:
@@ -143,7 +143,7 @@ def measure(arguments: Arguments, device: torch.device) -> dict[str, Any]:
 def measure_lora_rank(
     arguments: Arguments, lora_rank: int, device: torch.device, advance: Callable[[], None]
 ) -> dict[str, Any]:
-    """Check the variants against each other, then their memory, their times and the phases of a step."""
+    """Check the variants against each other, then measure memory, times and the phases of a step."""
     workloads, errors = prepare(arguments, lora_rank, device)
     memory = {}
     if device.type == "cuda":
@@ -171,7 +171,7 @@ def measure_lora_rank(
 
 
 def prepare(arguments: Arguments, lora_rank: int, device: torch.device) -> tuple[dict[str, Workload], dict[str, float]]:
-    """The workload of every variant, each checked against the reference on it, and the errors found."""
+    """Return the workload of every variant, checked against the reference, and the relative errors."""
     workloads: dict[str, Workload] = {}
     errors: dict[str, float] = {}
     for suffix, names in (("", arguments.variants), (variants.FLAT, ["lora", "reflora"] if arguments.flat else [])):
@@ -179,7 +179,7 @@ def prepare(arguments: Arguments, lora_rank: int, device: torch.device) -> tuple
             continue
         engine = arguments.engine + suffix
         workload = build(arguments, engine, lora_rank, device)
-        run_step(workload)  # makes Adam's moments, which belong to plain LoRA
+        run_step(workload)  # creates Adam's moments, which plain LoRA has, too
         found = variants.check_same_result(engine, names, workload.trainee, functools.partial(run_step, workload))
         errors |= {name + suffix: error for name, error in found.items()}
         workloads |= {name + suffix: workload for name in names}
@@ -187,12 +187,12 @@ def prepare(arguments: Arguments, lora_rank: int, device: torch.device) -> tuple
 
 
 def plain_variant(name: str) -> str:
-    """The plain LoRA that a variant is compared with, on the same model."""
+    """Return the plain LoRA that a variant is compared with, on the same model."""
     return f"lora{variants.FLAT}" if name.endswith(variants.FLAT) else "lora"
 
 
 def build(arguments: Arguments, engine: str, lora_rank: int, device: torch.device) -> Workload:
-    """The adapters alone, or the model under its engine."""
+    """Build the adapters alone, or the model under its engine."""
     if arguments.scope == "step":
         return OptimizerStep(arguments.shape, lora_rank, device, engine)
     return TrainingStep(
@@ -206,7 +206,7 @@ def build(arguments: Arguments, engine: str, lora_rank: int, device: torch.devic
 
 
 def _report(workload: Workload, name: str) -> dict[str, Any]:
-    """What a step of this package sends and does, by its own account."""
+    """Return the package's own report on a step."""
     with variants.installed(name, workload.trainee) as handle:
         for _ in range(2):
             run_step(workload)
@@ -214,15 +214,15 @@ def _report(workload: Workload, name: str) -> dict[str, Any]:
 
 
 def adapter_parameters(shape: models.ModelShape, lora_rank: int) -> int:
-    """Elements of all factors."""
+    """Return the number of elements of all factors."""
     return shape.num_layers * lora_rank * sum(inputs + outputs for _, inputs, outputs in shape.adapted_linears())
 
 
 def summary(times: Times, plain: Times, scope: str) -> dict[str, Any]:
-    """Medians and quartiles, and what a variant adds to plain LoRA: over all steps, and block by block.
+    """Return medians and quartiles, and what a variant adds to plain LoRA: over all steps, and block by block.
 
-    ``step_ms`` is the optimizer step alone. What runs without waiting is ``training_step_ms`` or, with nothing but
-    adapters, ``queued_step_ms``: an optimizer step and the copy of gradients before it, the host free to run ahead.
+    ``step_ms`` is the optimizer step alone. Steps that do not wait for the device are ``training_step_ms``, or for
+    adapters alone ``queued_step_ms``: an optimizer step and the copy of gradients before it.
     """
     whole = "training_step_ms" if scope == "training" else "queued_step_ms"
     figures: dict[str, Any] = {}
@@ -242,10 +242,11 @@ def summary(times: Times, plain: Times, scope: str) -> dict[str, Any]:
 def bare_collectives(
     calls: list[Collective], bare: Times, placed: Times, figures: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """RefLoRA's collectives without it, and what it adds as a multiple of them; None if it sends nothing.
+    """Return the time of RefLoRA's collectives alone, and what RefLoRA adds as a multiple; None if it sends nothing.
 
-    ``step_ms`` is of them by themselves, again and again. ``added_step_ms`` is what they add to plain LoRA's optimizer
-    step when each step issues them before the update: ranks come to them at different times, with other data in cache.
+    ``step_ms`` is the time of the collectives, issued again and again. ``added_step_ms`` is what they add to plain
+    LoRA's optimizer step if each step issues them before the update. Then ranks arrive at different times, and the
+    cache holds other data.
     """
     if not calls:
         return None
@@ -262,16 +263,16 @@ def bare_collectives(
 def measure_breakdowns(
     arguments: Arguments, workloads: Mapping[str, Workload], device: torch.device
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """The phases of RefLoRA and of gathering whole factors, by variant."""
+    """Return the phases of RefLoRA and of gathering whole factors, by variant."""
     ways = {name: workload for name, workload in workloads.items() if name.startswith(("reflora", "gather"))}
     ways.pop("reflora-s", None)
     return {name: measure_breakdown(arguments.steps, workload, device, name) for name, workload in ways.items()}
 
 
 def measure_breakdown(steps: int, workload: Workload, device: torch.device, name: str) -> dict[str, dict[str, float]]:
-    """Milliseconds by phase of a variant's optimizer steps, in steps of their own; "rest" has the update in it.
+    """Return milliseconds by phase of a variant's optimizer step, measured in steps of their own.
 
-    Phases that do not occur are left out.
+    "rest" contains the update. Phases that do not occur are left out.
     """
     by_phase: dict[str, list[float]] = {}
     phases = BASELINE_PHASES if name.startswith("gather") else PHASES

@@ -1,11 +1,11 @@
-"""Write the tables and plots of all results, and the README's, from the JSON records alone.
+"""Write the tables and plots of all results, and the marked parts of the READMEs, from the JSON records alone.
 
     python benchmarks/report.py           writes results/*/*.md, *.png and the marked parts of the READMEs
-    python benchmarks/report.py --check   writes nothing, and fails if something is not what the records give
+    python benchmarks/report.py --check   writes nothing, and fails if a file differs from the records
 
-Two kinds of marks in a README stand before what is made from a record: ``<!-- table: BENCHMARK/RECORD -->``, the first
-table of its report and links, and ``<!-- headline: BENCHMARK/RECORD -->``, a sentence with its main figures. Each ends
-with ``<!-- end of table -->`` or ``<!-- end of headline -->``.
+A README marks two kinds of generated text. ``<!-- table: BENCHMARK/RECORD -->`` stands before the first table of the
+record's report and links to it. ``<!-- headline: BENCHMARK/RECORD -->`` stands before a sentence with its main figures.
+The text ends with ``<!-- end of table -->`` or ``<!-- end of headline -->``.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 READMES = (REPOSITORY / "README.md", REPOSITORY / "benchmarks" / "README.md")
 _MARKED = re.compile(r"(<!-- (table|headline): ([\w./-]+) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
-_WIDTH = 120  # of a README's lines
+_WIDTH = 120  # of lines in a README
 _SOURCE = "Source"  # the PNG text entry that holds the digest of the record a plot was made from
 
 
 @dataclasses.dataclass
 class Arguments:
-    """What to do with the reports."""
+    """The options of report.py."""
 
     check: bool = dataclasses.field(default=False, metadata={"help": "write nothing; fail if something is out of date"})
 
@@ -57,15 +57,15 @@ def main() -> None:
 
 
 def records() -> list[Path]:
-    """Every committed record, in order."""
+    """Return the paths of all records, in order."""
     return sorted(RESULTS.glob("*/*.json"))
 
 
 def markdown(path: Path) -> str:
-    """A record's report.
+    """Return a record's report.
 
     Raises:
-        ValueError: no report is written for its benchmark.
+        ValueError: its benchmark has no report.
     """
     record = json.loads(path.read_text())
     return _module(record).markdown(record).rstrip() + "\n"
@@ -81,10 +81,10 @@ def write(path: Path) -> None:
 
 
 def filled(readme: Path) -> str:
-    """A README's text with every marked table and headline made anew.
+    """Return a README's text with every marked table and headline made anew.
 
     Raises:
-        ValueError: it names a record that does not exist.
+        ValueError: the README names a record that does not exist.
     """
 
     def text(match: re.Match[str]) -> str:
@@ -105,18 +105,18 @@ def filled(readme: Path) -> str:
 
 
 def _first_table(report: str) -> str:
-    """The first table of a report; the reports begin with the one that says most."""
+    """Return the first table of a report, which is its main table."""
     lines = itertools.dropwhile(lambda line: not line.startswith("|"), report.splitlines())
     return "\n".join(itertools.takewhile(lambda line: line.startswith("|"), lines))
 
 
 def outdated() -> Iterator[str]:
-    """The files that differ from what the records give."""
+    """Yield the files that differ from the records."""
     for path in records():
         tables, plot = path.with_suffix(".md"), path.with_suffix(".png")
         if not tables.exists() or tables.read_text() != markdown(path):
             yield str(tables.relative_to(REPOSITORY))
-        # pixels depend on matplotlib's version and fonts; what a plot was made from does not
+        # pixels depend on matplotlib's version and fonts, so the digest of the record is compared
         if plot.exists() and Image.open(plot).info.get(_SOURCE) != _digest(path):
             yield str(plot.relative_to(REPOSITORY))
     for readme in READMES:

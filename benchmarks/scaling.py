@@ -1,13 +1,13 @@
-"""Training on 1, 2, 4 ranks with and without RefLoRA, a cost model fitted to this machine, and its predictions.
+"""Measure training on 1, 2, 4 ranks with and without RefLoRA, fit a cost model to this machine, and predict.
 
-Starts the ranks itself, one launch per number of ranks:
+The script starts the ranks itself, with one launch per number of ranks:
 
     python benchmarks/scaling.py --output result.json
 
 Weak scaling keeps the batch of a rank, strong scaling the batch of all ranks. Before anything is timed, every engine
 must reproduce the losses of the plain single-process RefLoRA. The model of ``cost_model.py`` is fitted to bare
-collectives and small steps, compared with larger ones that it has not seen, and predicts clusters of GPUs with
-published constants instead (``links.py``).
+collectives and small steps, and compared with larger steps that it has not seen. With published constants
+(``costs/links.py``) it predicts clusters of GPUs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _RANKS_SCRIPT = Path(__file__).with_name("ranks") / "scaling.py"
 
 @dataclasses.dataclass
 class Arguments(cost_model.Scenario):
-    """What is measured on this machine, and what is predicted."""
+    """The measurements on this machine, and the predictions."""
 
     ranks: list[int] = dataclasses.field(default_factory=lambda: [1, 2, 4])
     engines: list[str] = dataclasses.field(
@@ -85,7 +85,7 @@ class Arguments(cost_model.Scenario):
 
     @property
     def global_batch_size(self) -> int:
-        """Sequences of all ranks together in strong scaling: what weak scaling has on the most ranks."""
+        """Sequences of all ranks together in strong scaling, equal to weak scaling on the most ranks."""
         return self.batch_size * max(self.ranks)
 
 
@@ -100,11 +100,12 @@ def main() -> None:
 
 
 def run(arguments: Arguments, device: torch.device) -> dict[str, Any]:
-    """Measure, fit, predict. Returns the record; ``results`` holds
+    """Measure, fit and predict.
 
-    training: per engine, number of ranks and kind of scaling the times of both variants and the handle's report.
-    model: the fitted constants, what they were fitted to, and the comparison with held-out steps; None without.
-    predictions: of ``cost_model.predict``.
+    Returns:
+        The record. Its ``results`` hold ``training``: the times of both variants and the handle's report, per engine,
+        number of ranks and kind of scaling; ``model``: the fitted constants, the points of the fit and the comparison
+        with held-out steps, or None without a fit; ``predictions``: see ``cost_model.predict``.
     """
     launches = []
     counts = sorted({*arguments.ranks, *arguments.fit_ranks})
@@ -128,7 +129,7 @@ def run(arguments: Arguments, device: torch.device) -> dict[str, Any]:
 
 
 def launch(arguments: Arguments, ranks: int) -> dict[str, Any]:
-    """Run ``ranks/scaling.py`` on so many ranks of this machine. Raises RuntimeError if one fails."""
+    """Run ``ranks/scaling.py`` on ``ranks`` ranks of this machine. Raise RuntimeError if one fails."""
     job = {
         **dataclasses.asdict(arguments),
         "global_batch_size": arguments.global_batch_size,
@@ -143,8 +144,8 @@ def fit_and_check(launches: Sequence[dict[str, Any]], cores: int | None) -> dict
     """Fit the constants to the launches' ``fitted`` points and compare the model with their ``held_out`` ones.
 
     Returns:
-        ``constants`` (seconds per event), and ``fitted`` and ``held_out``: per point the measured times, what the
-        model says (``model_seconds``) and ``relative_error``.
+        ``constants`` (seconds per event), and ``fitted`` and ``held_out``: per point the measured times, the model's
+        time (``model_seconds``) and ``relative_error``.
     """
     fitted = [_counted(point, cores) for measured in launches for point in measured["fitted"]]
     held_out = [_counted(point, cores) for measured in launches for point in measured["held_out"]]
@@ -156,7 +157,7 @@ def fit_and_check(launches: Sequence[dict[str, Any]], cores: int | None) -> dict
 
 
 def _counted(point: dict[str, Any], cores: int | None) -> dict[str, Any]:
-    """A copy of a point, with the counts of ranks that share cores where they do."""
+    """Return a copy of a point. On a CPU its counts include that ranks share cores."""
     counts = point["counts"]
     return {**point, "counts": counts if cores is None else cost_events.on_shared_cores(counts, point["ranks"], cores)}
 

@@ -1,11 +1,11 @@
-"""What a step costs on a slow link, by what is sent: whole factors, a flat lora_A to its owners, or Grams alone.
+"""Measure a step on a slow link: whole factors are sent, a flat lora_A to its owners, or Gram matrices alone.
 
     python benchmarks/shaped_link.py --output result.json
 
-Makes two hosts on this machine (``two_hosts``; needs root and iproute2), shapes the link between them with `tc`, and
-has ``launchers/multinode.sh`` run ``overhead.py`` on one rank of each: the optimizer step of a model's adapters, where
-the method communicates. Whole factors are gathered in one collective, with their gradients. lora_A as PEFT stores it
-goes to its owner and its gradient back, beside the Grams; stored tall, the Grams are all that RefLoRA sends.
+The script makes two hosts on this machine (``two_hosts``; needs root and iproute2) and slows their link with `tc`. Then
+``launchers/multinode.sh`` runs ``overhead.py`` on one rank of each, which times the optimizer step of adapters. Whole
+factors are gathered in one collective, with their gradients. A flat lora_A goes to its owner and its gradient back,
+beside the Gram matrices. With lora_A stored tall, RefLoRA sends only the Gram matrices.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ WAYS = (
 
 @dataclasses.dataclass
 class Arguments:
-    """The model, the links, and how much is measured."""
+    """The model, the links, and the numbers of blocks and steps."""
 
     model: str = dataclasses.field(default="small", metadata={"help": f"one of {', '.join(models.SHAPES)}"})
     num_layers: int | None = dataclasses.field(default=None, metadata={"help": "instead of the model's own number"})
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def measure(arguments: Arguments) -> dict[str, Any]:
-    """Every way on every link. Returns what the record has under ``results``."""
+    """Measure every way on every link. Return the ``results`` of the record."""
     measured = []
     with timing.progress(len(arguments.mbits), "launches") as advance:
         for mbit in arguments.mbits:
@@ -80,7 +80,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
 
 
 def launch(arguments: Arguments, hosts: tuple[Host, Host]) -> dict[str, Any]:
-    """Run ``overhead.py`` on both hosts. Returns the run of its record.
+    """Run ``overhead.py`` on both hosts. Return the run of its record.
 
     Raises:
         RuntimeError: a host failed; the message holds the end of what both printed.
@@ -109,11 +109,11 @@ def launch(arguments: Arguments, hosts: tuple[Host, Host]) -> dict[str, Any]:
 
 
 def cell(mbit: int, run: dict[str, Any], variant: str, way: str) -> dict[str, Any]:
-    """One way on one link: its step, the phases of that, and what it sends."""
+    """Return one way on one link: its step, the phases of the step, and the bytes that it sends."""
     figures = run["variants"][variant]
     if figures["report"] is not None:
         sent = figures["report"]["bytes_per_step"]
-    else:  # weights and gradients in float32, this rank's part to every other
+    else:  # float32 weights and gradients: this rank's pieces go to every other rank
         sent = 2 * 4 * run["adapter_parameters"] // RANKS * (RANKS - 1)
     return {
         "mbit": mbit,

@@ -1,21 +1,21 @@
-"""End to end: tokens per second and device, MFU, step time and memory of plain LoRA and RefLoRA under an engine.
+"""Measure tokens per second and device, MFU, step time and memory of plain LoRA and RefLoRA under an engine.
 
     python benchmarks/throughput.py --model 7b
     torchrun --nproc-per-node 8 benchmarks/throughput.py --model 8b --engine fsdp2 --gradient_checkpointing
 
-The model is built from its configuration with random weights and trains on random tokens, which cost as much as any.
-The variants take turns on one model and optimizer; steps within a block run without waiting for each other, as in
+The model is built from its configuration with random weights and trains on random tokens, which cost as much as real
+ones. The variants take turns on one model and optimizer. Steps within a block run without waiting for each other, as in
 training.
 
-MFU is the share of the device's peak rate (dense bfloat16) that the model's own arithmetic takes. Per token, with N
-parameters in the frozen matrices (embedding lookup left out), N_a in the adapters, L layers, hidden size h and
-sequences of s tokens:
+MFU is the share of the device's peak rate (dense bfloat16) that the model's own arithmetic uses. FLOPs per token are as
+follows, with N parameters in the frozen matrices (without the embedding lookup), N_a in the adapters, L layers,
+hidden size h and sequences of s tokens:
 
     4 N  +  6 N_a  +  6 L h s
 
-Forward and the activations' gradients are 2 N each; a frozen matrix has no gradient of its own, which is where LoRA
-differs from the 6 N of full training; adapters have one. Attention is 2 L h s forward (two products over the causal
-half) and twice that backward. Recomputed activations and the optimizer's work do not count.
+Forward and the activations' gradients are 2 N each. Full training has 6 N, because it also computes the weights'
+gradients; LoRA does so only for the adapters. Attention is 2 L h s forward (two products over the causal half), and
+twice that backward. Recomputed activations and the optimizer's work do not count.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from benchmarks.reports.throughput import markdown
 
 VARIANTS = (*variants.METHODS, "loop")
 
-# Dense bfloat16 rates of NVIDIA's data sheets in FLOP/s, without sparsity (half of the rate with it), by whole words of
-# the device's name; the first that fits counts.
+# Dense bfloat16 rates of NVIDIA's data sheets in FLOP/s, without sparsity (half of the rate with it). Keys are words of
+# the device's name, and the first key that fits counts.
 PEAK_FLOPS: dict[str, float | None] = {
     "MIG": None,  # a slice of a GPU
     "NVL": None,  # other rates than the SXM card; published tables disagree on them
@@ -54,8 +54,8 @@ PEAK_FLOPS: dict[str, float | None] = {
     "A10": 125e12,  # "NVIDIA A10 Tensor Core GPU" data sheet
 }
 _WARM_UP_STEPS = 2  # in every block, not timed
-# Relative difference of first losses. Nothing is updated before them, but RefLoRA-S rescales factors, which leaves
-# the product B A equal up to rounding.
+# Relative difference of first losses. No variant updates weights before them, but RefLoRA-S rescales factors, which
+# changes the product B A by rounding.
 _LOSS_TOLERANCE = {"cpu": 1e-5, "cuda": 2e-3}  # float32, bfloat16
 
 
@@ -102,7 +102,7 @@ class Arguments:
 
     @property
     def shape(self) -> models.ModelShape:
-        """Of the model, with the number of layers asked for."""
+        """The model's shape, with the number of layers of the options."""
         return models.shape_of(self.model, self.num_layers)
 
 
@@ -115,7 +115,7 @@ def main() -> None:
 
 
 def measure(arguments: Arguments, device: torch.device) -> dict[str, Any]:
-    """Check that the variants agree, then time them. Returns what the record has under ``results``."""
+    """Check that the variants agree, then time them. Return the ``results`` of the record."""
     assert arguments.seq_len is not None and arguments.accumulation_steps is not None
     workload = TrainingStep(
         arguments.engine,
@@ -153,7 +153,7 @@ def measure(arguments: Arguments, device: torch.device) -> dict[str, Any]:
 
 
 def check_first_losses(names: list[str], workload: TrainingStep, tolerance: float) -> dict[str, float]:
-    """The loss of every variant on the first batch, before any update.
+    """Return the loss of every variant on the first batch, before any update.
 
     Raises:
         RuntimeError: they differ by more than the relative tolerance.
@@ -173,7 +173,7 @@ def check_first_losses(names: list[str], workload: TrainingStep, tolerance: floa
 def time_blocks(
     arguments: Arguments, workload: TrainingStep, device: torch.device, advance: Callable[[], None]
 ) -> tuple[dict[str, list[list[float]]], dict[str, int]]:
-    """Milliseconds per step, a list per block with one value; and on a GPU the peak memory of each variant.
+    """Return milliseconds per step by variant, one value per block, and on a GPU each variant's peak memory in bytes.
 
     A value is the mean over the steps of a block, which run without waiting for the device.
     """
@@ -196,16 +196,16 @@ def time_blocks(
 
 
 def model_flops_per_token(shape: models.ModelShape, lora_rank: int, seq_len: int) -> float:
-    """``4 N + 6 N_a + 6 L h s``, as the head of this file says."""
+    """Return ``4 N + 6 N_a + 6 L h s``; see the head of this file."""
     linears = [(inputs, outputs) for _, inputs, outputs in shape.adapted_linears()]
     frozen = shape.num_layers * sum(inputs * outputs for inputs, outputs in linears)
-    frozen += shape.hidden_size * shape.vocab_size  # the output layer; looking up an embedding is no arithmetic
+    frozen += shape.hidden_size * shape.vocab_size  # the output layer; an embedding lookup is no arithmetic
     adapters = shape.num_layers * lora_rank * sum(inputs + outputs for inputs, outputs in linears)
     return 4 * frozen + 6 * adapters + 6 * shape.num_layers * shape.hidden_size * seq_len
 
 
 def peak_flops(device: torch.device, given_tflops: float | None) -> float | None:
-    """FLOP/s of the device at its best; None if it is a CPU, or unknown and not given."""
+    """Return the device's peak FLOP/s; None for a CPU, and for an unknown device without a given rate."""
     if given_tflops is not None:
         return given_tflops * 1e12
     if device.type == "cpu":
@@ -224,7 +224,7 @@ def _figures(
 ) -> dict[str, Any]:
     step = timing.spread(flattened(blocks))
     tokens_per_second = 1e3 * tokens / step["median"]
-    # to lora's block of the same round: what slows the machine for a while slows both
+    # relative to lora's block of the same round: a slow phase of the machine slows both
     ratios = [plain[0] / own[0] for own, plain in zip(blocks, plain_blocks, strict=True)]
     return {
         "step_ms": step,

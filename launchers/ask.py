@@ -20,10 +20,10 @@ from reflora_dist.files.base_files import load_tokenizer
 
 
 def load(adapter: str) -> tuple[Any, Any]:
-    """The base named in the adapter's configuration with the adapter on it, and its tokenizer.
+    """Return the base that the adapter's configuration names, with the adapter on it, and the base's tokenizer.
 
     Raises:
-        ValueError: the folder holds no adapter, or one of them cannot be loaded.
+        ValueError: the folder holds no adapter, or adapter or base cannot be loaded.
     """
     base_name = base_of(adapter)
     tokenizer = load_tokenizer(base_name)
@@ -31,7 +31,7 @@ def load(adapter: str) -> tuple[Any, Any]:
 
 
 def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64) -> str:
-    """The model's most likely answer, token by token."""
+    """Return the model's answer with greedy decoding."""
     return generate(model, tokenizer, encode_prompts(tokenizer, [prompt]), max_new_tokens)[0]
 
 

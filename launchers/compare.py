@@ -25,7 +25,7 @@ from reflora_dist.lora_sb import METHODS as LATENT_METHODS
 
 # What may differ between runs that are compared; anything else would make the comparison unfair.
 METHOD_SETTINGS = frozenset(("method", "reflora_warmup_steps", "reflora_interval", "scaled_gd_damping", "optim_args"))
-# What only these read, or read otherwise: they train an r x r matrix between frozen factors.
+# Settings that only LoRA-SB and LoRA-XS read, or read otherwise: they train an r x r matrix between frozen factors.
 LATENT_SETTINGS = frozenset(("lora_r", "lora_alpha", "lora_sb_batches", "lora_sb_learning_rate"))
 _FIELDS: dict[str, Any] = {
     "method": str,
@@ -43,10 +43,10 @@ START_TOLERANCE = 1e-3  # relative; the untrained adapter is zero, so only the o
 
 
 def load_run(folder: Path) -> dict[str, Any]:
-    """The metrics of one finished run.
+    """Return the metrics of one finished run.
 
     Raises:
-        ValueError: the folder holds none.
+        ValueError: the folder holds no metrics, or they are damaged.
     """
     path, remedy = folder / METRICS_FILE, "give the output_dir of a finished run"
     run = read_json(path, remedy)
@@ -59,7 +59,7 @@ def load_run(folder: Path) -> dict[str, Any]:
 
 
 def check_comparable(runs: Sequence[dict[str, Any]]) -> None:
-    """Make sure that the runs differ in the method alone.
+    """Refuse runs that differ in more than the method.
 
     Raises:
         ValueError: a setting, the number of steps, or the held-out loss before training differs.
@@ -75,7 +75,7 @@ def check_comparable(runs: Sequence[dict[str, Any]]) -> None:
         steps = [[point["step"] for point in r["held_out_loss"]] for r in (first, run)]
         if steps[0] != steps[1]:
             raise ValueError(f"runs cannot be compared: evaluated at steps {steps[0]} and {steps[1]}")
-        # LoRA-SB starts from a first step that it has estimated
+        # LoRA-SB starts from an estimated first step, so its loss differs
         if steps[0] and steps[0][0] == 0 and "lora-sb" not in methods:
             start, other = first["held_out_loss"][0]["loss"], run["held_out_loss"][0]["loss"]
             if abs(other - start) > START_TOLERANCE * start:
@@ -83,7 +83,7 @@ def check_comparable(runs: Sequence[dict[str, Any]]) -> None:
 
 
 def comparison_table(runs: Sequence[dict[str, Any]]) -> Table:
-    """One column per run: held-out loss by step, time per step, bytes per step, peak memory."""
+    """Return a table with one column per run: held-out loss by step, time and bytes per step, peak memory."""
     table = Table(title=f"{runs[0]['report']['engine']} on {runs[0]['world_size']} process(es)")
     table.add_column("")
     for run in runs:

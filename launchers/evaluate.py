@@ -1,11 +1,11 @@
-"""Accuracy on the eight commonsense tasks and GSM8K as LLM-Adapters, DoRA and RefLoRA evaluate them.
+"""Measure accuracy on the eight commonsense tasks and GSM8K, as LLM-Adapters, DoRA and RefLoRA do.
 
     python launchers/evaluate.py --adapter outputs/finetune --data FOLDER
     torchrun --nproc_per_node 8 launchers/evaluate.py --adapter outputs/finetune
     deepspeed --num_gpus 8 launchers/evaluate.py ...      accelerate launch --num_processes 8 launchers/evaluate.py ...
 
-Every rank loads the whole model and answers its share of the questions. Answers are written as they come: the same
-command goes on where it was stopped, on any number of ranks.
+Every rank loads the whole model and answers its share of the questions. Answers are written as they come, so the same
+command continues where it was stopped, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ MAX_NEW_TOKENS = {task: 256 if task == "gsm8k" else 32 for task in TASKS}
 
 @dataclasses.dataclass
 class EvaluateOptions:
-    """What is evaluated, on what, and how."""
+    """The options of evaluate.py."""
 
     model: str | None = option(None, "Hub name or local path of the base. Default: the one that the adapter names.")
     adapter: str | None = option(None, "Folder or hub name of a PEFT adapter. Default: the model as it is.")
@@ -104,7 +104,7 @@ class EvaluateOptions:
             self.model_dtype = "bfloat16" if torch.accelerator.is_available() else "float32"
 
     def _find_base(self) -> None:
-        """An adapter that was given as the model is evaluated on the base that it names."""
+        """Find the base. If ``model`` is an adapter, evaluate it on the base that it names."""
         if self.model is not None and adapter_folder(self.model) is not None:
             if self.adapter is not None:
                 raise ValueError(
@@ -118,7 +118,7 @@ class EvaluateOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """This process among those that a launcher started; a process that was started alone is the only one."""
+    """This process's place among those that a launcher started."""
 
     rank: int
     world_size: int
@@ -128,7 +128,7 @@ class Ranks:
 def join_ranks() -> Ranks:
     """Join the processes of torchrun, deepspeed or accelerate, which all set the same variables.
 
-    The ranks exchange nothing but "I am here", for which gloo serves on every device.
+    Ranks only wait for each other, so gloo serves on every device. A process without a launcher is the only rank.
     """
     rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in _VARIABLES)
     if world_size > 1:
@@ -147,15 +147,15 @@ def main(argv: list[str] | None = None) -> None:
         check_output_dir(options.output_dir)
         evaluate(options, ranks)
     except ValueError as error:
-        # What a user can mend is told in one line; a traceback would hide it.
+        # a user can correct these errors; a traceback would hide the line
         raise SystemExit(f"evaluate.py: error: {error}") from error
     if ranks.world_size > 1:
-        dist.barrier()  # the first rank may hold the store that the others still ask
+        dist.barrier()  # the first rank may hold the store that the others still read
         dist.destroy_process_group()
 
 
 def evaluate(options: EvaluateOptions, ranks: Ranks) -> None:
-    """Answer what is not answered yet, then print and write the results; every rank must call.
+    """Answer the open questions, then print and write the results; every rank must call.
 
     Raises:
         ValueError: data, model or adapter cannot be used, or the folder holds answers of other settings.
@@ -170,9 +170,9 @@ def evaluate(options: EvaluateOptions, ranks: Ranks) -> None:
     answered = read_answers(folder)
     if answered:
         check_settings(folder, settings)
-    wait_for_ranks("reading the answers")  # so that all divide the same remainder
+    wait_for_ranks("reading the answers")  # so that all ranks divide the same remainder
     if ranks.rank == 0:
-        if not answered:  # the settings are those of a run that was refused
+        if not answered:  # these settings are left by a run that was refused
             (folder / SETTINGS_FILE).unlink(missing_ok=True)
         write_settings(folder, settings)
     remaining = {key: question for key, question in wanted.items() if key not in answered}
@@ -192,7 +192,7 @@ def evaluate(options: EvaluateOptions, ranks: Ranks) -> None:
 
 
 def all_questions(options: EvaluateOptions, ranks: Ranks) -> dict[str, list[Question]]:
-    """The questions of every task; what comes from the hub is downloaded by one rank of each machine."""
+    """Return the questions of every task. One rank of each machine downloads those of the hub."""
     questions: dict[str, list[Question]] = {}
     with working_first(ranks.local_rank == 0, "loading the questions"):
         for entry in options.tasks:
@@ -202,7 +202,7 @@ def all_questions(options: EvaluateOptions, ranks: Ranks) -> dict[str, list[Ques
 
 
 def answer_settings(options: EvaluateOptions, questions: dict[str, list[Question]]) -> dict[str, Any]:
-    """All that decides an answer. A number of questions, of ranks or of a batch does not."""
+    """Return the settings that decide an answer. The numbers of questions and ranks and the batch size do not."""
     return {
         "model": options.model,
         "model_files": generation.fingerprint(str(options.model)),
@@ -236,7 +236,7 @@ def answer_share(options: EvaluateOptions, ranks: Ranks, remaining: dict[Key, Qu
     check_prompts(model, tokenizer, prompts, {key: question.place for key, question in remaining.items()}, options)
     if options.batch_size > 1:
         require_same_in_batch(model, max(prompts.values(), key=len))
-    # prompts of one length in a batch, and every rank has long and short ones
+    # a batch has prompts of similar length, and every rank has long and short ones
     tasks = list(dict.fromkeys(task for task, _ in prompts))
     order = sorted(prompts, key=lambda key: (tasks.index(key[0]), -len(prompts[key]), key[1]))
     share = order[ranks.rank :: ranks.world_size]
@@ -252,7 +252,7 @@ def answer_share(options: EvaluateOptions, ranks: Ranks, remaining: dict[Key, Qu
 
 
 def judged(key: Key, output: str, question: Question) -> dict[str, Any]:
-    """One finished answer as it is written."""
+    """Return one finished answer, ready to be written."""
     task, index = key
     answer = extract_answer(task, output)
     return {
@@ -268,7 +268,7 @@ def judged(key: Key, output: str, question: Question) -> dict[str, Any]:
 def check_prompts(
     model: Any, tokenizer: Any, prompts: dict[Key, list[int]], places: dict[Key, str], options: EvaluateOptions
 ) -> None:
-    """Hold the prompts, and what is generated behind them, to what the model can take; nothing is cut.
+    """Check that prompts and answers fit the limits of the model; nothing is cut.
 
     Raises:
         ValueError: a token has no row in the embedding, or an answer ends beyond a table of positions.
@@ -290,10 +290,10 @@ def check_prompts(
 
 
 def collect_results(answers: dict[Key, dict[str, Any]], wanted: dict[Key, Question]) -> dict[str, Any]:
-    """Accuracy by task, in percent, and the mean over the commonsense tasks.
+    """Return accuracy by task, in percent, and the mean over the commonsense tasks.
 
     Raises:
-        ValueError: answers of other ranks are not in the folder.
+        ValueError: the folder lacks answers of other ranks.
     """
     missing = sum(key not in answers for key in wanted)
     if missing:
@@ -313,7 +313,7 @@ def collect_results(answers: dict[Key, dict[str, Any]], wanted: dict[Key, Questi
 
 
 def results_table(results: dict[str, Any], options: EvaluateOptions) -> Table:
-    """Task, accuracy, number of questions, and how many answers named no choice."""
+    """Return a table of accuracy, number of questions, and number of texts without an answer, by task."""
     table = Table(title=options.adapter or options.model)
     table.add_column("task")
     for name in ("accuracy (%)", "n", "without answer"):

@@ -1,10 +1,10 @@
-"""Export what was trained: an adapter that plain PEFT loads, or the base with the adapter merged into it.
+"""Export a trained adapter for plain PEFT, or merge it into its base.
 
     python launchers/export.py --adapter outputs/run/checkpoint-500 --output_dir adapter    # of a sharded checkpoint
     python launchers/export.py --adapter outputs/run --output_dir merged --merge            # into the adapter's base
 
-One process on a CPU, without a launcher. ``--adapter`` is a folder with an adapter in PEFT's format, or a checkpoint
-whose state is sharded: FSDP2's, FSDP1's and DDP's (DCP), DeepSpeed's of ZeRO-1 to 3, and universal ones.
+The script is one process on a CPU, without a launcher. ``--adapter`` is a folder with an adapter in PEFT's format, or a
+checkpoint with a sharded state: DCP's (FSDP2, FSDP1, DDP), DeepSpeed's of ZeRO-1 to 3, or a universal one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from reflora_dist.files.output_folder import new_folder, require_empty
 
 @dataclasses.dataclass
 class ExportOptions:
-    """What to export, and as what."""
+    """The options of export.py."""
 
     adapter: str = field(metadata={"help": "Folder of an adapter in PEFT's format, or a sharded checkpoint."})
     output_dir: str = field(metadata={"help": "Where to write; must not exist, or be empty."})
@@ -80,10 +80,10 @@ class ExportOptions:
 
 
 def export(options: ExportOptions) -> None:
-    """Do as asked.
+    """Write the adapter or the merged model.
 
     Raises:
-        OSError, ValueError: a file is missing or damaged, or cannot be written; see the functions called.
+        OSError, ValueError: a file is missing or damaged, or cannot be written; see the called functions.
     """
     output = Path(options.output_dir)
     require_empty(output)
@@ -98,7 +98,7 @@ def export(options: ExportOptions) -> None:
 
 
 def _refuse_unused(options: ExportOptions) -> None:
-    """What only a sharded checkpoint has a use for, given with an adapter in PEFT's format."""
+    """Refuse options for sharded checkpoints if the adapter is in PEFT's format."""
     source = Path(options.adapter)
     if sharded_state(options) is not None or not (source / CONFIG_NAME).is_file():
         return
@@ -111,7 +111,7 @@ def _refuse_unused(options: ExportOptions) -> None:
 
 
 def export_adapter(options: ExportOptions, output: Path) -> None:
-    """An ordinary adapter, which plain PEFT loads onto the original base."""
+    """Write an ordinary adapter, which plain PEFT loads onto the original base."""
     source = Path(options.adapter)
     if sharded_state(options) is not None:
         _consolidate(options, output)
@@ -135,7 +135,7 @@ def export_adapter(options: ExportOptions, output: Path) -> None:
 
 @contextmanager
 def adapter_folder(options: ExportOptions) -> Iterator[Path]:
-    """Where the adapter is in PEFT's format; for the moment only, if the checkpoint is sharded."""
+    """Yield a folder with the adapter in PEFT's format, a temporary one if the checkpoint is sharded."""
     if sharded_state(options) is None:
         yield Path(options.adapter)
         return
@@ -146,14 +146,14 @@ def adapter_folder(options: ExportOptions) -> Iterator[Path]:
 
 
 def has_adapter(folder: Path) -> bool:
-    """Whether there is an adapter in PEFT's format."""
+    """Return whether the folder has an adapter in PEFT's format."""
     return (folder / CONFIG_NAME).is_file() and (folder / SAFETENSORS_WEIGHTS_NAME).is_file()
 
 
 def sharded_state(options: ExportOptions) -> Path | None:
-    """The folder of shards to read, if any: not where an adapter's file lies beside them, unless asked for.
+    """Return the folder of shards to read, or None if an adapter's file lies beside them and no option asks for shards.
 
-    That file holds tensors and nothing else; shards are pickles in part.
+    That file holds only tensors, while some shards are pickles.
     """
     source = Path(options.adapter)
     named = options.adapter_name != "default" or options.adapter_config is not None
@@ -171,7 +171,7 @@ def _consolidate(options: ExportOptions, output: Path) -> None:
 
 
 def tokenizer_folder(options: ExportOptions) -> Path:
-    """Where the tokenizer is that the adapter was trained with: in the checkpoint, or beside its configuration."""
+    """Return the folder with the adapter's tokenizer: the checkpoint, or the folder of its configuration."""
     source = Path(options.adapter)
     state = sharded_state(options)
     if state is None:

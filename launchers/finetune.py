@@ -1,4 +1,4 @@
-"""Fine-tune a language model or a classifier with LoRA, under whatever launcher and engine started it.
+"""Fine-tune a language model or a classifier with LoRA, under any launcher and engine.
 
     python launchers/finetune.py                        # one process, embedded model and data
     torchrun --nproc_per_node 2 launchers/finetune.py --model NAME --dataset records.jsonl
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint = checkpoint_to_resume(options.training)
         trainer, run_recorder = prepare(options, checkpoint)
     stop = StopOnSignal()
-    # the last one looks at whether the one before wants a checkpoint
+    # the last one reads whether the one before wants a checkpoint
     for callback in (EvaluationsToCome(), stop, CompleteCheckpoints()):
         trainer.add_callback(callback)
     found_late = (NoEvaluations, BatchingChangesExamples)
@@ -83,10 +83,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def prepare(options: Options, checkpoint: str | None = None) -> tuple[Trainer, recorder.RunRecorder]:
-    """Model, data and trainer, ready to train; every mistake that can be found before training is found here.
+    """Return the trainer, ready to train. Every mistake that can be found before training is found here.
 
     Raises:
-        ValueError, RuntimeError: an option, a file or a record cannot be used; the message says which.
+        ValueError, RuntimeError: an option, a file or a record cannot be used; the message names it.
     """
     arguments = options.training
     classifies = options.classification.active
@@ -135,7 +135,7 @@ def prepare(options: Options, checkpoint: str | None = None) -> tuple[Trainer, r
 
 
 def examples(options: Options, tokenizer: Any, train: list[Any], held_out: list[Any]) -> dict[str, Any]:
-    """Encoded records by the option that names them: ``dataset``, ``eval_dataset`` if there are any, further sets."""
+    """Return encoded records by the option that names them: ``dataset``, perhaps ``eval_dataset``, further sets."""
     encode = classification.encoded if options.classification.active else tokenized
 
     def tokens(records: list[Any], **settings: Any) -> Any:
@@ -147,7 +147,7 @@ def examples(options: Options, tokenizer: Any, train: list[Any], held_out: list[
 
 
 def method_callback(options: Options) -> tuple[TrainerCallback, int | None]:
-    """What applies the method, and the first step in which it does more than plain LoRA."""
+    """Return the callback that applies the method, and the first step that differs from plain LoRA."""
     lora = options.lora
     if lora.latent:
         config = LoRASBConfig(
@@ -164,7 +164,7 @@ def method_callback(options: Options) -> tuple[TrainerCallback, int | None]:
 
 
 def shared_once(arguments: Any, what: str, make: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call ``make`` with ``build=True`` on one rank of each machine; the others then find its files."""
+    """Call ``make`` with ``build=True`` on one rank of each machine, then on the others, which find its files."""
     build = arguments.local_process_index == 0
     with working_first(build, what):
         return make(*args, build=build, **kwargs)
@@ -176,7 +176,7 @@ def embedded_model(options: Options, *, build: bool) -> str:
 
 
 def choose_records(options: Options) -> tuple[list[Record], list[Record]]:
-    """Training and evaluation records: those asked for, or the embedded ones.
+    """Return training and evaluation records: those of the options, or the embedded ones.
 
     Raises:
         ValueError: see :func:`launchers.data.records.load_records`.
@@ -201,7 +201,7 @@ def tokenized(options: Options, tokenizer: Any, records: list[Record], *, build:
 
 
 def load_model(name: str, options: Options) -> Any:
-    """The base model in the dtype asked for; under ZeRO-3 each rank keeps its partition only.
+    """Load the base model in the dtype of the options. Under ZeRO-3 each rank keeps only its partition.
 
     Raises:
         ValueError: the model cannot be found or read.
@@ -227,21 +227,21 @@ def load_model(name: str, options: Options) -> Any:
 
 
 def computed_dtype(arguments: Any) -> str | None:
-    """The 16-bit dtype that training computes in, if any: by --bf16 and --fp16, else by accelerate's configuration."""
+    """Return the 16-bit dtype of training, from --bf16, --fp16 or accelerate's configuration; None for fp32."""
     if arguments.deepspeed and not (arguments.bf16 or arguments.fp16):
-        return None  # transformers fills in the file by these options alone
+        return None  # transformers fills in DeepSpeed's file by these options alone
     return {"bf16": "bfloat16", "fp16": "float16"}.get(arguments.mixed_precision)
 
 
 def add_adapter(model: Any, options: Options) -> Any:
-    """Freeze the base and put the LoRA factors beside it.
+    """Freeze the base and add the LoRA factors.
 
     Raises:
         ValueError: no layer has one of the target names, or PEFT cannot adapt it.
     """
     try:
         return _with_adapter(model, options)
-    except Exception as error:  # which PEFT describes by the whole model, over many lines
+    except Exception as error:  # PEFT prints the whole model, over many lines
         names = ("lora_r", "lora_alpha", "target_modules", "init_lora_weights")
         asked = ", ".join(f"{name}={getattr(options.lora, name)!r}" for name in names)
         raise ValueError(f"PEFT makes no adapter of {asked} ({cause_of(error)}): correct these options") from error
@@ -263,7 +263,7 @@ def _with_adapter(model: Any, options: Options) -> Any:
         )
         try:
             return get_peft_model(model, latent)
-        except TypeError as error:  # of layers that are quantized, or no linear ones
+        except TypeError as error:  # some layers are quantized, or no linear ones
             raise ValueError(f"method={lora.method!r}: {error}, or take another --method") from error
     classifies = options.classification.active
     config = LoraConfig(
@@ -275,7 +275,7 @@ def _with_adapter(model: Any, options: Options) -> Any:
         **targets,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
-        # a start that changes the base is made afterwards, the same on every rank and under every engine
+        # start_adapter makes a start that changes the base, the same on every rank and under every engine
         init_lora_weights=PEFT_STARTS.get(lora.init_lora_weights, True),  # type: ignore[arg-type]
     )
     adapted = _with_heads(model, config) if classifies else get_peft_model(model, config)
@@ -284,9 +284,9 @@ def _with_adapter(model: Any, options: Options) -> Any:
 
 
 def _with_heads(model: Any, config: LoraConfig) -> Any:
-    """Factors, and heads that are trained in full, in one dtype, which FSDP1 and ZeRO-3 demand.
+    """Add factors and fully trained heads in one dtype, which FSDP1 and ZeRO-3 demand.
 
-    ZeRO-3 keeps fp32 masters of both. Elsewhere both are fp32: in bf16 small updates would be rounded away.
+    ZeRO-3 keeps fp32 masters of both. Elsewhere both are fp32, because bf16 would round small updates away.
     """
     if is_deepspeed_zero3_enabled():
         return get_peft_model(model, config, autocast_adapter_dtype=False)
@@ -298,9 +298,9 @@ def _with_heads(model: Any, config: LoraConfig) -> Any:
 
 
 def finish(trainer: Trainer, run_recorder: recorder.RunRecorder, options: Options) -> None:
-    """Adapter, last evaluation, metrics, plot and summary; every rank must call."""
+    """Write the adapter, evaluate, and write metrics, plot and summary; every rank must call."""
     output_dir = options.training.output_dir
-    # before an evaluation, which casts the model in place with --bf16_full_eval and --fp16_full_eval, or may fail
+    # before an evaluation, which may fail, and with --bf16_full_eval or --fp16_full_eval casts the model in place
     export_adapter(trainer.model_wrapped, output_dir)
     history = trainer.state.log_history
     evaluated = any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in history)
@@ -323,7 +323,7 @@ def finish(trainer: Trainer, run_recorder: recorder.RunRecorder, options: Option
 
 
 def summary(metrics: dict[str, Any], output_dir: str, plot_path: Path) -> str:
-    """What came out, for a person to read."""
+    """Return the results as text."""
     held_out = metrics["held_out_loss"]
     loss = f"held-out loss {held_out[0]['loss']:.4f} -> {held_out[-1]['loss']:.4f}, " if held_out else ""
     step_ms = 1e3 * (metrics["step_seconds_median"] or 0.0)
@@ -344,4 +344,4 @@ def leave() -> None:
 
 
 if __name__ == "__main__":
-    record(main)()  # torchrun's summary then has the exception
+    record(main)()  # so that torchrun's summary has the exception

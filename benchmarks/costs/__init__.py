@@ -1,1 +1,1 @@
-"""The cost model: what links and collectives cost, and what a step sends."""
+"""Parts of the cost model: speeds of links, costs of collectives, and the bytes of a step."""

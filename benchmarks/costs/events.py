@@ -1,4 +1,4 @@
-"""Events of communication that cost time, counted; and seconds per event, fitted to measurements."""
+"""Count the events of a step that cost time, and fit the seconds per event to measurements."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _REWEIGHTINGS = 20
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Ranks, and how many of them are in a node."""
+    """The number of ranks, and the number of ranks per node."""
 
     ranks: int
     ranks_per_node: int
@@ -31,7 +31,7 @@ class Topology:
 
 
 def merge(*parts: Counts) -> Counts:
-    """The sum of counts."""
+    """Return the sum of counts."""
     total: Counts = {}
     for part in parts:
         for name, count in part.items():
@@ -40,23 +40,23 @@ def merge(*parts: Counts) -> Counts:
 
 
 def scaled(counts: Counts, factor: float) -> Counts:
-    """``factor`` times the counts."""
+    """Return ``factor`` times the counts."""
     return {name: factor * count for name, count in counts.items()}
 
 
 def seconds(counts: Counts, constants: Constants) -> float:
-    """The time of what is counted. Raises KeyError if a constant is missing."""
+    """Return the time of counted events. Raise KeyError if a constant is missing."""
     return sum(count * constants[name] for name, count in counts.items() if count)
 
 
 def on_shared_cores(counts: Counts, ranks: int, cores: int) -> Counts:
-    """Counts of a rank that shares CPU cores with others, and in each collective waits for those without a core."""
+    """Return the counts of a rank that shares CPU cores, and in each collective waits for ranks without a core."""
     waits = {"wait": counts.get("collective", 0.0) * max(0, ranks - cores)}
     return {**scaled(counts, max(1.0, ranks / cores)), **waits}
 
 
 def all_reduce(payload_bytes: float, topology: Topology, algorithm: str = "ring") -> Counts:
-    """All-reduce of ``payload_bytes`` on every rank, ring or tree (which has fewer hops); nothing on one rank."""
+    """Count an all-reduce of ``payload_bytes`` on every rank, ring or tree (fewer hops); nothing on one rank."""
     if topology.ranks == 1:
         return {}
     local, nodes = topology.local, topology.nodes
@@ -69,7 +69,7 @@ def all_reduce(payload_bytes: float, topology: Topology, algorithm: str = "ring"
 
 
 def all_gather(total_bytes: float, topology: Topology, algorithm: str = "ring") -> Counts:
-    """All-gather after which every rank holds ``total_bytes``; "tree" gathers between nodes in log2 rounds."""
+    """Count an all-gather to ``total_bytes`` on every rank. "tree" gathers between nodes in log2 rounds."""
     if topology.ranks == 1:
         return {}
     nodes = topology.nodes
@@ -82,12 +82,12 @@ def all_gather(total_bytes: float, topology: Topology, algorithm: str = "ring") 
 
 
 def all_to_all(sent_bytes: float, topology: Topology, peers: int | None = None) -> Counts:
-    """Pairwise all-to-all, one message to every other rank that gets something.
+    """Count a pairwise all-to-all with one message to every other rank that gets something.
 
     Args:
-        sent_bytes: what the busiest rank sends to the others, or receives from them, in equal parts.
+        sent_bytes: bytes that the busiest rank sends to the others, or receives from them, in equal parts.
         topology: the ranks.
-        peers: how many others that are, all by default; those of its node are counted first.
+        peers: number of the others, all by default; ranks of the same node are counted first.
     """
     peers = topology.ranks - 1 if peers is None else min(peers, topology.ranks - 1)
     near = min(topology.local - 1, peers)
@@ -95,12 +95,12 @@ def all_to_all(sent_bytes: float, topology: Topology, peers: int | None = None) 
 
 
 def messages(sent_bytes: float, near: int, far: int) -> Counts:
-    """Messages of one exchange, point to point.
+    """Count the point-to-point messages of one exchange.
 
     Args:
-        sent_bytes: what the busiest rank sends to the others, or receives from them, in equal parts.
-        near: other ranks of its node that it exchanges with.
-        far: those of other nodes.
+        sent_bytes: bytes that the busiest rank sends to the others, or receives from them, in equal parts.
+        near: number of its peers in the same node.
+        far: number of its peers in other nodes.
     """
     peers = near + far
     if not peers:
@@ -115,15 +115,15 @@ def messages(sent_bytes: float, near: int, far: int) -> Counts:
 
 
 def _ring_bytes(ring_bytes: float, topology: Topology) -> Counts:
-    # A ring passes through every node once per channel, so between nodes it has all of the node's network cards.
+    # a ring passes through every node once per channel, so between nodes it uses all network cards of a node
     return {"ring_byte_intra" if topology.nodes == 1 else "ring_byte_inter": ring_bytes}
 
 
 def fit(rows: Sequence[tuple[Counts, float]]) -> dict[str, float]:
-    """Seconds per event, none negative, by least squares of ``(model - measured)^2 / (model x measured)``.
+    """Fit non-negative seconds per event by least squares of ``(model - measured)^2 / (model x measured)``.
 
-    That is nearly the squared logarithm of their ratio: half and twice the measured time are equally wrong, however
-    short it is.
+    That is nearly the squared logarithm of their ratio. Half and twice the measured time are equally wrong, for short
+    and long times.
 
     Args:
         rows: counts and measured seconds.
@@ -145,7 +145,7 @@ def fit(rows: Sequence[tuple[Counts, float]]) -> dict[str, float]:
 
 
 def _non_negative(matrix: np.ndarray, target: np.ndarray, sweeps: int = 5_000) -> np.ndarray:
-    """``argmin |matrix x - target|`` over ``x >= 0`` by coordinate descent."""
+    """Return ``argmin |matrix x - target|`` over ``x >= 0``, by coordinate descent."""
     norms = np.linalg.norm(matrix, axis=0)
     norms[norms == 0] = 1
     unit = matrix / norms

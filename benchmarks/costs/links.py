@@ -1,6 +1,6 @@
-"""Speeds of GPUs and of the links between them, each from a published measurement or data sheet, with its source.
+"""Speeds of GPUs and of the links between them, from published measurements and data sheets, with sources.
 
-Nothing here was measured by this project. ``derivation`` says how a constant follows from the published figure.
+This project measured none of them. ``derivation`` says how a constant follows from the published figure.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Constant:
-    """A cost in seconds per unit (hop, message, byte, operation), the figure published, and where."""
+    """A cost in seconds per unit (hop, message, byte, operation), the published figure, and its source."""
 
     seconds: float
     title: str
@@ -21,7 +21,7 @@ class Constant:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Nodes of GPUs. ``constants`` are costs by the names that ``cost_model`` counts with."""
+    """Nodes of GPUs. ``constants`` are costs by the names of the events in ``cost_model``."""
 
     title: str
     gpus_per_node: int

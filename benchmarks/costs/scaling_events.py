@@ -1,4 +1,4 @@
-"""Bare collectives and packing, which the cost model is fitted to: what is counted in each, and how to time it."""
+"""Count and time bare collectives and packing, to which the cost model is fitted."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from benchmarks.costs import events as cost_events
 from benchmarks.harness import timing
 
 MESSAGE_BYTES = (1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
-EVICTED_BYTES = 1 << 26  # read before each measurement, as forward and backward leave nothing of a step in a cache
+EVICTED_BYTES = 1 << 26  # touched before each measurement: forward and backward leave nothing of a step in a cache
 
 
 def collectives(device: torch.device) -> Iterator[dict[str, Any]]:
-    """Each kind of collective in every size: ``{"kind", "size", "counts", "run"}``, the last returns seconds."""
+    """Yield each kind of collective in every size: ``{"kind", "size", "counts", "run"}``. ``run`` returns seconds."""
     ranks = dist.get_world_size()
     topology = cost_events.Topology(ranks, ranks)
     for size in MESSAGE_BYTES:
@@ -34,7 +34,7 @@ def collectives(device: torch.device) -> Iterator[dict[str, Any]]:
             "all_reduce": (lambda t=double: dist.all_reduce(t), cost_events.all_reduce(8 * (numel // 2), topology)),
             "all_gather": (lambda o=out, p=part: dist.all_gather_into_tensor(o, p), gather),
             "all_to_all": (
-                # with sizes, as an exchange has them, though they are equal here
+                # with explicit sizes, as in an exchange, though they are equal here
                 lambda o=out, w=whole, n=[numel // ranks] * ranks: dist.all_to_all_single(o, w, n, n),
                 cost_events.all_to_all(sent, topology),
             ),
@@ -48,10 +48,10 @@ def collectives(device: torch.device) -> Iterator[dict[str, Any]]:
 
 
 def _to_neighbours(sent: torch.Tensor, received: torch.Tensor) -> None:
-    """A half to either neighbour and from it, as rows that are cut; on two ranks all to the other."""
+    """Exchange a half with either neighbour, as for cut rows; on two ranks exchange all with the other."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     neighbours = sorted({(rank - 1) % ranks, (rank + 1) % ranks})
-    numel = sent.numel() // len(neighbours)  # alike on both sides: a message of another size ends gloo's process
+    numel = sent.numel() // len(neighbours)  # equal on both sides: a message of another size ends gloo's process
     operations = [
         dist.P2POp(operation, whole[place * numel : (place + 1) * numel], peer)
         for operation, whole in ((dist.isend, sent), (dist.irecv, received))
@@ -62,13 +62,13 @@ def _to_neighbours(sent: torch.Tensor, received: torch.Tensor) -> None:
 
 
 def packings(device: torch.device) -> Iterator[dict[str, Any]]:
-    """Pieces collected, ordered by grains, ordered back and written, as for an exchange there and back."""
+    """Yield packings: pieces are collected, reordered by grains, ordered back and written, as in an exchange."""
     sizes = ((4, 256), (4, 65536), (64, 256), (64, 16384), (256, 1024))
     for (pieces, numel), grain in itertools.product(sizes, (1, 16)):
         tensors = [torch.ones(numel, device=device) for _ in range(pieces)]
         room, ordered = (torch.empty(pieces * numel // grain, grain, device=device) for _ in range(2))
         views = room.view(-1).split(numel)
-        # whole pieces by rank, stable, as an exchange orders them
+        # sorts whole pieces by rank, stable, as an exchange does
         by_rank = torch.sort(torch.arange(pieces) % dist.get_world_size(), stable=True).indices
         order = torch.arange(pieces * numel // grain).view(pieces, -1)[by_rank].flatten().to(device)
 
@@ -103,7 +103,7 @@ def _timed(run: Callable[[], Any], device: torch.device) -> Callable[[], float]:
 
 
 def since(start: float, device: torch.device) -> float:
-    """Seconds from ``start`` until the device has come this far."""
+    """Return the seconds from ``start`` until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start

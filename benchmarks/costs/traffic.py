@@ -1,4 +1,4 @@
-"""What each rank sends, holds and computes in a step, counted from the package's own plan for its layouts."""
+"""Count what each rank sends, holds and computes in a step, from the package's own plan."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class Adapters:
         return self.lora_rank * sum(n_out for _, n_out in self.pairs)
 
     def layouts(self, engine: str, ranks: int, tall: bool) -> list[Layout]:
-        """How an engine cuts every factor, lora_A and lora_B alternating.
+        """Return how an engine cuts every factor, lora_A and lora_B alternating.
 
-        ZeRO-3 cuts what is stored into flat pieces of ``ceil(numel / N)``, FSDP2 into ``ceil(rows / N)`` of its rows.
+        ZeRO-3 cuts a stored factor into flat pieces of ``ceil(numel / N)``, FSDP2 into ``ceil(rows / N)`` of its rows.
 
         Args:
             engine: one of LAYOUTS.
@@ -66,18 +66,18 @@ class Adapters:
 
 @dataclasses.dataclass
 class Moved:
-    """What ranks exchange of one channel (weights or gradients), and what they compute on: ``[ranks]`` each.
+    """The elements that ranks exchange of one channel (weights or gradients), and compute on.
 
     Attributes:
-        traffic: the package's plan, for the whole step.
-        held: elements that lie on a rank and go to where rows are whole, possibly this rank.
-        owned: elements that a rank gets so.
-        kept: what lies where it goes, and counts in both.
-        stays: elements that a rank computes on in place.
-        spans: stretches of tensors that ``held`` consists of.
-        holders, owners: of flat factors.
-        peers: the ranks that each rank exchanges cut rows with.
-        grain: elements that stay together throughout, at least.
+        traffic: the package's plan for the whole step.
+        held: ``[ranks]``, elements on a rank that go to the rank where their row is whole, possibly the same rank.
+        owned: ``[ranks]``, elements that a rank receives in this way.
+        kept: ``[ranks]``, elements that stay on their rank. They count in ``held`` and in ``owned``.
+        stays: ``[ranks]``, elements that a rank computes on in place.
+        spans: ``[ranks]``, number of contiguous parts of ``held``.
+        holders, owners: the ranks that hold pieces of flat factors, and those that own such factors.
+        peers: for each rank the ranks with which it exchanges cut rows.
+        grain: number of elements that always stay together, at least.
     """
 
     traffic: Traffic
@@ -97,23 +97,23 @@ class Moved:
 
     @property
     def partners(self) -> int:
-        """The ranks that one exchanges flat factors with, at most, possibly itself."""
+        """The largest number of ranks with which one exchanges flat factors, possibly including itself."""
         return max(len(self.holders), len(self.owners))
 
     def sent(self) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes that go to other ranks: weights and gradients there, gradients back."""
+        """Return the bytes that go to other ranks: weights and gradients there, and gradients back."""
         there, back = self.held - self.kept, self.owned - self.kept
         return 2 * FACTOR_BYTES * there, FACTOR_BYTES * back
 
     def buffers(self) -> np.ndarray:
-        """Bytes of what is sent and what arrives, there also in the order of blocks; and of the indices for that."""
+        """Return the bytes of buffers: what is sent, what arrives (also in the order of blocks), and indices."""
         indices = 3 * INDEX_BYTES * (self.owned // self.grain)
         return 2 * FACTOR_BYTES * (self.held + 2 * self.owned) + indices
 
 
 @functools.lru_cache
 def moved(adapters: Adapters, ranks: int, engine: str, tall: bool, device: str) -> Moved:
-    """Count what a step moves; nothing if no factor is cut within rows. The device is that of the Grams."""
+    """Count what a step moves, which is nothing if no row is cut. ``device`` is the device of the Gram matrices."""
     layouts = adapters.layouts(engine, ranks, tall)
     traffic = Traffic(METHOD, layouts, ranks, torch.device(device))
     held, owned, kept, stays, spans = np.zeros((5, ranks), np.int64)
@@ -131,7 +131,7 @@ def moved(adapters: Adapters, ranks: int, engine: str, tall: bool, device: str) 
 
 
 def _count_columns(result: Moved, layout: Layout, owned: Counter[int], ranks: int) -> None:
-    """A flat lora_A: every rank's piece goes to the owner."""
+    """Count flat lora_A: every rank's piece goes to the owner."""
     pieces = np.array([layout.piece(rank).numel for rank in range(ranks)])
     pairs = np.array([owned[rank] for rank in range(ranks)])
     result.held += owned.total() * pieces
@@ -144,7 +144,7 @@ def _count_columns(result: Moved, layout: Layout, owned: Counter[int], ranks: in
 
 
 def _count_rows(result: Moved, layout: Layout, count: int, ranks: int) -> None:
-    """Whole rows stay, and a row that is cut goes to whoever holds most of it."""
+    """Count factors by rows: whole rows stay, and a cut row goes to the rank that holds most of it."""
     for rank in range(ranks):
         tiling = tile(layout, rank, 0)
         result.stays[rank] += count * (math.prod(tiling.direct[1]) if tiling.direct else 0)

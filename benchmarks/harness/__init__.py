@@ -1,1 +1,1 @@
-"""What benchmarks share: models, engines, variants, timing, records."""
+"""Shared by all benchmarks: models, engines, variants, timing, records."""

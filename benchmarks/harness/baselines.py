@@ -1,6 +1,6 @@
-"""What RefLoRA is measured against: a loop over pairs, and whole factors gathered before they are refactored.
+"""Baselines of RefLoRA: a loop over pairs, and whole factors that are gathered first.
 
-Each is a function to call right before the update, in place of what ``reflora_dist.attach`` hooks in there.
+Each is a function that is called right before the update, in place of the hook of ``reflora_dist.attach``.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _SIDE_A = 0  # factors are listed lora_A, lora_B, lora_A, ...
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 
 Solver = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""``A A^T`` and ``B^T B`` ``[P, r, r]`` float64 to S and S^-1 ``[P, r, r]``."""
+"""Maps ``A A^T`` and ``B^T B``, ``[P, r, r]`` float64, to S and S^-1, ``[P, r, r]``."""
 
 
 def solve_as_published(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tensor]:
-    """``S = G_A^-1/2 (G_A^1/2 G_B G_A^1/2)^1/2 G_A^-1/2`` and its inverse, by two eigendecompositions."""
+    """Return ``S = G_A^-1/2 (G_A^1/2 G_B G_A^1/2)^1/2 G_A^-1/2`` and its inverse, by two eigendecompositions."""
     root_a, inverse_root_a = _square_root(gram_a)
     middle, inverse_middle = _square_root(root_a @ gram_b @ root_a)
     return inverse_root_a @ middle @ inverse_root_a, root_a @ inverse_middle @ root_a
@@ -37,15 +37,16 @@ def _square_root(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def solve_batched(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tensor]:
-    """The same with the package's own solver, so that a difference in time is one of communication and layout."""
+    """Return S and its inverse from the package's own solver. Times then differ by communication and layout only."""
     s, s_inv, _ = solve_refactorization(gram_a, gram_b)
     return s, s_inv
 
 
 class Loop:
-    """The plain method where factors are whole: pair after pair, written straight from the formula.
+    """The plain method for whole factors: pair after pair, written straight from the formula.
 
-    Grams and S are float64, since a Gram squares the condition number; the products have the gradients' own dtype.
+    Gram matrices and S are float64, because a Gram matrix squares the condition number. Products have the dtype of
+    the gradients.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -65,20 +66,20 @@ class Loop:
 
 
 class Gather:
-    """Whole factors and gradients first, then every rank refactors all of them and keeps its own part.
+    """Gather whole factors and gradients; every rank then refactors all of them and keeps its own pieces.
 
     Args:
-        engine: one that cuts factors into pieces that follow each other in the order of ranks, or lora_A ``[r, in]``
-            into equal blocks of columns.
-        each: one all-gather per adapter, with its four pieces (two factors, two gradients), solved pair by pair as
-            published. That is the least that whole tensors by ``GatheredParameters`` or ``full_tensor()`` on adapter
-            after adapter can cost; grad_B, refactored row by row, could stay where it is. Otherwise one all-gather of
-            everything, and batched products.
+        engine: an engine that cuts factors into pieces in the order of ranks, or lora_A ``[r, in]`` into equal blocks
+            of columns.
+        each: whether each adapter has an all-gather of its own, for its four pieces (two factors, two gradients), and
+            pairs are solved one by one as published. ``GatheredParameters`` or ``full_tensor()`` on each adapter
+            costs at least that much. grad_B could stay where it is, because it is refactored row by row. Otherwise
+            one all-gather brings everything, and products are batched.
 
     Raises:
-        ValueError: the engine holds factors whole, or updates them in several calls of the optimizer.
+        ValueError: the engine holds factors whole, or updates them in several firings.
 
-    Communication: per call as said.
+    Communication: per call one all-gather, or one per adapter.
     """
 
     def __init__(self, engine: Engine, each: bool) -> None:
@@ -110,10 +111,10 @@ class _Batch(NamedTuple):
     """Factors of one side and shape.
 
     Attributes:
-        side: 0 of lora_A, 1 of lora_B.
+        side: 0 for lora_A, 1 for lora_B.
         columns: whether they are stored ``[r, rows]``.
-        shape: of each, or of each block of columns.
-        slots: whose they are, pair by pair.
+        shape: shape of each factor, or of each block of columns.
+        slots: the pair of each factor or block.
     """
 
     side: int
@@ -123,13 +124,13 @@ class _Batch(NamedTuple):
 
 
 class GatheredPairs:
-    """Some pairs of equal lora_rank: gathered in one collective, refactored in batched products.
+    """Pairs of equal r that are gathered in one collective and refactored in batched products.
 
     Args:
-        layouts: of their factors, lora_A and lora_B alternating.
+        layouts: layouts of their factors, lora_A and lora_B alternating.
         group: the ranks that together hold the factors once.
-        solve: from Grams to S.
-        device: of the pieces.
+        solve: computes S from Gram matrices.
+        device: the pieces' device.
     """
 
     def __init__(
@@ -141,14 +142,14 @@ class GatheredPairs:
         self._lora_rank = layouts[0].lora_rank
         assert all(layout.lora_rank == self._lora_rank for layout in layouts)
         ranks = range(dist.get_world_size(group))
-        # Factors of one side and layout lie beside each other, so that batched products need no copies.
+        # factors of one side and layout are adjacent, so that batched products need no copies
         alike: dict[tuple[int, Layout], list[int]] = {}
         for factor, layout in enumerate(layouts):
             alike.setdefault((factor % 2, layout), []).append(factor)
         self._order = [factor for members in alike.values() for factor in members]
         self._batches = []
         for (side, layout), members in alike.items():
-            # blocks of columns lie one behind the other; their Grams add up, and S^-1 is multiplied by each
+            # blocks of columns follow each other; their Gram matrices add up, and S^-1 multiplies each block
             blocks = len(ranks) if layout.columns and layout.by_rows else 1
             slots = torch.tensor([factor // 2 for factor in members], device=device).repeat_interleave(blocks)
             rows, columns = layout.shape
@@ -157,7 +158,7 @@ class GatheredPairs:
         self._sizes = [[layouts[factor].piece(rank).numel for factor in self._order] * 2 for rank in ranks]
         self._slot = max(sum(sizes) for sizes in self._sizes)
         self._rank, self._numel = dist.get_rank(group), sum(layout.numel for layout in layouts)
-        # elements of the ranks before this one's, factor by factor: its own piece starts there
+        # for each factor the elements of the ranks before this one, where its own piece starts
         self._before = [sum(sizes[i] for sizes in self._sizes[: self._rank]) for i in range(self.num_factors)]
 
     def __call__(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
@@ -171,7 +172,7 @@ class GatheredPairs:
         self._keep_own(whole_gradients, own_gradients)
 
     def gather(self, pieces: list[Tensor]) -> Tensor:
-        """Every factor and every gradient, flat and whole, in ``_order``."""
+        """Return every factor and every gradient, flat and whole, in ``_order``."""
         padding = pieces[0].new_zeros(self._slot - sum(piece.numel() for piece in pieces))
         send = torch.cat([*pieces, padding])
         received = send.new_empty(len(self._sizes), self._slot)
@@ -185,7 +186,7 @@ class GatheredPairs:
         return whole
 
     def _blocks(self, flat: Tensor) -> list[tuple[_Batch, Tensor]]:
-        """Per batch its factors (or blocks) as ``[pairs, *shape]``, a view of ``flat``."""
+        """Return each batch with its factors (or blocks) as ``[pairs, *shape]``, a view of ``flat``."""
         blocks, offset = [], 0
         for batch in self._batches:
             numel = batch.slots.numel() * batch.shape[0] * batch.shape[1]
@@ -214,7 +215,7 @@ class GatheredPairs:
 
 
 def _present(gradient: Tensor | None, weight: Tensor) -> Tensor:
-    """The piece of a gradient, flat; nothing arrived where the rank holds nothing."""
+    """Return the piece of a gradient, flat. It is empty where the rank holds nothing of the factor."""
     if gradient is None:
         assert not weight.numel(), "a factor without a gradient cannot be refactored"
         return weight.new_empty(0)

@@ -1,9 +1,9 @@
-"""Where the time of a RefLoRA step goes, phase by phase, by timers around the functions that do the work.
+"""Time the phases of a RefLoRA step with timers around the functions that do the work.
 
-The timers wait for the device, so a phase is longer than in an undisturbed step; the parts are for comparison with each
-other. ``PHASES`` names the functions, ``BASELINE_PHASES`` those of what RefLoRA is measured against; there is nothing
-else to adapt when they change. Which phases a step has depends on the layout: rows that are cut, or a flat lora_A, are
-exchanged; Grams are summed in an all-reduce; and where the solve is dear, what ranks solved is gathered.
+The timers wait for the device, so a phase is longer than in an undisturbed step. Compare phases only with each other.
+``PHASES`` names the functions of RefLoRA, and ``BASELINE_PHASES`` those of the baselines. Nothing else here depends on
+these names. The phases of a step depend on the layout. Cut rows and a flat lora_A are exchanged. Gram matrices are
+summed in an all-reduce. Where the solve is expensive, the ranks' solutions are gathered.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ BASELINE_PHASES = {"gather": ("benchmarks.harness.baselines:GatheredPairs.gather
 
 @contextlib.contextmanager
 def timed_phases(device: torch.device, phases: Mapping[str, Sequence[str]] | None = None) -> Iterator[dict[str, float]]:
-    """Add up milliseconds by phase meanwhile, of those that occur. What is inside another phase is not counted in it.
+    """Add up milliseconds by phase while the context is open. A phase does not include the phases inside it.
 
     Raises:
-        RuntimeError: a function of ``phases`` (PHASES) does not exist.
+        RuntimeError: a function of ``phases`` (default: PHASES) does not exist.
     """
     phases = PHASES if phases is None else phases
     elapsed_ms: dict[str, float] = {}
-    inner_ms: list[float] = []  # by open phase, the time of the phases inside it
+    inner_ms: list[float] = []  # for each open phase the time of the phases inside it
 
     def timed(phase: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if phase == "exchange" and not args[0].takes_part:
-            return function(*args, **kwargs)  # of nothing
+            return function(*args, **kwargs)  # nothing is exchanged
         start = _now(device)
         inner_ms.append(0.0)
         try:
@@ -81,7 +81,7 @@ def _replaced(path: str, around: Callable[..., Any]) -> Iterator[None]:
 
 
 def _find(path: str) -> tuple[Any, str, Callable[..., Any]]:
-    """``package.module:Class.function``: what holds it, its name there, and the function."""
+    """Find ``package.module:Class.function``. Return its owner, its name there, and the function."""
     module, _, qualified = path.partition(":")
     *outer, name = qualified.split(".")
     try:

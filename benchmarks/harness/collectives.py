@@ -1,4 +1,4 @@
-"""The collectives of a step by themselves: recorded as they are issued, and issued again with nothing in between."""
+"""Record the collectives of a step, and issue them again with nothing in between."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ _MESSAGES = "batch_isend_irecv"
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One call, with tensors of its own in place of those it was made with."""
+    """A recorded call, with tensors of its own."""
 
     kind: str
-    payload_bytes: int  # of its first tensor
+    payload_bytes: int  # size of its first tensor
     dtype: str
     issue: Callable[[], Any]
 
     def as_dict(self) -> dict[str, Any]:
-        """Without the call, JSON-ready."""
+        """Return the fields without the call, JSON-ready."""
         return {"kind": self.kind, "payload_bytes": self.payload_bytes, "dtype": self.dtype}
 
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Collective]]:
-    """Collect the collectives that modules of reflora_dist call meanwhile; those of engines are not among them."""
+    """Record the collectives that modules of reflora_dist call, but not those of engines."""
     calls: list[Collective] = []
 
     def record(kind: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -50,7 +50,7 @@ def recorded() -> Iterator[list[Collective]]:
         for kind in (*_KINDS, *_NEWER_KINDS, _MESSAGES):
             if (original := getattr(dist, kind, None)) is not None:
                 stack.enter_context(_replaced(dist, kind, functools.partial(record, kind, original)))
-        # looked up when the module was imported
+        # the module looks this function up when it is imported
         gather = communication._all_gather
         stack.enter_context(_replaced(communication, "_all_gather", functools.partial(record, gather.__name__, gather)))
         yield calls
@@ -78,7 +78,7 @@ def _repeatable(kind: str, function: Callable[..., Any], args: tuple[Any, ...], 
 def _repeatable_messages(
     kind: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Collective:
-    """The same of messages between two ranks each; the payload is what this rank sends."""
+    """Make a repeatable call of point-to-point messages. The payload is what this rank sends."""
     (operations,) = args
     repeated = [
         dist.P2POp(

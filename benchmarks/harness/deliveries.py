@@ -1,4 +1,4 @@
-"""What collectives deliver to this rank, counted below all that calls them: torch's own operators are watched."""
+"""Count what collectives deliver to this rank, at the level of torch's own operators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NOTHING = ("send", "barrier", "monitored_barrier_")
 
 
 class Delivery(NamedTuple):
-    """One collective: the operator's name, and what this rank has from it, its own part included."""
+    """One collective: the operator's name, and the elements and bytes it gives this rank, its own part included."""
 
     kind: str
     numel: int
@@ -20,10 +20,10 @@ class Delivery(NamedTuple):
 
 
 class Deliveries(TorchDispatchMode):
-    """Lists the collectives meanwhile, whoever calls them.
+    """List all collectives while the mode is active, by any caller.
 
     Attributes:
-        calls: so far.
+        calls: the collectives so far.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Deliveries(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         kind = func._schema.name.partition("::")[2]
         if func.namespace == "c10d" and kind not in _NOTHING:
-            self._count(kind, args[0])  # the first argument is what is written
+            self._count(kind, args[0])  # the first argument is the output
         return result
 
     def _count(self, kind: str, delivered: Any) -> None:
@@ -44,5 +44,5 @@ class Deliveries(TorchDispatchMode):
 
     @property
     def bytes(self) -> int:
-        """Of all calls."""
+        """The bytes of all calls."""
         return sum(call.bytes for call in self.calls)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: models, engines, timing, and the record of where a figure comes from."""
+"""Engines: join the ranks, and wrap a model and its optimizer."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from reflora_dist import tall_adapters
 
-# those that shard store lora_A tall, as users get it; flat: as PEFT stores it; shard1: likewise, cut by columns
+# fsdp2, zero2 and zero3 store lora_A tall, the default for users; -flat as PEFT does; -shard1 too, cut by columns
 ENGINES = ("single", "ddp", "fsdp2", "zero2", "zero3", "fsdp2-flat", "zero2-flat", "zero3-flat", "fsdp2-shard1")
 BACKENDS = ("gloo", "nccl")
 
 
 def start(backend: str | None = None) -> torch.device:
-    """Join the launcher's process group, or make one of a single process, and return this rank's device.
+    """Join the launcher's process group, or make one of a single process. Return this rank's device.
 
     Args:
         backend: "gloo" lets several ranks share a GPU; by default NCCL with one GPU per rank, gloo without GPUs.
@@ -51,10 +51,10 @@ def start(backend: str | None = None) -> torch.device:
 
 
 def single_process_device(remedy: str) -> torch.device:
-    """The device of a benchmark that runs in one process.
+    """Return the device of a benchmark that runs in one process.
 
     Raises:
-        ValueError: it was launched on several ranks; the message ends with ``remedy``.
+        ValueError: the benchmark was launched on several ranks; the message ends with ``remedy``.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1:
@@ -63,20 +63,20 @@ def single_process_device(remedy: str) -> torch.device:
 
 
 def finish() -> None:
-    """Leave the process group; gloo's workers may abort if ranks leave at different times."""
+    """Leave the process group together, because gloo's workers may abort if ranks leave at different times."""
     dist.barrier()
     dist.destroy_process_group()
 
 
 @dataclasses.dataclass(frozen=True)
 class Trainee:
-    """A wrapped model: forward and backward in one call, the optimizer step in another.
+    """A wrapped model with its optimizer, and the calls that train it.
 
     Attributes:
-        model: as the engine returned it.
-        optimizer: likewise; what ``reflora_dist.attach`` takes.
-        backward: from a loss.
-        step: the update, and clearing the gradients.
+        model: the model as the engine returned it.
+        optimizer: the optimizer as the engine returned it, for ``reflora_dist.attach``.
+        backward: runs the backward pass of a loss.
+        step: updates the weights and clears the gradients.
     """
 
     model: torch.nn.Module
@@ -86,7 +86,7 @@ class Trainee:
 
 
 def wrap(engine: str, model: torch.nn.Module, *, micro_batch_size: int = 1, learning_rate: float = 1e-4) -> Trainee:
-    """Put a model under an engine, with fused AdamW over the factors, and lora_A stored as the engine's name says.
+    """Wrap a model in an engine, with fused AdamW over the factors. The engine's name decides how lora_A is stored.
 
     Raises:
         ValueError: the engine is not one of ENGINES.
@@ -115,12 +115,12 @@ def wrap(engine: str, model: torch.nn.Module, *, micro_batch_size: int = 1, lear
 
 
 def stores_tall(engine: str) -> bool:
-    """Whether lora_A is stored ``[in, r]`` under an engine."""
+    """Return whether lora_A is stored ``[in, r]`` under an engine."""
     return engine in ("fsdp2", "zero2", "zero3")
 
 
 def placement_fn(engine: str, model: torch.nn.Module) -> Callable[[torch.nn.Parameter], Shard | None] | None:
-    """What ``fully_shard`` is given as ``shard_placement_fn``: None, or columns for lora_A under "fsdp2-shard1"."""
+    """Return ``shard_placement_fn`` for ``fully_shard``: None, or columns for lora_A under "fsdp2-shard1"."""
     if engine != "fsdp2-shard1":
         return None
     by_columns = {parameter for name, parameter in model.named_parameters() if ".lora_A." in name}
@@ -144,5 +144,5 @@ def _deepspeed(engine: str, model: torch.nn.Module, micro_batch_size: int, learn
 
 
 def fused_adamw(model: torch.nn.Module, learning_rate: float = 1e-4) -> torch.optim.Optimizer:
-    """AdamW over what is trained, as one fused kernel per group of tensors."""
+    """Return AdamW over the trained parameters, with one fused kernel per group of tensors."""
     return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=learning_rate, fused=True)

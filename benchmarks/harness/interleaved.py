@@ -1,4 +1,4 @@
-"""Timing variants against each other: blocks of steps of each in turn, so that all see the same machine and memory."""
+"""Time variants against each other in blocks that take turns, so that all see the same state of the machine."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from benchmarks.harness.workloads import Workload
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How much is measured.
+    """The extent of a measurement.
 
     Attributes:
-        blocks: of steps, per variant.
-        steps: measured in each block.
-        block_seconds: a block of a slow variant has fewer steps, at least one.
+        blocks: number of blocks per variant.
+        steps: measured steps per block.
+        block_seconds: time limit of a block; a slow variant has fewer steps, at least one.
     """
 
     blocks: int
@@ -36,9 +36,9 @@ class Times:
     """Milliseconds of one variant, a list per block.
 
     Attributes:
-        step_ms: of the optimizer step alone, waited for before and after.
-        whole_step_ms: of all that the workload does; one value per block, the mean over steps that run one behind the
-            other without waiting for the device.
+        step_ms: the optimizer step alone; the device is waited for before and after.
+        whole_step_ms: the whole step of the workload. A block has one value, the mean over steps that run without
+            waiting for the device.
     """
 
     step_ms: list[list[float]] = dataclasses.field(default_factory=list)
@@ -52,18 +52,18 @@ def measure_times(
     advance: Callable[[], None],
     calls: Sequence[Collective] = (),
 ) -> tuple[dict[str, Times], Times, Times]:
-    """Time every variant, and the bare collectives, block after block; every other round in reverse order.
+    """Time every variant and the bare collectives, block after block. Every other round is in reverse order.
 
     Args:
-        workloads: by variant.
-        schedule: how much is measured.
-        device: of this rank.
+        workloads: the workloads by variant.
+        schedule: the extent of the measurement.
+        device: this rank's device.
         advance: called after every block of a variant.
         calls: collectives to time, with plain LoRA's workload.
 
     Returns:
-        Times by variant, those of issuing ``calls`` again and again, and those of plain LoRA that issues them before
-        every update, where ranks meet as they do in a step; the last two are empty if there are no calls.
+        Times by variant; times of issuing ``calls`` again and again; and times of plain LoRA that issues them before
+        every update, where ranks arrive as in a step. The last two are empty if there are no calls.
     """
     names = list(workloads)
     times, bare, placed = {name: Times() for name in names}, Times(), Times()
@@ -81,8 +81,8 @@ def measure_times(
 
 
 def _time_block(workload: Workload, schedule: Schedule, device: torch.device, times: Times) -> None:
-    run_step(workload)  # plans, and compiles or captures what the variant compiles
-    seconds, _ = _timed_step(workload, device)  # says for how many steps there is time
+    run_step(workload)  # the variant plans and compiles in its first step
+    seconds, _ = _timed_step(workload, device)  # decides how many steps fit into the block
     steps = _agreed(max(1, min(schedule.steps, int(schedule.block_seconds / seconds))), device)
     times.step_ms.append([_timed_step(workload, device)[1] for _ in range(steps)])
     start = now(device)
@@ -92,7 +92,7 @@ def _time_block(workload: Workload, schedule: Schedule, device: torch.device, ti
 
 
 def _timed_step(workload: Workload, device: torch.device) -> tuple[float, float]:
-    """Seconds of the whole step, milliseconds of its optimizer step."""
+    """Return the seconds of the whole step, and the milliseconds of its optimizer step."""
     start = now(device)
     workload.prepare()
     middle = now(device)
@@ -102,7 +102,7 @@ def _timed_step(workload: Workload, device: torch.device) -> tuple[float, float]
 
 
 def _agreed(steps: int, device: torch.device) -> int:
-    """The first rank's number: all ranks have to run the same steps."""
+    """Return the first rank's number, because all ranks must run equally many steps."""
     number = torch.tensor(steps, device=device)
     dist.broadcast(number, src=0)
     return int(number)
@@ -119,10 +119,10 @@ def _time_calls(calls: Sequence[Collective], steps: int, device: torch.device) -
 
 
 def record_collectives(workload: Workload, name: str) -> list[Collective]:
-    """The collectives of a variant's step once it has settled: those of its second step.
+    """Return the collectives of a variant's second step; the first one may issue others.
 
     Raises:
-        RuntimeError: the variant reports another number of collectives than were seen.
+        RuntimeError: the variant reports another number of collectives than it issued.
     """
     with installed(name, workload.trainee) as handle:
         run_step(workload)
@@ -135,12 +135,12 @@ def record_collectives(workload: Workload, name: str) -> list[Collective]:
 
 
 def measure_memory(workload: Workload, name: str, device: torch.device) -> dict[str, int]:
-    """Bytes that a variant takes on a GPU, from the allocator.
+    """Measure the bytes that a variant uses on a GPU, from the allocator.
 
     Returns:
-        ``held_bytes``: kept between steps, without what is there without the variant; ``step_peak_bytes``: of the
-        optimizer step alone, above what is allocated before it; ``training_peak_bytes``: largest allocation of a
-        whole step; ``reserved_bytes``: what the allocator took from the device for all of it.
+        ``held_bytes``: kept between steps, beyond what exists without the variant; ``step_peak_bytes``: peak of the
+        optimizer step alone, above the allocation before it; ``training_peak_bytes``: largest allocation of a whole
+        step; ``reserved_bytes``: the memory that the allocator took from the device.
     """
     gc.collect()
     torch.cuda.empty_cache()
@@ -166,11 +166,11 @@ def measure_memory(workload: Workload, name: str, device: torch.device) -> dict[
 
 
 def run_step(workload: Workload) -> None:
-    """One whole step, not timed."""
+    """Run one whole step, not timed."""
     workload.prepare()
     workload.step()
 
 
 def flattened(blocks: Sequence[Sequence[float]]) -> list[float]:
-    """All values of all blocks."""
+    """Return all values of all blocks."""
     return [value for block in blocks for value in block]

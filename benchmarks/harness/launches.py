@@ -1,4 +1,4 @@
-"""Starting a script on several ranks of this machine, for the benchmarks that are one process themselves."""
+"""Start a script on several ranks of this machine, for benchmarks that are one process themselves."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any
 
 
 def launch_ranks(script: Path, ranks: int, job: dict[str, Any]) -> dict[str, Any]:
-    """Run ``script JOB RESULT`` on so many ranks, in fresh processes: the files of its job and of its result, JSON.
+    """Run ``script JOB RESULT`` on several ranks, in fresh processes. JOB and RESULT are JSON files.
 
     Args:
-        script: its first rank writes the result.
-        ranks: how many.
-        job: JSON-ready.
+        script: the script; its first rank writes the result.
+        ranks: the number of ranks.
+        job: the script's input, JSON-ready.
 
     Returns:
-        The result.
+        The content of RESULT.
 
     Raises:
-        RuntimeError: a rank failed, or wrote nothing; the message holds the end of what all of them printed.
+        RuntimeError: a rank failed, or none wrote a result; the message has the end of the ranks' output.
     """
     with tempfile.TemporaryDirectory(prefix=f"{script.stem}-") as folder:
         job_file, result_file = Path(folder, "job.json"), Path(folder, "result.json")

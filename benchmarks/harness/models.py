@@ -1,4 +1,4 @@
-"""Models of the benchmarks: shapes of LLaMA-class models, and PEFT models of these shapes."""
+"""Shapes of LLaMA-class models, and PEFT models of these shapes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ModelShape:
     vocab_size: int
 
     def config(self, **changes: Any) -> LlamaConfig:
-        """The transformers configuration of this shape."""
+        """Return the transformers configuration of this shape."""
         return LlamaConfig(
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
@@ -39,7 +39,7 @@ class ModelShape:
         )
 
     def adapted_linears(self) -> list[tuple[str, int, int]]:
-        """``(name, in_features, out_features)`` of the seven adapted linears of one layer."""
+        """Return ``(name, in_features, out_features)`` of the seven adapted linears of one layer."""
         hidden, wide = self.hidden_size, self.intermediate_size
         keys = hidden // self.num_heads * self.num_key_value_heads
         sizes = [(hidden, hidden), (hidden, keys), (hidden, keys), (hidden, hidden)]
@@ -71,7 +71,7 @@ SHAPES = {
 
 
 def shape_of(model: str, num_layers: int | None) -> ModelShape:
-    """Of one of ``SHAPES``, with another number of layers where one is asked for."""
+    """Return one of ``SHAPES``, with another number of layers if one is given."""
     return SHAPES[model] if num_layers is None else dataclasses.replace(SHAPES[model], num_layers=num_layers)
 
 
@@ -84,10 +84,10 @@ def build_model(
     seed: int = 0,
     **changes: Any,
 ) -> torch.nn.Module:
-    """A LLaMA from its configuration with random weights, in train mode, and LoRA on all seven linears.
+    """Build a LLaMA with random weights, in train mode, and LoRA on all seven linears.
 
-    The base has ``dtype``, the factors are float32. lora_B gets random values too: PEFT's zero would be skipped.
-    ``changes`` go to the configuration.
+    The base has ``dtype``, and the factors are float32. lora_B gets random values too, because pairs with PEFT's B = 0
+    would be skipped. ``changes`` go to the configuration.
     """
     torch.manual_seed(seed)
     with device, _default_dtype(dtype):

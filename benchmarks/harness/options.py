@@ -1,4 +1,4 @@
-"""Options of the benchmarks: read from the command line, and the checks that most of them share."""
+"""Read the options of the benchmarks from the command line, and check them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _Options = TypeVar("_Options")
 
 
 def parse(kind: type[_Options]) -> _Options:
-    """The command line as a dataclass; what it refuses is told in one line, with exit code 2 as argparse has."""
+    """Return the command line as a dataclass. A refused value ends the program with one line and exit code 2."""
     parser = HfArgumentParser(kind)  # type: ignore[arg-type]
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     try:
@@ -25,7 +25,7 @@ def parse(kind: type[_Options]) -> _Options:
 
 
 def require_known(options: Any, **choices: Collection[str]) -> None:
-    """Raise ValueError for an option that is not one of its choices; None stands for one that was not given."""
+    """Raise ValueError for an option that is not one of its choices. None means that it was not given."""
     for name, known in choices.items():
         value = getattr(options, name)
         if value is not None and value not in known:
@@ -33,8 +33,8 @@ def require_known(options: Any, **choices: Collection[str]) -> None:
 
 
 def require_positive(options: Any, *names: str) -> None:
-    """Raise ValueError for a number that is not above 0; None stands for one that was not given."""
+    """Raise ValueError for a number that is not above 0. None means that it was not given."""
     for name in names:
         value = getattr(options, name)
-        if value is not None and not value > 0:  # nan is not, either
+        if value is not None and not value > 0:  # refuses nan, too
             raise ValueError(f"--{name} {value} must be positive")

@@ -1,4 +1,4 @@
-"""Records of benchmarks: hardware, versions and commit beside what was measured."""
+"""Records of benchmarks: the measurements with hardware, versions and commit."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Where a figure comes from: command, commit, versions, hardware, date."""
-    # the package falls back to plain torch code where its kernels do not work
+    """Return where a figure comes from: command, commit, versions, hardware, date."""
+    # if its kernels do not work, the package uses plain torch code
     without_kernels = {"without_kernels": True} if device.type == "cuda" and not kernels.usable(device) else {}
     packages = ("torch", "transformers", "peft", "accelerate", "deepspeed", "triton", "reflora_dist")
     return {
@@ -39,7 +39,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def hardware(device: torch.device) -> str:
-    """The accelerator's name, or the number and kind of CPU cores."""
+    """Return the accelerator's name, or the number and kind of CPU cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{os.cpu_count()} CPU cores ({platform.machine()})"
@@ -53,7 +53,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The repository's commit, with a plus sign if the working tree differs from it."""
+    """Return the repository's commit, with a plus sign if the working tree differs from it."""
     folder = Path(__file__).resolve().parent
     try:
         commit = subprocess.run(
@@ -75,9 +75,9 @@ def publish(
     markdown: Callable[[dict[str, Any]], str],
     **changes: Any,
 ) -> None:
-    """Show a benchmark's report, and write its record to ``arguments.output`` if that is given; on the first rank.
+    """Print a benchmark's report and write its record to ``arguments.output``, if given, on the first rank.
 
-    ``changes`` are to its provenance: a script that starts ranks of its own knows more.
+    ``changes`` replace entries of the provenance, for scripts that start ranks of their own.
     """
     if dist.is_initialized() and dist.get_rank() != 0:
         return
@@ -94,7 +94,7 @@ def publish(
 
 
 def write_json(path: str | Path, record: dict[str, Any]) -> None:
-    """Write a result where ``report.py`` finds it; only the first rank calls this."""
+    """Write a record as JSON. Only the first rank calls this."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")

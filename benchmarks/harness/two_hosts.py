@@ -1,9 +1,8 @@
 """Two hosts on this machine: Linux namespaces with a network, processes and a name each, joined by one Ethernet link.
 
-What starts on several machines is tried out on them, and `tc` can make their link as slow as a real one. They share
-the file system, as machines of a cluster do, and this machine's cores and memory. Needs root and iproute2. Nothing of
-them outlives this process: a host ends when the pipe to it closes, and takes all of its processes and its end of the
-link along.
+They serve to test what starts on several machines, and `tc` can make their link as slow as a real one. They share the
+file system, as machines of a cluster do, and this machine's cores and memory. They need root and iproute2. No host
+outlives this process: it ends when the pipe to it closes, together with its processes and its end of the link.
 """
 
 from __future__ import annotations
@@ -22,25 +21,25 @@ from pathlib import Path
 
 import psutil
 
-ADDRESSES = ("10.77.0.1", "10.77.0.2")  # exist inside the namespaces only
+ADDRESSES = ("10.77.0.1", "10.77.0.2")  # these exist inside the namespaces only
 LINK = "link0"
 _NAMESPACES = ("--net", "--pid", "--mount", "--uts", "--ipc")
-SYSTEM_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"  # where ip, tc and sshd are, too
-# A bucket of a few packets: the Grams of a small model (100 KB) would fit into a larger one and cross unhindered.
+SYSTEM_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"  # includes the folders of ip, tc and sshd
+# A bucket of a few packets. The Gram matrices of a small model (100 KB) would cross a larger one without delay.
 BURST_BYTES = 16_384
 _KEPT_OUTPUT = 6000
 
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """A host by the process that keeps its namespaces."""
+    """A host, known by the process that keeps its namespaces."""
 
     name: str
     address: str
     pid: int
 
     def command(self, *arguments: str | Path) -> list[str]:
-        """What runs a command on this host, as root."""
+        """Return the command line that runs a command on this host, as root."""
         return ["nsenter", f"--target={self.pid}", *_NAMESPACES, "--", *map(str, arguments)]
 
     def run(self, *arguments: str | Path) -> str:
@@ -51,12 +50,12 @@ class Host:
         return done.stdout
 
     def sent_bytes(self) -> int:
-        """What this host has put on the link so far, headers included."""
+        """Return the bytes that this host has sent on the link so far, headers included."""
         return int(self.run("cat", f"/sys/class/net/{LINK}/statistics/tx_bytes"))
 
 
 def refusal() -> str:
-    """Why there can be no hosts here, or ''."""
+    """Return why hosts cannot be made here, or ''."""
     missing = [tool for tool in ("unshare", "nsenter", "ip", "tc") if shutil.which(tool, path=SYSTEM_PATH) is None]
     if missing:
         return f"{', '.join(missing)} not found: install util-linux and iproute2"
@@ -67,18 +66,18 @@ def refusal() -> str:
 
 @contextlib.contextmanager
 def two_hosts(rate: str = "") -> Iterator[tuple[Host, Host]]:
-    """Hosts ``node0`` and ``node1`` that reach each other by name and address and nobody else.
+    """Make hosts ``node0`` and ``node1``, which reach only each other, by name and address.
 
     Args:
-        rate: of the link in each direction, as `tc` writes it ("100mbit"); as fast as the machine copies without.
+        rate: rate of the link in each direction, as `tc` writes it ("100mbit"); empty: as fast as the machine copies.
 
     Raises:
-        RuntimeError: the namespaces cannot be made; `refusal` says why.
+        RuntimeError: the namespaces cannot be made; `refusal` returns the reason.
     """
     with tempfile.TemporaryDirectory(prefix="hosts-") as folder, contextlib.ExitStack() as stack:
         first, second = (stack.enter_context(_host(index, Path(folder))) for index in range(2))
         first.run("ip", "link", "add", LINK, "type", "veth", "peer", "name", "peer0")
-        # a name for the other's namespace: ip takes a process id, and the outer one means nothing inside
+        # runs outside: ip takes a process id, and the one known here means nothing inside the namespace
         outside = ["nsenter", f"--target={first.pid}", "--net", "--", "ip", "link", "set", "peer0"]
         subprocess.run([*outside, "netns", str(second.pid)], env=_environment({}), check=True)
         second.run("ip", "link", "set", "peer0", "name", LINK)
@@ -93,7 +92,7 @@ def two_hosts(rate: str = "") -> Iterator[tuple[Host, Host]]:
 
 @contextlib.contextmanager
 def _host(index: int, folder: Path) -> Iterator[Host]:
-    """One host without its link; ``folder`` gets its files."""
+    """Make one host without its link. ``folder`` gets its files."""
     name = f"node{index}"
     hosts = folder / "hosts"
     lines = [f"{address} node{number}" for number, address in enumerate(ADDRESSES)]
@@ -108,7 +107,7 @@ def _host(index: int, folder: Path) -> Iterator[Host]:
         read -r _
     """
     command = ["unshare", *_NAMESPACES, "--fork", "--kill-child", "--mount-proc", "bash", "-e", "-c", setup]
-    # whatever becomes of this process, its end of the pipe closes: `read` returns, and with it the host ends
+    # however this process ends, its end of the pipe closes: then `read` returns, and the host ends
     keeper = subprocess.Popen(
         command, env=_environment({}), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -119,16 +118,16 @@ def _host(index: int, folder: Path) -> Iterator[Host]:
         (inside,) = psutil.Process(keeper.pid).children()
         yield Host(name, ADDRESSES[index], inside.pid)
     finally:
-        keeper.kill()  # and by --kill-child the host's first process, and with it all others
+        keeper.kill()  # --kill-child ends the host's first process, and with it all others
         keeper.communicate()
 
 
 def run_on(
     hosts: Sequence[Host], commands: Sequence[Sequence[str | Path]], timeout_s: float, **environment: str
 ) -> list[tuple[int, str]]:
-    """Run one command on each host at the same time. Returns exit codes and output, in the order of the hosts.
+    """Run one command on each host at the same time. Return exit codes and output, in the order of the hosts.
 
-    A command without an exit code when the time is up is ended, and has the code 124.
+    A command that still runs when the time is up is killed, and has the exit code 124.
     """
     with contextlib.ExitStack() as stack:
         processes, logs = [], []
@@ -150,7 +149,7 @@ def run_on(
 
 @contextlib.contextmanager
 def _killed(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """Kill a process and its descendants at the end, if they are still there."""
+    """Kill a process and its descendants at the end, if they still run."""
     try:
         yield process
     finally:
@@ -168,7 +167,7 @@ def _tail(log: object) -> str:
 
 
 def _environment(changes: Mapping[str, str]) -> dict[str, str]:
-    """What a user's shell with an active virtual environment has; nothing about interfaces or ranks."""
+    """Return the environment of a shell with an active virtual environment, without settings of interfaces."""
     inherited = {name: value for name, value in os.environ.items() if "_SOCKET_IFNAME" not in name}
     return {
         **inherited,

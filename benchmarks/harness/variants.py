@@ -1,9 +1,9 @@
-"""The variants that the benchmarks compare: which exist where, hooking them in, and proof that they agree.
+"""The variants that the benchmarks compare: list them, install them, and check that they agree.
 
 ``lora`` (nothing is done to the gradients), ``reflora``, ``reflora-s`` and the other methods of this package, ``loop``,
 ``gather-coalesced`` and ``gather-each`` (``baselines``: RefLoRA's result by other means), ``riemannian`` (PEFT's
-preconditioned optimizer, the method of ``scaled-gd``). A name that ends with ``-flat`` is the variant without it, on a
-model of its own that stores lora_A as PEFT does.
+preconditioned optimizer, the method of ``scaled-gd``). The suffix ``-flat`` means the same variant on a model of its
+own that stores lora_A as PEFT does.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _BASELINES: dict[str, Callable[[Engine], Callable[[], None]]] = {
     "gather-coalesced": lambda engine: Gather(engine, each=False),
     "gather-each": lambda engine: Gather(engine, each=True),
 }
-# Frobenius, relative, of refactored float32 gradients: rounding of S and of the product leaves 1e-6 at most.
+# Relative Frobenius error of refactored float32 gradients. Rounding of S and of the product leaves at most 1e-6.
 _TOLERANCE = 1e-5
 
 
 def choose(engine: str, wanted: Sequence[str]) -> list[str]:
-    """The variants to compare, plain LoRA first; all that the engine allows if none is named.
+    """Return the variants to compare, plain LoRA first; all that the engine allows if none is named.
 
     Raises:
         ValueError: a variant is unknown, or impossible under this engine.
@@ -53,19 +53,19 @@ def choose(engine: str, wanted: Sequence[str]) -> list[str]:
 
 
 def available(engine: str) -> tuple[str, ...]:
-    """Names of the variants under an engine: what cuts factors has nothing to loop over, and the reverse.
+    """Return the names of the variants under an engine. Loops need whole factors, and gathering needs cut ones.
 
-    PEFT's optimizer matches two-dimensional whole weights only, and does nothing elsewhere without saying so.
+    PEFT's optimizer needs two-dimensional whole weights. Elsewhere it does nothing, without an error.
     """
     return _WHOLE if engine in ("single", "ddp") else _SHARDED
 
 
 @contextlib.contextmanager
 def installed(name: str, trainee: Trainee) -> Iterator[Any]:
-    """Have a variant act on every optimizer step meanwhile. Yields the handle of ``attach``, or None.
+    """Make a variant act on every optimizer step inside. Yield the handle of ``attach``, or None.
 
     Raises:
-        RuntimeError: the method was not applied to every pair in every step, so its time would mean nothing.
+        RuntimeError: the method did not act on every pair in every step, so its time would mean nothing.
     """
     name = name.removesuffix(FLAT)
     if name == "lora":
@@ -99,13 +99,13 @@ def _applied_everywhere(handle: Handle) -> Iterator[None]:
 
 
 def innermost_engine(trainee: Trainee) -> Engine:
-    """What ``attach`` finds in a model and its optimizer."""
+    """Return the engine that ``attach`` finds in a model and its optimizer."""
     return find_engine(trainee.model, trainee.optimizer, find_pairs(trainee.model))
 
 
 @contextlib.contextmanager
 def without_updates(trainee: Trainee) -> Iterator[None]:
-    """Let optimizer steps run, hooks and all, without moving the weights."""
+    """Run optimizer steps with their hooks, but without moving the weights."""
     groups = innermost_engine(trainee).optimizer.param_groups
     rates = [group["lr"] for group in groups]
     for group in groups:
@@ -120,19 +120,19 @@ def without_updates(trainee: Trainee) -> Iterator[None]:
 def check_same_result(
     engine: str, names: Sequence[str], trainee: Trainee, run_step: Callable[[], None]
 ) -> dict[str, float]:
-    """Make sure that all ways to RefLoRA's gradients lead to the same ones, from the same weights and gradients.
+    """Check that all variants of RefLoRA give the same gradients from the same weights and gradients.
 
     Args:
-        engine: which has the reference: the loop where factors are whole, otherwise gathering them.
-        names: the variants; those of another method are left out.
+        engine: the engine. The reference is the loop for whole factors, otherwise gathering.
+        names: the variants; those of other methods are ignored.
         trainee: the model and optimizer.
-        run_step: one training step; every rank must call.
+        run_step: runs one training step; every rank must call.
 
     Returns:
-        By name the largest error of a factor's refactored gradient, Frobenius, relative.
+        By name the largest relative Frobenius error of a factor's refactored gradient.
 
     Raises:
-        RuntimeError: an error is above 1e-5, or refactoring changed nothing, so that the check proves nothing.
+        RuntimeError: an error is above 1e-5, or refactoring changes so little that the check proves nothing.
     """
     reference_name = "loop" if "loop" in available(engine) else "gather-coalesced"
     compared = [name for name in names if name in _SAME_RESULT and name != reference_name]
@@ -154,7 +154,7 @@ def check_same_result(
 
 
 def _gradients_after(name: str, trainee: Trainee, run_step: Callable[[], None]) -> list[Tensor]:
-    """This rank's pieces of all gradients as the update reads them, from fixed random ones."""
+    """Return this rank's pieces of all gradients as the update reads them, computed from fixed random ones."""
     engine = innermost_engine(trainee)
     seed = dist.get_rank() if engine.group is not None else 0  # replicas hold the same gradients
     seen: list[Tensor] = []
@@ -187,7 +187,7 @@ def _largest_error(values: Sequence[Tensor], references: Sequence[Tensor], group
 
 @contextlib.contextmanager
 def before_update(engine: Engine, action: Callable[[], None]) -> Iterator[None]:
-    """Do something before every update meanwhile."""
+    """Call ``action`` before every update inside."""
     handle = engine.optimizer.register_step_pre_hook(lambda *_: action())
     try:
         yield
@@ -205,9 +205,9 @@ def _riemannian_optimizer() -> Callable[..., torch.optim.Optimizer] | None:
 
 @contextlib.contextmanager
 def _lora_rite(trainee: Trainee) -> Iterator[Handle]:
-    """Steps of LoRARite in place of the trainee's optimizer, which an engine may hold, on the same parameters."""
+    """Replace the steps of the trainee's optimizer, which an engine may hold, by LoRARite's on the same parameters."""
     outer, inner = trainee.optimizer, innermost_engine(trainee).optimizer
-    # random gradients are as large as they are, and none shall be left out
+    # random gradients may be large, and no update may be skipped
     rite = LoRARite([torch.zeros(1)], update_skipping=0.0)
     rite.param_groups = inner.param_groups
     if outer is inner:
@@ -227,7 +227,7 @@ def _lora_rite(trainee: Trainee) -> Iterator[Handle]:
 
 @contextlib.contextmanager
 def _riemannian(trainee: Trainee) -> Iterator[None]:
-    """Steps of PEFT's optimizer in place of the trainee's, on the same state."""
+    """Replace the steps of the trainee's optimizer by those of PEFT's, on the same state."""
     create = _riemannian_optimizer()
     assert create is not None
     optimizer = trainee.optimizer

@@ -1,4 +1,4 @@
-"""What is timed: a whole training step, or the optimizer step of adapters without a model around them."""
+"""The timed workloads: a whole training step, or the optimizer step of adapters without their model."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ from reflora_dist import tall_adapters
 from reflora_dist.engines.pairs import find_pairs
 
 STEP_ENGINES = ("single", "ddp", "fsdp2", "fsdp2-flat", "fsdp2-shard1")
-_BATCHES = 4  # different ones, made in advance
+_BATCHES = 4  # number of different batches, made in advance
 
 
 class Workload(Protocol):
-    """A step in two parts, so that the second can be timed alone."""
+    """A step in two parts, so that the second part can be timed alone."""
 
     trainee: Trainee
 
     def prepare(self) -> None:
-        """All that comes before the optimizer step."""
+        """Do everything before the optimizer step."""
         ...
 
     def step(self) -> None:
-        """The optimizer step."""
+        """Run the optimizer step."""
         ...
 
 
 class OptimizerStep:
-    """Real adapters on a base that exists in shape only, with random gradients put back before every step.
+    """Real adapters on a base without memory, with the same random gradients before every step.
 
-    So the shapes of a 70B model fit on a device that its weights do not fit on.
+    So the adapters of a 70B model fit on a device that is too small for its weights.
 
     Args:
-        shape: of the model.
+        shape: the model's shape.
         lora_rank: r.
-        device: of the factors.
-        engine: one of STEP_ENGINES; under "fsdp2" the factors are sharded by rows as in a sharded model, lora_A stored
-            tall or, with "-flat", as PEFT does; under "fsdp2-shard1" that one by columns.
+        device: the factors' device.
+        engine: one of STEP_ENGINES. Under "fsdp2" factors are sharded by rows, with lora_A stored tall; with "-flat"
+            it is stored as PEFT does, and under "fsdp2-shard1" sharded by columns.
     """
 
     def __init__(self, shape: ModelShape, lora_rank: int, device: torch.device, engine: str) -> None:
@@ -61,8 +61,8 @@ class OptimizerStep:
             frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
             placement = placement_fn(engine, model)
             fully_shard(model, mesh=mesh, ignored_params=frozen, shard_placement_fn=placement)
-        optimizer = fused_adamw(model, 1e-7)  # gradients do not depend on the weights, so nothing shall drift
-        # looked up at every call: a variant may put another step in its place
+        optimizer = fused_adamw(model, 1e-7)  # gradients do not depend on the weights, so weights must not drift
+        # looked up at every call, because a variant may replace the step
         self.trainee = Trainee(model, optimizer, lambda loss: None, lambda: optimizer.step())
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
@@ -71,26 +71,26 @@ class OptimizerStep:
         self._values = [torch.randn_like(gradient) for gradient in self._gradients]
 
     def prepare(self) -> None:
-        torch._foreach_copy_(self._gradients, self._values)  # the last step may have refactored them in place
+        torch._foreach_copy_(self._gradients, self._values)  # the last step may have changed them in place
 
     def step(self) -> None:
         self.trainee.step()
 
 
 def adapters_alone(shape: ModelShape, lora_rank: int, device: torch.device) -> torch.nn.Module:
-    """A PEFT model with adapters on all seven linears, and a base that takes no memory."""
+    """Return a PEFT model with adapters on all seven linears, and a base without memory."""
     model = meta_adapters(shape, lora_rank)
     torch.manual_seed(0)
     for pair in find_pairs(model):
         for module in pair.factor_modules():
             module.to_empty(device=device)
         torch.nn.init.kaiming_uniform_(pair.lora_a, a=5**0.5)
-        torch.nn.init.normal_(pair.lora_b, std=0.02)  # PEFT's zero would be skipped
+        torch.nn.init.normal_(pair.lora_b, std=0.02)  # pairs with PEFT's B = 0 would be skipped
     return model
 
 
 def meta_adapters(shape: ModelShape, lora_rank: int) -> torch.nn.Module:
-    """The same of which nothing takes memory."""
+    """Return a PEFT model with adapters on all seven linears, all on the meta device."""
     with torch.device("meta"):
         base = LlamaForCausalLM(shape.config())
     config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LINEARS)
@@ -104,19 +104,19 @@ def _local(tensor: Tensor) -> Tensor:
 class TrainingStep:
     """Forward, backward and optimizer step of a model built from its configuration, on random tokens.
 
-    The base is bfloat16 on a GPU, with the forward under autocast unless DeepSpeed casts the model itself, and
-    float32 on a CPU. The factors that are updated are float32.
+    The base is bfloat16 on a GPU and float32 on a CPU. On a GPU the forward runs under autocast, unless DeepSpeed casts
+    the model itself. The updated factors are float32.
 
     Args:
         engine: one of ``engines.ENGINES``.
-        shape: of the model.
+        shape: the model's shape.
         lora_rank: r.
-        device: of this rank.
+        device: this rank's device.
         micro_batch_size: sequences per rank and backward.
         seq_len: tokens of a sequence.
-        accumulation_steps: backwards per optimizer step; not under DeepSpeed.
-        gradient_checkpointing: recompute activations in the backward.
-        changes: to the model's configuration.
+        accumulation_steps: backward passes per optimizer step; 1 under DeepSpeed.
+        gradient_checkpointing: whether the backward pass recomputes activations.
+        changes: changes of the model's configuration.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class TrainingStep:
         self._next = itertools.cycle(self._batches)
 
     def prepare(self) -> None:
-        """Forward and backward of all micro-batches; the loss of the last is kept in ``last_loss``."""
+        """Run forward and backward of all micro-batches. ``last_loss`` keeps the loss of the last one."""
         for _ in range(self._accumulation_steps):
             batch = next(self._next)
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):

@@ -1,1 +1,1 @@
-"""Programs that a benchmark starts on every rank."""
+"""Scripts that a benchmark starts on every rank."""

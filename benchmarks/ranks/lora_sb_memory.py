@@ -1,6 +1,6 @@
-"""One rank of ``lora_sb_memory.py``: initializes by one variant and says what it took.
+"""One rank of ``benchmarks/lora_sb_memory.py``: run one variant and record its time and memory.
 
-Started by it through ``torch.distributed.run`` with the job's file and the result's.
+That script starts it through ``torch.distributed.run``, with the paths of the job and of the result.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def _reset_peak(device: torch.device) -> int:
-    """Forget the peak of building the model; returns what is held now."""
+    """Reset the peak after the model was built. Return the bytes held now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
@@ -72,9 +72,9 @@ def _batches(job: dict[str, Any], device: torch.device) -> list[dict[str, Tensor
 
 
 def _adapted(base: nn.Module, batches: list[dict[str, Tensor]], job: dict[str, Any]) -> float | None:
-    """With adapters, as every rank of DDP holds them. Returns the energy of ``B R A``, None without."""
+    """Initialize adapters that every rank holds whole, or only train. Return the energy of ``B R A``, or None."""
     config = LoraXSConfig(r=job["lora_rank"], target_modules=models.LINEARS)
-    # not wrapped: DDP's own copies of the weights would be the peak
+    # not wrapped, because DDP's own copies of the weights would be the peak
     model = get_peft_model(base, config)  # type: ignore[arg-type]
     optimizer = engines.fused_adamw(model)
     if job["variant"] == "training":
@@ -87,7 +87,7 @@ def _adapted(base: nn.Module, batches: list[dict[str, Tensor]], job: dict[str, A
 
 
 def _all_at_once(base: nn.Module, batches: list[dict[str, Tensor]], job: dict[str, Any]) -> float:
-    """The gradients of all adapted weights on every rank, as published but for their copies. Returns the energy."""
+    """Hold the gradients of all adapted weights on every rank, as published but without copies. Return the energy."""
     weights = [module.weight for name, module in base.named_modules() if name.endswith(tuple(models.LINEARS))]
     for weight in weights:
         weight.requires_grad_(True)

@@ -1,6 +1,6 @@
-"""What each rank of ``scaling.py`` runs: checked and timed training, bare collectives and products, held-out steps.
+"""One rank of ``benchmarks/scaling.py``: check and time training, bare collectives, products and held-out steps.
 
-Started by ``scaling.py`` under torchrun, with a job and the path of its result, both JSON.
+That script starts it under torchrun, with the paths of a job and of the result, both JSON.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ CONFIG = RefLoRAConfig(method="reflora", warmup_steps=0)
 CHECK_STEPS = 4
 CHECK_LEARNING_RATE = 5e-3  # large enough that LoRA and RefLoRA differ after a few steps
 TIMED_LEARNING_RATE = 1e-4
-CHECK_TOLERANCE = 2e-5  # relative, of losses in float32 whose sums are taken in another order
-# (hidden size, layers, r) of steps that constants are fitted to, and of those that only check them
+CHECK_TOLERANCE = 2e-5  # relative; engines sum float32 losses in other orders
+# (hidden size, layers, r) of the steps for the fit, and of those that only check it
 WHOLE_SIZES = ((128, 1, 4), (256, 4, 4), (256, 2, 64), (512, 2, 16), (1024, 2, 4), (1024, 1, 64))
 FITTED_SIZES = ((256, 4, 4), (256, 2, 64), (640, 2, 16))
 HELD_OUT_SIZES = ((512, 8, 16), (384, 4, 8), (768, 4, 32))
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def training_cells(job: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
-    """Weak and strong scaling of every engine on this number of ranks, after checking that they train alike."""
+    """Measure weak and strong scaling of every engine on these ranks, after checking that engines train alike."""
     ranks = dist.get_world_size()
     shape = models.SHAPES[job["shape"]]
     model_of = functools.partial(models.build_model, shape, job["lora_rank"], device, seed=job["seed"])
@@ -88,14 +88,14 @@ def training_cells(job: dict[str, Any], device: torch.device) -> list[dict[str, 
 
 
 def _global_batches(job: dict[str, Any], vocab_size: int, device: torch.device) -> list[Batch]:
-    """One batch over and over, so that its loss falls, and falls differently under LoRA and RefLoRA."""
+    """Return one batch several times, so that its loss falls, and differently under LoRA and RefLoRA."""
     generator = torch.Generator().manual_seed(job["seed"])
     size = (job["global_batch_size"], job["seq_len"])
     return CHECK_STEPS * [torch.randint(vocab_size, size, generator=generator).to(device)]
 
 
 def _reference_losses(model_of: Callable[[], torch.nn.Module], batches: list[Batch]) -> dict[str, list[float]]:
-    """Losses of LoRA and of the plain single-process RefLoRA on whole batches."""
+    """Return the losses of LoRA and of the plain single-process RefLoRA on whole batches."""
     losses: dict[str, list[float]] = {}
     for method in ("lora", "reflora"):
         model = model_of()
@@ -113,7 +113,7 @@ def _reference_losses(model_of: Callable[[], torch.nn.Module], batches: list[Bat
 
 
 def _losses(trainee: engines.Trainee, batches: list[Batch]) -> list[float]:
-    """The mean losses of RefLoRA steps, each rank on its part of the batches."""
+    """Return the mean losses of RefLoRA steps, with each rank on its part of the batches."""
     handle = attach(trainee.model, trainee.optimizer, CONFIG)
     losses = []
     for batch in batches:
@@ -129,10 +129,10 @@ def _losses(trainee: engines.Trainee, batches: list[Batch]) -> list[float]:
 
 
 def check_losses(engine: str, ranks: int, losses: list[float], expected: dict[str, list[float]]) -> None:
-    """Make sure that an engine trains as the plain RefLoRA does, and that this would show if it did not.
+    """Check that an engine trains like the plain RefLoRA, and that the check can tell LoRA from RefLoRA.
 
     Raises:
-        RuntimeError: it does not, or LoRA would have passed as well.
+        RuntimeError: the losses differ, or LoRA would pass the check, too.
     """
 
     def distance(others: list[float]) -> float:
@@ -150,7 +150,7 @@ def check_losses(engine: str, ranks: int, losses: list[float], expected: dict[st
 def _time_training(
     trainee: engines.Trainee, batch_size: int, job: dict[str, Any], vocab_size: int, device: torch.device
 ) -> dict[str, Any]:
-    """Blocks of steps with and without the method take turns; milliseconds per step, the first of a block left out."""
+    """Time blocks of steps with and without the method in turn, in milliseconds. A block's first step is left out."""
     times: dict[str, dict[str, list[float]]] = {
         name: {"optimizer_step_ms": [], "training_step_ms": []} for name in ("lora", "reflora")
     }
@@ -188,7 +188,7 @@ def _timed_step(trainee: engines.Trainee, batch: Batch, device: torch.device) ->
 
 
 class AddedTime:
-    """Attaches RefLoRA and times its hooks: the step's own hooks run in the order in which they were registered."""
+    """Attach RefLoRA and time its hooks, with hooks before and after them: hooks run in the order of registration."""
 
     def __init__(self, model: torch.nn.Module, optimizer: Any, device: torch.device) -> None:
         self._device = device
@@ -207,7 +207,7 @@ class AddedTime:
         self._seconds += since(self._start, self._device)
 
     def take(self) -> float:
-        """Seconds on this rank since the last call."""
+        """Return the seconds on this rank since the last call."""
         taken, self._seconds = self._seconds, 0.0
         return taken
 
@@ -218,10 +218,10 @@ class AddedTime:
 
 
 def measure_events(rounds: int, device: torch.device) -> list[dict[str, Any]]:
-    """Bare collectives, packing and whole-factor steps, in turn; each with what is counted in it and its times.
+    """Time bare collectives, packing and steps on whole factors in turn, and count their events.
 
     Returns:
-        ``{"kind", "size", "ranks", "counts", "seconds"}`` each.
+        For each a dictionary ``{"kind", "size", "ranks", "counts", "seconds"}``.
     """
     points = [*collectives(device), *packings(device), *_whole_steps(device)]
     times: list[list[float]] = [[] for _ in points]
@@ -238,7 +238,7 @@ def measure_events(rounds: int, device: torch.device) -> list[dict[str, Any]]:
 
 
 def _whole_steps(device: torch.device) -> Iterator[dict[str, Any]]:
-    """Steps on whole factors, which send nothing: Grams, the solve and the products."""
+    """Yield steps on whole factors, which send nothing: Gram matrices, the solve and products."""
     evicted = torch.zeros(EVICTED_BYTES // 4, device=device)
     for size in WHOLE_SIZES:
         shape, lora_rank = _shape(*size[:2]), size[2]
@@ -265,7 +265,7 @@ def _whole_steps(device: torch.device) -> Iterator[dict[str, Any]]:
 
 
 def sharded_step(engine: str, size: tuple[int, int, int], rounds: int, device: torch.device) -> dict[str, Any]:
-    """What RefLoRA adds to a step of an engine: what is counted in it, its times, the bytes that each rank sent."""
+    """Measure what RefLoRA adds to a step of an engine: events, times, and the bytes that each rank sent."""
     shape, lora_rank = _shape(*size[:2]), size[2]
     ranks = dist.get_world_size()
     trainee = engines.wrap(engine, models.build_model(shape, lora_rank, device))
@@ -287,7 +287,7 @@ def sharded_step(engine: str, size: tuple[int, int, int], rounds: int, device: t
         "kind": f"step of {engine}",
         "size": _name(size),
         "ranks": ranks,
-        "counts": cost_events.merge(*(choices[0] for choices in steps)),  # a node's ranks form a ring
+        "counts": cost_events.merge(*(choices[0] for choices in steps)),  # the ranks of one node use the ring
         "sent_bytes": sent,
         "predicted_bytes": cost_model.sent_bytes(way, adapters, ranks, layout, device.type).tolist(),
         "seconds": timing.spread(_slowest(times[WARM_UP_ROUNDS:])),
@@ -310,7 +310,7 @@ def _name(size: tuple[int, int, int]) -> str:
 
 
 def _slowest(seconds: list[float]) -> list[float]:
-    """Per measurement the time of the slowest rank."""
+    """Return the slowest rank's time of each measurement."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, seconds)
     return [max(values) for values in zip(*gathered, strict=True)]

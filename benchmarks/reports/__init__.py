@@ -1,1 +1,1 @@
-"""Results as Markdown and plots, one module per benchmark: ``markdown(record)`` and ``plot(record)``."""
+"""Reports as Markdown and plots, one module per benchmark: ``markdown(record)`` and ``plot(record)``."""

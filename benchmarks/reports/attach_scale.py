@@ -1,4 +1,4 @@
-"""The figures of ``attach_scale.py`` as Markdown."""
+"""Report of ``attach_scale.py``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from benchmarks.reports.shared import source_line, table
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """One row per engine."""
+    """Return a table with one row per engine."""
     arguments, results = record["arguments"], record["results"]
     limits = results["limits"]
     header = ["engine", "lora_A", "received, MB", "seconds", "memory grown, MB", "collectives"]
@@ -40,7 +40,7 @@ def _row(engine: str, figures: dict[str, Any]) -> list[str]:
 
 
 def headline(record: dict[str, Any]) -> str:
-    """What attaching tall adapters costs a rank at most."""
+    """Return the largest cost of attaching tall adapters, as a sentence."""
     arguments, engines = record["arguments"], record["results"]["engines"]
     tall = [figures for engine, figures in engines.items() if not engine.endswith("-flat")]
     most = {key: max(figures[key] for figures in tall) for key in ("received_bytes", "seconds", "grown_bytes")}
@@ -52,4 +52,4 @@ def headline(record: dict[str, Any]) -> str:
 
 
 def plot(record: dict[str, Any]) -> None:
-    """Four rows need no picture."""
+    """Return no plot: the table has four rows."""

@@ -1,4 +1,4 @@
-"""The convergence sweep's results: tuned losses, the whole sweep, paired differences, curves."""
+"""Report of ``convergence.py``: tuned losses, the whole sweep, paired differences, curves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLOURS = {
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """What each method reaches at its own best learning rate, the whole sweep, and where the figures come from."""
+    """Return the loss of each method at its best learning rate, the whole sweep, and the source of the figures."""
     arguments, results = record["arguments"], record["results"]
     material = results["material"]
     text = ", ".join("/".join(name.split("/")[-2:]) for name in arguments["dataset"]) or "embedded records"
@@ -110,7 +110,7 @@ def _range(found: dict[str, Any]) -> str:
 
 
 def plot(record: dict[str, Any]) -> Any:
-    """Held-out loss by step and by training time at each method's best rate, and final loss by learning rate."""
+    """Plot held-out loss by step and by training time at each method's best rate, and final loss by rate."""
     from matplotlib.figure import Figure
 
     results = record["results"]
@@ -133,7 +133,7 @@ def plot(record: dict[str, Any]) -> Any:
 
 
 def _band(axes: Any, x: list[float], entries: list[dict[str, Any]], colour: str, label: str, marker: str = "") -> None:
-    """A mean with its standard deviation shaded; a gap where runs diverged."""
+    """Draw a mean with its standard deviation shaded, and a gap where runs diverged."""
     nan = float("nan")
     mean = [nan if entry["mean"] is None else entry["mean"] for entry in entries]
     sd = [nan if entry["sd"] is None else entry["sd"] for entry in entries]
@@ -143,7 +143,7 @@ def _band(axes: Any, x: list[float], entries: list[dict[str, Any]], colour: str,
 
 
 def _limit(results: dict[str, Any], *panels: Any) -> None:
-    """Show the last third of the way down from the start's loss, where methods and rates differ."""
+    """Limit the axis to the last third of the fall of the loss, where methods and rates differ."""
     methods = results["methods"].values()
     means = [entry["mean"] for tuned in methods for entry in tuned["sweep"] if entry["mean"] is not None]
     start = next(iter(methods))["curves"]["held_out"][0]["mean"]

@@ -1,4 +1,4 @@
-"""The figures of ``fsdp2_gathers.py`` as Markdown."""
+"""Report of ``fsdp2_gathers.py``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from benchmarks.reports.shared import source_line, table
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """One row per r and storage."""
+    """Return a table with one row per r and storage."""
     rows = [
         [
             str(row["lora_rank"]),
@@ -32,4 +32,4 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def plot(record: dict[str, Any]) -> None:
-    """A few numbers need no picture."""
+    """Return no plot: the table has few numbers."""

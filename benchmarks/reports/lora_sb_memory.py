@@ -1,4 +1,4 @@
-"""Table and plot of ``lora_sb_memory.py``'s records."""
+"""Report of ``lora_sb_memory.py``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MIB = 2**20
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """One row per variant and number of ranks; the peak, and what it is beyond the model itself."""
+    """Return a table of peak memory, whole and beyond the model, by variant and number of ranks."""
     arguments, results = record["arguments"], record["results"]
     rows = []
     for cell in results["cells"]:
@@ -43,7 +43,7 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def plot(record: dict[str, Any]) -> Figure:
-    """Peak memory per rank, one bar per variant and number of ranks."""
+    """Plot peak memory per rank, with one bar per variant and number of ranks."""
     from matplotlib.figure import Figure
 
     cells = record["results"]["cells"]

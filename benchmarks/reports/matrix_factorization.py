@@ -1,4 +1,4 @@
-"""The toy problem's results: what each method reaches at the paper's learning rates and at its own best."""
+"""Report of ``matrix_factorization.py``: losses at the paper's learning rates and at each method's best rate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PAPER_RATES = ("0.01", "0.03")
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """One table per problem, the checks, and where the figures come from."""
+    """Return one table per problem, the checks, and the source of the figures."""
     arguments = record["arguments"]
     lines = [
         f"Matrix factorization, {arguments['size']} x {arguments['size']}, r = {arguments['lora_rank']}, "
@@ -69,7 +69,7 @@ def _number(value: float | None) -> str:
 
 
 def plot(record: dict[str, Any]) -> Any:
-    """Loss by iteration, one panel per problem: the paper's rates, and each method's best as dots."""
+    """Plot loss by iteration, one panel per problem: at the paper's rates, and dotted at each method's best."""
     from matplotlib.figure import Figure
 
     problems = record["results"]["problems"]
@@ -87,7 +87,7 @@ def plot(record: dict[str, Any]) -> Any:
 
 
 def _draw(axes: Any, curves: dict[str, list[float | None]], **style: Any) -> None:
-    """A median with its quartiles shaded; what diverges leaves through the top."""
+    """Draw a median with its quartiles shaded. Diverging curves leave through the top."""
     low, median, high = (
         [CEILING if x is None else min(x, CEILING) for x in curves[name]] for name in ("q1", "median", "q3")
     )

@@ -1,4 +1,4 @@
-"""The figures of ``overhead.py`` as Markdown and as a plot."""
+"""Report of ``overhead.py``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _QUEUED = (
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """A table per lora_rank: times, what is added to plain LoRA, memory; then collectives and phases where measured."""
+    """Return a table per r: times, what is added to plain LoRA, memory; then collectives and phases if measured."""
     arguments, results = record["arguments"], record["results"]
     shape = results["shape"]
     lines = [
@@ -39,7 +39,7 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def headline(record: dict[str, Any]) -> str:
-    """What RefLoRA adds to the optimizer step under an engine, beside whole factors gathered first."""
+    """Return what RefLoRA adds to the optimizer step, beside whole factors gathered first, as a sentence."""
     arguments, run = record["arguments"], record["results"]["runs"][0]
     reflora, gather = run["variants"]["reflora"], run["variants"]["gather-coalesced"]
     ranks, hardware = record["world_size"], record["hardware"]
@@ -130,7 +130,7 @@ def _phase_table(phases: dict[str, dict[str, float]]) -> str:
 
 
 def plot(record: dict[str, Any]) -> Figure:
-    """What each variant adds to the optimizer step, by r; and the phases of a RefLoRA step where measured."""
+    """Plot what each variant adds to the optimizer step, by r, and the phases of a RefLoRA step if measured."""
     from matplotlib.figure import Figure
 
     runs = record["results"]["runs"]

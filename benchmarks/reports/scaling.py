@@ -1,4 +1,4 @@
-"""Scaling measured, the cost model against measurement, and its predictions, as Markdown and one figure."""
+"""Report of ``scaling.py``: measured scaling, the cost model against measurements, and its predictions."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _EVENTS = {
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """All tables of a record."""
+    """Return all tables of a record."""
     results = record["results"]
     parts = [
         source_line(record),
@@ -90,7 +90,7 @@ def _quartiles(values: dict[str, float], factor: float = 1.0) -> str:
 
 
 def error_summary(points: Sequence[dict[str, Any]]) -> str:
-    """The middle and the largest error of the model on measured points."""
+    """Return the median and the largest error of the model on measured points, as text."""
     errors = [abs(point["relative_error"]) for point in points]
     return f"median {statistics.median(errors):.0%}, largest {max(errors):.0%}, {len(errors)} points"
 
@@ -139,7 +139,7 @@ def _model_markdown(model: dict[str, Any]) -> str:
 
 
 def predictions_markdown(predictions: dict[str, Any]) -> str:
-    """Predicted cost of every way, and where the constants come from."""
+    """Return the predicted costs of every way, and the sources of the constants."""
     assumed = predictions["assumptions"]
     parts = [
         "### Predictions",
@@ -209,7 +209,7 @@ def _link(source: Sequence[str]) -> str:
 
 
 def plot(record: dict[str, Any]) -> Any:
-    """Tokens/s against ranks, the model against measurement, predicted cost against GPUs, as a matplotlib Figure."""
+    """Plot tokens/s by ranks, the model against measurements, and predicted costs by GPUs."""
     from matplotlib.figure import Figure
 
     results = record["results"]

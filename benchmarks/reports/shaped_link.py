@@ -1,4 +1,4 @@
-"""The figures of ``shaped_link.py`` as Markdown and as a plot."""
+"""Report of ``shaped_link.py``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _EXCHANGE = ("gather", "exchange")
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """A table by link and way: the step, its communication and the rest, and how long the bytes take at that rate."""
+    """Return a table by link and way: the step, its phases, and the time of the bytes at the link's rate."""
     arguments, results = record["arguments"], record["results"]
     errors = [cell["largest_relative_error"] for cell in results["cells"] if cell["largest_relative_error"] is not None]
     header = [
@@ -43,7 +43,7 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def headline(record: dict[str, Any]) -> str:
-    """The optimizer step on the slowest link, by what is sent."""
+    """Return the optimizer step on the slowest link by way, as a sentence."""
     results = record["results"]
     slowest = min(cell["mbit"] for cell in results["cells"] if cell["mbit"])
     steps = {cell["way"]: cell["step_ms"]["median"] for cell in results["cells"] if cell["mbit"] == slowest}
@@ -68,7 +68,7 @@ def _row(cell: dict[str, Any]) -> list[str]:
 
 
 def split(cell: dict[str, Any]) -> tuple[float, float, float]:
-    """Milliseconds of gathering or exchanging, of the Grams' all-reduce, and of all else."""
+    """Return milliseconds of gathering or exchanging, of the Gram matrices' all-reduce, and of all else."""
     medians = {phase: spread["median"] for phase, spread in cell["phases_ms"].items()}
     exchange = sum(medians.get(phase, 0.0) for phase in _EXCHANGE)
     reduction = medians.get("all_reduce", 0.0)
@@ -76,14 +76,14 @@ def split(cell: dict[str, Any]) -> tuple[float, float, float]:
 
 
 def link(mbit: int) -> str:
-    """The name of a link by its rate."""
+    """Return the name of a link by its rate."""
     if not mbit:
         return "unshaped"
     return f"{mbit / 1000:g} Gbit/s" if mbit >= 1000 else f"{mbit} Mbit/s"
 
 
 def plot(record: dict[str, Any]) -> Figure:
-    """The parts of a step on top of each other, a panel per link."""
+    """Plot the parts of a step as stacked bars, one panel per link."""
     from matplotlib.figure import Figure
 
     cells = record["results"]["cells"]

@@ -1,4 +1,4 @@
-"""What the reports share."""
+"""Helpers of all reports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def source_line(record: dict[str, Any]) -> str:
-    """Where a record's figures come from: command, commit, versions, hardware, date."""
+    """Return where a record's figures come from: command, commit, versions, hardware, date."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
     ranks = "" if record["world_size"] == 1 else f"{record['world_size']} ranks, "
     commit = record["commit"] or "unknown"
@@ -16,6 +16,6 @@ def source_line(record: dict[str, Any]) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,4 +1,4 @@
-"""The figures of ``throughput.py`` as Markdown and as a plot."""
+"""Report of ``throughput.py``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _GIB, _MIB = 2**30, 2**20
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """One row per variant, and the formula behind MFU."""
+    """Return a table with one row per variant, and the formula of MFU."""
     arguments, results = record["arguments"], record["results"]
     shape = results["shape"]
     on_gpu = results["variants"]["lora"]["peak_allocated_bytes"] is not None
@@ -39,7 +39,7 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def headline(record: dict[str, Any]) -> str:
-    """Throughput and memory of RefLoRA beside plain LoRA, and throughput of the loop."""
+    """Return throughput and memory of RefLoRA beside plain LoRA, and throughput of the loop, as a sentence."""
     arguments, results = record["arguments"], record["results"]
     variants = results["variants"]
     added = variants["reflora"]["peak_allocated_bytes"] - variants["lora"]["peak_allocated_bytes"]
@@ -76,7 +76,7 @@ def _table(results: dict[str, Any], on_gpu: bool) -> str:
 
 
 def plot(record: dict[str, Any]) -> Figure:
-    """Tokens per second and device, one bar per variant."""
+    """Plot tokens per second and device, with one bar per variant."""
     from matplotlib.figure import Figure
 
     arguments, variants = record["arguments"], record["results"]["variants"]

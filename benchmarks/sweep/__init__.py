@@ -1,1 +1,1 @@
-"""Convergence: data, runs and statistics."""
+"""Parts of the convergence benchmark: data, runs and statistics."""

@@ -1,4 +1,4 @@
-"""Model and text of the convergence benchmark: tokenized once, then shared by all runs. Needs no ``datasets``."""
+"""Model and text of the convergence benchmark, tokenized once and shared by all runs. Needs no ``datasets``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from launchers.data.tokenization import IGNORE_INDEX, Collator, TokenizationSett
 from reflora_dist.engines.bare_base import require_no_adapter
 
 EVAL_BATCH_SIZE = 16
-SPLIT_SEED = 0  # the held-out records are the same for every run, whatever its seed
+SPLIT_SEED = 0  # the held-out records do not depend on a run's seed
 
 Example = dict[str, list[int]]
 Batch = dict[str, Tensor]
@@ -26,7 +26,7 @@ Batch = dict[str, Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Material:
-    """What every run of a sweep trains on and is judged by; small enough to be sent to worker processes."""
+    """Training and held-out data of every run of a sweep. It is small enough to be sent to worker processes."""
 
     model: Path
     train: list[Example]
@@ -34,7 +34,7 @@ class Material:
     pad_token_id: int
 
     def batches(self, seed: int, steps: int, batch_size: int, device: torch.device) -> list[Batch]:
-        """The training batches of one seed in order, on the device; epochs are shuffled anew."""
+        """Return the training batches of one seed in order, on the device. Every epoch is shuffled anew."""
         generator = torch.Generator().manual_seed(seed)
         order: list[int] = []
         while len(order) < steps * batch_size:
@@ -43,20 +43,20 @@ class Material:
         return [self._collate([self.train[i] for i in order[s : s + batch_size]], device) for s in starts]
 
     def held_out_batches(self, device: torch.device) -> list[Batch]:
-        """All held-out examples, those of like length together."""
+        """Return batches of all held-out examples, sorted by length."""
         ordered = sorted(self.held_out, key=lambda example: len(example["input_ids"]))
         starts = range(0, len(ordered), EVAL_BATCH_SIZE)
         return [self._collate(ordered[s : s + EVAL_BATCH_SIZE], device) for s in starts]
 
     def _collate(self, examples: list[Example], device: torch.device) -> Batch:
         batch = Collator(pad_token_id=self.pad_token_id)(examples)
-        # Padding stands on the right and has no label: under a causal mask nothing that counts can see it, and
-        # without a mask attention takes its fast path.
+        # Padding is on the right and has no label. Under a causal mask no real token sees it, and without a mask
+        # attention takes its fast path.
         del batch["attention_mask"]
         return {name: tensor.to(device) for name, tensor in batch.items()}
 
     def describe(self) -> dict[str, Any]:
-        """Sizes, and a digest of model and text by which the runs of one sweep are recognised."""
+        """Return sizes, and a digest of model and text that identifies the runs of one sweep."""
         digest = hashlib.sha256(json.dumps([self.train, self.held_out]).encode())
         for path in sorted(self.model.glob("*.safetensors")):
             with open(path, "rb") as file:
@@ -84,8 +84,8 @@ def prepare(
 
     Args:
         model: folder of a pre-trained causal language model; None for the embedded one.
-        dataset: instruction files to train on; none for the embedded records.
-        eval_dataset: instruction files held out; none to set ``eval_fraction`` of ``dataset`` aside.
+        dataset: instruction files to train on; empty for the embedded records.
+        eval_dataset: held-out instruction files; empty to hold out ``eval_fraction`` of ``dataset``.
 
     Raises:
         ValueError: a path does not exist, or a record cannot be used.

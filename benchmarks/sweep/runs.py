@@ -1,4 +1,4 @@
-"""The runs of the convergence benchmark: one fine-tuning run, what is checked and timed before a sweep, the sweep."""
+"""Runs of the convergence benchmark: one fine-tuning run, the checks and timings before a sweep, the sweep."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from reflora_dist.lora_sb import METHODS as LATENT_METHODS
 from reflora_dist.lora_sb import LoRASBConfig, LoraXSConfig, initialize_lora_sb, initialize_lora_xs
 from reflora_dist.methods.registry import METHODS
 
-# zero: PEFT's default, B = 0. drawn: B is drawn as A is, and the base gives up the product (the published code's
-# re_init), so that the model is the same and S exists from the first step on.
+# zero: PEFT's default, B = 0. drawn: B is drawn like A, and the product is subtracted from the base (the published
+# code's re_init). Then the model is the same, and S exists from the first step on.
 STARTS = ("zero", "drawn")
 CHECKED_STEPS = 3
-# Runs of one seed do the same arithmetic up to the end of the warm-up; some GPU kernels add up in any order.
+# Runs of one seed compute the same up to the end of the warm-up, but some GPU kernels sum in any order.
 CHECK_TOLERANCE = 1e-4
 TIMED_ROUNDS, TIMED_STEPS, UNTIMED_STEPS = 6, 5, 3
 ALL_METHODS = (*METHODS, *LATENT_METHODS)
-_GRADIENT_BATCHES = 8  # from which LoRA-SB takes its first step: those that training begins with
+_GRADIENT_BATCHES = 8  # the first batches of training, from which LoRA-SB takes its first step
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """What all runs of a sweep have in common.
+    """The settings that all runs of a sweep share.
 
     Attributes:
         steps: optimizer steps of a run.
@@ -77,7 +77,7 @@ class Task:
 
 
 class Workbench:
-    """A model on a device, its text, and runs one after another from freshly drawn factors."""
+    """A model on a device and its text. Runs follow each other, each from newly drawn factors."""
 
     def __init__(self, material: Material, schedule: Schedule, device: torch.device) -> None:
         _be_quiet()
@@ -100,14 +100,14 @@ class Workbench:
         return base
 
     def latent_model(self) -> PeftModel:
-        """The model with adapters of LoRA-XS, made when first asked for."""
+        """Return the model with adapters of LoRA-XS, made at the first call."""
         if self._latent_model is None:
             config = LoraXSConfig(r=self.schedule.latent_rank, target_modules="all-linear")
             self._latent_model = get_peft_model(self._base(self._material.model), config)  # type: ignore[arg-type]
         return self._latent_model
 
     def batches(self, seed: int) -> list[Batch]:
-        """The training batches of a seed; those of the last one are kept."""
+        """Return the training batches of a seed. Those of the last seed are kept."""
         if self._batches is None or self._batches[0] != seed:
             schedule = self.schedule
             made = self._material.batches(seed, schedule.steps, schedule.batch_size, self.device)
@@ -119,7 +119,7 @@ class Workbench:
         torch.manual_seed(seed)
         for layer in self._layers:
             layer.reset_lora_parameters("default", True)
-        for layer, weight in zip(self._layers, self._base_weights, strict=False):  # none unless the start is drawn
+        for layer, weight in zip(self._layers, self._base_weights, strict=False):  # empty unless the start is drawn
             torch.nn.init.kaiming_uniform_(layer.lora_B["default"].weight, a=math.sqrt(5))
             _base_weight(layer).copy_(weight - layer.get_delta_weight("default").detach())
         if method == "lora-rite":
@@ -131,12 +131,12 @@ class Workbench:
 
         Args:
             task: method, learning rate and seed.
-            stop_after: end after so many steps of the same schedule.
+            stop_after: number of steps after which the run ends, on the same schedule; None for all.
 
         Returns:
-            ``method``, ``learning_rate``, ``seed``; ``start_digest`` of the factors and the training batches;
-            ``train_losses`` by step; ``held_out_steps`` and ``held_out_losses`` (per answer token; None where not
-            finite); ``skipped_pairs`` and ``applied_steps`` as the handle reports them; ``wall_seconds``.
+            ``method``, ``learning_rate``, ``seed``; ``start_digest``: digest of the factors and the training batches;
+            ``train_losses`` by step; ``held_out_steps`` and ``held_out_losses`` (per answer token, None if not
+            finite); ``skipped_pairs`` and ``applied_steps`` of the handle's report; ``wall_seconds``.
         """
         schedule, batches = self.schedule, self.batches(task.seed)
         began = timing.now(self.device)
@@ -169,7 +169,7 @@ class Workbench:
     def _start(
         self, task: Task, batches: Sequence[Batch], warmup_steps: int | None = None
     ) -> tuple[PeftModel, torch.optim.Optimizer, Handle | None]:
-        """The model, its optimizer, and what acts on the steps."""
+        """Return the model, its optimizer, and the handle of the method, or None for LoRA-SB and LoRA-XS."""
         schedule = self.schedule
         optimizer = self.reset(task.seed, task.learning_rate, task.method)
         if task.method not in LATENT_METHODS:
@@ -200,11 +200,11 @@ class Workbench:
 
     @torch.no_grad()
     def evaluate(self, model: PeftModel) -> float:
-        """The held-out loss per answer token."""
+        """Return the held-out loss per answer token."""
         model.eval()
         total, tokens = torch.zeros((), dtype=torch.float64, device=self.device), 0
         for batch in self._held_out:
-            # a batch's loss is the mean over the labels that are predicted: all but a row's first position
+            # a batch's loss is the mean over predicted labels, and no row's first position is predicted
             count = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
             total += model(**batch).loss.double() * count
             tokens += count
@@ -217,12 +217,12 @@ class Workbench:
         return digest.hexdigest()[:16]
 
     def time_steps(self, methods: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Milliseconds of a training step per method (median, quartiles), in interleaved blocks."""
+        """Return milliseconds of a training step by method (median, quartiles), from interleaved blocks."""
         times: dict[str, list[float]] = {method: [] for method in methods}
         batches = self.batches(0)
         for round_ in range(TIMED_ROUNDS):
             for turn in range(len(methods)):
-                # every round begins with another method
+                # each round begins with another method
                 method = methods[(round_ + turn) % len(methods)]
                 times[method] += self._time_block(method, batches[round_ % len(batches)])
         return {method: timing.spread(values) for method, values in times.items()}
@@ -244,7 +244,7 @@ class Workbench:
 
 
 def plain_steps(method: str, warmup_steps: int) -> int:
-    """The steps in which a method is still plain LoRA."""
+    """Return the number of steps in which a method is still plain LoRA."""
     return 0 if method == "lora-rite" else warmup_steps
 
 
@@ -257,7 +257,7 @@ def _base_weight(layer: LoraLayer) -> Tensor:
 
 
 def _be_quiet() -> None:
-    """Every worker loads the model: no progress bar and no warning for each."""
+    """Switch off progress bars and warnings, which every worker would show as it loads the model."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -268,12 +268,12 @@ def _finite(value: float) -> float | None:
 
 
 def assert_same_start(runs: Sequence[dict[str, Any]], warmup_steps: int) -> None:
-    """All runs of a seed begin with the same factors, batches and losses, and stay together while they are plain.
+    """Check that all runs of a seed start with equal factors, batches and losses, and agree while they are plain LoRA.
 
-    LoRA-SB and LoRA-XS have another model to start from; they share the batches.
+    LoRA-SB and LoRA-XS start from another model, and share only the batches.
 
     Raises:
-        AssertionError: they do not; the message names the runs.
+        AssertionError: two runs differ; the message names them.
     """
     seeds, plain = defaultdict(list), defaultdict(list)
     for run in runs:
@@ -290,7 +290,7 @@ def assert_same_start(runs: Sequence[dict[str, Any]], warmup_steps: int) -> None
         for other in others:
             if {first["method"], other["method"]} & set(LATENT_METHODS):
                 continue
-            # the loss at step w + 1 is the last that follows from w plain steps alone
+            # the loss at step w + 1 is the last that depends on w plain steps alone
             shared = min(plain_steps(run["method"], warmup_steps) for run in (first, other))
             count = min(shared, CHECKED_STEPS) + 1
             pairs = zip(first["train_losses"][:count], other["train_losses"][:count], strict=True)
@@ -309,20 +309,20 @@ def _is_close(x: float | None, y: float | None) -> bool:
 
 
 def settings_digest(material: dict[str, Any], schedule: Schedule, device: torch.device) -> str:
-    """Marks the runs that may be compared: same text, model, schedule, kind of machine and torch."""
+    """Return a digest of text, model, schedule, machine and torch. Only runs with equal digests are compared."""
     settings = [material, dataclasses.asdict(schedule), recording.hardware(device), torch.__version__]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_finished(path: Path | None, settings: str) -> dict[Task, dict[str, Any]]:
-    """The runs that an earlier, perhaps interrupted sweep of the same settings has left."""
+    """Return the finished runs of earlier, perhaps interrupted sweeps with the same settings."""
     if path is None or not path.exists():
         return {}
     finished = {}
     for line in path.read_text().splitlines():
         try:
             run = json.loads(line)
-        except json.JSONDecodeError:  # cut off while it was written
+        except json.JSONDecodeError:  # the line was cut off while it was written
             continue
         if run["settings"] == settings:
             finished[Task(run["method"], run["learning_rate"], run["seed"])] = run
@@ -330,7 +330,7 @@ def load_finished(path: Path | None, settings: str) -> dict[Task, dict[str, Any]
 
 
 def append_finished(path: Path | None, run: dict[str, Any]) -> None:
-    """Add a run's line; first end a line that an interruption cut off."""
+    """Append a run's line. If an interruption cut off the last line, end that line first."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -340,7 +340,7 @@ def append_finished(path: Path | None, run: dict[str, Any]) -> None:
 
 
 def sweep(tasks: Sequence[Task], bench: Workbench, material: Material, workers: int) -> Iterator[dict[str, Any]]:
-    """Run the tasks and yield their results as they come, in this process or in several beside each other."""
+    """Run the tasks and yield their results as they come, in this process or in several workers."""
     if workers == 1 or not tasks:
         yield from map(bench.run, tasks)
         return
@@ -356,7 +356,7 @@ def sweep(tasks: Sequence[Task], bench: Workbench, material: Material, workers: 
             for future in concurrent.futures.as_completed(futures):
                 yield future.result()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # do not finish the sweep before the error is shown
+            pool.shutdown(wait=False, cancel_futures=True)  # show the error before the sweep has finished
             raise
 
 
@@ -370,7 +370,7 @@ def _start_worker(material: Material, schedule: Schedule, device: torch.device) 
 
 
 def _end_with_parent() -> None:
-    """A pool's workers outlive a parent that was killed; these do not."""
+    """End this worker with its parent. Workers of a pool would outlive a killed parent."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""From the runs of a sweep to what may be said about it: tuned losses, ranges of learning rates, paired differences."""
+"""Statistics of a sweep: tuned losses, ranges of good learning rates, paired differences."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 RANGE_TOLERANCE = 0.01  # a learning rate is good if its loss is within this share of the best
-# Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom; beyond 30 the last one is used, which
-# makes the interval a little too wide.
+# Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom. Beyond 30 the last one is used, so the
+# interval is a little too wide.
 # fmt: off
 _T_QUANTILES = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
@@ -19,7 +19,7 @@ _T_QUANTILES = (
 
 
 def mean_and_sd(values: Sequence[float | None]) -> dict[str, float | None]:
-    """Mean and sample standard deviation; None for both if a run diverged (None among the values)."""
+    """Return mean and sample standard deviation. Both are None if a run diverged (None among the values)."""
     finite = [value for value in values if value is not None]
     if len(finite) < len(values):
         return {"mean": None, "sd": None}
@@ -27,14 +27,14 @@ def mean_and_sd(values: Sequence[float | None]) -> dict[str, float | None]:
 
 
 def good_range(learning_rates: Sequence[float], losses: Sequence[float | None]) -> dict[str, Any]:
-    """The learning rates around the best whose loss is at most RANGE_TOLERANCE above it.
+    """Return the range of learning rates around the best whose loss is at most RANGE_TOLERANCE above the best loss.
 
-    The loss is interpolated linearly in the logarithm of the learning rate. An end that lies outside the grid is
-    reported as open: the range is at least that wide.
+    The loss is interpolated linearly in the logarithm of the learning rate. If the range reaches an end of the grid,
+    that end is open, and the range is at least that wide.
 
     Args:
         learning_rates: ascending.
-        losses: one for each; None where training diverged.
+        losses: one loss for each rate; None if training diverged.
 
     Returns:
         ``low``, ``high``, ``factor`` (high / low), ``low_open``, ``high_open``; all None if every rate diverged.
@@ -52,12 +52,12 @@ def good_range(learning_rates: Sequence[float], losses: Sequence[float | None]) 
 def _crossing(
     rates: Sequence[float], losses: Sequence[float], start: int, limit: float, direction: int
 ) -> tuple[float, bool]:
-    """Where the loss first rises above the limit on the way from ``start``; the grid's end and True if nowhere."""
+    """Return where the loss first exceeds the limit on the way from ``start``, or the grid's end and True."""
     inside = start
     while 0 <= inside + direction < len(rates):
         outside = inside + direction
         if losses[outside] > limit:
-            # towards a diverged neighbour nothing is known: the range ends at the last good rate
+            # the way to a diverged neighbour is unknown, so the range ends at the last good rate
             share = (limit - losses[inside]) / (losses[outside] - losses[inside])
             return rates[inside] * (rates[outside] / rates[inside]) ** share, False
         inside = outside
@@ -65,9 +65,9 @@ def _crossing(
 
 
 def paired(values: Sequence[float | None], baseline: Sequence[float | None]) -> dict[str, Any]:
-    """The differences ``values - baseline`` seed by seed, their mean, its standard error and 95% t interval.
+    """Return the differences ``values - baseline`` by seed, their mean, its standard error and 95% t interval.
 
-    None where a run diverged, or where one seed leaves nothing to estimate a spread from.
+    Entries are None if a run diverged. Error and interval are also None for a single seed.
     """
     if any(x is None for x in (*values, *baseline)):
         return {"differences": None, "mean": None, "standard_error": None, "interval": None}
@@ -81,7 +81,7 @@ def paired(values: Sequence[float | None], baseline: Sequence[float | None]) -> 
 
 
 def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A sweep's results, from one run per method, learning rate and seed (the keys of ``Workbench.run``)."""
+    """Return a sweep's results from its runs, one per method, learning rate and seed (see ``Workbench.run``)."""
     methods = list(dict.fromkeys(run["method"] for run in runs))
     tuned = {method: _tune([run for run in runs if run["method"] == method]) for method in methods}
     baseline = "lora" if "lora" in methods else methods[0]
@@ -98,7 +98,7 @@ def _at_best(tuned: dict[str, Any], key: str) -> list[float | None]:
 
 
 def _tune(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One method: the final held-out loss at every learning rate, the best rate, and the curves there."""
+    """Return one method's final held-out loss at every learning rate, its best rate, and the curves there."""
     rates = sorted({run["learning_rate"] for run in runs})
     by_rate = [sorted((r for r in runs if r["learning_rate"] == rate), key=lambda r: r["seed"]) for rate in rates]
     sweep: list[dict[str, Any]] = []
@@ -121,7 +121,7 @@ def _tune(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _curves(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and spread over seeds of the held-out and the training loss, by step."""
+    """Return mean and standard deviation over seeds of held-out and training loss, by step."""
 
     def over_seeds(key: str) -> list[dict[str, float | None]]:
         return [mean_and_sd(values) for values in zip(*(run[key] for run in runs), strict=True)]

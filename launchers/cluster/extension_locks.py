@@ -1,9 +1,9 @@
-"""Locks of torch's C++ extensions, which DeepSpeed builds at its first run: who holds them, and which nobody holds.
+"""Find and remove abandoned locks of torch's C++ extensions, which DeepSpeed builds at its first run.
 
-    python launchers/cluster/extension_locks.py          # removes those that an interrupted build left
+    python launchers/cluster/extension_locks.py          # removes locks that an interrupted build left
 
-torch creates a file ``lock`` beside what it builds, keeps it open, and removes it afterwards. A build that is killed
-leaves it, and torch then waits for it for ever, in silence.
+torch creates a file ``lock`` beside the extension that it builds, keeps the file open, and removes it afterwards. A
+killed build leaves the file, and the next one waits for it forever without a message.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launchers.cluster.waiting import say, told
 
-# of a lock whose process may be one of another machine or another user
+# for a lock that another machine or another user may hold
 ABANDONED_AFTER_SECONDS = 600.0
 _LOCAL_FILESYSTEMS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "overlay", "tmpfs"}
 _POLL_SECONDS, _LOOKS_PER_SEARCH = 0.1, 20
 
 
 def main() -> None:
-    """Remove the locks that nobody holds, and say of the others that they will be waited for."""
+    """Remove the locks that no process holds, and print the locks that DeepSpeed will wait for."""
     for lock in sorted(extensions_folder().rglob("lock")):
         description = describe(lock)
         if remove_abandoned(lock):
@@ -38,22 +38,22 @@ def main() -> None:
 
 
 def extensions_folder() -> Path:
-    """Where torch builds extensions."""
+    """Return the folder in which torch builds extensions."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache).expanduser() / "torch_extensions")
 
 
 def find_builder(lock: Path) -> int | None:
-    """The process of this machine that has the lock open, or a ninja that goes on without it."""
+    """Return the process of this machine that has the lock open, or a ninja that outlived it; None if there is none."""
     folder = os.path.realpath(lock.parent)
 
     def holds(opened: Path) -> bool:
-        with contextlib.suppress(OSError):  # closed meanwhile
+        with contextlib.suppress(OSError):  # the file was closed meanwhile
             return os.readlink(opened).endswith(f"/{lock.name}") and os.path.samefile(opened, lock)
         return False
 
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended, or is another user's
+        with contextlib.suppress(OSError):  # the process has ended, or belongs to another user
             ninja = (process / "comm").read_text() == "ninja\n" and os.readlink(process / "cwd") == folder
             if int(process.name) != os.getpid() and (ninja or any(map(holds, (process / "fd").iterdir()))):
                 return int(process.name)
@@ -61,19 +61,19 @@ def find_builder(lock: Path) -> int | None:
 
 
 def _is_local(path: Path) -> bool:
-    """Whether it lies on a file system that no other machine writes to."""
+    """Return whether the path is on a file system that no other machine writes to."""
     real = Path(os.path.realpath(path))
     mounted = [part for part in psutil.disk_partitions(all=True) if real.is_relative_to(part.mountpoint)]
-    # the last of those mounted at one place covers the others
+    # if several are mounted at one place, the last one covers the others
     covering = sorted(mounted, key=lambda part: len(part.mountpoint))[-1:]
     return bool(covering) and covering[0].fstype in _LOCAL_FILESYSTEMS
 
 
 def is_abandoned(lock: Path) -> bool:
-    """Whether nobody builds under this lock; where that cannot be seen, whether it is old.
+    """Return whether no process builds under this lock. If that cannot be seen, an old lock counts as abandoned.
 
     Raises:
-        FileNotFoundError: there is no lock any more.
+        FileNotFoundError: the lock no longer exists.
     """
     if find_builder(lock) is not None:
         return False
@@ -83,7 +83,7 @@ def is_abandoned(lock: Path) -> bool:
 
 
 def remove_abandoned(lock: Path) -> bool:
-    """Remove the lock if nobody builds under it. Returns whether it was removed."""
+    """Remove the lock if no process builds under it. Return whether it was removed."""
     aside = lock.with_name(f"{lock.name}-{os.getpid()}")
     with contextlib.suppress(FileNotFoundError):
         judged = lock.stat()
@@ -92,7 +92,7 @@ def remove_abandoned(lock: Path) -> bool:
         os.rename(lock, aside)
         taken = aside.stat()
         same = (taken.st_ino, taken.st_mtime_ns) == (judged.st_ino, judged.st_mtime_ns)
-        if not same:  # another process was faster, and builds: this is its lock
+        if not same:  # another process has taken the lock meanwhile and builds: put it back
             with contextlib.suppress(FileExistsError):
                 os.link(aside, lock)
         os.unlink(aside)
@@ -101,7 +101,7 @@ def remove_abandoned(lock: Path) -> bool:
 
 
 def describe(lock: Path) -> str:
-    """Which build a lock is of, who runs it, and since when."""
+    """Describe the build that holds a lock: the extension, the process and its start. Empty if the lock is gone."""
     try:
         since = time.strftime("%H:%M:%S", time.localtime(lock.stat().st_mtime))
         builder = find_builder(lock)
@@ -112,9 +112,10 @@ def describe(lock: Path) -> str:
 
 
 class SpokenLock:
-    """In place of torch's FileBaton: says whose build it waits for, and builds itself when that one has ended.
+    """Replacement for torch's FileBaton that prints the build it waits for, and builds the extension afterwards.
 
-    torch's waits in silence while the file exists, and then loads what an interrupted build may not have made.
+    torch's FileBaton waits without a message while the file exists. Then it loads the extension, which an interrupted
+    build may not have made.
     """
 
     def __init__(self, lock_file_path: str, *args: Any, **kwargs: Any) -> None:
@@ -122,7 +123,7 @@ class SpokenLock:
         self._held = contextlib.ExitStack()
 
     def try_acquire(self) -> bool:
-        """Wait for the lock, and take it. Always true: a build that is up to date takes no time."""
+        """Wait for the lock and take it. Always return True: repeating a finished build takes no time."""
         with told(lambda: f"waiting for {description}" if (description := describe(self.path)) else ""):
             looks = 0
             while not self._acquired():
@@ -149,7 +150,7 @@ class SpokenLock:
 
 
 def speak_while_building() -> None:
-    """Have torch build extensions under :class:`SpokenLock`, in this process."""
+    """Make torch use :class:`SpokenLock` in this process."""
     from torch.utils import cpp_extension
 
     cpp_extension.FileBaton = SpokenLock  # type: ignore[misc, assignment]

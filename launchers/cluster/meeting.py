@@ -1,9 +1,9 @@
-"""Before a launch on several machines: they meet at the head's address and compare what has to be the same on all.
+"""Make machines meet at the head's address before a launch, and compare what must be the same on all of them.
 
     python launchers/cluster/meeting.py --nodes 2 --node_rank 1 --head 10.0.0.1 --port 29500 processes=8
 
-Launchers find a wrong address, a machine that is missing or a different number of processes only after minutes, if
-at all. Prints the name of the network interface towards the head and this machine's address on it.
+Launchers notice a wrong address, a missing machine or another number of processes only after minutes, or never. The
+script prints the network interface towards the head and this machine's address on it.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from launchers.cluster.waiting import told
 
 _PACKAGES = ("torch", "deepspeed", "accelerate", "transformers", "peft")
 _POLL_SECONDS = 0.2
-_FAREWELL_SECONDS = 10.0  # how long the head waits until the others have read what went wrong
+_FAREWELL_SECONDS = 10.0  # how long the others may take to read the head's error
 
 Facts = dict[str, str]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; ends with a message if the machines cannot start."""
+    """Run the command line. Exit with a message if the machines cannot start."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--nodes", type=int, required=True, help="number of machines")
     parser.add_argument("--node_rank", type=int, required=True, help="this machine's number; 0 has the head's address")
@@ -58,7 +58,7 @@ def meet(nodes: int, node_rank: int, head: str, port: int, wait: float, facts: S
 
     Raises:
         ValueError: an argument is wrong; the head is another machine, unreachable, or its ports are taken; a machine
-            did not come or came twice; two machines differ. The message names it.
+            is missing or came twice; two machines differ. The message names the cause.
     """
     if not 0 <= node_rank < nodes:
         raise ValueError(f"--node-rank {node_rank} is out of range: {nodes} machines have ranks 0 to {nodes - 1}")
@@ -80,7 +80,7 @@ def meet(nodes: int, node_rank: int, head: str, port: int, wait: float, facts: S
 
 
 def _compare_on(store: TCPStore, own: Facts, nodes: int, node_rank: int, wait: float) -> list[str]:
-    """Tell the others, hear from them, and leave in good order. Returns the machines' addresses."""
+    """Publish this machine's facts, compare those of the others, and leave in order. Return all addresses."""
     try:
         if store.add(f"arrived {node_rank}", 1) > 1:
             raise ValueError(f"another machine has --node-rank {node_rank} already; each needs a number of its own")
@@ -91,10 +91,10 @@ def _compare_on(store: TCPStore, own: Facts, nodes: int, node_rank: int, wait: f
 
 
 def route_to(head: str, port: int, is_head: bool) -> tuple[str, str]:
-    """The interface by which this machine reaches the head, and its own address there.
+    """Return the interface by which this machine reaches the head, and its own address on it.
 
     Raises:
-        ValueError: there is no way to the head, or ``is_head`` and it is not this machine.
+        ValueError: no route leads to the head, or ``is_head`` is set and the address is not this machine's.
     """
     try:
         family, _, _, _, target = socket.getaddrinfo(head, port, type=socket.SOCK_DGRAM)[0]
@@ -107,7 +107,7 @@ def route_to(head: str, port: int, is_head: bool) -> tuple[str, str]:
         if entry.family in (socket.AF_INET, socket.AF_INET6)
     }
     resolved = ipaddress.ip_address(str(target[0]).split("%")[0])
-    # 127.0.0.1 itself is right where the "machines" are one, to try a command out
+    # 127.0.0.1 is right where one machine plays all of them, to try a command
     if is_head and resolved.is_loopback and head not in ("localhost", str(resolved)):
         reachable = ", ".join(address for address in interfaces if not ipaddress.ip_address(address).is_loopback)
         raise ValueError(f"--head {head} is {resolved} here, where no other machine gets to; give one of {reachable}")
@@ -135,7 +135,7 @@ def _versions() -> Facts:
 
 
 def _open(head: str, port: int, wait: float) -> TCPStore:
-    """The head's side."""
+    """Open the head's store."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -154,7 +154,7 @@ def _open(head: str, port: int, wait: float) -> TCPStore:
 
 
 def _join(head: str, port: int, wait: float) -> TCPStore:
-    """Another machine's side; it may be there before the head."""
+    """Connect to the head's store from another machine, which may start before the head."""
     deadline = time.monotonic() + wait
     with told(f"waiting for the machine with --node-rank 0 to answer at {head}:{port}, for {wait:g} s at most"):
         while True:
@@ -172,7 +172,7 @@ def _join(head: str, port: int, wait: float) -> TCPStore:
 
 
 def _compare(store: TCPStore, own: Facts, nodes: int, node_rank: int, wait: float) -> list[str]:
-    """Compare every machine's facts with this one's as they arrive. Returns the addresses, in order."""
+    """Compare every machine's facts with this one's as they arrive. Return the addresses by node rank."""
     addresses: dict[int, str] = {}
     deadline = time.monotonic() + wait
 
@@ -203,7 +203,7 @@ def _require_equal(own: Facts, facts: Facts, node_rank: int, other: int) -> None
 
 
 def _leave(store: TCPStore, nodes: int, node_rank: int) -> None:
-    """Have the head, whose store it is, go last."""
+    """Leave the store. The head leaves last, because it holds the store."""
     store.add("left", 1)
     if node_rank:
         return

@@ -1,4 +1,4 @@
-"""Waiting for other processes with a word about it: what is waited for, and since when."""
+"""Wait for other processes, and say on stderr what is waited for and since when."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _meetings = itertools.count()
 
 @contextlib.contextmanager
 def told(what: str | Callable[[], str]) -> Iterator[None]:
-    """Say on stderr what the code inside waits for, if it takes longer than some seconds, and again every minute.
+    """Say on stderr what the code inside waits for, first after a few seconds and then every minute.
 
-    If one stands within another, the inner one speaks. An empty text is not said.
+    If contexts are nested, only the innermost one speaks. An empty text is not printed.
     """
     since, done = time.strftime("%H:%M:%S"), threading.Event()
 
@@ -44,20 +44,20 @@ def told(what: str | Callable[[], str]) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """One line on stderr, with the program and the rank."""
+    """Print one line on stderr, with the program and the rank."""
     rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
     print(f"{Path(sys.argv[0]).name}: {rank}{text}", file=sys.stderr, flush=True)
 
 
 def wait_for_ranks(what: str) -> None:
-    """Return once every rank has called; while some are missing, one of the others names them.
+    """Wait until every rank has called. While ranks are missing, the first rank that is present names them.
 
-    Before the process group is left a barrier has to follow, since one rank may hold the store that others still ask.
-    A collective would end after ``--ddp_timeout``, however much the missing ranks still have to do.
+    A barrier must follow before ranks leave the process group, because one rank may hold the store that others still
+    read. A collective would not do here: it ends after ``--ddp_timeout``, even if the missing ranks still work.
 
-    Communication: small requests to the job's store, at most some per second and rank.
+    Communication: small requests to the job's store, a few per second and rank.
     """
-    import torch.distributed as dist  # the shell scripts run modules that import this one, and torch takes seconds
+    import torch.distributed as dist  # shell scripts run modules that import this one, and torch takes seconds
     from torch.distributed.distributed_c10d import _get_default_store
 
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -80,7 +80,7 @@ def wait_for_ranks(what: str) -> None:
 
 @contextlib.contextmanager
 def working_first(first: bool, what: str) -> Iterator[None]:
-    """Have the ranks with ``first`` do what is inside before the others do it; every rank must enter."""
+    """Let the ranks with ``first`` run the code inside before the others; every rank must enter."""
     if not first:
         wait_for_ranks(what)
     try:

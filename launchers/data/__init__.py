@@ -1,1 +1,1 @@
-"""From records to token ids."""
+"""Records, their tokenization, and the embedded default model."""

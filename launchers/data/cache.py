@@ -1,4 +1,4 @@
-"""Folders that are made once: written to a temporary name, then renamed, so they are complete or absent."""
+"""Folders that are made once. They are written under a temporary name and renamed, so they are complete or absent."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from typing import Any
 
 
 def default_cache_dir() -> Path:
-    """``$REFLORA_CACHE``, or ``~/.cache/reflora_dist``."""
+    """Return ``$REFLORA_CACHE``, or ``~/.cache/reflora_dist``."""
     return Path(os.environ.get("REFLORA_CACHE") or "~/.cache/reflora_dist").expanduser()
 
 
 def build_once(
     cache_dir: Path, name: str, key: dict[str, Any], builder: Callable[[Path], None], *, build: bool = True
 ) -> Path:
-    """The cached folder of ``name`` and ``key``; ``builder`` fills it if it does not exist yet.
+    """Return the cached folder of ``name`` and ``key``. If it does not exist, ``builder`` fills it.
 
-    Several jobs may build the same folder at once: the first that finishes is kept.
+    Several jobs may build the same folder at once. The first that finishes is kept.
 
     Args:
         cache_dir: parent of all cached folders.
         name: readable beginning of the folder's name.
         key: everything that the content depends on; kept as ``key.json`` in the folder.
-        builder: writes the content into the empty folder that it is given.
-        build: False on ranks that must find what another rank built.
+        builder: writes the content into an empty folder.
+        build: False on ranks that only use what another rank built.
 
     Raises:
         ValueError: ``cache_dir`` is not writable.

@@ -1,7 +1,7 @@
-"""The embedded default: a tokenizer, a small LLaMA and instruction records made on this machine, no download.
+"""The embedded default: a tokenizer, a small LLaMA and instruction records, all made on this machine.
 
-Run it alone to fill the cache: ``python -m launchers.data.embedded --cache-dir DIR``. Everything is written to a
-temporary folder and renamed, so a cache folder either is complete or does not exist.
+To fill the cache run ``python -m launchers.data.embedded --cache-dir DIR``. Everything is written to a temporary folder
+and then renamed, so a cache folder is either complete or absent.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from launchers.data import stdlib_text
 from launchers.data.cache import build_once, default_cache_dir
 
 FORMAT_VERSION = 1  # part of every cache key; raise it when the meaning of what is stored changes
-# A launcher's variables would make the pre-training join (and hang in) the fine-tuning job's process group.
+# With a launcher's variables the pre-training would join the fine-tuning job's process group, and hang in it.
 _DISTRIBUTED_VARIABLES = frozenset(
     {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK"}
     | {"CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"}
@@ -55,11 +55,11 @@ class EmbeddedSettings:
 
 
 def ensure_records(cache_dir: Path, *, build: bool = True) -> tuple[Path, Path]:
-    """Paths of the training and the held-out instruction records (JSONL), made if the cache lacks them.
+    """Return the paths of the training and the held-out instruction records (JSONL). Make them if needed.
 
     Args:
         cache_dir: where the embedded files are kept.
-        build: False on ranks that must find what another rank built.
+        build: False on ranks that only use what another rank built.
 
     Raises:
         RuntimeError: nothing is cached and ``build`` is False, or the interpreter has no library sources.
@@ -69,9 +69,9 @@ def ensure_records(cache_dir: Path, *, build: bool = True) -> tuple[Path, Path]:
 
 
 def ensure_model(cache_dir: Path, settings: EmbeddedSettings, *, build: bool = True) -> Path:
-    """Folder of the pre-trained model with its tokenizer, made in a process of its own if the cache lacks it.
+    """Return the folder of the pre-trained model with its tokenizer. A process of its own makes it if needed.
 
-    Args and errors as in :func:`ensure_records`.
+    Arguments and errors are those of :func:`ensure_records`.
     """
 
     def build_in_subprocess(folder: Path) -> None:
@@ -85,19 +85,19 @@ def ensure_model(cache_dir: Path, settings: EmbeddedSettings, *, build: bool = T
 
 
 def _key(settings: dict[str, Any]) -> dict[str, Any]:
-    """The text comes from the interpreter, so its exact build is part of the key."""
+    """Return the cache key. The text comes from the interpreter, so its exact build is part of the key."""
     return {"format": FORMAT_VERSION, "python": sys.version, "machine": platform.machine(), **settings}
 
 
 def _environment_of_one_process() -> dict[str, str]:
-    """This process's environment without the launcher's part, on one device and all allowed cores."""
+    """Return this process's environment without the launcher's part, for one device and all allowed cores."""
     environment = {
         name: value
         for name, value in os.environ.items()
         if name not in _DISTRIBUTED_VARIABLES and not name.startswith(_DISTRIBUTED_PREFIXES)
     }
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    environment["OMP_NUM_THREADS"] = str(min(cores, 8))  # so small a model gains nothing from more
+    environment["OMP_NUM_THREADS"] = str(min(cores, 8))  # more threads do not help so small a model
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads are slow where cores are shared
     environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     return environment
@@ -122,7 +122,7 @@ def build_tokenizer(folder: Path, documents: list[str], vocab_size: int) -> None
         model_type="bpe",
         vocab_size=vocab_size,
         byte_fallback=True,
-        # Python's indentation must survive: no normalization, runs of spaces are pieces of their own.
+        # Python's indentation must survive: no normalization, and runs of spaces are pieces of their own.
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True,
@@ -175,7 +175,7 @@ def build_model(folder: Path, settings: EmbeddedSettings) -> None:
 
 
 def _token_blocks(tokenizer: Any, documents: list[str], seq_length: int) -> list[dict[str, list[int]]]:
-    """The documents one after another, each ended by the end-of-sequence token, cut into equal blocks."""
+    """Join the documents, each between start and end token, and cut them into blocks of ``seq_length`` tokens."""
     encoded = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
     stream = [token for ids in encoded for token in [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]]
     starts = range(0, len(stream) - seq_length + 1, seq_length)

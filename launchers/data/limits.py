@@ -1,7 +1,6 @@
-"""What a loaded model can take: tokens that its embedding has rows for, and rows within its positions.
+"""Limits of a loaded model: the tokens that its embedding has rows for, and the length of its rows.
 
-Beyond either an index is out of range, in the first step that meets it: an IndexError on a CPU, a device assert on a
-GPU.
+Beyond a limit an index is out of range in some later step: an IndexError on a CPU, a device assert on a GPU.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a model can take; None: no limit is known.
+    """The limits of a model. None means that no limit is known.
 
     Attributes:
-        tokens: rows of the embedding.
-        positions: of the model's table of positions, learned or computed; a longer row is an error.
-        advised: if there is no table, ``max_position_embeddings``; the model was not trained for longer rows.
+        tokens: number of rows of the embedding.
+        positions: size of the table of positions, learned or computed; a longer row is an error.
+        advised: ``max_position_embeddings`` if there is no table; the model was not trained for longer rows.
     """
 
     tokens: int | None
@@ -35,7 +34,7 @@ class Limits:
 
     @classmethod
     def of(cls, model: Any) -> Limits:
-        """Those of a model that is not wrapped yet; under ZeRO-3 its weights may be partitioned."""
+        """Return the limits of a model that is not wrapped yet. Under ZeRO-3 its weights may be partitioned."""
         try:
             tokens = getattr(model.get_input_embeddings(), "num_embeddings", None)
         except (NotImplementedError, AttributeError):
@@ -43,23 +42,23 @@ class Limits:
         config = model.config.get_text_config()
         positions = min(_position_tables(model), default=None)
         if config.model_type == "mpt":
-            positions = config.max_seq_len  # of its ALiBi biases
+            positions = config.max_seq_len  # length of its ALiBi biases
         advised = getattr(config, "max_position_embeddings", None) if positions is None else None
         return cls(tokens, positions, advised if isinstance(advised, int) and advised > 0 else None)
 
     def padded_multiple(self, multiple: int = 8) -> int:
-        """``multiple``, if no row that fits the positions is then padded beyond them; else 1."""
+        """Return ``multiple`` if padding to it stays within the positions, else 1."""
         return 1 if self.positions is not None and self.positions % multiple else multiple
 
     def require_tokens(self, tokenizer: Any, ids: dict[str, Any]) -> None:
-        """Refuse tokens without a row in the embedding; those for padding and for the end of an answer, too.
+        """Refuse tokens without a row in the embedding, including those for padding and for the end of an answer.
 
         Args:
-            tokenizer: which encodes them.
-            ids: the highest id of each place, which error messages name.
+            tokenizer: the tokenizer that encodes them.
+            ids: the highest id by place; error messages name the place.
 
         Raises:
-            ValueError: there is such a token.
+            ValueError: a token has no row.
         """
         if self.tokens is None:
             return
@@ -79,7 +78,7 @@ class Limits:
 
 
 def _position_tables(model: nn.Module) -> Iterable[int]:
-    """How many positions each table has: OPT's and RoBERTa's first rows are for none."""
+    """Yield the number of positions of each table. The first rows of OPT's and RoBERTa's tables are unused."""
     for path, module in model.named_modules():
         name = path.rpartition(".")[2]
         if isinstance(module, nn.Embedding) and (name == "wpe" or ("pos" in name and "rel" not in name)):
@@ -93,21 +92,21 @@ def _position_tables(model: nn.Module) -> Iterable[int]:
 
 
 def check_examples(model: Any, tokenizer: Any, data: Mapping[str, Any]) -> Limits:
-    """Hold the training and evaluation examples to what a loaded model can take.
+    """Check the training and evaluation examples against the limits of a loaded model. Return the limits.
 
     Args:
-        model: not wrapped yet.
-        tokenizer: which encoded the examples.
-        data: ``datasets.Dataset`` of examples by the option that names them.
+        model: the model, not wrapped yet.
+        tokenizer: the tokenizer that encoded the examples.
+        data: ``datasets.Dataset`` of examples, by the option that names them.
 
     Raises:
-        ValueError: a token has no row in the embedding, or an example more tokens than the model has positions.
+        ValueError: a token has no row in the embedding, or an example has more tokens than the model has positions.
     """
     limits = Limits.of(model)
     ids = {f"--{name}": _maximum(examples, "input_ids") for name, examples in data.items()}
     limits.require_tokens(tokenizer, ids)
     for name, examples in data.items():
-        longest = _longest(examples)  # packed or not: GPT-Neo's and MPT's masks have no more columns
+        longest = _longest(examples)  # packed rows, too: masks of GPT-Neo and MPT have no more columns
         if limits.positions is not None and longest > limits.positions:
             raise ValueError(
                 f"--{name}: the longest row has {longest} tokens and the model {limits.positions} positions; set "

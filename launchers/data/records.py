@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 EXPECTED = 'every record needs the texts {"instruction": ..., "input": ..., "output": ...}; "input" may be absent'
-# The first bytes of files that are taken for JSON by mistake.
+# The first bytes of files that users give as JSON by mistake.
 _OTHER_FORMATS = {
     b"\x1f\x8b": "a gzip archive",
     b"BZh": "a bzip2 archive",
@@ -74,10 +74,10 @@ def split_records(records: list[Record], fraction: float, seed: int) -> tuple[li
 
 
 def is_local_file(source: str) -> bool:
-    """Whether it is a file; what is neither that, nor a folder, nor a possible name on the hub is refused.
+    """Return whether the source is a file. Refuse what is neither a file, nor a folder, nor a possible hub name.
 
     Raises:
-        ValueError: it looks like a file and does not exist.
+        ValueError: the source looks like a file and does not exist.
     """
     if os.path.isfile(source):
         return True
@@ -88,7 +88,7 @@ def is_local_file(source: str) -> bool:
 
 
 def parse_file(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, value) of everything in a JSON array or JSONL file.
+    """Return (line number, value) of every element of a JSON array or JSONL file.
 
     Raises:
         ValueError: the file cannot be read; the message names the line.
@@ -98,12 +98,12 @@ def parse_file(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def text_field(row: Mapping[str, Any], field: str, place: str, expected: str) -> str:
-    """The text in a field of a record.
+    """Return the text in a field of a record.
 
     Args:
         row: the record.
-        field: the name.
-        place: of the record, for error messages.
+        field: the field's name.
+        place: where the record was read, for error messages.
         expected: what a record needs, for error messages.
 
     Raises:
@@ -125,26 +125,26 @@ def text_field(row: Mapping[str, Any], field: str, place: str, expected: str) ->
 
 
 def require_record(value: Any, place: str, expected: str) -> None:
-    """Refuse what is no JSON object.
+    """Refuse a value that is no JSON object.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the value is no JSON object.
     """
     if not isinstance(value, dict):
         raise ValueError(f"{place}: a {type(value).__name__}, not a record; {expected}")
 
 
 def load_hub(name: str, split: str, config: str | None = None, revision: str | None = None) -> Iterator[Any]:
-    """The rows of one split of a data set of the hub, or of a local folder.
+    """Return the rows of one split of a data set on the hub or in a local folder.
 
     Raises:
-        ValueError: it cannot be loaded, or a row not be read.
+        ValueError: the data set cannot be loaded, or a row cannot be read.
     """
     import datasets
 
     try:
         rows = datasets.load_dataset(name, config, split=split, revision=revision)
-    except Exception as error:  # the hub client raises a dozen kinds; all mean that there is no data
+    except Exception as error:  # the hub client raises many kinds; all mean that there is no data
         part = f"{split!r} of {config!r}" if config else repr(split)
         cause = error.__cause__ or error  # a DatasetGenerationError says only that there was an error
         raise ValueError(
@@ -155,7 +155,7 @@ def load_hub(name: str, split: str, config: str | None = None, revision: str | N
 
 
 def _readable(rows: Iterable[Any], name: str) -> Iterator[Any]:
-    """The rows, whose texts are decoded one by one."""
+    """Yield the rows. Their texts are decoded one by one, and an error names the row."""
     number = 0
     try:
         for number, row in enumerate(rows, start=1):  # noqa: B007
@@ -183,7 +183,7 @@ def _read_text(path: Path) -> str:
 
 
 def _parse_lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, value) of every non-empty line."""
+    """Yield (line number, value) of every non-empty line."""
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             value, end = _decode(line, _skip(line, 0), path, number, first_line=number)
@@ -197,7 +197,7 @@ def _parse_lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _parse_array(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, value) of every element of the file's array; element by element to know the lines."""
+    """Yield (line number, value) of every element of the file's array. Decoding one by one gives the lines."""
     position = _skip(text, text.index("[") + 1)
     line, counted = 1, 0
     while text[position : position + 1] != "]":
@@ -216,13 +216,13 @@ def _parse_array(text: str, path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _decode(text: str, position: int, path: Path, line: int, first_line: int) -> tuple[Any, int]:
-    """The JSON value at a position of ``text``, and the position behind it.
+    """Return the JSON value at a position of ``text``, and the position behind it.
 
     Args:
         text: the whole file or one line of it.
         position: where the value begins.
         path: for error messages.
-        line: where the value begins.
+        line: number of the line in which the value begins.
         first_line: number of the text's first line.
     """
     try:
@@ -240,7 +240,7 @@ def _decode(text: str, position: int, path: Path, line: int, first_line: int) ->
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; ``json`` itself would keep the last of several equal keys in silence."""
+    """Build a JSON object. ``json`` itself would keep the last of several equal keys without an error."""
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in fields:
@@ -252,7 +252,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class LongInteger(str):
-    """The digits of an integer that Python converts only at great cost, and so refuses to."""
+    """The digits of an integer that is too long for Python to convert."""
 
 
 def _integer(digits: str) -> int | LongInteger:
@@ -266,7 +266,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
 
 
 def _deep_field(text: str) -> str:
-    """The record's first field that holds more than ``_DEEP`` levels."""
+    """Name the record's first field that holds more than ``_DEEP`` levels."""
     depth, field, last = 0, "", ""
     for token in map(re.Match.group, _TOKEN.finditer(text)):
         if token == ":":
@@ -285,7 +285,7 @@ def _place(error: Exception) -> str:
 
 
 def _skip(text: str, position: int) -> int:
-    """The position of the next character that is not white space."""
+    """Return the position of the next character that is not white space."""
     while text[position : position + 1].isspace():
         position += 1
     return position

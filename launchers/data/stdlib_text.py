@@ -1,8 +1,7 @@
-"""Real English and Python text from the running interpreter's own standard library.
+"""English and Python text from the standard library of the running interpreter.
 
-Nothing is downloaded and no module is imported for its side effects: docstrings and signatures of Python
-modules come from parsing their source, those of built-in modules from introspection. For one interpreter the
-result is always the same.
+Nothing is downloaded. Docstrings and signatures of Python modules come from their parsed source, without an import;
+those of built-in modules come from introspection. For one interpreter the result is always the same.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ SKIPPED_FOLDERS = frozenset(
     {"__pycache__", "dist-packages", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages"}
     | {"test", "tests", "turtledemo"}
 )
-# Extension modules that are safe to import on every platform; those written in Python are parsed instead.
-# Not sys: programs replace its hooks, so its content depends on what runs.
+# Extension modules that are safe to import on every platform. sys is not among them, because programs replace its
+# hooks, and its content would depend on the program.
 INTROSPECTED_MODULES = (
     "builtins",
     "math",
@@ -37,7 +36,7 @@ INTROSPECTED_MODULES = (
     "binascii",
 )
 
-ANSWER_CHARS = (15, 320)  # shorter first paragraphs say nothing, longer ones would be cut at 128 tokens
+ANSWER_CHARS = (15, 320)  # shorter first paragraphs are no answers, longer ones would be cut at 128 tokens
 HELD_OUT_PERCENT = 8
 _KINDS = {ast.Module: "module", ast.ClassDef: "class"}
 _QUESTIONS = {
@@ -64,7 +63,7 @@ class DocumentedObject:
 
     @property
     def record(self) -> dict[str, str]:
-        """The object as an instruction record: the question, the signature, the summary as the answer."""
+        """The object as an instruction record: a question, the signature as input, the summary as the answer."""
         question = _QUESTIONS[self.kind].format(name=self.name)
         return {"instruction": question, "input": self.signature, "output": self.summary}
 
@@ -76,18 +75,18 @@ class DocumentedObject:
         return f'{first_line}\n    """{self.doc}"""'
 
     def is_held_out(self) -> bool:
-        """Whether the object belongs to the held-out split, a fixed pseudo-random choice by its name."""
+        """Return whether the object belongs to the held-out split, a fixed pseudo-random choice by its name."""
         return int(hashlib.sha256(self.name.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT
 
 
 @dataclasses.dataclass(frozen=True)
 class StandardLibraryText:
-    """What the embedded model and data are made of.
+    """The texts from which the embedded model and data are made.
 
     Attributes:
-        documents: pre-training texts; no held-out object's docstring is among them.
+        documents: pre-training texts, without the docstrings of held-out objects.
         train_records: instruction records to fine-tune on.
-        held_out_records: instruction records of objects that neither training ever sees.
+        held_out_records: instruction records of objects that neither training sees.
     """
 
     documents: list[str]
@@ -95,7 +94,7 @@ class StandardLibraryText:
     held_out_records: list[dict[str, str]]
 
     def digest(self) -> str:
-        """A fingerprint of every text, for cache keys."""
+        """Return a fingerprint of all texts, for cache keys."""
         parts = [*self.documents, *(str(r) for r in (*self.train_records, *self.held_out_records))]
         return hashlib.sha256("\x00".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -136,7 +135,7 @@ def _unique_by_summary(objects: list[DocumentedObject]) -> list[DocumentedObject
 
 
 def _language_reference() -> list[str]:
-    """The texts behind ``help('topic')``, one per topic; empty where a distribution leaves them out."""
+    """Return the texts of ``help('topic')``, one per topic. The list is empty if a distribution leaves them out."""
     try:
         from pydoc_data import topics
     except ImportError:
@@ -145,7 +144,7 @@ def _language_reference() -> list[str]:
 
 
 def _parsed_objects() -> Iterator[DocumentedObject]:
-    """Documented public objects of the modules that are written in Python."""
+    """Yield documented public objects of the modules that are written in Python."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
@@ -179,11 +178,11 @@ def _walk(
 
 
 def _introspected_objects() -> Iterator[DocumentedObject]:
-    """Documented public objects of built-in modules, whose source is C."""
+    """Yield documented public objects of built-in modules, whose source is C."""
     for module_name in INTROSPECTED_MODULES:
         module = import_module(module_name)
         for name, value in sorted(vars(module).items()):
-            # what a program (or site, or a test runner) adds to builtins is not written in C
+            # objects that a program (or site, or a test runner) adds to builtins are not written in C
             if _is_public(name) and (inspect.isbuiltin(value) or inspect.isclass(value)):
                 qualified = name if module_name == "builtins" else f"{module_name}.{name}"
                 yield from _introspect(value, qualified, "class" if inspect.isclass(value) else "function")

@@ -1,7 +1,7 @@
-"""From instruction records to token ids, labels and batches; for SentencePiece and fast tokenizers alike.
+"""Turn instruction records into token ids, labels and batches, with SentencePiece and fast tokenizers alike.
 
-Prompt and answer are encoded on their own and joined, so the boundary between them is exact with every
-tokenizer, and generation continues from the very tokens that training saw.
+Prompt and answer are encoded separately and joined. So the boundary between them is exact with every tokenizer, and
+generation continues from the same tokens as training.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from launchers.data.cache import build_once
 from launchers.data.records import Record
 
 FORMAT_VERSION = 2  # part of the cache key; raise it when prompts, masking or packing change
-IGNORE_INDEX = -100  # the label that the loss leaves out
-# (without further input, with it); each ends with a line break, so that no tokenizer merges across it
+IGNORE_INDEX = -100  # the label that the loss ignores
+# (without further input, with it). Each ends with a line break, so that no tokenizer merges across it.
 PROMPT_TEMPLATES = {
     "plain": ("Task: {instruction}\nAnswer:\n", "Task: {instruction}\nGiven: {input}\nAnswer:\n"),
-    # Stanford Alpaca's, which LLM-Adapters, DoRA and RefLoRA train and evaluate with. Their files indent its lines by
-    # 16 spaces, and not alike in training and evaluation; here, as in Alpaca, they are not indented.
+    # Stanford Alpaca's template, with which LLM-Adapters, DoRA and RefLoRA train and evaluate. Their files indent its
+    # lines by 16 spaces, differently in training and evaluation. Here, as in Alpaca, lines are not indented.
     "alpaca": (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\n{instruction}\n\n### Response:\n",
@@ -45,9 +45,9 @@ class TokenizationSettings:
 
     Attributes:
         max_length: tokens kept of prompt and answer together.
-        train_on_prompt: learn the prompt's tokens too, not the answer's alone.
-        packing: put several short examples into one row of ``max_length`` tokens; models that take them apart by
-            their positions are trained as without packing, see ``launchers.training.batching``.
+        train_on_prompt: whether the loss includes the prompt's tokens.
+        packing: whether a row of ``max_length`` tokens holds several short examples. Models that separate them by
+            their positions train as without packing; see ``launchers.training.batching``.
         prompt_template: a name of :data:`PROMPT_TEMPLATES`.
     """
 
@@ -58,26 +58,26 @@ class TokenizationSettings:
 
 
 def format_prompt(instruction: str, further_input: str = "", template: str = "plain") -> str:
-    """The text in front of the answer, in training and in generation."""
+    """Return the text before the answer, in training and in generation."""
     without_input, with_input = PROMPT_TEMPLATES[template]
     return (with_input if further_input else without_input).format(instruction=instruction, input=further_input)
 
 
 def padding_token(tokenizer: Any) -> int:
-    """What fills up rows, and is masked, so that any token of the vocabulary will do."""
+    """Return the token id that pads rows. Padding is masked, so any token of the vocabulary serves."""
     given = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((token for token in given if token is not None), 0)
 
 
 def encode_prompts(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
-    """Token ids of prompts to be continued: with the tokenizer's start token, without its end tokens."""
+    """Return token ids of prompts to continue: with the tokenizer's start token, without its end tokens."""
     encoded = tokenizer(prompts, verbose=False)["input_ids"]
     ends = {tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.cls_token_id} - {None}
     return [ids[: _length_without(ids, ends)] for ids in encoded]
 
 
 def _length_without(ids: list[int], ends: set[int]) -> int:
-    """The number of tokens in front of those that the tokenizer adds behind a text."""
+    """Return the number of tokens before those that the tokenizer adds at the end of a text."""
     length = len(ids)
     while length > 1 and ids[length - 1] in ends:
         length -= 1
@@ -85,12 +85,12 @@ def _length_without(ids: list[int], ends: set[int]) -> int:
 
 
 def tokenize(tokenizer: Any, records: Sequence[Record], settings: TokenizationSettings) -> list[dict[str, list[int]]]:
-    """Encode every record as ``input_ids`` and ``labels``; those whose prompt fills max_length are dropped.
+    """Encode every record as ``input_ids`` and ``labels``. Records whose prompt fills max_length are dropped.
 
-    An answer that is cut at ``max_length`` gets no end token, so the model does not learn to stop there.
+    An answer cut at ``max_length`` gets no end token, so the model does not learn to stop there.
 
     Raises:
-        ValueError: the tokenizer has no end-of-sequence token, an answer has no token, or no record keeps one.
+        ValueError: the tokenizer has no end-of-sequence token, an answer has no token, or every record is dropped.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-sequence token; choose another")
@@ -127,17 +127,16 @@ def tokenize(tokenizer: Any, records: Sequence[Record], settings: TokenizationSe
 
 def _example(prompt: list[int], answer: list[int], settings: TokenizationSettings) -> dict[str, list[int]]:
     input_ids = (prompt + answer)[: settings.max_length]
-    # The first token has nothing before it that could predict it; in a packed row it must not be predicted
-    # from the example before.
+    # Nothing before the first token can predict it. In a packed row the example before must not predict it.
     masked = 1 if settings.train_on_prompt else max(1, len(prompt))
     return {"input_ids": input_ids, "labels": [IGNORE_INDEX] * masked + input_ids[masked:]}
 
 
 def pack(examples: list[dict[str, list[int]]], max_length: int) -> list[dict[str, list[int]]]:
-    """Fill rows of at most ``max_length`` tokens, longest examples first, each into the fullest row it fits.
+    """Fill rows of at most ``max_length`` tokens: longest examples first, each into the fullest row with room.
 
-    ``position_ids`` start again at 0 with every example. For many models transformers builds a block-diagonal causal
-    mask from that (when there is neither an attention mask nor a cache), so the loss is the same as without packing.
+    ``position_ids`` start again at 0 with every example. Without an attention mask and a cache, transformers builds a
+    block-diagonal causal mask from that for many models. Then the loss is the same as without packing.
     """
     rows: list[dict[str, list[int]]] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), sorted
@@ -159,13 +158,13 @@ def pack(examples: list[dict[str, list[int]]], max_length: int) -> list[dict[str
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Collator:
-    """Pads the rows of a batch on the right to a common length, a multiple of ``multiple_of`` tokens.
+    """Pad the rows of a batch on the right to a common length, a multiple of ``multiple_of`` tokens.
 
     Returns, for a batch of b rows padded to t tokens:
         input_ids       [b, t]  padded with ``pad_token_id``
         labels          [b, t]  padded with -100
         attention_mask  [b, t]  1 on real tokens; only for rows that are not packed
-        position_ids    [b, t]  only for packed rows; the padding counts from 0 like one more example
+        position_ids    [b, t]  only for packed rows; padding counts from 0 like a further example
     """
 
     pad_token_id: int
@@ -193,10 +192,10 @@ class Collator:
 def cached_examples(
     tokenizer: Any, records: Sequence[Record], settings: TokenizationSettings, cache_dir: Path, *, build: bool
 ) -> Any:
-    """The tokenized records as :func:`cached_dataset` keeps them.
+    """Return the tokenized records, as :func:`cached_dataset` keeps them.
 
     Raises:
-        ValueError: as :func:`tokenize`.
+        ValueError: see :func:`tokenize`.
         RuntimeError: the data is not there and ``build`` is False.
     """
     key = {"format": FORMAT_VERSION, **dataclasses.asdict(settings)}
@@ -214,15 +213,15 @@ def cached_dataset(
     *,
     build: bool,
 ) -> Any:
-    """Encoded records as a memory-mapped ``datasets.Dataset``, made once and kept in ``cache_dir``.
+    """Return encoded records as a memory-mapped ``datasets.Dataset``, made once and kept in ``cache_dir``.
 
     Args:
-        tokenizer: which encodes them.
-        records: JSON-ready.
-        key: what else the result depends on.
-        encode: makes the rows.
+        tokenizer: the tokenizer that encodes them.
+        records: the records, JSON-ready.
+        key: everything else that the result depends on.
+        encode: returns the rows.
         cache_dir: where they are kept.
-        build: False on ranks that must find what another rank wrote.
+        build: False on ranks that only use what another rank wrote.
 
     Raises:
         RuntimeError: the data is not there and ``build`` is False.
@@ -240,7 +239,7 @@ def cached_dataset(
 
 
 def _fingerprint(tokenizer: Any) -> str:
-    """What the ids depend on: vocabulary, special tokens, and how a probe text is cut."""
+    """Return a digest of what the ids depend on: vocabulary, special tokens, and the tokens of a probe text."""
     probe = tokenizer("Cut this:\n    é = f(x, 12)  # 漢字")["input_ids"]
     parts = [
         type(tokenizer).__name__,

@@ -1,4 +1,4 @@
-"""The answers of an evaluation as they are written: a JSONL file per rank, so that a run can be stopped and go on."""
+"""Files of answers: one JSONL file per rank, so that a stopped evaluation can continue."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from reflora_dist.files.records import require_fields
 
 SETTINGS_FILE = "settings.json"
 _REMEDY = "delete the folder, or give another --output_dir"
-Key = tuple[str, int]  # the task, and the question's place in it
+Key = tuple[str, int]  # the task, and the question's index in it
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Make sure that what the folder holds was made with the same settings.
+    """Refuse a folder whose answers were made with other settings.
 
     Args:
-        folder: of the answers.
-        settings: what decides an answer. Those that are dictionaries may have further keys in the folder.
+        folder: the folder of the answers.
+        settings: the settings that decide an answer. Dictionaries may have further keys in the folder.
 
     Raises:
         ValueError: a setting differs; the message names it.
@@ -43,7 +43,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Keep the settings for runs to come; entries of dictionaries are added to those that are there."""
+    """Write the settings for later runs. Entries of dictionaries are added to those that are there."""
     path = folder / SETTINGS_FILE
     before = read_json(path, _REMEDY) if path.is_file() else {}
     merged = {n: {**before.get(n, {}), **v} if isinstance(v, dict) else v for n, v in settings.items()}
@@ -53,16 +53,16 @@ def write_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def read_answers(folder: Path) -> dict[Key, dict[str, Any]]:
-    """Every finished answer in the folder, of all ranks of all runs.
+    """Return every finished answer in the folder, of all ranks of all runs.
 
     Raises:
-        ValueError: a line is no answer, and not the last one, which a killed run leaves unfinished.
+        ValueError: a line is no answer. The last line may be unfinished, as a killed run leaves it.
     """
     answers: dict[Key, dict[str, Any]] = {}
     for path in sorted(folder.glob("answers.rank*.jsonl")):
         with readable(path, _REMEDY):
             lines = path.read_text(encoding="utf-8").split("\n")
-        for number, line in enumerate(lines[:-1], start=1):  # what follows the last line break is unfinished
+        for number, line in enumerate(lines[:-1], start=1):  # the text after the last line break is unfinished
             try:
                 answer = json.loads(line)
             except (ValueError, RecursionError) as error:
@@ -75,7 +75,7 @@ def read_answers(folder: Path) -> dict[Key, dict[str, Any]]:
 
 
 class AnswerFile:
-    """Appends one rank's answers to its file; each call of :meth:`add` leaves only whole lines behind."""
+    """Appends one rank's answers to its file. Each call of :meth:`add` writes whole lines."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.path = folder / f"answers.rank{rank}.jsonl"
@@ -101,6 +101,6 @@ class AnswerFile:
 
 
 def batches(items: list[Any], size: int) -> Iterator[list[Any]]:
-    """Consecutive pieces of at most ``size``."""
+    """Yield consecutive slices of at most ``size`` items."""
     for start in range(0, len(items), size):
         yield items[start : start + size]

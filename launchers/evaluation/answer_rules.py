@@ -1,11 +1,13 @@
-"""What counts as a generated text's answer: the rules by which the papers' commonsense and GSM8K tables are made.
+"""Rules that extract the answer from a generated text, as for the papers' commonsense and GSM8K tables.
 
-Commonsense tasks: the first of the task's answer words, lower case as the training files have them, wherever it
-stands in the text (``commonsense_evaluate.py`` of LLM-Adapters, github.com/AGI-Edgerunners/LLM-Adapters, which DoRA and
-RefLoRA use unchanged). "True" or "Option1" is no answer there, so it is none here.
+Commonsense tasks: the answer is the first of the task's answer words anywhere in the text. Words are lower case, as in
+the training files. The rule is that of ``commonsense_evaluate.py`` of LLM-Adapters
+(github.com/AGI-Edgerunners/LLM-Adapters), which DoRA and RefLoRA use unchanged. "True" or "Option1" is no answer there,
+and none here.
 
-GSM8K: a number after "####", as the data set marks its own answers (arXiv 2110.14168); without the mark the text's last
-number, with thousands separators removed; equal within 1e-3 (``evaluate.py`` of LLM-Adapters).
+GSM8K: the answer is the number after "####", with which the data set marks its own answers (arXiv 2110.14168). Without
+the mark it is the text's last number. Thousands separators are removed, and numbers are equal within 1e-3
+(``evaluate.py`` of LLM-Adapters).
 """
 
 from __future__ import annotations
@@ -27,11 +29,11 @@ _NUMBER = re.compile(r"-?\d+\.?\d*")
 
 
 def extract_answer(task: str, text: str) -> str | None:
-    """The answer in a generated text, or None if it holds none.
+    """Return the answer in a generated text, or None if it holds none.
 
     Args:
         task: one of :data:`ANSWER_WORDS`, or "gsm8k".
-        text: what the model wrote, without the prompt.
+        text: the model's text, without the prompt.
     """
     if task == "gsm8k":
         return _extract_number(text)
@@ -40,7 +42,7 @@ def extract_answer(task: str, text: str) -> str | None:
 
 
 def is_correct(task: str, answer: str | None, reference: str) -> bool:
-    """Whether an extracted answer is the reference, which for GSM8K is a number."""
+    """Return whether an extracted answer equals the reference. For GSM8K both are numbers."""
     if answer is None:
         return False
     if task == "gsm8k":
@@ -51,7 +53,7 @@ def is_correct(task: str, answer: str | None, reference: str) -> bool:
 def _extract_number(text: str) -> str | None:
     text = text.replace(",", "")
     _, mark, marked = text.partition("####")
-    # what stands behind the answer (a further question that the model goes on to invent) is not part of it
+    # text after the answer, such as a further question that the model invents, is not part of it
     after_mark = _NUMBER.search(marked.partition("\n")[0]) if mark else None
     if after_mark:
         return after_mark[0]

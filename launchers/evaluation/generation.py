@@ -1,4 +1,4 @@
-"""A base model with an adapter, and what it answers to a batch of prompts."""
+"""Load a base model with an adapter, and generate answers to a batch of prompts."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ MODEL_FILES = ("*.safetensors", "*.bin", "*.index.json", "config.json", "adapter
 
 
 def base_of(adapter: str) -> str:
-    """The base model that an adapter's configuration names.
+    """Return the base model that an adapter's configuration names.
 
     Raises:
-        ValueError: the folder holds no adapter, or its configuration names no base, or another adapter as the base.
+        ValueError: the folder holds no adapter, or its configuration names no base or another adapter as the base.
     """
     require_adapter(adapter)
     base = read_peft_config(adapter).base_model_name_or_path
@@ -37,7 +37,7 @@ def base_of(adapter: str) -> str:
 
 
 def own_device(local_rank: int = 0) -> torch.device:
-    """The accelerator of this rank, which becomes the current one, or the CPU."""
+    """Return this rank's accelerator, and make it the current one; the CPU without accelerators."""
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None:
         return torch.device("cpu")
@@ -46,17 +46,17 @@ def own_device(local_rank: int = 0) -> torch.device:
 
 
 def load_model(base: str, adapter: str | None, dtype: torch.dtype | str, device: torch.device, config: Any) -> Any:
-    """The base on this rank's device, with the adapter beside it and not merged: bf16 weights would round it away.
+    """Load the base on this rank's device and the adapter beside it. Merging into bf16 weights would round it away.
 
     Args:
         base: hub name or local path.
         adapter: folder or hub name of a PEFT adapter, or None.
-        dtype: of the base, "auto" for that of its files; the adapter stays in float32.
-        device: of this rank.
-        config: ``GenerationConfig`` that replaces the model's own, whose sampling would otherwise be mixed in.
+        dtype: dtype of the base, "auto" for that of its files; the adapter stays in float32.
+        device: this rank's device.
+        config: ``GenerationConfig`` that replaces the model's own, which may sample.
 
     Raises:
-        ValueError: one of them cannot be loaded.
+        ValueError: the base or the adapter cannot be loaded.
     """
     if adapter is not None:
         require_adapter(adapter)
@@ -75,16 +75,16 @@ def load_model(base: str, adapter: str | None, dtype: torch.dtype | str, device:
         refuse_merged_twice(base, adapter)
         resize_for(model, tensors, adapter)
         peft_model = PeftModel.from_pretrained(model, adapter).eval()
-    except Exception as error:  # of PEFT, safetensors or the hub's client, by what is wrong
+    except Exception as error:  # PEFT, safetensors and the hub's client raise many kinds
         raise ValueError(f"adapter {adapter!r} does not load on {base!r}: {cause_of(error)}") from error
     wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False).keys()
-    embeddings = {key for key in tensors if ".lora_" not in key}  # which PEFT keeps where they were resized
+    embeddings = {key for key in tensors if ".lora_" not in key}  # PEFT keeps them if they were resized
     require_tensors(Path(adapter), tensors, wanted, wanted | embeddings)
     return peft_model
 
 
 def generation_config(tokenizer: Any, num_beams: int = 1) -> GenerationConfig:
-    """No sampling: the likeliest token each time, or a beam search."""
+    """Return a configuration without sampling: greedy decoding, or a beam search."""
     return GenerationConfig(
         do_sample=False,
         num_beams=num_beams,
@@ -95,11 +95,11 @@ def generation_config(tokenizer: Any, num_beams: int = 1) -> GenerationConfig:
 
 @torch.inference_mode()
 def generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
-    """What the model writes after each prompt.
+    """Return the model's answer to each prompt.
 
-    The prompts are padded on the left and the padding is masked, so in exact arithmetic the answers of most models do
-    not depend on what else is in the batch (``batching.require_same_in_batch`` asks the model); in bf16 a near tie
-    between two tokens can be decided either way.
+    Prompts are padded on the left and the padding is masked. So in exact arithmetic the answers of most models do not
+    depend on the rest of the batch; ``batching.require_same_in_batch`` checks that. In bf16 rounding may decide a near
+    tie between two tokens either way.
     """
     inputs = left_padded(model, prompts)
     generated = model.generate(**inputs, max_new_tokens=max_new_tokens)[:, inputs["input_ids"].shape[1] :]
@@ -107,7 +107,7 @@ def generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_token
 
 
 def left_padded(model: Any, prompts: list[list[int]]) -> dict[str, torch.Tensor]:
-    """``input_ids`` and ``attention_mask`` of a batch of prompts, so that all of them end in its last column."""
+    """Return ``input_ids`` and ``attention_mask`` of a batch of prompts, which all end in its last column."""
     length = max(map(len, prompts))
     padding = model.generation_config.pad_token_id
     input_ids = torch.tensor([[padding] * (length - len(prompt)) + prompt for prompt in prompts])
@@ -116,7 +116,7 @@ def left_padded(model: Any, prompts: list[list[int]]) -> dict[str, torch.Tensor]
 
 
 def fingerprint(name: str) -> str:
-    """Changes with a local folder's weights and configuration (names, sizes and times); of a hub name, the name."""
+    """Return a digest of the names, sizes and times of a local folder's files; a hub name is returned as it is."""
     folder = Path(name)
     if not folder.is_dir():
         return name

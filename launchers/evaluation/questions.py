@@ -1,8 +1,8 @@
-"""The questions of the evaluation tasks: local files in the layout of LLM-Adapters, or the sets of the hub.
+"""Questions of the evaluation tasks, from local files in the layout of LLM-Adapters or from the hub.
 
-Locally a task is ``<task>/test.json`` (a list of {"instruction", "input", "output", "answer"}) under the data folder or
-its ``commonsense`` folder; GSM8K also ``gsm8k/test.jsonl`` with {"question", "answer"} per line. From the hub the
-original sets are brought into the same wording, with the splits that those files hold.
+A local task is ``<task>/test.json``, a list of {"instruction", "input", "output", "answer"}, in the data folder or its
+``commonsense`` folder. GSM8K may be ``gsm8k/test.jsonl`` with {"question", "answer"} per line. Data sets of the hub are
+brought into the same wording, and their splits are those of LLM-Adapters' files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _EXPECTED = 'a record needs the texts {"instruction": ..., "answer": ...}, "inpu
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One record to be answered; ``answer`` is what extraction must find, ``place`` is for error messages."""
+    """One question. ``answer`` is the reference for the extracted answer, ``place`` is for error messages."""
 
     instruction: str
     input: str
@@ -32,17 +32,17 @@ class Question:
 
     @property
     def texts(self) -> tuple[str, str, str]:
-        """All but where it stands."""
+        """All fields except ``place``."""
         return self.instruction, self.input, self.answer
 
 
 def load_questions(task: str, source: str | None, data: str | None) -> list[Question]:
-    """All questions of a task, in the order of their source.
+    """Return all questions of a task, in the order of their source.
 
     Args:
         task: one of :data:`TASKS`.
-        source: a JSON or JSONL file, "hub", or None for the file under ``data``, if that is given.
-        data: folder with a folder for every task.
+        source: a JSON or JSONL file, "hub", or None for the file under ``data``, or the hub without ``data``.
+        data: folder with a folder for every task, or None.
 
     Raises:
         ValueError: the task's file is missing, or a record cannot be used.
@@ -87,10 +87,10 @@ def _converted(hub: _HubSet, row: Any, place: str) -> Any:
 
 
 def _question(task: str, row: Any, place: str) -> Question:
-    """A record in either form, checked.
+    """Check a record in either form and return its question.
 
     Raises:
-        ValueError: a field is missing or no text, or the answer is none that extraction could find.
+        ValueError: a field is missing or no text, or extraction could never find the answer.
     """
     require_record(row, place, _EXPECTED)
     solved = task == "gsm8k" and "question" in row  # GSM8K's own form
@@ -119,14 +119,14 @@ def _is_answer(task: str, answer: str) -> bool:
 
 
 def _choice(question: str, word: str, choices: Sequence[str], correct: int, gaps: tuple[str, str]) -> dict[str, str]:
-    """The wording of LLM-Adapters' files.
+    """Return a question in the wording of LLM-Adapters' files.
 
     Args:
-        question: with the sentence that introduces it.
-        word: what a choice is called.
-        choices: their texts.
-        correct: number of the right one, from 1.
-        gaps: what stands between two choices, and behind the last.
+        question: the question, with the sentence that introduces it.
+        word: the name of a choice, such as "answer".
+        choices: the texts of the choices.
+        correct: number of the right choice, from 1.
+        gaps: the text between two choices, and the text after the last.
     """
     names = [f"{word}{number}" for number in range(1, len(choices) + 1)]
     listed = gaps[0].join(f"{name.capitalize()}: {choice}" for name, choice in zip(names, choices, strict=True))
@@ -163,7 +163,7 @@ def _winogrande(row: Any) -> dict[str, str]:
 
 
 def _science(row: Any) -> dict[str, str]:
-    """ARC and OpenBookQA, whose choices are labelled A, B, C, ... or 1, 2, 3, ..."""
+    """Convert ARC and OpenBookQA, whose choices are labelled A, B, C, ... or 1, 2, 3, ..."""
     question = f"answer to the question: {row.get('question') or row.get('question_stem')}"
     correct = row["choices"]["label"].index(row["answerKey"]) + 1
     return _choice(question, "answer", row["choices"]["text"], correct, (" ", "\n\n"))
@@ -175,7 +175,7 @@ def _as_it_is(row: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _HubSet:
-    """A data set of the hub and what makes a question of its rows."""
+    """A data set of the hub, and the function that converts its rows."""
 
     name: str
     split: str
@@ -184,8 +184,8 @@ class _HubSet:
     revision: str | None = None
 
 
-# The splits are those of LLM-Adapters' test files. Two of the original sets are scripts, which `datasets` 4 runs no
-# more: PIQA's converted branch and a mirror of Social IQa stand for them.
+# The splits are those of LLM-Adapters' test files. Two of the original sets are scripts, which `datasets` 4 no longer
+# runs. PIQA's converted branch and a mirror of Social IQa replace them.
 _HUB = {
     "boolq": _HubSet("google/boolq", "validation", _boolq),
     "piqa": _HubSet("ybisk/piqa", "validation", _piqa, revision="refs/convert/parquet"),

@@ -1,4 +1,4 @@
-"""finetune.py's training arguments: transformers' own, with the defaults of LoRA fine-tuning, on CPUs too."""
+"""Training arguments of finetune.py: transformers' own with defaults for LoRA fine-tuning, on CPUs too."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class FinetuneArguments(TrainingArguments):
             )
 
     def _check_full_eval(self) -> None:
-        """Refuse an evaluation in 16 bits where it fails, under FSDP, or has all of the training in 16 bits."""
+        """Refuse an evaluation in 16 bits where it fails (FSDP) or makes all of the training 16-bit (DeepSpeed)."""
         by_fsdp = bool(self.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         for dtype in ("bf16", "fp16"):
             if not getattr(self, f"{dtype}_full_eval"):
@@ -81,10 +81,10 @@ class FinetuneArguments(TrainingArguments):
                 )
 
     def _prepare_cpu(self) -> None:
-        """Have accelerate count the ranks of a CPU run: left to itself each would train alone on all the data.
+        """Make accelerate count the ranks of a CPU run. Otherwise each rank would train alone on all the data.
 
-        Under DeepSpeed the group is joined here, with its backend by name: told only that there is a CPU,
-        accelerate would leave DeepSpeed out.
+        Under DeepSpeed this method joins the process group and names its backend. accelerate leaves DeepSpeed out if
+        it knows only that it runs on a CPU.
         """
         self.use_cpu, self.dataloader_pin_memory = True, False
         if not self._under_deepspeed:
@@ -102,10 +102,10 @@ class FinetuneArguments(TrainingArguments):
 
 
 def _with_configured_state(config: Any) -> Any:
-    """An ``accelerator_config``, in any form that transformers takes, that uses the group which was joined here.
+    """Return ``accelerator_config``, in any form that transformers takes, changed to use the group joined here.
 
     Raises:
-        ValueError: it is no JSON, or no file that can be read.
+        ValueError: the value is neither JSON nor a readable file.
     """
     wanted = {"use_configured_state": True}
     if isinstance(config, AcceleratorConfig):
@@ -114,7 +114,7 @@ def _with_configured_state(config: Any) -> Any:
         return {**(config or {}), **wanted}
     try:
         if config.startswith("{"):
-            return json.dumps({**json.loads(config), **wanted})  # whose values transformers converts
+            return json.dumps({**json.loads(config), **wanted})  # transformers converts the values
         return {**AcceleratorConfig.from_json_file(config).to_dict(), **wanted}
     except (OSError, ValueError) as error:
         raise ValueError(f"accelerator_config={config!r} is neither JSON nor a file of it: {error}") from error

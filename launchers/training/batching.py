@@ -1,7 +1,7 @@
-"""Whether a model gives an example the same logits in a batch as alone: behind others in a packed row, and padded.
+"""Check that a model gives an example the same logits in a batch as alone: in a packed row, and with padding.
 
-Architectures differ in it, and so do attention implementations and caches, so the model itself is asked, as it is about
-to be used: a few tokens, no gradient, in the dtype and under the engine of the run.
+The answer depends on the architecture, the attention implementation and the cache. So the checks run the model itself
+on a few tokens, without gradients, in the dtype and under the engine of the run.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from launchers.data.tokenization import Collator, pack
 from launchers.evaluation.generation import left_padded
 
 TRIED_TOKENS = 8
-# Relative. What an example sees of another one changes its logits by more, also in small models with PyTorch's start
-# (1e-4 to 1). With nothing seen the difference is 0, but for experts: their products depend on all tokens of the batch.
+# Relative. An example that sees another one changes its logits by more (1e-4 to 1), also in small models with PyTorch's
+# initial weights. Otherwise the difference is 0, except with experts, whose products depend on all tokens of the batch.
 PACKING_TOLERANCE = 3e-5
-# Relative. Rows of another length are summed up in another order: 1e-6 in fp32. A wrong position is 1e-2 and more.
+# Relative. Rows of another length are summed in another order (1e-6 in fp32). A wrong position gives 1e-2 or more.
 PADDING_TOLERANCE = 1e-3
-# How much of the difference may be noise, which another pair of rows shows that differs in nothing that counts.
+# A difference counts only above this multiple of the noise, which two rows show that should give equal logits.
 TIMES_NOISE = 10
 
 
 class BatchingChangesExamples(ValueError):
-    """A model's logits of an example depend on what else is in the batch."""
+    """The logits of an example depend on the rest of the batch."""
 
 
 class PackingCheck(TrainerCallback):
-    """Asks the wrapped model whether it keeps packed examples apart, before the first evaluation and step.
+    """Check before the first evaluation and step that the wrapped model keeps packed examples apart.
 
     Args:
-        trainer: of the training, whose ``model_wrapped`` callbacks are not told.
+        trainer: the run's trainer; callbacks get its ``model_wrapped`` in no other way.
         collator: makes batches of packed rows.
-        tokens: of any training example.
+        tokens: token ids of any training example.
     """
 
     def __init__(self, trainer: Trainer, collator: Collator, tokens: list[int]) -> None:
@@ -49,13 +49,13 @@ class PackingCheck(TrainerCallback):
 
 
 def require_position_ids(model: Any) -> None:
-    """Refuse packing for models that take no ``position_ids``, by which rows are taken apart.
+    """Refuse packing for models without ``position_ids``, which separate the examples of a row.
 
     Args:
-        model: as transformers made it.
+        model: the model as transformers made it.
 
     Raises:
-        BatchingChangesExamples: its forward has no such argument; Trainer would leave the column out.
+        BatchingChangesExamples: the model's forward has no such argument, so Trainer would drop the column.
     """
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise BatchingChangesExamples(
@@ -68,13 +68,13 @@ def require_separate_examples(model: Any, arguments: Any, collator: Collator, to
     """Refuse packing if an example's logits depend on the example before it; every rank must call.
 
     Args:
-        model: wrapped, with a configuration that says whether it caches.
-        arguments: of the training.
+        model: the wrapped model; its configuration says whether it uses a cache.
+        arguments: the run's training arguments.
         collator: makes batches of packed rows.
-        tokens: of any training example, at least one.
+        tokens: token ids of any training example, at least one.
 
     Raises:
-        BatchingChangesExamples: they do.
+        BatchingChangesExamples: the logits depend on it.
     """
     several = arguments.per_device_train_batch_size > 1
     change = _change_behind_another(model, arguments.device, collator, tokens[:TRIED_TOKENS], several)
@@ -93,17 +93,17 @@ def require_separate_examples(model: Any, arguments: Any, collator: Collator, to
 def _change_behind_another(
     model: Any, device: torch.device, collator: Collator, example: list[int], several: bool
 ) -> float:
-    """How much an example's first logits change with an example before it, or 0 if that is noise.
+    """Return how much an example's first logits change with an example before it, or 0 if that is noise.
 
-    The first token attends to nothing but itself, so it is compared behind another example and in front of it. What
-    else is in the row does not count, but shows the noise of experts.
+    The change is relative. The first token should attend to itself only, so its logits behind another example are
+    compared with those in front of it. A third row, whose rest differs, shows the noise of experts.
 
     Args:
-        model: to be asked.
-        device: of the model.
+        model: the wrapped model.
+        device: the model's device.
         collator: makes batches of packed rows.
-        example: its tokens.
-        several: ask with several rows in a batch.
+        example: token ids of the example.
+        several: whether the rows form one batch.
     """
     length, other = len(example), example[::-1]
     pairs = ((other, example), (example, other), (example, example))
@@ -113,18 +113,18 @@ def _change_behind_another(
         logits = torch.cat([_logits(model, batch, device) for batch in batches])
     behind, front, front_again = logits[0, length], logits[1, 0], logits[2, 0]
     change, noise = _difference(behind, front), _difference(front_again, front)
-    return 0.0 if change <= max(PACKING_TOLERANCE, TIMES_NOISE * noise) else change  # which may be NaN
+    return 0.0 if change <= max(PACKING_TOLERANCE, TIMES_NOISE * noise) else change  # change may be NaN
 
 
 def require_same_in_batch(model: Any, prompt: list[int]) -> None:
-    """Refuse batches for models that answer otherwise to a prompt that is padded on the left.
+    """Refuse batches for models that answer a prompt otherwise if it is padded on the left.
 
     Args:
-        model: as :func:`launchers.evaluation.generation.generate` takes it.
-        prompt: any; its first tokens are a short and a long prompt.
+        model: a model for :func:`launchers.evaluation.generation.generate`.
+        prompt: token ids of any prompt; its beginning serves as a short and as a long prompt.
 
     Raises:
-        BatchingChangesExamples: the logits of the next tokens are others alone and in a batch.
+        BatchingChangesExamples: the logits of the next tokens differ between the prompt alone and in a batch.
     """
     short, long = prompt[: TRIED_TOKENS // 2], prompt[: 2 * TRIED_TOKENS]
     if len(short) == len(long):
@@ -133,7 +133,7 @@ def require_same_in_batch(model: Any, prompt: list[int]) -> None:
         alone_short, alone_long, both = (_next_logits(model, prompts) for prompts in ([short], [long], [short, long]))
     noise = _difference(both[0][1], alone_long[0][0])
     difference = _difference(both[0][0], alone_short[0][0])
-    if both[0][0].argmax() == alone_short[0][0].argmax():  # else the second token follows on another one
+    if both[0][0].argmax() == alone_short[0][0].argmax():  # otherwise the second tokens follow different first tokens
         difference = max(difference, _difference(both[1][0], alone_short[1][0]))
     if not difference <= max(PADDING_TOLERANCE, TIMES_NOISE * noise):
         raise BatchingChangesExamples(
@@ -143,7 +143,7 @@ def require_same_in_batch(model: Any, prompt: list[int]) -> None:
 
 
 def _next_logits(model: Any, prompts: list[list[int]]) -> list[Tensor]:
-    """The logits of the next two tokens, each ``[prompts, vocabulary]``."""
+    """Return the logits of the next two tokens, each ``[prompts, vocabulary]``."""
     generated = model.generate(
         **left_padded(model, prompts),
         num_beams=1,
@@ -162,14 +162,17 @@ def _logits(model: Any, batch: dict[str, Tensor], device: torch.device) -> Tenso
 
 
 def _difference(one: Tensor, other: Tensor) -> float:
-    """Of two vectors of logits, relative to their spread: a constant added to all changes no probability."""
+    """Return the difference of two vectors of logits, without their means, relative to the second one's norm.
+
+    A constant that is added to all logits changes no probability, so it does not count.
+    """
     one, other = (logits - logits.mean() for logits in (one, other))
     return float((one - other).norm() / other.norm().clamp_min(torch.finfo(other.dtype).tiny))
 
 
 @contextlib.contextmanager
 def _inference(model: Any) -> Iterator[None]:
-    """No dropout, no gradient, and random numbers afterwards as before."""
+    """Run without dropout and gradients, and restore the random number generators afterwards."""
     training = model.training
     device = next(model.parameters()).device
     model.eval()

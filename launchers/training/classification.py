@@ -29,10 +29,10 @@ PEFT_HEADS = ("classifier", "score")
 
 
 def check_options(options: Options) -> None:
-    """Refuse what classification cannot have.
+    """Refuse options that classification does not support.
 
     Raises:
-        ValueError: no model is named, or an option is for language models.
+        ValueError: no model is named, or an option is for language models only.
     """
     if options.model.model is None:
         raise ValueError("task=seq-cls needs --model, for example microsoft/deberta-v3-base")
@@ -49,7 +49,7 @@ def check_options(options: Options) -> None:
 
 
 def choose_records(options: Options) -> tuple[list[Any], list[Any]]:
-    """Training and validation records.
+    """Return the training and validation records.
 
     Raises:
         ValueError: a file or data set cannot be read, or a record is unusable.
@@ -69,7 +69,7 @@ def choose_records(options: Options) -> tuple[list[Any], list[Any]]:
 
 
 def further_records(options: Options) -> dict[str, list[Any]]:
-    """Sets to be evaluated after training, by name: MNLI's mismatched validation set."""
+    """Return the sets to evaluate after training, by name: MNLI's mismatched validation set."""
     task = options.classification
     if task.glue_task != "mnli" or (options.data.dataset and not task.mismatched_dataset):
         return {}
@@ -83,7 +83,7 @@ def _limited(records: tuple[list[Any], list[Any]], count: int | None) -> tuple[l
 
 
 def _load(task: ClassificationOptions, sources: list[str], split: str, hub_split: str) -> list[Any]:
-    """Records [text, second text or None, label] of all sources; of the hub's GLUE where there are none."""
+    """Return records ``[text, second text or None, label]`` of all sources, or of the hub's GLUE without sources."""
     if not sources:
         rows = enumerate(load_hub(HUB, hub_split, task.glue_task), start=1)
         return [_checked(task, row, f"{HUB}, {task.glue_task}, {hub_split}, record {number}") for number, row in rows]
@@ -116,7 +116,7 @@ def _checked(task: ClassificationOptions, row: Any, place: str) -> list[Any]:
 
 
 def encoded(options: Options, tokenizer: Any, records: list[Any], *, build: bool, packing: bool = False) -> Any:
-    """The records as token ids, cut at ``max_length``, and ``labels``; made once, see ``cached_dataset``."""
+    """Return the records as token ids, cut at ``max_length``, and ``labels``; see ``cached_dataset``."""
     if tokenizer.pad_token_id is None:
         raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} has no padding token; --task seq-cls needs one")
     max_length = options.data.max_length
@@ -135,10 +135,10 @@ def encoded(options: Options, tokenizer: Any, records: list[Any], *, build: bool
 
 
 def collator(tokenizer: Any, model: Any, multiple_of: int) -> DataCollatorWithPadding:
-    """Pads to the longest row of a batch, on the side that the model's head expects.
+    """Return a collator that pads to the longest row of a batch, on the side that the model's head expects.
 
-    Heads on decoders read the last token that is not the configuration's padding token, which a language model often
-    lacks. Other heads read the first token, which has to be in the first place; XLNet's reads the last place.
+    A decoder's head reads the last token that is not the configuration's padding token. Language models often have
+    none, so it is set here. Other heads read the first place, and XLNet's head reads the last place.
     """
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     tokenizer.padding_side = "left" if model.config.model_type == "xlnet" else "right"
@@ -146,10 +146,10 @@ def collator(tokenizer: Any, model: Any, multiple_of: int) -> DataCollatorWithPa
 
 
 def load_model(name: str, options: Options, dtype: Any) -> Any:
-    """The model with a head for the task; ``new_heads`` names the layers that its checkpoint does not have.
+    """Return the model with a head for the task. Its ``new_heads`` names the layers that the checkpoint lacks.
 
     Raises:
-        ValueError: the model cannot be found or read, or has no dropout to be set.
+        ValueError: the model cannot be found or read, or its dropout cannot be set.
     """
     classification = options.classification
     config = read_model_config(name, num_labels=classification.glue.num_labels or 1)
@@ -162,7 +162,7 @@ def load_model(name: str, options: Options, dtype: Any) -> Any:
         dtype=dtype,
         attn_implementation=options.model.attn_implementation,
     )
-    # a head is new; numbered layers and the embedding of the tokens never are
+    # the checkpoint may lack a head, but no numbered layer and no token embedding
     layer = re.compile(rf"{model.base_model_prefix}\..*\.\d+\.")
     embedding = {f"{n}.weight" for n, m in model.named_modules() if m is model.get_input_embeddings()}
     require_no_missing(name, [key for key in missing if layer.match(key) or key in embedding])
@@ -179,7 +179,7 @@ def _set_dropout(config: Any, probability: float) -> None:
 
 
 def metrics_of(options: Options) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Trainer's ``compute_metrics``: logits ``[records, labels]`` and labels ``[records]`` to the task's metrics."""
+    """Return Trainer's ``compute_metrics``: logits ``[records, labels]`` and labels ``[records]`` to metrics."""
     from scipy import stats
     from sklearn import metrics
 
@@ -201,9 +201,9 @@ def metrics_of(options: Options) -> Callable[[EvalPrediction], dict[str, float]]
 
 
 def held_out_metrics(history: list[dict[str, Any]], options: Options) -> list[dict[str, Any]]:
-    """The metrics of every evaluation in Trainer's log, with the step and the name of the set.
+    """Return the metrics of every evaluation in Trainer's log, with the step and the name of the set.
 
-    A correlation with predictions that are all equal does not exist; it is None here.
+    A correlation is None if all predictions are equal, because it does not exist then.
     """
     points = []
     names = options.classification.glue.metrics
@@ -217,7 +217,7 @@ def held_out_metrics(history: list[dict[str, Any]], options: Options) -> list[di
 
 
 def describe(point: dict[str, Any]) -> str:
-    """One line of :func:`held_out_metrics` for a person to read."""
+    """Format one entry of :func:`held_out_metrics` as a line."""
     scores = {name: score for name, score in point.items() if name not in ("step", "set")}
     shown = ", ".join(f"{name} {'none' if score is None else f'{score:.4f}'}" for name, score in scores.items())
     return f"{point['set']}, step {point['step']}: {shown}\n"

@@ -1,4 +1,4 @@
-"""``--model ADAPTER``: training goes on from an adapter, on the base that it names."""
+"""``--model ADAPTER``: train an adapter further, on the base that it names."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from reflora_dist.files.open_files import read_peft_config, read_tensors
 from reflora_dist.files.other_files import tokenizer_files
 from reflora_dist.files.stored_weights import find_model
 
-# the options that make the adapter's function, by the fields of its configuration
+# options that determine the adapter's function, by the fields of its configuration
 _OPTIONS = {"r": "lora_r", "lora_alpha": "lora_alpha", "use_rslora": "rslora", "use_dora": "dora"}
-# names of layers are compared by the tensors that belong to them; the others do not change the function
+# layers are compared by their tensors, when the adapter is loaded; the other fields do not change the function
 _OTHERS = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"} | {
     "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
     "lora_dropout", "init_lora_weights", "fan_in_fan_out", "ensure_weight_tying", "megatron_config", "megatron_core",
@@ -31,11 +31,11 @@ _OTHERS = {"target_modules", "exclude_modules", "layers_to_transform", "layers_p
 
 @dataclasses.dataclass(frozen=True)
 class ContinuedAdapter:
-    """The adapter that training goes on from.
+    """An adapter that is trained further.
 
     Attributes:
-        folder: of its files.
-        base: hub name or folder of the base that it names.
+        folder: the folder with its files.
+        base: hub name or folder of the base that its configuration names.
     """
 
     folder: Path
@@ -43,22 +43,22 @@ class ContinuedAdapter:
 
     @property
     def tokenizer(self) -> str:
-        """Whose tokenizer it was trained with, as far as the files say."""
+        """Where its tokenizer is: in its own folder if that has one, else at the base."""
         return str(self.folder) if tokenizer_files(self.folder) else self.base
 
     def resize(self, base: Any) -> None:
-        """Give the base the vocabulary of the adapter, before the adapter is put beside it.
+        """Resize the base's vocabulary to the adapter's, before the adapter is added.
 
         Raises:
-            ValueError: the file cannot be read, or holds one of embedding and head only.
+            ValueError: the file cannot be read, or holds only one of embedding and head.
         """
         resize_for(base, read_tensors(self.folder / SAFETENSORS_WEIGHTS_NAME), self.folder)
 
     def load(self, model: Any) -> None:
-        """Put its factors into the model; every rank must call.
+        """Load its factors into the model; every rank must call.
 
         Raises:
-            ValueError, RuntimeError: on every rank; it has other layers.
+            ValueError, RuntimeError: on every rank; the adapter has other layers than the model.
         """
         try:
             load_adapter(model, None, self.folder)
@@ -71,10 +71,10 @@ class ContinuedAdapter:
 
 
 def continued_adapter(options: Options) -> ContinuedAdapter | None:
-    """The adapter that ``--model`` names, if it names one and no base.
+    """Return the adapter that ``--model`` names, or None if it names a base.
 
     Raises:
-        ValueError: it cannot be continued with these options; the message says what to give.
+        ValueError: the adapter cannot be continued with these options; the message says what to give.
     """
     name = options.model.model
     if name is None or adapter_folder(name) is None:
@@ -120,7 +120,7 @@ def _require_plain_lora(name: str, folder: Path, config: PeftConfig, options: Op
 
 
 def _require_same_settings(name: str, config: LoraConfig, options: Options, merge: str) -> None:
-    """Training would go on as another function."""
+    """Refuse settings that would change the adapter's function."""
     given = LoraConfig(**{field: getattr(options.lora, option) for field, option in _OPTIONS.items()})
     for field in dataclasses.fields(LoraConfig):
         saved, asked = getattr(config, field.name), getattr(given, field.name)

@@ -1,4 +1,4 @@
-"""What needs evaluations during training: transformers takes it without them too, and then nothing comes of it."""
+"""Refuse settings that need evaluations where there are none. transformers accepts them, and they have no effect."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from launchers.training.options import Options
 
 logger = logging.getLogger(__name__)
-# Settings that are void where nothing is evaluated, and which of their values are; None: all but None.
+# Settings that need evaluations, each with the values that do; None: every value except None.
 _NEED_EVALUATIONS: dict[str, tuple[Any, ...] | None] = {
     "save_strategy": ("best",),
     "lr_scheduler_type": ("reduce_lr_on_plateau", "greedy"),
@@ -28,7 +28,7 @@ class NoEvaluations(ValueError):
 
 
 def check_strategy(training: Any) -> None:
-    """Refuse what needs evaluations where ``--eval_strategy`` is no.
+    """Refuse settings that need evaluations if ``--eval_strategy`` is no.
 
     Raises:
         NoEvaluations: the message names the setting.
@@ -70,7 +70,7 @@ def check_evaluations(options: Options) -> None:
 
 
 class EvaluationsToCome(TrainerCallback):
-    """Refuses, once the number of steps is known, what needs evaluations if ``--eval_delay`` outlasts the training."""
+    """Refuse settings that need evaluations if ``--eval_delay`` outlasts the training, once its length is known."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         setting = _setting_in_need(args)
@@ -93,5 +93,5 @@ def _setting_in_need(training: Any) -> str | None:
 
 
 def shown(value: Any) -> Any:
-    """A setting as it is written on the command line, also where transformers has made an enum of it."""
+    """Return a setting as it is written on the command line, also if transformers has made an enum of it."""
     return getattr(value, "value", value)

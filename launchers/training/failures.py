@@ -1,4 +1,4 @@
-"""One line per rank about what ended it: launchers show an exit code at most, and some not whose."""
+"""Print one line per rank about what ended it. Launchers show at most an exit code, some without the rank."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.distributed_c10d import _get_default_store
 
 _FIRST_KEY = "launchers/first_failure"
-# what gloo, NCCL and the store say when another rank has gone
+# messages of gloo, NCCL and the store when another rank has gone
 _LOST_PEER = re.compile(r"connection|peer|broken pipe|socket|timed? ?out|NCCL", re.IGNORECASE)
 _SECONDS_TO_DIE = 3.0
-# what torch and safetensors say of a write that failed, mostly without the reason
+# messages of torch and safetensors about a failed write, mostly without the reason
 _FAILED_WRITE = re.compile(r"inline_container|PytorchStreamWriter|I/O error|No space|too large|quota", re.IGNORECASE)
 
 
 @contextlib.contextmanager
 def named_failures(output_dir: str, *, mistakes: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Have an exception name the rank and the cause on stderr; every rank must enter.
+    """Name the rank and the cause on stderr if the code inside raises; every rank must enter.
 
-    A rank that fails because another one is gone names that one and, on its own machine, how it ended.
+    If a rank fails because another one is gone, the line names that one. If both ran on the same machine, the line
+    also says how the other one ended.
 
     Args:
-        output_dir: where the run writes; the space left there is told with a write that failed.
-        mistakes: exceptions that a user can mend, told without a traceback, which would hide them.
+        output_dir: where the run writes; after a failed write the line has the space left there.
+        mistakes: exceptions that a user can correct. They are shown without a traceback, which would hide the message.
 
     Communication: one all-gather of small objects at the beginning.
     """
@@ -42,7 +43,7 @@ def named_failures(output_dir: str, *, mistakes: tuple[type[Exception], ...] = (
         yield
     except mistakes as error:
         raise SystemExit(f"finetune.py: error: {on_rank()}{_explain(str(error), peers)}") from error
-    except (Exception, CheckpointException) as error:  # DCP's is no Exception
+    except (Exception, CheckpointException) as error:  # DCP's exception is no Exception
         text = " ".join(f"{type(error).__name__}: {error}".split())
         if _FAILED_WRITE.search(text):
             text += f" ({shutil.disk_usage(output_dir).free / 2**20:,.1f} MiB free in {output_dir})"
@@ -51,12 +52,12 @@ def named_failures(output_dir: str, *, mistakes: tuple[type[Exception], ...] = (
 
 
 def on_rank() -> str:
-    """ "rank N: ", or nothing in one process."""
+    """Return "rank N: ", or an empty text in one process."""
     return f"rank {dist.get_rank()}: " if dist.is_initialized() and dist.get_world_size() > 1 else ""
 
 
 def _gather_processes() -> list[tuple[str, int]]:
-    """Host and process id of every rank."""
+    """Return the host and process id of every rank."""
     own = (socket.gethostname(), os.getpid())
     if not on_rank():
         return [own]
@@ -73,13 +74,13 @@ def _explain(text: str, peers: list[tuple[str, int]]) -> str:
         if lost:
             return f"{lost} (seen here as {text})"
         return f"{text}. If no rank tells a cause of its own, one was killed: see the launcher's exit codes"
-    with contextlib.suppress(Exception):  # without the store nobody else can read it anyway
+    with contextlib.suppress(Exception):  # without the store no other rank could read it
         _get_default_store().compare_set(_FIRST_KEY, "", f"{on_rank()}{text}")
     return text
 
 
 def _reported() -> str | None:
-    """What the first rank that failed by itself left in the store."""
+    """Return the message that the first rank that failed by itself left in the store."""
     with contextlib.suppress(Exception):
         store = _get_default_store()
         if store.check([_FIRST_KEY]):
@@ -88,7 +89,7 @@ def _reported() -> str | None:
 
 
 def _find_ended(peers: list[tuple[str, int]]) -> str | None:
-    """A rank of this machine that is no more; its connections close a moment before."""
+    """Return how a rank of this machine ended. Wait a little, because connections close before a process ends."""
     local = [(rank, pid) for rank, (host, pid) in enumerate(peers) if host == socket.gethostname()]
     deadline = time.monotonic() + _SECONDS_TO_DIE
     while Path("/proc/self").exists():
@@ -104,7 +105,7 @@ def _find_ended(peers: list[tuple[str, int]]) -> str | None:
 
 
 def how_ended(pid: int) -> str | None:
-    """How a process of this machine ended; None while it runs. Exactly, as long as its parent has not asked."""
+    """Return how a process of this machine ended; None while it runs. After its parent has waited for it, "is gone"."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

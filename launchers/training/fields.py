@@ -6,7 +6,7 @@ from dataclasses import field
 
 
 def option(default: object, help_text: str, **metadata: object):  # type: ignore[no-untyped-def]
-    """A dataclass field as ``HfArgumentParser`` reads it; a list as default is copied for every instance."""
+    """Return a dataclass field for ``HfArgumentParser``. A list as default is copied for every instance."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help_text, **metadata})
     return field(default=default, metadata={"help": help_text, **metadata})

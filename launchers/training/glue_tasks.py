@@ -9,7 +9,10 @@ from launchers.training.fields import option
 
 @dataclasses.dataclass(frozen=True)
 class GlueTask:
-    """Fields, labels (none: a number from 0 to 5) and metrics of a task, as gluebenchmark.com has them."""
+    """Fields, labels and metrics of a task, as on gluebenchmark.com.
+
+    ``num_labels`` is None if the label is a number from 0 to 5.
+    """
 
     fields: tuple[str, ...]
     metrics: tuple[str, ...] = ("accuracy",)
@@ -31,7 +34,7 @@ GLUE = {
 
 @dataclasses.dataclass
 class ClassificationOptions:
-    """What is learnt: to continue a text, or to classify one."""
+    """The task: continuing texts or classifying them."""
 
     task: str = option(
         "causal-lm", "seq-cls: classify sentences, with a new head on the model.", choices=("causal-lm", "seq-cls")
@@ -71,5 +74,5 @@ class ClassificationOptions:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """What an evaluation yields beside the loss."""
+        """The names of the metrics that an evaluation yields beside the loss."""
         return self.glue.metrics if self.active else ()

@@ -1,10 +1,11 @@
-"""Stopping with a checkpoint when a scheduler says so: SIGTERM, or SIGUSR1 where it can warn earlier.
+"""Stop with a checkpoint after a scheduler's signal: SIGTERM, or SIGUSR1 as an earlier warning.
 
-A signal may reach one rank only, and ranks at different steps. The rank that it reaches writes the step to stop after
-into the job's store, where every rank looks at the end of every step. Two steps ahead is far enough: no rank can end
-step s + 2 before the writer has begun s + 1, and it begins that after writing. (On a GPU this holds because Trainer
-reads every step's loss; with ``logging_nan_inf_filter=False`` a rank may run ahead, and then says so.) transformers'
-own ``enable_jit_checkpoint`` has each rank decide by itself, and ranks that disagree wait for each other.
+A signal may reach only one rank, and ranks may be at different steps. The rank that gets it at step s writes s + 2 into
+the job's store as the last step. Every rank reads the store at the end of every step. No rank can end step s + 2 before
+the writer has begun step s + 1, and the writer begins that step after writing. On a GPU this holds because Trainer
+reads the loss of every step. With ``logging_nan_inf_filter=False`` a rank may run ahead, and then raises an error.
+
+transformers' own ``enable_jit_checkpoint`` lets each rank decide alone, and ranks that disagree wait for each other.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ _TIME_KEY = "launchers/time_of_sigterm"
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends training with a checkpoint after the same step on every rank once any rank got SIGTERM or SIGUSR1.
+    """End training with a checkpoint after the same step on every rank, once any rank got SIGTERM or SIGUSR1.
 
-    Installed while training runs, in the main thread of the process. After SIGTERM a rank that cannot reach that step
-    in time, because another one is gone or a step takes longer, ends itself.
+    The signal handlers are installed while training runs, in the main thread of the process. After SIGTERM a rank ends
+    itself if it cannot reach that step in time, because another rank is gone or a step takes too long.
 
     Attributes:
         stopped_by: the signal; None if training was not stopped.
@@ -48,7 +49,7 @@ class StopOnSignal(TrainerCallback):
         self._restore = contextlib.ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # a handler in Python waits until the main thread is back from a collective; a byte in a socket does not
+        # a Python handler runs only after the main thread has left a collective; a byte in a socket arrives at once
         receiver, sender = socket.socketpair()
         sender.setblocking(False)
         self._restore.callback(receiver.close)
@@ -69,18 +70,18 @@ class StopOnSignal(TrainerCallback):
         self._step = state.global_step
         self._stop_reached.set()
         control.should_save = control.should_training_stop = True
-        # Trainer would evaluate first, which takes its time, and with --save_strategy best decides about the checkpoint
+        # Trainer would evaluate first: that takes time, and with --save_strategy best it decides about the checkpoint
         control.should_evaluate = False
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stopped_by is not None:  # Trainer ends the epoch here as well, and the checkpoint is there
+        if self.stopped_by is not None:  # Trainer ends the epoch, too, and the checkpoint is written already
             control.should_save = control.should_evaluate = False
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
 
     def exit_code(self) -> int:
-        """0, or after a signal what a shell reports of a process that it ended; the first rank says how to go on."""
+        """Return 0, or after a signal 128 plus its number, as shells do. The first rank prints how to resume."""
         if self.stopped_by is None:
             return 0
         if not dist.is_initialized() or dist.get_rank() == 0:
@@ -88,12 +89,15 @@ class StopOnSignal(TrainerCallback):
         return 128 + self.stopped_by
 
     def close(self) -> None:
-        """Give the signals back their meaning."""
+        """Restore the former signal handlers."""
         self._stop_reached.set()
         self._restore.close()
 
     def _agreed_step(self, step: int) -> tuple[int, int] | None:
-        """The step to stop after and the signal's number. One small request to the store, about 0.1 ms."""
+        """Return the step to stop after and the signal's number, or None.
+
+        Communication: one small request to the store, about 0.1 ms.
+        """
         own = self._received
         if not _several_ranks():
             return (step, own) if own is not None else None
@@ -107,7 +111,7 @@ class StopOnSignal(TrainerCallback):
         return int(stop_after), int(number)
 
     def _watch(self, receiver: socket.socket) -> None:
-        with contextlib.suppress(OSError):  # closed
+        with contextlib.suppress(OSError):  # the socket was closed
             while numbers := receiver.recv(64):
                 for number in numbers:
                     if number not in SIGNALS or self._stop_reached.is_set():
@@ -119,7 +123,7 @@ class StopOnSignal(TrainerCallback):
                         self._end_in_time()
 
     def _end_in_time(self) -> None:
-        # deepspeed's launcher signals one rank after the other, each when the one before is gone
+        # deepspeed's launcher signals each rank only after the one before has ended
         try:
             first = float(_get_default_store().compare_set(_TIME_KEY, "", str(time.time())))
         except RuntimeError:  # the process that held the store is gone
@@ -146,9 +150,9 @@ def _say(text: str) -> None:
 
 
 def _shield_workers(dataloader: Any) -> None:
-    """Schedulers signal the data loader's workers too, whose end would be an error; they end with their parent.
+    """Make the data loader's workers ignore SIGTERM. Schedulers signal them too, and their end would be an error.
 
-    Those of an evaluation, which a Trainer makes anew each time, are not reached.
+    Workers end with their parent. Workers of evaluations are not covered, because Trainer makes them anew each time.
     """
     loader = getattr(dataloader, "base_dataloader", dataloader)
     if loader.num_workers:

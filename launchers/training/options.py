@@ -34,7 +34,7 @@ PEFT_STARTS: dict[str, bool | str] = {"default": True, "gaussian": "gaussian", "
 
 @dataclasses.dataclass
 class ModelOptions:
-    """Which base model, and how it is loaded."""
+    """The base model and how it is loaded."""
 
     model: str | None = _option(
         None,
@@ -125,7 +125,7 @@ class LoraOptions:
 
     @property
     def latent(self) -> bool:
-        """Whether an r x r matrix between frozen factors is trained, and not the factors."""
+        """Whether the method trains an r x r matrix between frozen factors, and not the factors."""
         return self.method in LATENT_METHODS
 
     def _check_latent(self) -> None:
@@ -149,7 +149,7 @@ class LoraOptions:
             raise ValueError(f"init_lora_weights: {error}, or one of {', '.join(PEFT_STARTS)}") from error
 
     def reflora_config(self) -> RefLoRAConfig:
-        """The settings that the package reads."""
+        """Return the settings that the package reads."""
         return RefLoRAConfig(
             method="lora" if self.latent else self.method,
             warmup_steps=self.reflora_warmup_steps,
@@ -200,11 +200,11 @@ class DataOptions:
 
     @property
     def has_eval_records(self) -> bool:
-        """Whether there will be records to evaluate on; the embedded ones and the hub's GLUE bring their own."""
+        """Whether there are records to evaluate on. The embedded records and the hub's GLUE bring their own."""
         return bool(self.eval_dataset or self.eval_fraction or not self.dataset)
 
     def tokenization(self, *, packing: bool) -> TokenizationSettings:
-        """How records are encoded; evaluation never packs, so that its loss is comparable between runs."""
+        """Return how records are encoded. Evaluation never packs, so that losses of runs can be compared."""
         return TokenizationSettings(
             max_length=self.max_length,
             train_on_prompt=self.train_on_prompt,
@@ -215,7 +215,7 @@ class DataOptions:
 
 @dataclasses.dataclass
 class Options:
-    """Everything that one run is asked to do."""
+    """All options of one run."""
 
     model: ModelOptions
     lora: LoraOptions
@@ -244,7 +244,7 @@ class Options:
                 )
 
     def optimizer(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
-        """The optimizer's class and arguments where the method is one; None for that of --optim.
+        """Return the optimizer's class and arguments if the method is an optimizer; None for that of --optim.
 
         Raises:
             ValueError: --optim_args names an unknown option, or a value that it cannot have.
@@ -252,7 +252,7 @@ class Options:
         if self.lora.method != "lora-rite":
             return None
         training = self.training
-        plugin = getattr(training, "hf_deepspeed_config", None)  # which is there under DeepSpeed only
+        plugin = getattr(training, "hf_deepspeed_config", None)  # exists under DeepSpeed only
         deepspeed_config = plugin.config if plugin is not None else {}
         if "optimizer" in deepspeed_config:
             raise ValueError(
@@ -281,8 +281,10 @@ class Options:
 
 
 def parse_options(argv: list[str] | None = None) -> Options:
-    """Read the command line. Creating the training arguments also starts the process group, and makes
-    transformers partition the base while loading it under ZeRO-3; so it comes before any model.
+    """Read the command line. Call this before any model is loaded.
+
+    Creating the training arguments starts the process group. Under ZeRO-3 it also makes transformers partition the
+    base while loading it.
 
     Raises:
         ValueError: an option's value cannot be used.
@@ -298,7 +300,7 @@ def check_output_dir(output_dir: str) -> None:
     """Create the folder and try to write into it, before hours of training end in an error.
 
     Raises:
-        ValueError: it cannot be created or written.
+        ValueError: the folder cannot be created or written.
     """
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -309,7 +311,7 @@ def check_output_dir(output_dir: str) -> None:
 
 
 def checkpoint_to_resume(arguments: FinetuneArguments) -> str | None:
-    """The checkpoint folder that ``--resume_from_checkpoint`` means; None to start from the beginning.
+    """Return the checkpoint folder of ``--resume_from_checkpoint``; None to start from the beginning.
 
     Raises:
         ValueError: the named folder is no complete checkpoint.
@@ -319,7 +321,7 @@ def checkpoint_to_resume(arguments: FinetuneArguments) -> str | None:
     asked = arguments.resume_from_checkpoint
     if asked is None:
         return None
-    # one rank looks: storage need not show all of them the same
+    # only one rank looks, because storage may show ranks different files
     found: list[str | None] = [None, None]
     if is_first_rank():
         try:

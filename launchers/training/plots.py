@@ -16,12 +16,12 @@ PLOT_FILE = "loss.png"
 
 
 def plot_run(metrics: dict[str, Any], output_dir: Path) -> Path:
-    """Training and held-out loss by optimizer step, written as ``loss.png``."""
+    """Plot training and held-out loss by optimizer step, and return the path of ``loss.png``."""
     return plot_comparison([metrics], output_dir / PLOT_FILE)
 
 
 def plot_comparison(runs: Sequence[dict[str, Any]], path: Path) -> Path:
-    """Training loss (thin) and held-out loss (dots) of every run in one plot, one colour per run."""
+    """Plot training loss (thin) and held-out loss (dots) of all runs, one colour per run. Return ``path``."""
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for number, run in enumerate(runs):
         color = f"C{number}"

@@ -1,4 +1,4 @@
-"""A base of 4-bit weights, as QLoRA trains on it (Dettmers et al., 2023, arXiv 2305.14314)."""
+"""A base in 4 bits, as in QLoRA (Dettmers et al., 2023, arXiv 2305.14314)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from transformers import BitsAndBytesConfig
 
 
 def quantization_config(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """NF4 with double quantization.
+    """Return NF4 with double quantization.
 
-    The packed weights are stored as elements of the dtype in which the model computes: FSDP shards no integers, and
-    what casts parameters to that dtype (DeepSpeed's bf16, FSDP's mixed precision) would destroy any other storage.
+    Packed weights are stored as elements of the dtype in which the model computes. FSDP does not shard integers, and
+    DeepSpeed's bf16 and FSDP's mixed precision would destroy any other storage by a cast to that dtype.
 
     Args:
-        dtype: in which the model computes.
+        dtype: the dtype in which the model computes.
     """
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -27,10 +27,10 @@ def quantization_config(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def keep_weight_layout(model: Any) -> None:
-    """Have bitsandbytes leave weights as they are in evaluations on a CPU with AVX512-BF16.
+    """Keep bitsandbytes from repacking weights in evaluations on a CPU with AVX512-BF16.
 
-    It would bring them into a layout for inference, from which a later training step gets no gradient of the layer's
-    input: all layers before would train on wrong ones, in silence.
+    The other layout is for inference. A later training step gets no gradient of the layer's input from it, and all
+    layers before would train on wrong gradients without an error.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

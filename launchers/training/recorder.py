@@ -1,4 +1,4 @@
-"""What a run measures: losses by step, seconds per step, bytes per step and peak memory."""
+"""Record the figures of a run: losses by step, seconds per step, bytes per step and peak memory."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ RECORDED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed")
 
 
 class RunRecorder(TrainerCallback):
-    """Times every optimizer step and says, on rank 0, what was attached.
+    """Time every optimizer step, and print on rank 0 what was attached.
 
-    It stands after the method's callback in the list of callbacks, because it reads its report.
+    This callback must come after the method's callback, because it reads the report of that one.
     """
 
     def __init__(self, method_callback: Any, first_refactored_step: int | None) -> None:
         self.method_callback = method_callback
         self.first_refactored_step = first_refactored_step
         self.step_seconds: list[float] = []
-        self.further_data: dict[str, Any] = {}  # by name: evaluated once, after training
+        self.further_data: dict[str, Any] = {}  # data sets by name, evaluated once after training
         self._step_start = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -53,12 +53,12 @@ class RunRecorder(TrainerCallback):
             )
 
     def report(self) -> dict[str, Any]:
-        """The package's report as a JSON-ready dictionary."""
+        """Return the package's report as a JSON-ready dictionary."""
         return self.method_callback.report().as_dict()
 
 
 def describe_attachment(report: dict[str, Any], first_refactored_step: int | None, world_size: int) -> str:
-    """One line: engine, layout, pairs and their LoRA ranks, and when refactoring begins."""
+    """Describe in one line the engine, layout, pairs and their r, and when refactoring begins."""
     ranks = "/".join(str(r) for r in report["lora_ranks"])
     begins = "never refactors" if first_refactored_step is None else f"refactors from step {first_refactored_step}"
     return (
@@ -69,13 +69,13 @@ def describe_attachment(report: dict[str, Any], first_refactored_step: int | Non
 
 
 def describe_traffic(report: dict[str, Any]) -> str:
-    """The collectives and bytes of the last step, as this rank issued them."""
+    """Describe the collectives and bytes that this rank issued in the last step."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in report["collectives_per_step"].items() if count)
     return f"{report['bytes_per_step']:,} bytes per step ({kinds or 'no collectives'} so far)"
 
 
 def peak_memory_bytes(device: torch.device) -> tuple[int, str]:
-    """The process's peak memory and how it was read: torch's allocator on a GPU, else resident set size."""
+    """Return the process's peak memory and its source: torch's allocator on a GPU, else the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), "GPU allocator"
     import resource
@@ -85,7 +85,7 @@ def peak_memory_bytes(device: torch.device) -> tuple[int, str]:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a run's figures."""
+    """Return the versions of Python and of the packages that decide a run's figures."""
     versions = {"python": platform.python_version()}
     for package in RECORDED_PACKAGES:
         try:
@@ -96,10 +96,10 @@ def installed_versions() -> dict[str, str]:
 
 
 def collect_metrics(trainer: Any, recorder: RunRecorder, settings: dict[str, Any]) -> dict[str, Any]:
-    """Everything that the comparison reads; every rank must call, rank 0's result is the one to write.
+    """Return everything that the comparison reads. Every rank must call; rank 0's result is the one to write.
 
-    Losses are means over batches, as Trainer reports them. ``step_seconds_median`` leaves evaluation and
-    checkpoints out. ``peak_memory_bytes`` is the largest over all ranks, loading included.
+    Losses are means over batches, as Trainer reports them. ``step_seconds_median`` leaves out evaluation and
+    checkpoints. ``peak_memory_bytes`` is the largest of all ranks, loading included.
 
     Communication: one gather of two numbers per rank.
     """
@@ -132,12 +132,12 @@ def write_metrics(metrics: dict[str, Any], output_dir: str) -> Path:
 
 
 def jsonable(options: Any) -> dict[str, Any]:
-    """A dataclass of options as a JSON-ready dictionary."""
+    """Return a dataclass of options as a JSON-ready dictionary."""
     return json.loads(json.dumps(dataclasses.asdict(options), default=str))
 
 
 def recorded_template(adapter: str) -> str | None:
-    """The prompt template of the run that wrote this adapter or checkpoint, from its metrics; None if it left none.
+    """Return the prompt template of the run that wrote this adapter or checkpoint; None if it left no metrics.
 
     Raises:
         ValueError: the metrics are damaged.

@@ -1,4 +1,4 @@
-"""What the adapter starts from: ``--init_lora_weights``, in a new run and in one that resumes."""
+"""The adapter's start (``--init_lora_weights``), in a new run and in a resumed one."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from reflora_dist.engines.pairs import find_pairs
 
 
 def start_adapter(model: Any, load_base: Any, data: Any, collator: Any, options: Options, checkpoint: Any) -> None:
-    """Initialize the adapter as asked, or repeat what a checkpoint's run did to the base; every rank must call.
+    """Initialize the adapter, or repeat the change of the base of a checkpoint's run; every rank must call.
 
     Args:
         model: the PEFT model, not wrapped yet; under ZeRO-3 its base may have been built under ``zero.Init``.
-        load_base: gives a further copy of the base.
+        load_base: returns a further copy of the base.
         data: the training examples, for LoRA-GA.
-        collator: makes a batch of them.
-        options: of the run.
+        collator: makes a batch of examples.
+        options: the run's options.
         checkpoint: the folder to resume from, or None.
 
     Raises:
-        ValueError, RuntimeError: on every rank; the start does not fit the model, or not the checkpoint.
+        ValueError, RuntimeError: on every rank; the start does not fit the model or the checkpoint.
     """
     init = options.lora.init_lora_weights
     try:
@@ -46,14 +46,14 @@ def start_adapter(model: Any, load_base: Any, data: Any, collator: Any, options:
                     if is_first_rank():
                         _estimate_gradients(model, load_base, data, collator, options, lora_ga_config)
             initialize_adapters(model, init, lora_ga_config=lora_ga_config)
-        # once in the run's own folder: checkpoints hold a copy, and look here if theirs is lost
+        # into the run's folder; checkpoints hold copies, and this one is read if a copy is lost
         write_start(model, options.training.output_dir)
     except OSError as error:
         raise ValueError(str(error)) from error
 
 
 def _require_the_checkpoints(init: str, checkpoint: str) -> None:
-    """The option must name the start that the checkpoint has, since factors are loaded and not drawn again."""
+    """Refuse another start than the checkpoint's, because factors are loaded and not drawn again."""
     mark = saved_mark(checkpoint)
     saved = init_of_mark(mark) if mark is not None else None
     if saved != (init if init not in PEFT_STARTS else None):
@@ -66,9 +66,9 @@ def _require_the_checkpoints(init: str, checkpoint: str) -> None:
 def _estimate_gradients(
     model: Any, load_base: Any, data: Any, collator: Any, options: Options, lora_ga_config: LoraGAConfig
 ) -> None:
-    """The gradient of the first batches by every adapted weight, left on the model's layers as PEFT expects it.
+    """Estimate every adapted weight's gradient from the first batches, and leave it on the layers for PEFT.
 
-    It takes whole weights and a backward through them: on a copy of the base of this rank's own, in one process.
+    The backward pass needs whole weights, so it runs in one process on a further copy of the base.
     """
     training = options.training
     layers = {pair.name.removesuffix(".default"): pair.layer for pair in find_pairs(model)}
@@ -101,7 +101,7 @@ def _estimate_gradients(
 
 @contextlib.contextmanager
 def _outside_zero_init() -> Iterator[None]:
-    """Have transformers load a whole model under ZeRO-3, where it would partition it over the ranks."""
+    """Make transformers load a whole model under ZeRO-3, instead of a partition on each rank."""
     reference = deepspeed_integration._hf_deepspeed_config_weak_ref
     deepspeed_integration.unset_hf_deepspeed_config()
     try:

@@ -1,4 +1,4 @@
-"""Which layers of a model get an adapter: ``--target_modules``, held to the names that the model has."""
+"""Choose the layers that get an adapter: ``--target_modules``, checked against the model's layers."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 ALL_LINEAR = "all-linear"
-# PEFT adapts neither: the fused kernels of these models read the weights and pass over the layers.
+# PEFT cannot adapt these layers: fused kernels read their weights and do not call them.
 MAMBA_TYPES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
 NOT_IN_MAMBA = ["conv1d", "out_proj"]
 
 
 def adapter_targets(model: Any, names: list[str]) -> dict[str, Any]:
-    """``target_modules``, and ``exclude_modules`` where all-linear has to leave some out, for a PEFT configuration.
+    """Return ``target_modules``, and ``exclude_modules`` for all-linear, of a PEFT configuration.
 
     Args:
-        model: as transformers made it.
-        names: of layers, or all-linear alone.
+        model: the model as transformers made it.
+        names: names of layers, or all-linear alone.
 
     Raises:
-        ValueError: the model has no layer of one of the names. PEFT itself would refuse only if none fits.
+        ValueError: no layer has one of the names. PEFT itself refuses only if no name fits.
     """
     if names == [ALL_LINEAR]:
         mamba = model.config.model_type in MAMBA_TYPES
@@ -38,13 +38,13 @@ def adapter_targets(model: Any, names: list[str]) -> dict[str, Any]:
 
 
 def require_layers(model: Any) -> None:
-    """Refuse adapters of stacked experts, for which PEFT takes all-linear and the names of their former layers.
+    """Refuse adapters of stacked experts, which PEFT makes for all-linear and for the names of their former layers.
 
     Args:
         model: the PEFT model.
 
     Raises:
-        ValueError: there is such an adapter.
+        ValueError: the model has such an adapter.
     """
     experts = [path for path, layer in model.named_modules() if isinstance(layer, ParamWrapper)]
     if experts:
@@ -56,7 +56,7 @@ def require_layers(model: Any) -> None:
 
 
 def linear_names(model: Any) -> str:
-    """The names of the linear layers but the head, adapted or not, each once."""
+    """Return the names of the linear layers except the head, adapted or not, each once."""
     names = set()
     for path, layer in model.named_modules():
         if isinstance(layer, nn.Linear | Conv1D) and "lora_" not in path and layer is not model.get_output_embeddings():

@@ -14,19 +14,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launchers.data.records import load_records
 from launchers.data.tokenization import encode_prompts, format_prompt
-from launchers.evaluation.generation import base_of, generate, generation_config, load_model, own_device
+from launchers.evaluation.generation import base_of, generate, generation_config, load_model, own_device, tokenizer_of
 from launchers.training.recorder import recorded_template
 from reflora_dist.files.base_files import load_tokenizer
 
 
 def load(adapter: str) -> tuple[Any, Any]:
-    """Return the base that the adapter's configuration names, with the adapter on it, and the base's tokenizer.
+    """Return the base that the adapter's configuration names, with the adapter on it, and the tokenizer.
 
     Raises:
         ValueError: the folder holds no adapter, or adapter or base cannot be loaded.
     """
     base_name = base_of(adapter)
-    tokenizer = load_tokenizer(base_name)
+    tokenizer = load_tokenizer(tokenizer_of(base_name, adapter))
     return load_model(base_name, adapter, "auto", own_device(), generation_config(tokenizer)), tokenizer
 
 

@@ -62,7 +62,10 @@ class EvaluateOptions:
 
     model: str | None = option(None, "Hub name or local path of the base. Default: the one that the adapter names.")
     adapter: str | None = option(None, "Folder or hub name of a PEFT adapter. Default: the model as it is.")
-    tokenizer: str | None = option(None, "Hub name or local path of the tokenizer. Default: the model's own.")
+    tokenizer: str | None = option(
+        None,
+        "Hub name or local path of the tokenizer. Default: the adapter's if its folder has one, else the model's.",
+    )
     model_dtype: str = option(
         "auto", "dtype of the base; auto: bfloat16 on an accelerator, else float32.", choices=MODEL_DTYPES
     )
@@ -222,7 +225,7 @@ def answer_settings(options: EvaluateOptions, questions: dict[str, list[Question
 
 def answer_share(options: EvaluateOptions, ranks: Ranks, remaining: dict[Key, Question]) -> None:
     """Generate this rank's share of the remaining answers and write each as soon as its batch is done."""
-    tokenizer = load_tokenizer(options.tokenizer or str(options.model))
+    tokenizer = load_tokenizer(options.tokenizer or generation.tokenizer_of(str(options.model), options.adapter))
     model = generation.load_model(
         str(options.model),
         options.adapter,

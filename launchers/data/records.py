@@ -280,10 +280,6 @@ def _deep_field(text: str) -> str:
     return f"field {json.loads(field)!r}" if field else "the record"
 
 
-def _place(error: Exception) -> str:
-    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-
-
 def _skip(text: str, position: int) -> int:
     """Return the position of the next character that is not white space."""
     while text[position : position + 1].isspace():

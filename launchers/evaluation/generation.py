@@ -18,6 +18,7 @@ from reflora_dist.checkpoints.merged_record import refuse_merged_twice
 from reflora_dist.engines.bare_base import require_adapter, require_no_adapter
 from reflora_dist.files.base_files import load_base, require_no_missing
 from reflora_dist.files.open_files import cause_of, read_peft_config, read_peft_weights
+from reflora_dist.files.other_files import tokenizer_files
 
 MODEL_FILES = ("*.safetensors", "*.bin", "*.index.json", "config.json", "adapter_config.json")
 
@@ -43,6 +44,16 @@ def own_device(local_rank: int = 0) -> torch.device:
         return torch.device("cpu")
     torch.accelerator.set_device_index(local_rank)  # PEFT loads an adapter onto the current device
     return torch.device(accelerator.type, local_rank)
+
+
+def tokenizer_of(base: str, adapter: str | None) -> str:
+    """Return the name of the tokenizer that an adapter was trained with: its own, if its folder holds one.
+
+    Tokens may have been added to it. Otherwise the base's tokenizer was used.
+    """
+    if adapter is not None and Path(adapter).is_dir() and tokenizer_files(Path(adapter)):
+        return adapter
+    return base
 
 
 def load_model(base: str, adapter: str | None, dtype: torch.dtype | str, device: torch.device, config: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -354,3 +355,15 @@ def test_every_launcher_starts_it_on_real_questions(folder: Path, launcher: str)
     assert (results["world_size"], {entry["n"] for entry in results["tasks"].values()}) == (2, {3})
     assert printed.count("mean of the commonsense tasks") == 1  # one rank speaks
     assert len(list((folder / launcher).glob("answers.rank*.jsonl"))) == 2
+
+
+def test_an_adapter_with_a_tokenizer_of_its_own_is_asked_with_it(folder: Path, tmp_path: Path) -> None:
+    """Tokens may have been added to it, which the base's tokenizer would take apart."""
+    base, adapter = str(folder / "model"), tmp_path / "adapter"
+    shutil.copytree(folder / "adapter-LORA", adapter)
+    assert generation.tokenizer_of(base, None) == generation.tokenizer_of(base, str(adapter)) == base
+    tokenizer = load_tokenizer(base)
+    tokenizer.add_tokens(["<own>"])
+    tokenizer.save_pretrained(adapter)
+    own = load_tokenizer(generation.tokenizer_of(base, str(adapter)))
+    assert len(encode_prompts(own, ["<own>"])[0]) < len(encode_prompts(load_tokenizer(base), ["<own>"])[0])

@@ -11,6 +11,7 @@ from .options import DoctorOptions
 from .values import is_number
 
 _OPTIMS = {"sgd": "sgd", "sgd-momentum": "sgd"}
+_LARGEST = 1e300
 _HYPERPARAMETERS = {
     "learning_rate": ("lr", "warmup_max_lr"),
     "adam_epsilon": ("eps",),
@@ -38,8 +39,8 @@ def training_arguments(config: dict[str, Any], precision: str, options: DoctorOp
         "fp16": precision == "fp16",
         **_hyperparameters(config),
     }
-    if is_number(config.get("gradient_clipping")):
-        arguments["max_grad_norm"] = float(config["gradient_clipping"])
+    if (clipping := _real(config, "gradient_clipping")) is not None:
+        arguments["max_grad_norm"] = clipping
     if options.optim in _OPTIMS:
         arguments["optim"] = _OPTIMS[options.optim]
     if options.activation_checkpointing:
@@ -83,17 +84,23 @@ def _whole(config: dict[str, Any], name: str) -> int | None:
     return int(value) if isinstance(value, int | float) and is_number(value) and value == value // 1 else None
 
 
+def _real(config: dict[str, Any], name: str) -> float | None:
+    value = config.get(name)
+    return float(value) if isinstance(value, int | float) and is_number(value) and abs(value) < _LARGEST else None
+
+
 def _hyperparameters(config: dict[str, Any]) -> dict[str, Any]:
     optimizer, scheduler = section(config, "optimizer", "params"), section(config, "scheduler", "params")
     params = scheduler | optimizer
     arguments: dict[str, Any] = {}
     for argument, names in _HYPERPARAMETERS.items():
-        values = [float(params[name]) for name in names if is_number(params.get(name))]
+        values = [value for name in names if (value := _real(params, name)) is not None]
         if values:
             arguments[argument] = values[0]
     betas = params.get("betas")
-    if isinstance(betas, list) and len(betas) == 2 and all(map(is_number, betas)):
-        arguments |= {"adam_beta1": float(betas[0]), "adam_beta2": float(betas[1])}
+    if isinstance(betas, list) and len(betas) == 2:
+        both = {f"adam_beta{index}": _real({"": beta}, "") for index, beta in enumerate(betas, start=1)}
+        arguments |= both if None not in both.values() else {}
     steps = {name: _whole(scheduler, name) for name in ("total_num_steps", "warmup_num_steps")}
     arguments["max_steps"] = max(1, steps["total_num_steps"] or 100)
     arguments["warmup_steps"] = max(0, steps["warmup_num_steps"] or 0)

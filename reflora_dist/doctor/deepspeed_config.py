@@ -70,7 +70,6 @@ def judge(
     config = _Asked(filled)
     loaded = DeepSpeedConfig(config)
     _check_names(where, filled, config.asked, findings)
-    _check_deprecated(where, filled, loaded, findings)
     check_zero(where, filled, loaded, size, findings)
     check_optimizer(where, filled, loaded, options, findings)
     if "gradient_clipping" not in filled:
@@ -117,14 +116,6 @@ def _check_names(where: str, filled: dict[str, Any], asked: set[str], findings: 
         findings.warning(
             where, f"{key!r} is unknown to DeepSpeed and has no effect", f"did you mean {close[0]!r}?" if close else ""
         )
-
-
-def _check_deprecated(where: str, filled: dict[str, Any], loaded: Any, findings: Findings) -> None:
-    zero = filled.get("zero_optimization") or {}
-    for name, field in type(loaded.zero_config).model_fields.items():
-        extra = field.json_schema_extra
-        if name in zero and isinstance(extra, dict) and extra.get("deprecated"):
-            findings.warning(where, f"zero_optimization.{name} is deprecated", f"use {extra.get('new_param')}")
 
 
 def _setup(loaded: Any, world_size: int, num_nodes: int) -> Setup:

@@ -145,7 +145,8 @@ def diagnose(configs: Sequence[str], options: DoctorOptions, device: torch.devic
             "--model NAME_OR_PATH",
         )
     if len(files) == len(set(configs)):
-        result.setup = setup_of(for_accelerate[:1], for_deepspeed[:1], files, options, findings)
+        known = options if model_config is not None else dataclasses.replace(options, model=None)
+        result.setup = setup_of(for_accelerate[:1], for_deepspeed[:1], files, known, findings)
     if result.setup is not None:
         sharded = result.setup.engine not in ("single", "ddp")
         result.setup.tall_adapters = sharded and options.tall_adapters

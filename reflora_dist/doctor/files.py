@@ -13,6 +13,7 @@ from .values import check_sections
 ACCELERATE_SECTIONS = ("fsdp_config", "deepspeed_config", "parallelism_config")
 _ACCELERATE_KEYS = ("distributed_type", "compute_environment")
 _LARGEST = 2**20
+_MOST_VALUES = 100_000
 
 
 def is_for_accelerate(config: dict[str, Any]) -> bool:
@@ -24,8 +25,8 @@ def read(path: str) -> dict[str, Any]:
     """Return a file's contents.
 
     Raises:
-        ValueError: the file cannot be read, is for neither library, or has a duplicate key, or the file or a section is
-            not a mapping.
+        ValueError: the file cannot be read, is for neither library, has a duplicate key or no end, or the file or a
+            section is not a mapping.
     """
     try:
         text = _text(Path(path))
@@ -37,6 +38,7 @@ def read(path: str) -> dict[str, Any]:
         raise ValueError("it is nested too deep to be a configuration") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(str(error).replace("\n", " ")) from error
+    _check_unfolded(config)
     if not isinstance(config, dict):
         raise ValueError(f"a configuration is a mapping, this is a {type(config).__name__}")
     if config.get("distributed_type") is False:
@@ -56,6 +58,17 @@ def _text(path: Path) -> str:
     if size > _LARGEST:
         raise ValueError(f"it has {size:,} bytes, and a configuration has less than {_LARGEST:,}")
     return path.read_text()
+
+
+def _check_unfolded(config: Any) -> None:
+    """YAML's aliases make a short text that has no end, or none within reach."""
+    values, count = [config], 0
+    while values:
+        value = values.pop()
+        count += 1
+        if count > _MOST_VALUES:
+            raise ValueError(f"it unfolds to more than {_MOST_VALUES:,} values")
+        values.extend(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
 
 
 class _LoadsOnce(yaml.SafeLoader):

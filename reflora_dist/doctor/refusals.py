@@ -19,6 +19,7 @@ _LIBRARIES = {
     "peft": "PEFT",
 }
 _LONGEST = 400
+_ALWAYS = "Gradient accumulation steps mismatch"  # Trainer accumulates by itself, and tells accelerate 1
 _DEEPSPEED_SECTIONS = ("fp16", "bf16", "zero_optimization", "optimizer", "scheduler")
 # Remedies, by a part of a library's message.
 _REMEDIES = {
@@ -57,8 +58,8 @@ def heard() -> Iterator[list[str]]:
     found: list[str] = []
 
     def hear(library: str, sentence: str) -> None:
-        line = f"{library}: {' '.join(sentence.split())}"[:_LONGEST]
-        if library != _LIBRARIES["torch"] and line not in found:
+        line = f"{library}: {' '.join(sentence.removeprefix('[RANK 0] ').split())}"[:_LONGEST]
+        if _ALWAYS not in line and library != _LIBRARIES["torch"] and line not in found:
             found.append(line)
 
     handler = logging.Handler(logging.WARNING)

@@ -36,8 +36,7 @@ class Outcome:
     Attributes:
         refusal: the library that raised an error, and its message; None if there was no error.
         foreign: whether DeepSpeed knows no key of its file.
-        beyond: the operation that needs a GPU and ended the rehearsal; None if there was none.
-        died: how the rehearsal's process ended without a result: by a signal, or by its time limit. None if it did not.
+        beyond: why the rehearsal ended without saying anything about the files; None if it ran to the end.
         warnings: the libraries' warnings.
         findings: findings about DeepSpeed's final configuration.
         setup: the fields of DeepSpeed's ``Setup``; None under another engine.
@@ -46,7 +45,6 @@ class Outcome:
     refusal: dict[str, str] | None = None
     foreign: bool = False
     beyond: str | None = None
-    died: str | None = None
     warnings: list[str] = dataclasses.field(default_factory=list)
     findings: list[list[str]] = dataclasses.field(default_factory=list)
     setup: dict[str, Any] | None = None
@@ -81,9 +79,12 @@ def rehearse(
     if server is None or server.poll() is not None:
         server = _servers[os.getpid()] = _start()
     assert server.stdin is not None and server.stdout is not None
-    server.stdin.write(json.dumps(request) + "\n")
-    server.stdin.flush()
-    answer = server.stdout.readline()
+    try:
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        answer = server.stdout.readline()
+    except BrokenPipeError:
+        answer = ""
     if not answer:
         sentence = f"the process of the rehearsal has ended with exit code {server.wait()}"
         return Outcome(refusal={"library": "Python", "sentence": sentence})
@@ -111,14 +112,8 @@ def report(where: str, contents: dict[str, Any], outcome: Outcome, findings: Fin
     if outcome.refusal is not None and not outcome.foreign:
         sentence = outcome.refusal["sentence"]
         findings.error(where, f"{outcome.refusal['library']} refuses it: {sentence}", remedy(sentence, contents))
-    elif outcome.died is not None:
-        findings.warning(
-            where,
-            f"the rehearsal ended without a result ({outcome.died}), so the libraries may still refuse the file",
-            "ask again on an idle machine, or start the run with a few steps first",
-        )
     elif outcome.beyond is not None:
-        findings.note(where, f"rehearsed until {outcome.beyond}, which needs a GPU", "")
+        findings.warning(where, f"could be tried in small only in part: {outcome.beyond}")
     return outcome.refusal is None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from typing import Any
 
@@ -116,10 +117,8 @@ def _deepspeed_setup(
     """Return DeepSpeed's setup, from accelerate's file ``path``, DeepSpeed's file ``own``, or both."""
     where = own or path
     assert where is not None
-    try:
-        import deepspeed  # noqa: F401
-    except ImportError as error:
-        findings.error(where, f"DeepSpeed is not installed ({error})", "pip install 'reflora_dist[deepspeed]'")
+    if importlib.util.find_spec("deepspeed") is None:
+        findings.error(where, "DeepSpeed is not installed", "pip install 'reflora_dist[deepspeed]'")
         return None
     autos = sum(value == "auto" for _, value in leaves(contents))
     if autos:

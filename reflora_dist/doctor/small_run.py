@@ -29,7 +29,6 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
-    default_data_collator,
 )
 
 from ..files.open_files import read_json
@@ -71,15 +70,9 @@ def main() -> None:
         with os.fdopen(read) as answer:
             text = answer.read()
         _, status = os.waitpid(child, 0)
-        answers.write((text or json.dumps({"died": _ending(os.waitstatus_to_exitcode(status))})) + "\n")
+        ended = f"it ended with {os.waitstatus_to_exitcode(status)}, and takes at most {_SECONDS} s"
+        answers.write((text or json.dumps({"beyond": ended})) + "\n")
         answers.flush()
-
-
-def _ending(code: int) -> str:
-    """Return how a child that wrote no answer ended, from its exit code; negative codes are signals."""
-    if code == -signal.SIGALRM:
-        return f"it took longer than {_SECONDS} s"
-    return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def outcome(request: dict[str, Any]) -> dict[str, Any]:
@@ -108,8 +101,8 @@ def _run(request: dict[str, Any], output: str) -> dict[str, Any]:
         with _sized_as(options.model):
             trainer.train()
     except NeedsDeviceError as error:
-        came["beyond"] = str(error)
-    except Exception as error:  # libraries raise many types
+        came["beyond"] = f"{error} needs a GPU"
+    except Exception as error:  # every kind
         came["refusal"] = refusal(error)
     if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
         # values that a library refused may have types that judge cannot handle either
@@ -140,11 +133,10 @@ def _started(request: dict[str, Any], options: DoctorOptions, output: str) -> Tr
         accelerator_config={"use_configured_state": bool(started)},
         **arguments,
     )
-    trainer = Trainer(
+    trainer = _SmallBatches(
         model=_adapted(),
         args=training,
         train_dataset=_Rows(),
-        data_collator=lambda rows: default_data_collator(rows[:2]),  # a large batch says no more than a small one
         callbacks=[_StopAfterOne()],
         optimizer_cls_and_kwargs=(LoRARite, {"lr": 1e-3}) if options.method == "lora-rite" else None,
     )
@@ -225,6 +217,15 @@ class _Rows:
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         return {"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}
+
+
+class _SmallBatches(Trainer):
+    """A large batch says no more than a small one, and takes memory."""
+
+    def get_train_dataloader(self) -> Any:
+        super().get_train_dataloader()  # which says what is wrong with the size
+        self._train_batch_size = 2
+        return super().get_train_dataloader()
 
 
 class _StopAfterOne(TrainerCallback):

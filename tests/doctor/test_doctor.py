@@ -34,7 +34,7 @@ WRONG = [
     (zero3({"gradient_cliping": 1.0}), {}, "warning", "'gradient_cliping' is unknown"),
     (zero3({"gradient_clipping": None}), {}, "warning", "DeepSpeed clips at 1.0"),
     (zero3(stage_3_persistence=1), {}, "error", "stage_3_persistence"),
-    (zero3(cpu_offload=False), {}, "warning", "zero_optimization.cpu_offload is deprecated"),
+    (zero3(cpu_offload=False), {}, "warning", "DeepSpeed: Config parameter cpu_offload is deprecated"),
     (zero3(cpu_offload=True), {}, "error", "You are using ZeRO-Offload with a client provided optimizer"),
     (
         zero3({"fp16": {"enabled": True}}),

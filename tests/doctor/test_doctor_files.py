@@ -171,6 +171,9 @@ def test_an_empty_class_name_is_passed_over_under_fsdp1(small_model: str, tmp_pa
     assert not diagnose([written(tmp_path, config)], options).findings.failed
 
 
+ALIASES = "l0: &l0 [x]\n" + "".join(f"l{n + 1}: &l{n + 1} [{', '.join([f'*l{n}'] * 10)}]\n" for n in range(9))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -179,8 +182,10 @@ def test_an_empty_class_name_is_passed_over_under_fsdp1(small_model: str, tmp_pa
         ("c.json", '{"a":' * 100_000 + "1" + "}" * 100_000, "nested too deep"),
         ("c.yaml", "a: " + "[" * 100_000, "nested too deep"),
         ("c.json", " " * 2_000_000 + "{}", "2,000,002 bytes"),
+        ("c.yaml", "distributed_type: FSDP\nfsdp_config: &a {b: *a}\n", "unfolds to more than 100,000 values"),
+        ("c.yaml", "distributed_type: FSDP\n" + ALIASES, "unfolds to more than 100,000 values"),
     ],
-    ids=["twice", "twice-at-the-top", "deep-json", "deep-yaml", "huge"],
+    ids=["twice", "twice-at-the-top", "deep-json", "deep-yaml", "huge", "in-itself", "aliases"],
 )
 def test_a_file_that_no_library_reads_so_ends_in_one_line(
     name: str, content: str, message: str, tmp_path: Path

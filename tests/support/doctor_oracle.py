@@ -159,13 +159,14 @@ def _options(config: dict[str, Any], ranks: int) -> dict[str, Any]:
     together = number("train_batch_size", kind=int)
     parallel = number("train_micro_batch_size_per_gpu", kind=int) or (together and max(1, together // ranks))
     accumulation = number("gradient_accumulation_steps", kind=int)
+    rate = number("optimizer", "params", "lr")
     fp16, bf16 = inner("fp16", "enabled"), inner("bf16", "enabled")
     use_bf16 = bf16 is True or (bf16 == "auto" and "bf16" in config and fp16 is not True)
     found = {
         "per_device_train_batch_size": parallel,
         "gradient_accumulation_steps": accumulation,
         "max_grad_norm": number("gradient_clipping"),
-        "learning_rate": number("optimizer", "params", "lr") or number("scheduler", "params", "warmup_max_lr"),
+        "learning_rate": number("scheduler", "params", "warmup_max_lr") if rate is None else rate,
         "adam_epsilon": number("optimizer", "params", "eps"),
         "weight_decay": number("optimizer", "params", "weight_decay"),
         "warmup_steps": number("scheduler", "params", "warmup_num_steps", kind=int),

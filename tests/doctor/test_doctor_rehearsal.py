@@ -73,7 +73,7 @@ def test_without_a_model_it_says_what_it_has_not_looked_at(small_model: str, tmp
     path = written(tmp_path, zero3())
     without = diagnose([path], DoctorOptions(world_size=4))
     told = [finding for finding in without.findings if finding.where == "--model"]
-    assert [finding.level for finding in told] == ["note"] and "have not been looked at" in told[0].message
+    assert [finding.level for finding in told] == ["note"] and "have not been checked" in told[0].message
     assert text(without).splitlines()[-1].endswith("without --model no more was looked at.")
     whole = diagnose([path], DoctorOptions(world_size=4, model=small_model))
     assert not [finding for finding in whole.findings if finding.where == "--model"]

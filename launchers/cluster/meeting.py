@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 from torch.distributed import DistNetworkError, TCPStore
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from launchers.cluster.waiting import told
 

@@ -276,7 +276,7 @@ def _other_version(folder: Path) -> None:
     ("damage", "message"),
     [
         (_without_record, "no complete checkpoint: reflora.json"),
-        (_half_record, "reflora.json is damaged"),
+        (_half_record, "reflora.json cannot be read"),
         (_without_file, "distcp is missing"),
         (_half_file, "has 1000 bytes instead of"),
         (_other_version, "version=99"),

@@ -19,7 +19,12 @@ _LIBRARIES = {
     "peft": "PEFT",
 }
 _LONGEST = 400
-_ALWAYS = "Gradient accumulation steps mismatch"  # Trainer accumulates by itself, and tells accelerate 1
+# What is said in every run, whatever its file says.
+_ALWAYS = (
+    "Gradient accumulation steps mismatch",  # Trainer accumulates by itself, and tells accelerate 1
+    "Attempting to get learning rate from scheduler before it has started",
+    "Detected call of `lr_scheduler.step()` before `optimizer.step()`",  # torch looks at another optimizer
+)
 _DEEPSPEED_SECTIONS = ("fp16", "bf16", "zero_optimization", "optimizer", "scheduler")
 # Remedies, by a part of a library's message.
 _REMEDIES = {
@@ -59,7 +64,7 @@ def heard() -> Iterator[list[str]]:
 
     def hear(library: str, sentence: str) -> None:
         line = f"{library}: {' '.join(sentence.removeprefix('[RANK 0] ').split())}"[:_LONGEST]
-        if _ALWAYS not in line and library != _LIBRARIES["torch"] and line not in found:
+        if not any(part in line for part in _ALWAYS) and library != _LIBRARIES["torch"] and line not in found:
             found.append(line)
 
     handler = logging.Handler(logging.WARNING)

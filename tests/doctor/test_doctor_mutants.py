@@ -16,10 +16,12 @@ import pytest
 import yaml
 
 from reflora_dist.doctor import DoctorOptions, diagnose
+from tests.support import tally
 from tests.support.doctor import SHIPPED
 from tests.support.doctor_oracle import refusal
 
 # Why the doctor may refuse what the libraries take: a part of its message, by the reason.
+KIND = "mutated configuration files, in the doctor"
 STRICTER = {
     "a key twice, of which libraries take the last": "is there twice",
     "a section that is no mapping, which accelerate passes over": "is not a section of keys and values",
@@ -27,7 +29,7 @@ STRICTER = {
     "another kind of parallelism, or none": "is not supported",
     "accelerate trains without FSDP on CPUs": "plain DDP instead of FSDP",
     "accelerate launch starts one process only": "starts one process",
-    "a number that torchrun would correct": "is no whole number above 0",
+    "a number below 1 that accelerate takes for 1": "is no whole number above 0",
     "a list of layers would be wrapped in a larger model": "cannot wrap a list of layers",
     "processes that machines do not share evenly": "every machine starts",
     "DeepSpeed and the trainer accumulate differently": "DeepSpeed makes a step of",
@@ -119,13 +121,13 @@ def _change(tree: dict[str, Any], chance: random.Random) -> str:
 
 
 def _tried(path: Path, what: str) -> str:
-    """The verdict on the verdict: "right", "stricter: REASON" or "wrong: ..."."""
+    """The verdict on the verdict: "right, ...", "stricter: REASON" or "wrong: ..."."""
     needed = 8 if "hpz" in path.name else 1
     really = refusal(path, needed)
     findings = diagnose([str(path)], DoctorOptions(world_size=needed if path.suffix == ".json" else None)).findings
     errors = [finding.message for finding in findings if finding.level == "error"]
     if bool(errors) == bool(really):
-        return "right"
+        return "right, refused" if really else "right, taken"
     for reason, part in STRICTER.items():
         if errors and all(any(known in error for known in STRICTER.values()) for error in errors) and part in errors[0]:
             return f"stricter: {reason}"
@@ -140,7 +142,7 @@ def test_the_oracle_takes_what_is_shipped(path: Path) -> None:
 @pytest.mark.timeout(0)
 def test_the_verdict_on_a_mutant_is_that_of_the_libraries(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     count: Counter[str] = Counter()
-    for index in range(request.config.getoption("--examples") or 10):
+    for index in range(request.config.getoption("--examples") or 20):
         chance = random.Random(index)
         original = SHIPPED[index % len(SHIPPED)]
         text, what = mutant(original, chance)
@@ -150,6 +152,9 @@ def test_the_verdict_on_a_mutant_is_that_of_the_libraries(request: pytest.Fixtur
         count[verdict] += 1
         if verdict.startswith("wrong"):
             print(verdict, flush=True)
+            tally.COUNTS[KIND]["faults"] += 1
+        else:
+            tally.COUNTS[KIND]["right" if verdict == "right, taken" else "refused"] += 1
         if index % 100 == 99:
             print(index + 1, "tried", flush=True)
     print(

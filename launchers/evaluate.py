@@ -47,7 +47,7 @@ from launchers.training.batching import require_same_in_batch
 from launchers.training.fields import option
 from launchers.training.options import MODEL_DTYPES, check_output_dir
 from launchers.training.recorder import installed_versions, recorded_template
-from reflora_dist.collectives.agreed import is_first_rank
+from reflora_dist.collectives.ranks import is_first_rank
 from reflora_dist.engines.bare_base import adapter_folder
 from reflora_dist.files.base_files import load_tokenizer
 

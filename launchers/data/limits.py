@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from launchers.data.tokenization import padding_token
-from reflora_dist.collectives.agreed import is_first_rank
+from reflora_dist.collectives.ranks import is_first_rank
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from reflora_dist.collectives.agreed import is_first_rank
+from reflora_dist.collectives.ranks import is_first_rank
 
 if TYPE_CHECKING:
     from launchers.training.options import Options

@@ -22,7 +22,7 @@ from launchers.training.fields import option as _option
 from launchers.training.glue_tasks import ClassificationOptions
 from reflora_dist import LoRARite, RefLoRAConfig
 from reflora_dist.checkpoints.complete import last_complete_checkpoint, require_complete
-from reflora_dist.collectives.agreed import is_first_rank, world_size
+from reflora_dist.collectives.ranks import is_first_rank, world_size
 from reflora_dist.lora_sb import METHODS as LATENT_METHODS
 from reflora_dist.methods.registry import METHODS
 from reflora_dist.starts.recipes import check_init

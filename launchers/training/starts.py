@@ -15,7 +15,7 @@ from launchers.cluster.waiting import working_first
 from launchers.training.options import PEFT_STARTS, Options
 from reflora_dist import initialize_adapters, replay_initialization
 from reflora_dist.checkpoints.start_file import init_of_mark, saved_mark, write_start
-from reflora_dist.collectives.agreed import agreed, is_first_rank
+from reflora_dist.collectives.ranks import is_first_rank, raise_on_all_ranks
 from reflora_dist.engines.pairs import find_pairs
 
 
@@ -42,7 +42,7 @@ def start_adapter(model: Any, load_base: Any, data: Any, collator: Any, options:
             lora_ga_config = LoraGAConfig() if init == "lora_ga" else None
             if lora_ga_config is not None:
                 estimating = "estimating LoRA-GA's gradient"
-                with agreed(estimating), working_first(is_first_rank(), estimating):
+                with raise_on_all_ranks(estimating), working_first(is_first_rank(), estimating):
                     if is_first_rank():
                         _estimate_gradients(model, load_base, data, collator, options, lora_ga_config)
             initialize_adapters(model, init, lora_ga_config=lora_ga_config)

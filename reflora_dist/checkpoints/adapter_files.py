@@ -19,7 +19,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..collectives.agreed import agreed, is_first_rank, world_size
+from ..collectives.ranks import is_first_rank, raise_on_all_ranks, world_size
 from ..engines.find_training import find_training_engine
 from ..engines.pairs import clean_name, find_peft_model
 from ..engines.tall import TALL_NAME, TallLinear, peft_key, transposed
@@ -57,7 +57,7 @@ def save_adapter(model: nn.Module, output_dir: str | Path) -> None:
     base; four all-gathers of small objects. Every rank must call.
     """
     folder = Path(output_dir)
-    with agreed("preparing to save the adapter"):
+    with raise_on_all_ranks("preparing to save the adapter"):
         peft_model = find_peft_model(model)
         owners = owned_tensors(model, peft_model)
         if is_first_rank():
@@ -77,7 +77,7 @@ def save_adapter(model: nn.Module, output_dir: str | Path) -> None:
         if is_first_rank():
             value = tensor.detach().to("cpu", copy=True)
             gathered[name] = transposed(value) if name in entries and entries[name].is_tall else value
-    with agreed("saving the adapter"), tempfile.TemporaryDirectory() as elsewhere:
+    with raise_on_all_ranks("saving the adapter"), tempfile.TemporaryDirectory() as elsewhere:
         target = tempfile.mkdtemp(prefix=".adapter-", dir=folder) if is_first_rank() else elsewhere
         try:
             peft_model.save_pretrained(
@@ -100,7 +100,7 @@ def has_resized_vocabulary(model: nn.Module) -> bool:
 
     Communication: two all-gathers of small objects; every rank must call.
     """
-    with agreed("looking for the base's vocabulary"):
+    with raise_on_all_ranks("looking for the base's vocabulary"):
         peft_models = [module for module in model.modules() if isinstance(module, PeftModel)]
         found = [is_first_rank() and any(map(vocabulary_is_resized, peft_models))] * world_size()
     if world_size() > 1:
@@ -125,13 +125,13 @@ def load_adapter(model: nn.Module, optimizer: Any, adapter_dir: str | Path) -> N
 
     Communication: as :func:`save_adapter`; every rank must call.
     """
-    with agreed("opening the adapter"):
+    with raise_on_all_ranks("opening the adapter"):
         peft_model = find_peft_model(model)
         require_same_start(model, saved_mark(adapter_dir), adapter_dir)
         owners = owned_tensors(model, peft_model)
     values = _read(model, adapter_dir, owners, _entries(peft_model, owners))
     values |= _read_embeddings(model, adapter_dir, owners, has_resized_vocabulary(model))
-    with agreed("loading the adapter"):
+    with raise_on_all_ranks("loading the adapter"):
         write_weights(model, optimizer, owners, values)
 
 
@@ -148,7 +148,7 @@ def load_frozen(model: nn.Module, adapter_dir: str | Path) -> None:
 
     Communication: as :func:`load_adapter`, for these parameters alone; every rank must call.
     """
-    with agreed("opening the adapter"):
+    with raise_on_all_ranks("opening the adapter"):
         peft_model = find_peft_model(model)
         owners = owned_tensors(model, peft_model)
     entries = _entries(peft_model, owners)
@@ -156,7 +156,7 @@ def load_frozen(model: nn.Module, adapter_dir: str | Path) -> None:
     values = _read(model, adapter_dir, owners, frozen, others=entries)
     if has_resized_vocabulary(model):
         values |= _read_embeddings(model, adapter_dir, owners, resized=True)
-    with agreed("loading the adapter"):
+    with raise_on_all_ranks("loading the adapter"):
         scatter(model, owners, values)
 
 
@@ -188,7 +188,7 @@ def _read(
 
     The files may also hold ``others``, by default only ``entries``, the embeddings and spare copies.
     """
-    with agreed("reading the adapter"):
+    with raise_on_all_ranks("reading the adapter"):
         embeddings = embedding_names(find_peft_model(model), owners)
         files = {file: read_tensors(Path(adapter_dir) / file) for file in {entry.file for entry in entries.values()}}
         for file, tensors in files.items():
@@ -211,7 +211,7 @@ def _read_embeddings(
     model: nn.Module, adapter_dir: str | Path, owners: Mapping[str, Owner], resized: bool
 ) -> dict[str, Tensor]:
     """Read the base's embedding and head, if the files hold them. Nothing is changed."""
-    with agreed("reading the embedding"):
+    with raise_on_all_ranks("reading the embedding"):
         peft_model = find_peft_model(model)
         values: dict[str, Tensor] = {}
         for adapter in peft_model.peft_config:

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints, sort_checkpoints
 
-from ..collectives.agreed import agreed, is_first_rank
+from ..collectives.ranks import is_first_rank, raise_on_all_ranks
 from ..files.open_files import open_tensors, read_json
 from ..files.records import file_sizes, read_record, require_files, require_zip, write_json
 from .trainer_folders import checkpoint_folder
@@ -72,9 +72,9 @@ class CompleteCheckpoints(TrainerCallback):
         Communication: two all-gathers of small objects.
         """
         folder = checkpoint_folder(args, state)
-        with agreed("saving the checkpoint"):
+        with raise_on_all_ranks("saving the checkpoint"):
             pass  # waits until every rank has written its part
-        with agreed("completing the checkpoint"):
+        with raise_on_all_ranks("completing the checkpoint"):
             if is_first_rank():
                 write_json(folder / _RECORD, {"files": file_sizes(folder)})
                 rotate_checkpoints(str(folder.parent), self._limit, state.best_model_checkpoint, use_mtime=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from ..collectives.agreed import world_size
+from ..collectives.ranks import world_size
 from ..engines.base import Engine
 from ..files.records import file_sizes, read_record, require_fields, write_json
 from ..step.handle import Handle

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from ..collectives.agreed import agreed, is_first_rank, world_size
+from ..collectives.ranks import is_first_rank, raise_on_all_ranks, world_size
 from ..engines.base import Engine
 from ..engines.find_training import find_training_engine
 from ..engines.pairs import clean_name, find_peft_model
@@ -84,11 +84,11 @@ def save_checkpoint(output_dir: str | Path, model: nn.Module, optimizer: Any, ha
     must call.
     """
     replacement = _replacement(output_dir)
-    with agreed("preparing to save the checkpoint"):
+    with raise_on_all_ranks("preparing to save the checkpoint"):
         if is_first_rank():
             replacement.begin()
     save_into(replacement.part, model, optimizer, handle)
-    with agreed("replacing the checkpoint"):
+    with raise_on_all_ranks("replacing the checkpoint"):
         if is_first_rank():
             replacement.finish()
 
@@ -104,7 +104,7 @@ def save_into(folder: Path, model: nn.Module, optimizer: Any, handle: Handle | N
     Arguments, errors and communication are those of :func:`save_checkpoint`. An older record and state in
     the folder are removed first.
     """
-    with agreed("preparing to save the checkpoint"):
+    with raise_on_all_ranks("preparing to save the checkpoint"):
         engine = find_training_engine(model, optimizer)
         engine.require_wrapped(model)
         find_peft_model(model)  # refuses several PEFT models before anything is removed
@@ -114,14 +114,15 @@ def save_into(folder: Path, model: nn.Module, optimizer: Any, handle: Handle | N
             for stale in (STATE, UNIVERSAL):
                 remove(folder / stale)
     save_adapter(model, folder)
-    # No agreed() here: a rank that leaves the engine's collectives early cannot tell the others by another collective.
+    # No raise_on_all_ranks() here: a rank that leaves the engine's collectives early cannot tell the others by another
+    # collective.
     with named_write_errors(folder):
         if engine.state_format == "deepspeed":
             with _frozen_left_out(model.module):  # type: ignore[arg-type]
                 model.save_checkpoint(str(folder), tag=STATE, exclude_frozen_parameters=True)  # type: ignore[operator]
         else:
             dcp.save(_training_state(model, engine), checkpoint_id=folder / STATE)
-    with agreed("completing the checkpoint"):
+    with raise_on_all_ranks("completing the checkpoint"):
         if is_first_rank():
             write_record(folder, engine, handle, mark_of(model))
 
@@ -153,7 +154,7 @@ def load_checkpoint(
     Communication: the engine's own, that of :func:`load_adapter` for frozen parameters, and two all-gathers of small
     objects; every rank must call.
     """
-    with agreed("opening the checkpoint"):
+    with raise_on_all_ranks("opening the checkpoint"):
         folder = _replacement(output_dir).complete_copy()
         engine = find_training_engine(model, optimizer)
         engine.require_wrapped(model)
@@ -174,7 +175,7 @@ def load_checkpoint(
             SafeReader(folder / STATE, trust_pickles).read_metadata()  # refuses classes that DCP would call
         elif not universal:  # DeepSpeed's loading calls any class that its files name
             require_states(_own_share(sorted((folder / STATE).glob("*.pt"))), trust_pickles)
-    with agreed("loading the checkpoint"), named_load_errors(folder):
+    with raise_on_all_ranks("loading the checkpoint"), named_load_errors(folder):
         if engine.state_format == "deepspeed":
             tag = UNIVERSAL if universal else STATE
             model.load_checkpoint(str(folder), tag=tag, load_module_strict=False)  # type: ignore[operator]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from ..checkpoints.adapter_files import write_weights
-from ..collectives.agreed import agreed
 from ..collectives.communicator import Communicator
+from ..collectives.ranks import raise_on_all_ranks
 from ..engines.find_training import find_training_engine
 from ..engines.pairs import clean_name, find_peft_model
 from ..engines.whole_parameters import Owner, gather, owned_tensors, scatter
@@ -66,7 +66,7 @@ def initialize_lora_sb(
             ones, and one of B, ``out * r``.
         result: A and B are brought to the engine's shards; R follows once, after all groups.
     """
-    with agreed("preparing LoRA-SB"):
+    with raise_on_all_ranks("preparing LoRA-SB"):
         targets, owners = _prepare(model, optimizer)
         if config.learning_rate is None:
             raise ValueError(
@@ -111,7 +111,7 @@ def initialize_lora_xs(model: nn.Module, optimizer: Any, config: LoRASBConfig) -
     Communication: every rank must call. The gathers, the SVD's all-reduces as in :func:`initialize_lora_sb`, and the
     transfer of A, B and R to the engine's shards.
     """
-    with agreed("preparing LoRA-XS"):
+    with raise_on_all_ranks("preparing LoRA-XS"):
         targets, owners = _prepare(model, optimizer)
     _require_equal(targets, config)
     generator = torch.Generator().manual_seed(config.seed)

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from ..checkpoints.adapter_files import save_adapter
 from ..checkpoints.start_file import Start, make_mark, mark_of, read_start, saved_mark
-from ..collectives.agreed import agreed, is_first_rank, world_size
 from ..collectives.communicator import Communicator
+from ..collectives.ranks import is_first_rank, raise_on_all_ranks, world_size
 from ..engines.pairs import AdapterPair, find_pairs, find_peft_model
 from ..engines.whole_parameters import gather, scatter
 from .base_change import subtract_product
@@ -66,7 +66,7 @@ def initialize_adapters(model: nn.Module, init: str, *, lora_ga_config: Any = No
     Communication: every rank must call. One broadcast per pair and two all-gathers of checksums. PiSSA and OLoRA under
     ``zero.Init`` also gather each base weight once; otherwise no base weight is gathered.
     """
-    with agreed("preparing the initialization"):
+    with raise_on_all_ranks("preparing the initialization"):
         pairs = _prepared(model, init)
         if any(pair.stored_tall for pair in pairs):
             raise ValueError("the adapters are stored tall already: call initialize_adapters before tall_adapters")
@@ -74,7 +74,7 @@ def initialize_adapters(model: nn.Module, init: str, *, lora_ga_config: Any = No
             _require_gradients(pairs, lora_ga_config)
     before = base_checksums(pairs)
     factors = _shared_factors(model, pairs, init, lora_ga_config)
-    with agreed("writing the initial factors"):
+    with raise_on_all_ranks("writing the initial factors"):
         owners = {
             f"{index}{side}": owner
             for index, pair in enumerate(pairs)
@@ -82,7 +82,7 @@ def initialize_adapters(model: nn.Module, init: str, *, lora_ga_config: Any = No
         }
     values = {f"{index}{side}": f for index, both in enumerate(factors) for side, f in zip("AB", both, strict=True)}
     scatter(model, owners, values)
-    with agreed("changing the base"):
+    with raise_on_all_ranks("changing the base"):
         _change_base(pairs, factors)
     after = base_checksums(pairs)
     _mark(model, pairs, init, factors, before, after)
@@ -103,7 +103,7 @@ def replay_initialization(model: nn.Module, checkpoint: str | Path) -> None:
 
     Communication: every rank must call. Two all-gathers of checksums; no base weight or factor is sent.
     """
-    with agreed("opening the initial factors"):
+    with raise_on_all_ranks("opening the initial factors"):
         wanted = saved_mark(checkpoint) is not None
         if wanted:
             start = read_start(checkpoint)
@@ -112,7 +112,7 @@ def replay_initialization(model: nn.Module, checkpoint: str | Path) -> None:
     if not wanted:
         return
     before = base_checksums(pairs)
-    with agreed("checking the base"):
+    with raise_on_all_ranks("checking the base"):
         _require_original(start, pairs, before)
         factors = [(start.factors[a], start.factors[b]) for a, b in map(_file_keys, pairs)]
         _change_base(pairs, factors)
@@ -141,7 +141,7 @@ def export_adapter(model: nn.Module, output_dir: str | Path) -> None:
         return
     trained = Path(output_dir) / ".trained-adapter"
     save_adapter(model, trained)
-    with agreed("converting the adapter"):
+    with raise_on_all_ranks("converting the adapter"):
         if is_first_rank():
             convert_adapter(trained, output_dir)
             shutil.rmtree(trained)
@@ -242,7 +242,7 @@ def _shared_factors(model: nn.Module, pairs: Sequence[AdapterPair], init: str, l
                 own[index] = peft_factors(pairs[index], init, weight, gradient, lora_ga_config)
         except Exception as caught:
             error = caught
-    with agreed("computing the initial factors"):
+    with raise_on_all_ranks("computing the initial factors"):
         if error is not None:
             raise error
     return [

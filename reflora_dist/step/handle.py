@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..collectives.agreed import agreed
 from ..collectives.communicator import Communicator
+from ..collectives.ranks import raise_on_all_ranks
 from ..engines.base import Engine
 from ..engines.find import find_engine
 from ..engines.pairs import active_adapters, find_pairs, lora_layers
@@ -261,7 +261,7 @@ def _find(model: nn.Module, optimizer: Any, config: RefLoRAConfig) -> Engine:
 
 def _refuse_broken_factors(engine: Engine) -> None:
     """Refuse loaded factors that are not finite. Every rank must call; one all-gather of small objects."""
-    with agreed("reading the factors"):
+    with raise_on_all_ranks("reading the factors"):
         names = engine._factor_names()
         broken = [n for n, w in zip(names, engine.weights(), strict=True) if not bool(torch.isfinite(w).all())]
         if broken:

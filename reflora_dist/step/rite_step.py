@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..algebra.tall_blocks import BlockSet
 from ..algebra.types import Matrices
-from ..collectives.agreed import agreed
 from ..collectives.communicator import Communicator
 from ..collectives.grams import from_triangles, reduce_grams_and, triangles
+from ..collectives.ranks import raise_on_all_ranks
 from ..collectives.retile import Retiler
 from ..collectives.tiling import head
 from ..engines.base import Engine, Firing
@@ -79,7 +79,7 @@ class RiteStep(Step):
         """
         assert isinstance(engine.optimizer, LoRARite)
         step = cls(engine.optimizer, engine, retiler, communicator)
-        with agreed("reading the optimizer's state"):
+        with raise_on_all_ranks("reading the optimizer's state"):
             step.refuse_foreign_state()
         engine.optimizer.connect(step)
         return step

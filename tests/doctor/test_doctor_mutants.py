@@ -20,8 +20,8 @@ from tests.support import tally
 from tests.support.doctor import SHIPPED
 from tests.support.doctor_oracle import refusal
 
-# Why the doctor may refuse what the libraries take: a part of its message, by the reason.
 KIND = "mutated configuration files, in the doctor"
+# Why the doctor may refuse what the libraries take: a part of its message, by the reason.
 STRICTER = {
     "a key twice, of which libraries take the last": "is there twice",
     "a section that is no mapping, which accelerate passes over": "is not a section of keys and values",

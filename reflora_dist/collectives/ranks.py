@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 
 @contextlib.contextmanager
-def agreed(action: str) -> Iterator[None]:
+def raise_on_all_ranks(action: str) -> Iterator[None]:
     """Return a context whose error on one rank is raised on all ranks; its end is a barrier.
 
     Args:

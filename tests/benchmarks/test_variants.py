@@ -37,7 +37,7 @@ def _check(rank: int, world_size: int, engine: str, lora_rank: int, names: list[
         right = baselines.solve_as_published
         baselines.solve_as_published = lambda gram_a, gram_b: right(gram_a, gram_b)[::-1]
     elif broken == "place":
-        baselines._GatheredPairs._keep_own = lambda *_: None  # type: ignore[method-assign]
+        baselines.GatheredPairs._keep_own = lambda *_: None  # type: ignore[method-assign]
     elif broken == "everything":
         variants._BASELINES["loop"] = lambda engine: lambda: None
     workload = OptimizerStep(SHAPE, lora_rank, torch.device("cpu"), engine)

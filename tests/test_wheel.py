@@ -26,6 +26,8 @@ _SMOKE = """
 import torch
 from peft import LoraConfig, get_peft_model
 import reflora_dist
+from reflora_dist.checkpoint import save_checkpoint  # as release 0.1 documented it
+from reflora_dist.completeness import CompleteCheckpoints
 
 layers = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 16))
 model = get_peft_model(layers, LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False))

@@ -239,17 +239,19 @@ def add_adapter(model: Any, options: Options) -> Any:
     Raises:
         ValueError: no layer has one of the target names, or PEFT cannot adapt it.
     """
+    targets = adapter_targets(model, options.lora.target_modules)
     try:
-        return _with_adapter(model, options)
+        adapted = _with_adapter(model, targets, options)
     except Exception as error:  # PEFT prints the whole model, over many lines
         names = ("lora_r", "lora_alpha", "target_modules", "init_lora_weights")
         asked = ", ".join(f"{name}={getattr(options.lora, name)!r}" for name in names)
         raise ValueError(f"PEFT makes no adapter of {asked} ({cause_of(error)}): correct these options") from error
+    require_layers(adapted)
+    return adapted
 
 
-def _with_adapter(model: Any, options: Options) -> Any:
+def _with_adapter(model: Any, targets: dict[str, Any], options: Options) -> Any:
     lora = options.lora
-    targets = adapter_targets(model, lora.target_modules)
     training = options.training  # transformers 5.17 knows only the older name, later versions deprecate it
     if getattr(training, "activation_checkpointing", None) or training.gradient_checkpointing:
         model.enable_input_require_grads()  # reentrant checkpointing drops gradients of frozen inputs
@@ -278,9 +280,7 @@ def _with_adapter(model: Any, options: Options) -> Any:
         # start_adapter makes a start that changes the base, the same on every rank and under every engine
         init_lora_weights=PEFT_STARTS.get(lora.init_lora_weights, True),  # type: ignore[arg-type]
     )
-    adapted = _with_heads(model, config) if classifies else get_peft_model(model, config)
-    require_layers(adapted)
-    return adapted
+    return _with_heads(model, config) if classifies else get_peft_model(model, config)
 
 
 def _with_heads(model: Any, config: LoraConfig) -> Any:

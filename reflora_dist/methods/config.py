@@ -41,7 +41,7 @@ class RefLoRAConfig:
     damping: float = _DEFAULT_DAMPING
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
+        if self.method not in tuple(METHODS):  # a dictionary could not look up a list
             raise ValueError(f"method={self.method!r} is unknown; choose one of {', '.join(METHODS)}")
         if self.warmup_steps is None:
             object.__setattr__(self, "warmup_steps", METHODS[self.method].default_warmup_steps)

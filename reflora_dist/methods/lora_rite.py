@@ -130,7 +130,8 @@ def _unmagnified(grams: Tensor, rows: Tensor, settings: RiteSettings) -> _Gradie
     second = symmetric(other @ grams[..., r : 2 * r, r : 2 * r] @ other)
     kept = torch.ones_like(rows)
     if settings.update_skipping > 0:
-        kept = torch.where(_trace(second) > settings.update_skipping**2 * rows * r, 0.0, 1.0)
+        limit = settings.update_skipping * settings.update_skipping  # infinite where ** would raise OverflowError
+        kept = torch.where(_trace(second) > limit * rows * r, 0.0, 1.0)
         second = torch.where(kept[..., None, None] > 0, second, 0.0)
     return _Gradient(basis, second, kept)
 

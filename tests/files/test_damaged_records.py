@@ -106,10 +106,17 @@ def test_the_settings_of_answers(tmp_path: Path) -> None:
         check_settings(tmp_path, {})
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 100_000, f'{{"instruction": {"1" * 5000}}}'])
-def test_records_that_json_cannot_take(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "the record is nested too deeply"),
+        ('{"a": ' * 100_000, "field 'a' is nested too deeply"),
+        (f'{{"instruction": {"1" * 5000}}}', "field 'instruction' is an integer of 5,000 digits"),
+    ],
+)
+def test_records_that_json_cannot_take(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "records.jsonl").write_text(text)
-    with pytest.raises(ValueError, match=r"records\.jsonl, line 1: not JSON"):
+    with pytest.raises(ValueError, match=rf"records\.jsonl, line 1: {message}"):
         load_records([str(tmp_path / "records.jsonl")])
 
 

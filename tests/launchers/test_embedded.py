@@ -53,7 +53,7 @@ def test_records_are_well_formed(text: stdlib_text.StandardLibraryText) -> None:
 
 
 def test_the_text_is_the_same_in_another_process(text: stdlib_text.StandardLibraryText) -> None:
-    code = "from launchers import stdlib_text; print(stdlib_text.collect().digest())"
+    code = "from launchers.data import stdlib_text; print(stdlib_text.collect().digest())"
     for hash_seed in ("1", "2"):
         done = subprocess.run(
             [sys.executable, "-c", code],

@@ -188,7 +188,7 @@ def test_a_start_that_cannot_be_made_is_named_before_training(
     ],
 )
 def test_a_resumed_run_must_name_the_same_start(folder: Path, first: str, second: str, message: str) -> None:
-    short = {**SETTINGS, "max_steps": 3, "eval_fraction": 0.0}
+    short = {**SETTINGS, "max_steps": 3, "eval_fraction": 0.0, "eval_on_start": None, "eval_strategy": None}
     output = f"one-{first}"
     if not (folder / output).exists():
         with contextlib.redirect_stdout(None):

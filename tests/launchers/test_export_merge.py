@@ -219,11 +219,11 @@ print(growth(lambda: merge_adapter(folder / "adapter", folder / "merged", base=s
 def test_peak_memory_is_a_few_weights_and_not_a_file_or_the_model(tmp_path: Path) -> None:
     """The resident set, mapped files included, grows by less than one of the files; PEFT's holds the model."""
     torch.manual_seed(0)
-    config = {**_LLAMA, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8}
+    config = {**_LLAMA, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8}
     model = LlamaForCausalLM(LlamaConfig(**config))
-    model.save_pretrained(tmp_path / "base", max_shard_size="60MB")
+    model.save_pretrained(tmp_path / "base", max_shard_size="110MB")
     weights = sorted(path.stat().st_size for path in (tmp_path / "base").glob("*.safetensors"))
-    assert len(weights) >= 4 and weights[-1] > 40e6
+    assert len(weights) >= 4 and weights[-1] > 80e6  # imports during the merge take some 30 MB
     save_adapter(model, LoraConfig(target_modules="all-linear", **_LORA), tmp_path / "adapter")
     del model
     result = subprocess.run(

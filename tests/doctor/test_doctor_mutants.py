@@ -20,6 +20,8 @@ from tests.support import tally
 from tests.support.doctor import SHIPPED
 from tests.support.doctor_oracle import refusal
 
+pytestmark = pytest.mark.slow
+
 KIND = "mutated configuration files, in the doctor"
 # Why the doctor may refuse what the libraries take: a part of its message, by the reason.
 STRICTER = {

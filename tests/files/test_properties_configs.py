@@ -31,6 +31,8 @@ from tests.support.oracles import GradientOracle
 from tests.support.small import small_batches, small_model, train_small, trainable
 from tests.support.tally import raised_by_us, tried
 
+pytestmark = pytest.mark.slow
+
 _JUNK = st.one_of(
     st.none(),
     st.booleans(),

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from launchers.data.tokenization import padding_token
+from reflora_dist.checkpoints.embeddings import input_embedding
 from reflora_dist.collectives.ranks import is_first_rank
 
 logger = logging.getLogger(__name__)
@@ -35,10 +36,7 @@ class Limits:
     @classmethod
     def of(cls, model: Any) -> Limits:
         """Return the limits of a model that is not wrapped yet. Under ZeRO-3 its weights may be partitioned."""
-        try:
-            tokens = getattr(model.get_input_embeddings(), "num_embeddings", None)
-        except (NotImplementedError, AttributeError):
-            tokens = None
+        tokens = getattr(input_embedding(model), "num_embeddings", None)
         config = model.config.get_text_config()
         positions = min(_position_tables(model), default=None)
         if config.model_type == "mpt":

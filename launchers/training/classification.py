@@ -14,6 +14,7 @@ from launchers.cluster.waiting import working_first
 from launchers.data.records import is_local_file, load_hub, parse_file, require_record, split_records, text_field
 from launchers.data.tokenization import cached_dataset
 from launchers.training.glue_tasks import ClassificationOptions
+from reflora_dist.checkpoints.embeddings import input_embedding
 from reflora_dist.files.base_files import load_base, read_model_config, require_no_missing
 
 if TYPE_CHECKING:
@@ -164,7 +165,8 @@ def load_model(name: str, options: Options, dtype: Any) -> Any:
     )
     # the checkpoint may lack a head, but no numbered layer and no token embedding
     layer = re.compile(rf"{model.base_model_prefix}\..*\.\d+\.")
-    embedding = {f"{n}.weight" for n, m in model.named_modules() if m is model.get_input_embeddings()}
+    words = input_embedding(model)
+    embedding = {f"{n}.weight" for n, m in model.named_modules() if m is words}
     require_no_missing(name, [key for key in missing if layer.match(key) or key in embedding])
     layers = sorted({key.rpartition(".")[0] for key in missing})
     model.new_heads = [layer for layer in layers if not set(PEFT_HEADS) & set(layer.split("."))]

@@ -6,7 +6,7 @@ After ``resize_token_embeddings`` the saved base no longer holds these weights, 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def embedding_names(peft_model: PeftModel, owners: Mapping[str, Owner]) -> dict[
 
     A tied weight has several keys, and so has a module that the model contains under several paths.
     """
-    wanted = {id(_base(layer)) for layer in _layers(peft_model)}
+    wanted = {id(_base(layer)) for layer in vocabulary_layers(peft_model)}
     names: dict[int, list[tuple[str, str]]] = {}
     for name, (module, attribute) in owners.items():
         if id(module) in wanted and attribute not in module._buffers:
@@ -50,7 +50,9 @@ def kept_embeddings(peft_model: PeftModel, owners: Mapping[str, Owner], adapter:
     layers that LoRA adapts. Layers with a trained copy (``modules_to_save``) are left out. If LoRA adapts only the
     embedding or only the head, PEFT would leave out the other one and so lose its resized rows.
     """
-    layers = {id(_base(layer)): layer for layer in _layers(peft_model) if _needs_its_base(layer, adapter, resized)}
+    layers = {
+        id(_base(layer)): layer for layer in vocabulary_layers(peft_model) if _needs_its_base(layer, adapter, resized)
+    }
     kept: dict[str, str] = {}
     seen: set[int] = set()
     for key, name in embedding_names(peft_model, owners).items():
@@ -114,7 +116,7 @@ def is_spare(key: str, others: Collection[str] = ()) -> bool:
 
 def saved_embeddings(base: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the embedding and head weights in an adapter's ``tensors``, by their module's path in ``base``."""
-    layers = {id(layer) for layer in _layers(base)}
+    layers = {id(layer) for layer in vocabulary_layers(base)}
     found: dict[str, Tensor] = {}
     for path, module in base.named_modules():
         keys = [f"base_model.model.{path}{place}.weight" for place in _PLACES] if id(module) in layers else []
@@ -138,7 +140,7 @@ def resize_for(base: Any, tensors: Mapping[str, Tensor], source: Any) -> None:
     if len(rows) != 1 or rows == {whole_shape(base.get_input_embeddings().weight)[0]}:
         return
     brought = {id(base.get_submodule(path).weight) for path in found}
-    lacking = [type(layer).__name__ for layer in _layers(base) if id(layer.weight) not in brought]
+    lacking = [type(layer).__name__ for layer in vocabulary_layers(base) if id(layer.weight) not in brought]
     if lacking:
         raise ValueError(
             f"{source} was trained with a vocabulary of {rows.pop()} and holds {', '.join(found)} but not the "
@@ -152,15 +154,24 @@ def set_vocabulary(config: Any, size: int) -> None:
     _text(config).vocab_size = size
 
 
-def _layers(model: Any) -> Iterator[nn.Module]:
-    """Yield the input embedding and the head, if the model has them, with PEFT's layers around them."""
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            layer = getattr(model, name)()
-        except (AttributeError, NotImplementedError):  # not a transformers model, or one without text
-            continue
-        if isinstance(layer, nn.Module):
-            yield _unwrapped(layer)
+def input_embedding(model: Any) -> nn.Module | None:
+    """Return the layer that maps token ids to vectors, or None for a model without one.
+
+    A model of transformers without one (speech, vision) raises NotImplementedError, which is how transformers documents
+    it; a module of another library has no such method.
+    """
+    if not hasattr(model, "get_input_embeddings"):
+        return None
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
+def vocabulary_layers(model: Any) -> list[nn.Module]:
+    """Return the input embedding and the head, as far as the model has them, with PEFT's layers around them."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [_unwrapped(layer) for layer in (input_embedding(model), head) if isinstance(layer, nn.Module)]
 
 
 def _unwrapped(layer: nn.Module) -> nn.Module:

@@ -26,6 +26,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..checkpoints.embeddings import vocabulary_layers
 from ..checkpoints.merged_record import merged_header, refuse_merged_twice
 from ..checkpoints.start_file import changes_base, saved_mark
 from ..engines.bare_base import require_no_adapter
@@ -137,7 +138,9 @@ class _Merge:
         self.config, self.architecture = base.config, type(base).__name__
         names = [name for name, _ in base.named_parameters(remove_duplicate=False)]
         self.tied = _tied_names(base)
-        embeddings = {id(parameter) for module in _embeddings(base) for parameter in module.parameters(recurse=False)}
+        embeddings = {
+            id(parameter) for module in vocabulary_layers(base) for parameter in module.parameters(recurse=False)
+        }
         self.embedding_names = {n for n, p in base.named_parameters(remove_duplicate=False) if id(p) in embeddings}
         self.names = _names_of_keys(stored, names, base.base_model_prefix)
         self.keys = {name: key for key, name in self.names.items()}
@@ -282,11 +285,6 @@ def _tied_names(base: nn.Module) -> list[list[str]]:
     for name, parameter in base.named_parameters(remove_duplicate=False):
         groups[id(parameter)].append(name)
     return [group for group in groups.values() if len(group) > 1]
-
-
-def _embeddings(base: Any) -> list[nn.Module]:
-    both = (base.get_input_embeddings(), base.get_output_embeddings())
-    return [module for module in both if module is not None]
 
 
 def _names_of_keys(stored: StoredWeights, names: list[str], prefix: str) -> dict[str, str]:

@@ -273,21 +273,28 @@ def _attached(case: Case) -> tuple[PeftModel, list[_Pair], torch.optim.Optimizer
     return model, pairs, optimizer, _expected_refusals(case, pairs, shares_factor)
 
 
+def _steps(case: Case, model: Any, optimizer: torch.optim.Optimizer, refusals: list[str]) -> bool:
+    """Attach and step; False where attach refuses the model, as it must if there are ``refusals``."""
+    config = RefLoRAConfig(method=case.method, warmup_steps=case.warmup_steps)
+    if refusals:
+        with pytest.raises(ValueError, match="|".join(refusals)) as raised:
+            attach(model, optimizer, config)
+        assert raised_by_us(raised.value)
+        return False
+    attach(model, optimizer, config)
+    optimizer.step()
+    return True
+
+
 @given(case=cases(_GRADIENT_METHODS))
 @settings(deadline=None)
 def test_gradients_are_the_oracles_or_plain_loras(case: Case) -> None:
     with tried("random LoRA models, gradient methods") as outcome:
         model, pairs, optimizer, refusals = _attached(case)
         before = {p: p.grad.clone() for p in model.parameters() if p.grad is not None}
-        config = RefLoRAConfig(method=case.method, warmup_steps=case.warmup_steps)
-        if refusals:
-            outcome.refused = True
-            with pytest.raises(ValueError, match="|".join(refusals)) as raised:
-                attach(model, optimizer, config)
-            assert raised_by_us(raised.value)
+        outcome.refused = not _steps(case, model, optimizer, refusals)
+        if outcome.refused:
             return
-        attach(model, optimizer, config)
-        optimizer.step()
         _check_gradients(case, pairs, before)
         factors = {id(parameter) for pair in pairs for parameter in (pair.a, pair.b)}
         others = [(p.grad, gradient) for p, gradient in before.items() if id(p) not in factors]
@@ -300,15 +307,9 @@ def test_factors_are_balanced_and_their_product_stays(case: Case) -> None:
     with tried("random LoRA models, RefLoRA-S") as outcome:
         model, pairs, optimizer, refusals = _attached(case)
         before = [[factor.detach().double() for factor in pair.matrices(pair.a, pair.b)] for pair in pairs]
-        config = RefLoRAConfig(method=case.method, warmup_steps=case.warmup_steps)
-        if refusals:
-            outcome.refused = True
-            with pytest.raises(ValueError, match="|".join(refusals)) as raised:
-                attach(model, optimizer, config)
-            assert raised_by_us(raised.value)
+        outcome.refused = not _steps(case, model, optimizer, refusals)
+        if outcome.refused:
             return
-        attach(model, optimizer, config)
-        optimizer.step()
         for pair, (a, b) in zip(pairs, before, strict=True):
             new_a, new_b = (factor.detach().double() for factor in pair.matrices(pair.a, pair.b))
             if not b.any():

@@ -116,9 +116,9 @@ def test_the_best_model_is_by_a_metric_of_the_task(task: list[str], known: list[
 
 
 @pytest.mark.parametrize("option", ["prediction_loss_only", "batch_eval_metrics"])
-def test_metrics_that_could_not_be_computed_are_refused(option: str) -> None:
+def test_metrics_that_could_not_be_computed_are_refused(option: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=f"{option}=True: the metrics of --task seq-cls are of all predictions"):
-        finetune.main([*CLASSIFICATION, RECORDS, "--output_dir=/tmp/none", f"--{option}=True"])
+        finetune.main([*CLASSIFICATION, RECORDS, f"--output_dir={tmp_path}", f"--{option}=True"])
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
-from ..engines.pairs import clean_name
+from ..engines.pairs import WRAPPER_ATTRIBUTES, clean_name
 from ..engines.whole_parameters import Owner, whole_shape
 
-_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 # Suffixes of an embedding's key in an adapter's file: none, or the attributes of PEFT's layers around the embedding.
 _PLACES = ("", ".base_layer", ".token_adapter.base_layer", ".original_module")
 _TOKENS = ".token_adapter.trainable_tokens_delta"
@@ -175,7 +174,7 @@ def vocabulary_layers(model: Any) -> list[nn.Module]:
 
 
 def _unwrapped(layer: nn.Module) -> nn.Module:
-    while wrapped := next((layer._modules[name] for name in _WRAPPERS if name in layer._modules), None):
+    while wrapped := next((layer._modules[name] for name in WRAPPER_ATTRIBUTES if name in layer._modules), None):
         layer = wrapped
     return layer
 

@@ -19,7 +19,7 @@ from .bare_base import require_plain_peft_model
 from .tall import TALL_NAME, is_tall
 
 # Wrappers insert these attributes into a module's path. Names without them agree between engines.
-_WRAPPER_SEGMENTS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
+WRAPPER_ATTRIBUTES = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
 
 # In these variants the layer's function depends on the factors only through the product B A.
 _SUPPORTED_VARIANTS = ("DoraLinearVariant", "DoraEmbeddingVariant", "DoraConv", "ALoraLinearVariant")
@@ -151,7 +151,7 @@ def active_adapters(layers: list[LoraLayer]) -> list[str | tuple[str, ...]]:
 
 def clean_name(name: str) -> str:
     """Return a module's path without the parts that DDP, DeepSpeed, FSDP1, checkpointing and torch.compile insert."""
-    segments = [segment for segment in name.split(".") if segment not in _WRAPPER_SEGMENTS]
+    segments = [segment for segment in name.split(".") if segment not in WRAPPER_ATTRIBUTES]
     while segments and segments[0] == "module":  # DistributedDataParallel and DeepSpeedEngine
         segments = segments[1:]
     return ".".join(segments)

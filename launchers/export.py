@@ -26,10 +26,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import HfArgumentParser
 
 from launchers.training.options import MODEL_DTYPES
-from reflora_dist import convert_adapter
 from reflora_dist.checkpoints.adapter_files import require_tensors
-from reflora_dist.checkpoints.start_file import saved_mark
 from reflora_dist.export.consolidate import CONFIG_NAME, consolidate_adapter, find_config, find_state
+from reflora_dist.export.convert import convert_adapter, is_convertible
 from reflora_dist.export.merge import merge_adapter
 from reflora_dist.files.open_files import read_json, read_tensors
 from reflora_dist.files.other_files import tokenizer_files
@@ -115,7 +114,7 @@ def export_adapter(options: ExportOptions, output: Path) -> None:
     source = Path(options.adapter)
     if sharded_state(options) is not None:
         _consolidate(options, output)
-    elif saved_mark(source) is not None:
+    elif (source / CONFIG_NAME).is_file() and is_convertible(source):
         with new_folder(output) as part:
             convert_adapter(source, part)
     elif has_adapter(source) and find_state(source) is not None:

@@ -9,8 +9,8 @@ from . import lora_sb  # which makes its adapters known to PEFT
 from .callback import RefLoRACallback
 from .checkpoints import complete, training_state
 from .engines.tall import tall_adapters
+from .export.convert import convert_adapter
 from .methods.config import RefLoRAConfig
-from .starts.convert import convert_adapter
 from .starts.initialize import export_adapter, initialize_adapters, replay_initialization
 from .step.handle import Handle, attach
 from .step.report import Report

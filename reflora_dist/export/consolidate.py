@@ -44,7 +44,7 @@ from ..files.records import plain_name, require_zip
 from ..files.safe_pickles import SafeReader, load_states, require_states
 from ..files.stored_weights import StoredWeights
 from ..lora_sb.config import LoraXSType
-from ..starts.convert import convert_adapter
+from ..starts.convert import convert_changed_base
 
 CONFIG_NAME = "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -96,7 +96,7 @@ def consolidate_adapter(
         with tempfile.TemporaryDirectory() as folder:
             _write(Path(folder), tensors, config)
             shutil.copyfile(find_start(config_path.parent), Path(folder) / START_FILE)
-            convert_adapter(folder, part)
+            convert_changed_base(folder, part)
 
 
 def find_state(checkpoint: Path) -> Path | None:

@@ -35,7 +35,7 @@ from ..files.other_files import other_files, require_fitting_tokenizer
 from ..files.output_folder import new_folder, require_empty, require_space
 from ..files.stored_weights import INDEX_NAME, Entry, StoredWeights, find_model, write_file
 from ..lora_sb.config import LoraXSConfig
-from ..starts.convert import convert_adapter
+from ..starts.convert import convert_changed_base
 from .empty_model import ADAPTER, empty_base, with_adapter
 
 
@@ -357,7 +357,7 @@ def _ordinary_adapter(adapter_dir: Path) -> Iterator[Path]:
         yield adapter_dir
         return
     with tempfile.TemporaryDirectory() as folder:
-        convert_adapter(adapter_dir, folder)
+        convert_changed_base(adapter_dir, folder)
         yield Path(folder)
 
 

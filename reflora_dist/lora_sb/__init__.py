@@ -6,7 +6,6 @@ Without the import PEFT raises ``KeyError: 'REFLORA_DIST_LORA_XS'``.
 
 from .callback import LoRASBCallback
 from .config import METHODS, LoRASBConfig, LoraXSConfig
-from .convert import save_as_lora
 from .initialize import initialize_lora_sb, initialize_lora_xs
 from .layer import LoraXSLinear
 from .svd import truncated_svd
@@ -21,6 +20,5 @@ __all__ = [
     "LoraXSModel",
     "initialize_lora_sb",
     "initialize_lora_xs",
-    "save_as_lora",
     "truncated_svd",
 ]

@@ -16,26 +16,23 @@ from ..starts.convert import exact_pattern
 from .config import LoraXSConfig
 
 
-def save_as_lora(adapter_dir: str | Path, output_dir: str | Path) -> None:
+def convert_lora_xs(adapter_dir: str | Path, output_dir: str | Path) -> None:
     """Convert a saved LoRA-XS or LoRA-SB adapter to a LoRA adapter: ``lora_A = A``, ``lora_B = B R``.
 
     r, scale and modules stay the same. It runs in one process and reads only the files. ``lora_B`` is computed in
     float64 and rounded once. The weights of ``modules_to_save`` are copied.
 
     Args:
-        adapter_dir: folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        adapter_dir: folder of a LoRA-XS or LoRA-SB adapter.
         output_dir: another folder, which receives the same two files of the LoRA adapter.
 
     Raises:
-        ValueError: the adapter is of another kind, the folders are the same, or a module's name cannot be matched.
+        ValueError: the folders are the same, or a module's name cannot be matched.
         OSError: a file cannot be read or written.
     """
     source, target = Path(adapter_dir), Path(output_dir)
     config = read_peft_config(source)
-    if not isinstance(config, LoraXSConfig):
-        raise ValueError(
-            f"{source} holds a {config.peft_type} adapter; only LoRA-XS and LoRA-SB adapters are converted"
-        )
+    assert isinstance(config, LoraXSConfig)
     if source.resolve() == target.resolve():
         raise ValueError(f"output_dir={str(target)!r} is the adapter's own folder, whose files would be lost")
     tensors = read_tensors(source / SAFETENSORS_WEIGHTS_NAME)

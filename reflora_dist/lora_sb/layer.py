@@ -137,7 +137,7 @@ class LoraXSLinear(nn.Module, BaseTunerLayer):
         return result.to(dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Tell PEFT that its ``convert_to_lora`` works. It needs an SVD; :func:`save_as_lora` does not."""
+        """Tell PEFT that its ``convert_to_lora`` works. It needs an SVD; ``convert_adapter`` does not."""
         return True
 
     def __repr__(self) -> str:

@@ -19,7 +19,7 @@ from ..checkpoints.start_file import _CONFIG_NAME, Start, _Value, read_start, sa
 from ..files.open_files import read_json, read_tensors
 
 
-def convert_adapter(adapter_dir: str | Path, output_dir: str | Path) -> None:
+def convert_changed_base(adapter_dir: str | Path, output_dir: str | Path) -> None:
     """Convert an adapter that was trained on a changed base into an ordinary adapter of the original base.
 
     One process, no ranks. With the initial factors ``A0``, ``B0`` the trained function is ``W - s B0 A0 + s B A``.

@@ -8,7 +8,7 @@
 
 The model computes the same function as before, up to the rounding of W. Checkpoints do not contain the base, so each
 contains the initial factors. A resumed run uses them to repeat the change to the bit, under any sharding. The trained
-factors alone are no adapter of the original base; :func:`convert_adapter` and :func:`export_adapter` make one.
+factors alone are no adapter of the original base; ``convert_adapter`` and :func:`export_adapter` make one.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from .base_weights import (
     stored_transposed,
     whole_shape,
 )
-from .convert import convert_adapter
+from .convert import convert_changed_base
 from .recipes import KAIMING_BOTH, check_init, kaiming_both, needs_base, peft_factors, refuse_layers
 
-__all__ = ["convert_adapter", "export_adapter", "initialize_adapters", "replay_initialization"]
+__all__ = ["export_adapter", "initialize_adapters", "replay_initialization"]
 
 Factors = tuple[Tensor, Tensor]
 
@@ -132,7 +132,7 @@ def export_adapter(model: nn.Module, output_dir: str | Path) -> None:
         output_dir: a folder that the first rank can write.
 
     Raises:
-        TypeError, ValueError, OSError, RuntimeError: see ``save_adapter`` and :func:`convert_adapter`.
+        TypeError, ValueError, OSError, RuntimeError: see ``save_adapter`` and :func:`convert_changed_base`.
 
     Communication: every rank must call. That of ``save_adapter``.
     """
@@ -143,7 +143,7 @@ def export_adapter(model: nn.Module, output_dir: str | Path) -> None:
     save_adapter(model, trained)
     with raise_on_all_ranks("converting the adapter"):
         if is_first_rank():
-            convert_adapter(trained, output_dir)
+            convert_changed_base(trained, output_dir)
             shutil.rmtree(trained)
 
 

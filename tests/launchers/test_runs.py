@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from reflora_dist.lora_sb import save_as_lora
+from reflora_dist import convert_adapter
 from tests.support.finetune import HSDP_WORLD_SIZE, WORLD_SIZE, finetuned
 from tests.support.launchers import REPOSITORY, micro_model, write_records
 
@@ -114,7 +114,7 @@ def _check_latent_adapter(folder: Path, adapter: Path) -> None:
     """PEFT loads it, and its conversion to plain LoRA computes the same."""
     tensors = load_file(adapter / "adapter_model.safetensors")
     assert len(tensors) == 3 * 14 and all(tensor.abs().sum() > 0 for tensor in tensors.values())
-    save_as_lora(adapter, adapter / "plain")
+    convert_adapter(adapter, adapter / "plain")
     tokens = torch.arange(12)[None]
     logits = []
     for saved in (adapter, adapter / "plain"):

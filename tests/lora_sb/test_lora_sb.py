@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from reflora_dist import convert_adapter
 from reflora_dist.lora_sb import (
     LoRASBConfig,
     LoraXSConfig,
     LoraXSLinear,
     initialize_lora_sb,
     initialize_lora_xs,
-    save_as_lora,
     truncated_svd,
 )
 from tests.support.cluster import run_ranks
@@ -294,7 +294,7 @@ def test_merging_disabling_and_reloading_keep_the_function(trained: PeftModel, t
 def test_a_converted_adapter_is_plain_lora(trained: PeftModel, tmp_path: Path) -> None:
     """PEFT without this package loads it and computes the same; the original stops PEFT, naming this package."""
     trained.save_pretrained(tmp_path / "xs")
-    save_as_lora(tmp_path / "xs", tmp_path / "lora")
+    convert_adapter(tmp_path / "xs", tmp_path / "lora")
     loaded = PeftModel.from_pretrained(base_model(synthetic_workload(steps=1)), tmp_path / "lora").eval()
     assert isinstance(loaded.peft_config["default"], LoraConfig)
     assert torch.allclose(_logits(loaded), _logits(trained), atol=FLOAT32_TOLERANCE)
@@ -305,9 +305,9 @@ def test_a_converted_adapter_is_plain_lora(trained: PeftModel, tmp_path: Path) -
     outcome = subprocess.run(command, capture_output=True, text=True, check=False)
     assert outcome.returncode != 0 and "REFLORA_DIST_LORA_XS" in outcome.stderr
     with pytest.raises(ValueError, match="own folder"):
-        save_as_lora(tmp_path / "xs", tmp_path / "xs")
-    with pytest.raises(ValueError, match="only LoRA-XS"):
-        save_as_lora(tmp_path / "lora", tmp_path / "other")
+        convert_adapter(tmp_path / "xs", tmp_path / "xs")
+    with pytest.raises(ValueError, match="nothing to convert"):
+        convert_adapter(tmp_path / "lora", tmp_path / "other")
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_a_converted_adapter_keeps_each_modules_r_and_scale(patterns: dict[str, 
     workload = synthetic_workload(steps=6)
     model = _initialized(workload, CONFIG, **patterns).eval()
     model.save_pretrained(tmp_path / "xs")
-    save_as_lora(tmp_path / "xs", tmp_path / "lora")
+    convert_adapter(tmp_path / "xs", tmp_path / "lora")
     loaded = PeftModel.from_pretrained(base_model(workload), tmp_path / "lora")
     converted: dict[str, Any] = dict(loaded.base_model.model.named_modules())
     for name, layer in _layers(model).items():

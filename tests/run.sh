@@ -13,4 +13,6 @@ detect_devices
 require_compiler
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 cd "$repository"
+# tests without processes of their own do not get in each other's way
+case " $* " in *" --fast "*) set -- --numprocesses auto --maxprocesses 4 --dist loadfile "$@" ;; esac
 exec "$PYTHON" -m pytest "$@"

@@ -355,7 +355,9 @@ class Skipped(torch.nn.Module):
 
 
 @pytest.mark.parametrize("method", _UNUSED)
-@pytest.mark.parametrize("engine", ["fsdp2", "fsdp1-full", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "engine", ["fsdp2", "zero3", *(pytest.param(name, marks=pytest.mark.all_ranks) for name in ("fsdp1-full", "zero2"))]
+)
 def test_adapters_without_gradients(engine: str, method: str) -> None:
     """An adapter that the forward does not reach keeps every rank in step and stays as it is; the others move."""
     start = synthetic_workload().initial_factors

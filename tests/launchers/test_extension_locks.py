@@ -153,7 +153,7 @@ def test_the_launch_scripts_remove_it_and_name_what_they_wait_for(tmp_path: Path
     assert not (folder / "interrupted" / "lock").exists() and (folder / "held" / "lock").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.all_ranks
 def test_finetuning_goes_on_over_a_lock(tmp_path: Path) -> None:
     """Started by deepspeed's own launcher, without the script that looks for locks."""
     micro_model(tmp_path / "model")

@@ -14,12 +14,16 @@ import dataclasses
 import hashlib
 import json
 import os
+import runpy
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __spec__ is None:  # started as a file: go on as a module of the package, which has relative imports
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    runpy.run_module("launchers.evaluate", run_name="__main__", alter_sys=True)
+    raise SystemExit
 
 import torch
 import torch.distributed as dist
@@ -28,11 +32,15 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from launchers.cluster.waiting import told, wait_for_ranks, working_first
-from launchers.data.limits import Limits
-from launchers.data.tokenization import PROMPT_TEMPLATES, encode_prompts, format_prompt
-from launchers.evaluation import generation
-from launchers.evaluation.answer_files import (
+from reflora_dist.collectives.ranks import is_first_rank
+from reflora_dist.engines.bare_base import adapter_folder
+from reflora_dist.files.base_files import load_tokenizer
+
+from .cluster.waiting import told, wait_for_ranks, working_first
+from .data.limits import Limits
+from .data.tokenization import PROMPT_TEMPLATES, encode_prompts, format_prompt
+from .evaluation import generation
+from .evaluation.answer_files import (
     SETTINGS_FILE,
     AnswerFile,
     Key,
@@ -41,15 +49,12 @@ from launchers.evaluation.answer_files import (
     read_answers,
     write_settings,
 )
-from launchers.evaluation.answer_rules import ANSWER_WORDS, extract_answer, is_correct
-from launchers.evaluation.questions import FROM_HUB, TASKS, Question, load_questions
-from launchers.training.batching import require_same_in_batch
-from launchers.training.fields import option
-from launchers.training.options import MODEL_DTYPES, check_output_dir
-from launchers.training.recorder import installed_versions, recorded_template
-from reflora_dist.collectives.ranks import is_first_rank
-from reflora_dist.engines.bare_base import adapter_folder
-from reflora_dist.files.base_files import load_tokenizer
+from .evaluation.answer_rules import ANSWER_WORDS, extract_answer, is_correct
+from .evaluation.questions import FROM_HUB, TASKS, Question, load_questions
+from .training.batching import require_same_in_batch
+from .training.fields import option
+from .training.options import MODEL_DTYPES, check_output_dir
+from .training.recorder import installed_versions, recorded_template
 
 RESULTS_FILE = "results.json"
 # As published: 32 in RefLoRA's commonsense_reasoning/evaluate.py, 256 in LLM-Adapters' evaluate.py.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import runpy
 import shutil
 import sys
 import tempfile
@@ -19,13 +20,15 @@ from contextlib import contextmanager
 from dataclasses import field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __spec__ is None:  # started as a file: go on as a module of the package, which has relative imports
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    runpy.run_module("launchers.export", run_name="__main__", alter_sys=True)
+    raise SystemExit
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import HfArgumentParser
 
-from launchers.training.options import MODEL_DTYPES
 from reflora_dist.checkpoints.adapter_files import require_tensors
 from reflora_dist.export.consolidate import CONFIG_NAME, consolidate_adapter, find_config, find_state
 from reflora_dist.export.convert import convert_adapter, is_convertible
@@ -33,6 +36,8 @@ from reflora_dist.export.merge import merge_adapter
 from reflora_dist.files.open_files import read_json, read_tensors
 from reflora_dist.files.other_files import tokenizer_files
 from reflora_dist.files.output_folder import new_folder, require_empty
+
+from .training.options import MODEL_DTYPES
 
 
 @dataclasses.dataclass

@@ -44,7 +44,8 @@ def unknown(argument: str, parser: argparse.ArgumentParser) -> str:
     """Return what to say of an argument that the parser does not know."""
     if not argument.startswith("-"):
         return f"{argument!r} belongs to no option; --help lists the options"
-    name = argument.partition("=")[0]
-    known = [option for action in parser._actions for option in action.option_strings]
-    near = difflib.get_close_matches(name, known, n=3)
-    return f"there is no option {name}; " + (f"did you mean {' or '.join(near)}?" if near else "--help lists them")
+    name = argument.partition("=")[0].lstrip("-")
+    known = [option[2:] for action in parser._actions for option in action.option_strings if option.startswith("--")]
+    near = [f"--{option}" for option in difflib.get_close_matches(name.replace("-", "_"), known, n=3)]
+    said = f"did you mean {' or '.join(near)}?" if near else "--help lists the options"
+    return f"there is no option --{name}; {said}"

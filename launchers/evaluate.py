@@ -30,6 +30,7 @@ from transformers import HfArgumentParser
 
 from launchers.cluster.waiting import told, wait_for_ranks, working_first
 from launchers.data.limits import Limits
+from launchers.data.named_model import resolve_together
 from launchers.data.tokenization import PROMPT_TEMPLATES, encode_prompts, format_prompt
 from launchers.evaluation import generation
 from launchers.evaluation.answer_files import (
@@ -49,6 +50,7 @@ from launchers.training.options import MODEL_DTYPES, check_output_dir
 from launchers.training.recorder import installed_versions, recorded_template
 from reflora_dist.collectives.ranks import is_first_rank
 from reflora_dist.engines.bare_base import adapter_folder
+from reflora_dist.files import smollm2
 from reflora_dist.files.base_files import load_tokenizer
 
 RESULTS_FILE = "results.json"
@@ -60,7 +62,7 @@ MAX_NEW_TOKENS = {task: 256 if task == "gsm8k" else 32 for task in TASKS}
 class EvaluateOptions:
     """The options of evaluate.py."""
 
-    model: str | None = option(None, "Hub name or local path of the base. Default: the one that the adapter names.")
+    model: str | None = option(None, "Hub name or local path of the base, or smollm2. Default: the adapter's.")
     adapter: str | None = option(None, "Folder or hub name of a PEFT adapter. Default: the model as it is.")
     tokenizer: str | None = option(
         None,
@@ -108,7 +110,8 @@ class EvaluateOptions:
 
     def _find_base(self) -> None:
         """Find the base. If ``model`` is an adapter, evaluate it on the base that it names."""
-        if self.model is not None and adapter_folder(self.model) is not None:
+        named = self.model is not None and self.model != smollm2.NAME  # which is no adapter, and on no hub
+        if named and adapter_folder(str(self.model)) is not None:
             if self.adapter is not None:
                 raise ValueError(
                     f"model={self.model!r} is an adapter itself, and adapter={self.adapter!r} another: merge the first "
@@ -165,6 +168,7 @@ def evaluate(options: EvaluateOptions, ranks: Ranks) -> None:
     """
     start = time.perf_counter()
     folder = Path(options.output_dir)
+    options.model = resolve_together(str(options.model), None, ranks.local_rank)
     questions = all_questions(options, ranks)
     settings = answer_settings(options, questions)
     wanted: dict[Key, Question] = {

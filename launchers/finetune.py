@@ -27,9 +27,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from launchers.cluster.waiting import working_first
 from launchers.data import embedded
 from launchers.data.limits import check_examples
+from launchers.data.named_model import resolve_together
 from launchers.data.records import Record, load_records, split_records
 from launchers.data.tokenization import Collator, cached_examples, padding_token
-from launchers.training import classification, plots, recorder
+from launchers.training import card, classification, plots, recorder
 from launchers.training.batching import BatchingChangesExamples, PackingCheck, require_position_ids
 from launchers.training.continued import continued_adapter
 from launchers.training.evaluations import EvaluationsToCome, NoEvaluations
@@ -90,6 +91,9 @@ def prepare(options: Options, checkpoint: str | None = None) -> tuple[Trainer, r
     """
     arguments = options.training
     classifies = options.classification.active
+    if options.model.model is not None:
+        cache_dir = Path(options.data.cache_dir)
+        options.model.model = resolve_together(options.model.model, cache_dir, arguments.local_process_index)
     records = (classification.choose_records if classifies else choose_records)(options)
     adapter = continued_adapter(options)
     if adapter is not None:
@@ -298,7 +302,7 @@ def _with_heads(model: Any, config: LoraConfig) -> Any:
 
 
 def finish(trainer: Trainer, run_recorder: recorder.RunRecorder, options: Options) -> None:
-    """Write the adapter, evaluate, and write metrics, plot and summary; every rank must call."""
+    """Write the adapter, evaluate, and write metrics, plot, card and summary; every rank must call."""
     output_dir = options.training.output_dir
     # before an evaluation, which may fail, and with --bf16_full_eval or --fp16_full_eval casts the model in place
     export_adapter(trainer.model_wrapped, output_dir)
@@ -319,6 +323,7 @@ def finish(trainer: Trainer, run_recorder: recorder.RunRecorder, options: Option
     if trainer.is_world_process_zero():
         recorder.write_metrics(metrics, output_dir)
         plot_path = plots.plot_run(metrics, Path(output_dir))
+        card.write_card(metrics, options, Path(output_dir))
         print(summary(metrics, output_dir, plot_path), flush=True)
 
 

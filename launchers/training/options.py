@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser
 
-from launchers.data.cache import default_cache_dir
 from launchers.data.embedded import EmbeddedSettings
 from launchers.data.tokenization import PROMPT_TEMPLATES, TokenizationSettings
 from launchers.training.arguments import FinetuneArguments
@@ -23,6 +22,7 @@ from launchers.training.glue_tasks import ClassificationOptions
 from reflora_dist import LoRARite, RefLoRAConfig
 from reflora_dist.checkpoints.complete import last_complete_checkpoint, require_complete
 from reflora_dist.collectives.ranks import is_first_rank, world_size
+from reflora_dist.files.cache import default_cache_dir
 from reflora_dist.lora_sb import METHODS as LATENT_METHODS
 from reflora_dist.methods.registry import METHODS
 from reflora_dist.starts.recipes import check_init
@@ -38,8 +38,8 @@ class ModelOptions:
 
     model: str | None = _option(
         None,
-        "Hub name or local path, of an adapter too, which is then trained on. Default: the embedded model, made on "
-        "this machine.",
+        "Hub name or local path, of an adapter too, which is then trained on; smollm2: SmolLM2-135M-Instruct, from the "
+        "hub or the package index. Default: the embedded model, made on this machine.",
     )
     tokenizer: str | None = _option(None, "Hub name or local path of the tokenizer. Default: the model's own.")
     model_dtype: str = _option(

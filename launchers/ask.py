@@ -7,21 +7,31 @@ python launchers/ask.py --adapter outputs/lora outputs/reflora --base --records 
 from __future__ import annotations
 
 import argparse
+import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __spec__ is None:  # started as a file: go on as a module of the package, which has relative imports
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    runpy.run_module("launchers.ask", run_name="__main__", alter_sys=True)
+    raise SystemExit
+
+from .options import ask_parser
+
+if __name__ == "__main__":
+    ask_parser().parse_args()  # --help and mistakes are answered before torch is imported, which takes seconds
 
 from tqdm.auto import tqdm
 
-from launchers.data.records import load_records
-from launchers.data.tokenization import encode_prompts, format_prompt
-from launchers.evaluation.generation import base_of, generate, generation_config, load_model, own_device, tokenizer_of
-from launchers.training.recorder import recorded_template
 from reflora_dist.files.base_files import load_tokenizer
 from reflora_dist.files.smollm2 import resolve_model
+
+from .data.records import load_records
+from .data.tokenization import encode_prompts, format_prompt
+from .evaluation.generation import base_of, generate, generation_config, load_model, own_device, tokenizer_of
+from .training.recorder import recorded_template
 
 BASE = "the base"
 
@@ -64,15 +74,7 @@ def answers(options: argparse.Namespace, records: Sequence[dict[str, str]]) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Put questions to saved adapters, and to their base, side by side.")
-    parser.add_argument("--adapter", nargs="+", required=True, help="folders with adapter_model.safetensors")
-    parser.add_argument("--base", action="store_true", help="ask the base without an adapter, too")
-    parser.add_argument("--model", help="the base: path, hub name or smollm2; default: the one that an adapter names")
-    parser.add_argument("--question", help="one question")
-    parser.add_argument("--input", default="", help="further input to the question")
-    parser.add_argument("--records", help="instead: ask the first questions of this file, show the reference too")
-    parser.add_argument("--count", type=int, default=3, help="how many records to ask")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="tokens of an answer, at most")
+    parser = ask_parser()
     options = parser.parse_args()
     if bool(options.question) == bool(options.records):
         parser.error("give either --question or --records")

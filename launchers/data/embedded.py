@@ -1,8 +1,7 @@
 """The embedded default: a tokenizer, a small LLaMA and instruction records, all made on this machine.
 
-To fill the cache run ``python -m launchers.data.embedded --cache-dir DIR``; ``--model smollm2`` gets SmolLM2 in place
-of the small LLaMA. Everything is written to a temporary folder
-and then renamed, so a cache folder is either complete or absent.
+To fill the cache run ``python launchers/data/embedded.py --cache-dir DIR``; ``--model smollm2`` gets SmolLM2 instead.
+Everything is written to a temporary folder and then renamed, so a cache folder is either complete or absent.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import dataclasses
 import io
 import json
 import platform
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -19,11 +19,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if __spec__ is None:  # started as a file: go on as a module of the package, which has relative imports
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    runpy.run_module("launchers.data.embedded", run_name="__main__", alter_sys=True)
+    raise SystemExit
 
-from launchers.data import stdlib_text
-from reflora_dist.files import smollm2
 from reflora_dist.files.cache import build_once, default_cache_dir, environment_of_one_process
+
+from . import stdlib_text
 
 FORMAT_VERSION = 1  # part of every cache key; raise it when the meaning of what is stored changes
 
@@ -191,9 +194,18 @@ def _pretrain(model: Any, blocks: list[dict[str, list[int]]], settings: Embedded
         trainer.train()
 
 
+def _smollm2(cache_dir: Path) -> str:
+    from reflora_dist.files.smollm2 import resolve_model
+
+    try:
+        return resolve_model("smollm2", cache_dir)
+    except ValueError as error:
+        raise SystemExit(f"embedded.py: error: {error}") from error
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the embedded records and a model, or find them in the cache.")
-    parser.add_argument("--model", choices=(smollm2.NAME, "toy"), default="toy")
+    parser.add_argument("--model", choices=("smollm2", "toy"), default="toy")
     parser.add_argument("--cache-dir", type=Path, default=default_cache_dir())
     parser.add_argument("--pretrain-steps", type=int, default=EmbeddedSettings.pretrain_steps)
     parser.add_argument("--build-model", type=Path, help=argparse.SUPPRESS)
@@ -205,13 +217,9 @@ def main() -> None:
     start = time.perf_counter()
     settings = EmbeddedSettings(pretrain_steps=options.pretrain_steps)
     train_path, held_out_path = ensure_records(options.cache_dir)
-    if options.model == "toy":
-        model_path = str(ensure_model(options.cache_dir, settings))
-    else:
-        try:
-            model_path = smollm2.resolve_model(options.model, options.cache_dir)
-        except ValueError as error:
-            raise SystemExit(f"embedded.py: error: {error}") from error
+    model_path = (
+        _smollm2(options.cache_dir) if options.model == "smollm2" else ensure_model(options.cache_dir, settings)
+    )
     print(f"records   {train_path}\nheld out  {held_out_path}\nmodel     {model_path}")
     print(f"ready after {time.perf_counter() - start:.0f} s")
 

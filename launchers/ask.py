@@ -13,26 +13,27 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launchers.data.records import load_records
-from launchers.data.tokenization import encode_prompts, format_prompt
+from launchers.data.tokenization import encode_questions
 from launchers.evaluation.generation import base_of, generate, generation_config, load_model, own_device, tokenizer_of
 from launchers.training.recorder import recorded_template
 from reflora_dist.files.base_files import load_tokenizer
 
 
-def load(adapter: str) -> tuple[Any, Any]:
+def load(adapter: str, template: str = "plain") -> tuple[Any, Any]:
     """Return the base that the adapter's configuration names, with the adapter on it, and the tokenizer.
 
     Raises:
-        ValueError: the folder holds no adapter, or adapter or base cannot be loaded.
+        ValueError: the folder holds no adapter, adapter or base cannot be loaded, or the tokenizer lacks the template.
     """
     base_name = base_of(adapter)
     tokenizer = load_tokenizer(tokenizer_of(base_name, adapter))
-    return load_model(base_name, adapter, "auto", own_device(), generation_config(tokenizer)), tokenizer
+    config = generation_config(tokenizer, template=template)
+    return load_model(base_name, adapter, "auto", own_device(), config), tokenizer
 
 
-def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64) -> str:
-    """Return the model's answer with greedy decoding."""
-    return generate(model, tokenizer, encode_prompts(tokenizer, [prompt]), max_new_tokens)[0]
+def answer(model: Any, tokenizer: Any, question: tuple[str, str], template: str, max_new_tokens: int = 64) -> str:
+    """Return the model's answer to an instruction with its input, with greedy decoding."""
+    return generate(model, tokenizer, encode_questions(tokenizer, [question], template), max_new_tokens)[0]
 
 
 def main() -> None:
@@ -46,17 +47,17 @@ def main() -> None:
     if bool(options.question) == bool(options.records):
         parser.error("give either --question or --records")
     try:
-        model, tokenizer = load(options.adapter)
-        records = load_records([options.records])[: options.count] if options.records else []
         template = recorded_template(options.adapter) or "plain"
+        model, tokenizer = load(options.adapter, template)
+        records = load_records([options.records])[: options.count] if options.records else []
     except ValueError as error:
         raise SystemExit(f"ask.py: error: {error}") from error
     if options.question:
-        prompt = format_prompt(options.question, options.input, template)
-        print(f"Q: {options.question}\nA: {answer(model, tokenizer, prompt)}")
+        asked = (options.question, options.input)
+        print(f"Q: {options.question}\nA: {answer(model, tokenizer, asked, template)}")
     for record in records:
         print(f"Q: {record['instruction']} {record['input']}")
-        print(f"A: {answer(model, tokenizer, format_prompt(record['instruction'], record['input'], template))}")
+        print(f"A: {answer(model, tokenizer, (record['instruction'], record['input']), template)}")
         print(f"   reference: {record['output']}")
 
 

@@ -30,7 +30,7 @@ from transformers import HfArgumentParser
 
 from launchers.cluster.waiting import told, wait_for_ranks, working_first
 from launchers.data.limits import Limits
-from launchers.data.tokenization import PROMPT_TEMPLATES, encode_prompts, format_prompt
+from launchers.data.tokenization import TEMPLATE_NAMES, encode_questions
 from launchers.evaluation import generation
 from launchers.evaluation.answer_files import (
     SETTINGS_FILE,
@@ -77,8 +77,9 @@ class EvaluateOptions:
     data: str | None = option(None, "Folder with TASK/test.json or commonsense/TASK/test.json. Default: the hub.")
     prompt_template: str | None = option(
         None,
-        "Default: the one that finetune.py recorded beside the adapter, else alpaca.",
-        choices=tuple(PROMPT_TEMPLATES),
+        "Default: the one that finetune.py recorded beside the adapter, else alpaca. chat: the tokenizer's chat "
+        "template.",
+        choices=TEMPLATE_NAMES,
     )
     num_beams: int = option(1, "1: greedy decoding. RefLoRA's published script searches with 4 beams.")
     max_new_tokens: int | None = option(None, "Tokens of an answer. Default: 32, for gsm8k 256.")
@@ -226,16 +227,16 @@ def answer_settings(options: EvaluateOptions, questions: dict[str, list[Question
 def answer_share(options: EvaluateOptions, ranks: Ranks, remaining: dict[Key, Question]) -> None:
     """Generate this rank's share of the remaining answers and write each as soon as its batch is done."""
     tokenizer = load_tokenizer(options.tokenizer or generation.tokenizer_of(str(options.model), options.adapter))
+    template = str(options.prompt_template)
+    asked = [(question.instruction, question.input) for question in remaining.values()]
+    prompts = dict(zip(remaining, encode_questions(tokenizer, asked, template), strict=True))
     model = generation.load_model(
         str(options.model),
         options.adapter,
         getattr(torch, options.model_dtype),
         generation.own_device(ranks.local_rank),
-        generation.generation_config(tokenizer, options.num_beams),
+        generation.generation_config(tokenizer, options.num_beams, template),
     )
-    template = str(options.prompt_template)
-    texts = [format_prompt(question.instruction, question.input, template) for question in remaining.values()]
-    prompts = dict(zip(remaining, encode_prompts(tokenizer, texts), strict=True))
     check_prompts(model, tokenizer, prompts, {key: question.place for key, question in remaining.items()}, options)
     if options.batch_size > 1:
         require_same_in_batch(model, max(prompts.values(), key=len))

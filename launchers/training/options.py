@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 
 from launchers.data.cache import default_cache_dir
 from launchers.data.embedded import EmbeddedSettings
-from launchers.data.tokenization import PROMPT_TEMPLATES, TokenizationSettings
+from launchers.data.tokenization import TEMPLATE_NAMES, TokenizationSettings
 from launchers.training.arguments import FinetuneArguments
 from launchers.training.evaluations import check_evaluations, shown
 from launchers.training.fields import option as _option
@@ -179,8 +179,9 @@ class DataOptions:
     train_on_prompt: bool = _option(False, "Learn the prompt's tokens too, not the answer's alone.")
     prompt_template: str = _option(
         "plain",
-        "Text around instruction and answer. alpaca: as LLM-Adapters, DoRA and RefLoRA train.",
-        choices=tuple(PROMPT_TEMPLATES),
+        "Text around instruction and answer. alpaca: as LLM-Adapters, DoRA and RefLoRA train. chat: the tokenizer's "
+        "chat template, with instruction and input as the user's turn.",
+        choices=TEMPLATE_NAMES,
     )
     cache_dir: str = _option(str(default_cache_dir()), "Where tokenized data and the embedded model are kept.")
     pretrain_steps: int = _option(EmbeddedSettings.pretrain_steps, "Pre-training steps of the embedded model.")

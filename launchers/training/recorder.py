@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from launchers.data.tokenization import PROMPT_TEMPLATES
+from launchers.data.tokenization import TEMPLATE_NAMES
 from reflora_dist.files.open_files import read_json
 from reflora_dist.files.records import require_fields
 
@@ -148,7 +148,7 @@ def recorded_template(adapter: str) -> str | None:
             metrics = read_json(path, remedy)
             require_fields(metrics, {"settings": Mapping}, path, remedy)
             template = metrics["settings"].get("prompt_template")
-            if template is not None and template not in list(PROMPT_TEMPLATES):
+            if template is not None and template not in list(TEMPLATE_NAMES):
                 raise ValueError(f"{path} holds prompt_template={template!r:.60}, which is unknown: {remedy}")
             return template
     return None

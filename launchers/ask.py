@@ -29,21 +29,22 @@ from reflora_dist.files.base_files import load_tokenizer
 from reflora_dist.files.smollm2 import resolve_model
 
 from .data.records import load_records
-from .data.tokenization import encode_prompts, format_prompt
+from .data.tokenization import encode_questions
 from .evaluation.generation import base_of, generate, generation_config, load_model, own_device, tokenizer_of
 from .training.recorder import recorded_template
 
 BASE = "the base"
 
 
-def load(base: str, adapter: str | None) -> tuple[Any, Any]:
+def load(base: str, adapter: str | None, template: str) -> tuple[Any, Any]:
     """Return the base, with the adapter on it if one is given, and the tokenizer.
 
     Raises:
-        ValueError: the folder holds no adapter, or adapter or base cannot be loaded.
+        ValueError: the folder holds no adapter, adapter or base cannot be loaded, or the tokenizer lacks the template.
     """
     tokenizer = load_tokenizer(tokenizer_of(base, adapter))
-    return load_model(base, adapter, "auto", own_device(), generation_config(tokenizer)), tokenizer
+    config = generation_config(tokenizer, template=template)
+    return load_model(base, adapter, "auto", own_device(), config), tokenizer
 
 
 def answers(options: argparse.Namespace, records: Sequence[dict[str, str]]) -> dict[str, list[str]]:
@@ -52,7 +53,7 @@ def answers(options: argparse.Namespace, records: Sequence[dict[str, str]]) -> d
     The base answers to the prompt template of the first adapter. One model is in memory at a time.
 
     Raises:
-        ValueError: an adapter or a base cannot be loaded.
+        ValueError: an adapter or a base cannot be loaded, or the tokenizer lacks the template.
     """
     base = resolve_model(options.model) if options.model else None
     asked: list[tuple[str, str | None]] = [(Path(adapter).name, adapter) for adapter in options.adapter]
@@ -63,12 +64,13 @@ def answers(options: argparse.Namespace, records: Sequence[dict[str, str]]) -> d
     given: dict[str, list[str]] = {}
     with tqdm(total=len(asked) * len(records), desc="answers", unit="") as bar:
         for name, adapter in asked:
-            model, tokenizer = load(base or base_of(adapter or options.adapter[0]), adapter)
-            template = recorded_template(adapter or options.adapter[0]) or "plain"
+            like = adapter or options.adapter[0]
+            template = recorded_template(like) or "plain"
+            model, tokenizer = load(base or base_of(like), adapter, template)
+            questions = [(record["instruction"], record["input"]) for record in records]
             given[name] = []
-            for record in records:
-                prompt = format_prompt(record["instruction"], record["input"], template)
-                given[name] += generate(model, tokenizer, encode_prompts(tokenizer, [prompt]), options.max_new_tokens)
+            for prompt in encode_questions(tokenizer, questions, template):
+                given[name] += generate(model, tokenizer, [prompt], options.max_new_tokens)
                 bar.update()
     return given
 

@@ -6,7 +6,7 @@ import dataclasses
 
 from reflora_dist.command_line.fields import option
 
-from ..data.tokenization import PROMPT_TEMPLATES
+from ..data.tokenization import TEMPLATE_NAMES
 from ..training.options import MODEL_DTYPES
 from .answer_rules import ANSWER_WORDS
 from .questions import FROM_HUB, TASKS
@@ -33,8 +33,9 @@ class EvaluateOptions:
     data: str | None = option(None, "Folder with TASK/test.json or commonsense/TASK/test.json. Default: the hub.")
     prompt_template: str | None = option(
         None,
-        "Default: the one that finetune.py recorded beside the adapter, else alpaca.",
-        choices=tuple(PROMPT_TEMPLATES),
+        "Default: the one that finetune.py recorded beside the adapter, else alpaca. chat: the tokenizer's chat "
+        "template.",
+        choices=TEMPLATE_NAMES,
     )
     num_beams: int = option(1, "1: greedy decoding. RefLoRA's published script searches with 4 beams.")
     max_new_tokens: int | None = option(None, "Tokens of an answer. Default: 32, for gsm8k 256.")

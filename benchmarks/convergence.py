@@ -51,7 +51,7 @@ class Arguments:
     latent_rank: int = _option(32, "r of lora-sb and lora-xs, which train r * r numbers per layer")
     max_length: int = _option(128, "tokens of prompt and answer together")
     eval_every: int = _option(25, "steps between two evaluations on the held-out records")
-    model: str | None = _option(None, "folder of a pre-trained model; default: the embedded one, made here")
+    model: str | None = _option(None, "folder of a pre-trained model, or smollm2; default: the embedded one, made here")
     dataset: list[str] = _list([], "local JSON or JSONL instruction files; default: the embedded records")  # noqa: RUF009
     eval_dataset: list[str] = _list([], "held-out files; default: --eval_fraction of --dataset")  # noqa: RUF009
     eval_fraction: float = _option(0.1, "share of --dataset held out if there is no --eval_dataset")
@@ -109,7 +109,7 @@ from benchmarks.sweep.runs import (
     sweep,
 )
 from benchmarks.sweep.statistics import summarize
-from launchers.data.cache import default_cache_dir
+from reflora_dist.files.cache import default_cache_dir
 
 GPU_WORKERS = 8  # small models do not fill a GPU; each process takes about half a GiB of its memory
 

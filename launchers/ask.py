@@ -1,12 +1,15 @@
-"""Load a saved adapter with PEFT and answer questions with it.
+"""Put questions to saved adapters, and to their base, side by side.
 
 python launchers/ask.py --adapter outputs/reflora --question "What does the method str.split do?"
+python launchers/ask.py --adapter outputs/lora outputs/reflora --base --records held_out.jsonl --count 3
 """
 
 from __future__ import annotations
 
+import argparse
 import runpy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +23,56 @@ from .options import ask_parser
 if __name__ == "__main__":
     ask_parser().parse_args()  # --help and mistakes are answered before torch is imported, which takes seconds
 
+from tqdm.auto import tqdm
+
 from reflora_dist.files.base_files import load_tokenizer
+from reflora_dist.files.smollm2 import resolve_model
 
 from .data.records import load_records
-from .data.tokenization import encode_prompts, format_prompt
+from .data.tokenization import encode_questions
 from .evaluation.generation import base_of, generate, generation_config, load_model, own_device, tokenizer_of
 from .training.recorder import recorded_template
 
+BASE = "the base"
 
-def load(adapter: str) -> tuple[Any, Any]:
-    """Return the base that the adapter's configuration names, with the adapter on it, and the tokenizer.
+
+def load(base: str, adapter: str | None, template: str) -> tuple[Any, Any]:
+    """Return the base, with the adapter on it if one is given, and the tokenizer.
 
     Raises:
-        ValueError: the folder holds no adapter, or adapter or base cannot be loaded.
+        ValueError: the folder holds no adapter, adapter or base cannot be loaded, or the tokenizer lacks the template.
     """
-    base_name = base_of(adapter)
-    tokenizer = load_tokenizer(tokenizer_of(base_name, adapter))
-    return load_model(base_name, adapter, "auto", own_device(), generation_config(tokenizer)), tokenizer
+    tokenizer = load_tokenizer(tokenizer_of(base, adapter))
+    config = generation_config(tokenizer, template=template)
+    return load_model(base, adapter, "auto", own_device(), config), tokenizer
 
 
-def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64) -> str:
-    """Return the model's answer with greedy decoding."""
-    return generate(model, tokenizer, encode_prompts(tokenizer, [prompt]), max_new_tokens)[0]
+def answers(options: argparse.Namespace, records: Sequence[dict[str, str]]) -> dict[str, list[str]]:
+    """Return the answers of every model to all records, with greedy decoding, by the names that are printed.
+
+    The base answers to the prompt template of the first adapter. One model is in memory at a time.
+
+    Raises:
+        ValueError: an adapter or a base cannot be loaded, or the tokenizer lacks the template.
+    """
+    base = resolve_model(options.model) if options.model else None
+    asked: list[tuple[str, str | None]] = [(Path(adapter).name, adapter) for adapter in options.adapter]
+    if options.base:
+        asked.insert(0, (BASE, None))
+    if len({name for name, _ in asked}) < len(asked):
+        asked = [(adapter or BASE, adapter) for _, adapter in asked]
+    given: dict[str, list[str]] = {}
+    with tqdm(total=len(asked) * len(records), desc="answers", unit="") as bar:
+        for name, adapter in asked:
+            like = adapter or options.adapter[0]
+            template = recorded_template(like) or "plain"
+            model, tokenizer = load(base or base_of(like), adapter, template)
+            questions = [(record["instruction"], record["input"]) for record in records]
+            given[name] = []
+            for prompt in encode_questions(tokenizer, questions, template):
+                given[name] += generate(model, tokenizer, [prompt], options.max_new_tokens)
+                bar.update()
+    return given
 
 
 def main() -> None:
@@ -50,18 +81,19 @@ def main() -> None:
     if bool(options.question) == bool(options.records):
         parser.error("give either --question or --records")
     try:
-        model, tokenizer = load(options.adapter)
-        records = load_records([options.records])[: options.count] if options.records else []
-        template = recorded_template(options.adapter) or "plain"
+        records: Sequence[dict[str, str]] = [{"instruction": options.question or "", "input": options.input}]
+        if options.records:
+            records = load_records([options.records])[: options.count]
+        given = answers(options, records)
     except ValueError as error:
         raise SystemExit(f"ask.py: error: {error}") from error
-    if options.question:
-        prompt = format_prompt(options.question, options.input, template)
-        print(f"Q: {options.question}\nA: {answer(model, tokenizer, prompt)}")
-    for record in records:
-        print(f"Q: {record['instruction']} {record['input']}")
-        print(f"A: {answer(model, tokenizer, format_prompt(record['instruction'], record['input'], template))}")
-        print(f"   reference: {record['output']}")
+    width = max(map(len, (*given, "reference")))
+    for number, record in enumerate(records):
+        print(f"Q: {record['instruction']} {record['input']}".rstrip())
+        for name, texts in given.items():
+            print(f"A: {texts[number]}" if len(given) == 1 else f"   {name:{width}}  {texts[number]}")
+        if "output" in record:
+            print(f"   {'reference':{width}}  {record['output']}")
 
 
 if __name__ == "__main__":

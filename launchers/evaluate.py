@@ -45,7 +45,8 @@ from reflora_dist.files.base_files import load_tokenizer
 
 from .cluster.waiting import told, wait_for_ranks, working_first
 from .data.limits import Limits
-from .data.tokenization import encode_prompts, format_prompt
+from .data.named_model import resolve_together
+from .data.tokenization import encode_questions
 from .evaluation import generation
 from .evaluation.answer_files import (
     SETTINGS_FILE,
@@ -113,6 +114,7 @@ def evaluate(options: EvaluateOptions, ranks: Ranks) -> None:
     """
     start = time.perf_counter()
     folder = Path(options.output_dir)
+    options.model = resolve_together(str(options.model), None, ranks.local_rank)
     questions = all_questions(options, ranks)
     settings = answer_settings(options, questions)
     wanted: dict[Key, Question] = {
@@ -174,16 +176,16 @@ def answer_settings(options: EvaluateOptions, questions: dict[str, list[Question
 def answer_share(options: EvaluateOptions, ranks: Ranks, remaining: dict[Key, Question]) -> None:
     """Generate this rank's share of the remaining answers and write each as soon as its batch is done."""
     tokenizer = load_tokenizer(options.tokenizer or generation.tokenizer_of(str(options.model), options.adapter))
+    template = str(options.prompt_template)
+    asked = [(question.instruction, question.input) for question in remaining.values()]
+    prompts = dict(zip(remaining, encode_questions(tokenizer, asked, template), strict=True))
     model = generation.load_model(
         str(options.model),
         options.adapter,
         getattr(torch, options.model_dtype),
         generation.own_device(ranks.local_rank),
-        generation.generation_config(tokenizer, options.num_beams),
+        generation.generation_config(tokenizer, options.num_beams, template),
     )
-    template = str(options.prompt_template)
-    texts = [format_prompt(question.instruction, question.input, template) for question in remaining.values()]
-    prompts = dict(zip(remaining, encode_prompts(tokenizer, texts), strict=True))
     check_prompts(model, tokenizer, prompts, {key: question.place for key, question in remaining.items()}, options)
     if options.batch_size > 1:
         require_same_in_batch(model, max(prompts.values(), key=len))

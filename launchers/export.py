@@ -42,6 +42,7 @@ from reflora_dist.export.merge import merge_adapter
 from reflora_dist.files.open_files import read_json, read_tensors
 from reflora_dist.files.other_files import tokenizer_files
 from reflora_dist.files.output_folder import new_folder, require_empty
+from reflora_dist.files.smollm2 import resolve_model
 
 
 def export(options: ExportOptions) -> None:
@@ -56,10 +57,11 @@ def export(options: ExportOptions) -> None:
     if not options.merge:
         export_adapter(options, output)
         return
+    base = resolve_model(options.model) if options.model else None
     dtype = None if options.model_dtype == "auto" else getattr(torch, options.model_dtype)
     with adapter_folder(options) as folder:
         tokenizer = tokenizer_folder(options)
-        merge_adapter(folder, output, base=options.model, dtype=dtype, tokenizer_dir=tokenizer, progress=True)
+        merge_adapter(folder, output, base=base, dtype=dtype, tokenizer_dir=tokenizer, progress=True)
 
 
 def _refuse_unused(options: ExportOptions) -> None:

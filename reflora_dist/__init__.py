@@ -1,4 +1,4 @@
-"""LoRA with geometry for sharded training: RefLoRA and its relatives under DDP, FSDP and DeepSpeed ZeRO.
+"""RefLoRA and related LoRA methods for sharded training, under DDP, FSDP and DeepSpeed ZeRO.
 
 ``attach(model, optimizer, RefLoRAConfig(...))`` in a training loop of your own, or ``RefLoRACallback`` in HF Trainer.
 """

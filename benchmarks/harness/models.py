@@ -64,6 +64,7 @@ def _shape(hidden: int, intermediate: int, layers: int, heads: int, key_value_he
 
 
 SHAPES = {
+    "smollm2": _shape(576, 1536, 30, 9, 3, 49152),  # SmolLM2-135M
     "small": _shape(512, 1376, 8, 8, 8, 4096),
     "160m": _shape(768, 3072, 12, 12, 12, 32000),  # JackFram/llama-160m
     "1b": _shape(2048, 5632, 22, 32, 4, 32000),  # TinyLlama-1.1B

@@ -16,6 +16,8 @@ from launchers.data.embedded import EmbeddedSettings, ensure_model, ensure_recor
 from launchers.data.records import load_records, split_records
 from launchers.data.tokenization import IGNORE_INDEX, Collator, TokenizationSettings, tokenize
 from reflora_dist.engines.bare_base import require_no_adapter
+from reflora_dist.files import smollm2
+from reflora_dist.files.stored_weights import find_model
 
 EVAL_BATCH_SIZE = 16
 SPLIT_SEED = 0  # the held-out records do not depend on a run's seed
@@ -83,13 +85,15 @@ def prepare(
     """Load or make the model, read the records and tokenize them.
 
     Args:
-        model: folder of a pre-trained causal language model; None for the embedded one.
+        model: folder of a pre-trained causal language model, or smollm2; None for the embedded one.
         dataset: instruction files to train on; empty for the embedded records.
         eval_dataset: held-out instruction files; empty to hold out ``eval_fraction`` of ``dataset``.
 
     Raises:
         ValueError: a path does not exist, or a record cannot be used.
     """
+    if model == smollm2.NAME:
+        model = str(find_model(smollm2.resolve_model(model, cache_dir)))
     if model is not None and not Path(model).is_dir():
         raise ValueError(f"model={model!r} is not a folder; give one with a pre-trained model and its tokenizer")
     if model is not None:

@@ -1,7 +1,7 @@
 """The embedded default: a tokenizer, a small LLaMA and instruction records, all made on this machine.
 
-To fill the cache run ``python launchers/data/embedded.py --cache-dir DIR``. Everything is written to a temporary folder
-and then renamed, so a cache folder is either complete or absent.
+To fill the cache run ``python launchers/data/embedded.py --cache-dir DIR``; ``--model smollm2`` gets SmolLM2 instead.
+Everything is written to a temporary folder and then renamed, so a cache folder is either complete or absent.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import io
 import json
-import os
 import platform
 import runpy
 import subprocess
@@ -25,16 +24,11 @@ if __spec__ is None:  # started as a file: go on as a module of the package, whi
     runpy.run_module("launchers.data.embedded", run_name="__main__", alter_sys=True)
     raise SystemExit
 
+from reflora_dist.files.cache import build_once, default_cache_dir, environment_of_one_process
+
 from . import stdlib_text
-from .cache import build_once, default_cache_dir
 
 FORMAT_VERSION = 1  # part of every cache key; raise it when the meaning of what is stored changes
-# With a launcher's variables the pre-training would join the fine-tuning job's process group, and hang in it.
-_DISTRIBUTED_VARIABLES = frozenset(
-    {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK"}
-    | {"CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"}
-)
-_DISTRIBUTED_PREFIXES = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PMI_", "OMPI_")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +73,7 @@ def ensure_model(cache_dir: Path, settings: EmbeddedSettings, *, build: bool = T
     """
 
     def build_in_subprocess(folder: Path) -> None:
-        environment = _environment_of_one_process()
+        environment = environment_of_one_process()
         command = [sys.executable, str(Path(__file__).resolve()), "--build-model", str(folder)]
         command += ["--settings", json.dumps(dataclasses.asdict(settings))]
         if subprocess.run(command, env=environment, check=False).returncode != 0:
@@ -91,20 +85,6 @@ def ensure_model(cache_dir: Path, settings: EmbeddedSettings, *, build: bool = T
 def _key(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the cache key. The text comes from the interpreter, so its exact build is part of the key."""
     return {"format": FORMAT_VERSION, "python": sys.version, "machine": platform.machine(), **settings}
-
-
-def _environment_of_one_process() -> dict[str, str]:
-    """Return this process's environment without the launcher's part, for one device and all allowed cores."""
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in _DISTRIBUTED_VARIABLES and not name.startswith(_DISTRIBUTED_PREFIXES)
-    }
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    environment["OMP_NUM_THREADS"] = str(min(cores, 8))  # more threads do not help so small a model
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads are slow where cores are shared
-    environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    return environment
 
 
 def _build_records(folder: Path) -> None:
@@ -214,8 +194,18 @@ def _pretrain(model: Any, blocks: list[dict[str, list[int]]], settings: Embedded
         trainer.train()
 
 
+def _smollm2(cache_dir: Path) -> str:
+    from reflora_dist.files.smollm2 import resolve_model
+
+    try:
+        return resolve_model("smollm2", cache_dir)
+    except ValueError as error:
+        raise SystemExit(f"embedded.py: error: {error}") from error
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the embedded records and model, or find them in the cache.")
+    parser = argparse.ArgumentParser(description="Make the embedded records and a model, or find them in the cache.")
+    parser.add_argument("--model", choices=("smollm2", "toy"), default="toy")
     parser.add_argument("--cache-dir", type=Path, default=default_cache_dir())
     parser.add_argument("--pretrain-steps", type=int, default=EmbeddedSettings.pretrain_steps)
     parser.add_argument("--build-model", type=Path, help=argparse.SUPPRESS)
@@ -227,7 +217,9 @@ def main() -> None:
     start = time.perf_counter()
     settings = EmbeddedSettings(pretrain_steps=options.pretrain_steps)
     train_path, held_out_path = ensure_records(options.cache_dir)
-    model_path = ensure_model(options.cache_dir, settings)
+    model_path = (
+        _smollm2(options.cache_dir) if options.model == "smollm2" else ensure_model(options.cache_dir, settings)
+    )
     print(f"records   {train_path}\nheld out  {held_out_path}\nmodel     {model_path}")
     print(f"ready after {time.perf_counter() - start:.0f} s")
 

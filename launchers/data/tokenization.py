@@ -11,15 +11,18 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cache import build_once
+from reflora_dist.files.cache import build_once
+
 from .records import Record
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+from .conversations import encode_chat_prompt, encode_conversation, question_turn
 
 FORMAT_VERSION = 2  # part of the cache key; raise it when prompts, masking or packing change
 IGNORE_INDEX = -100  # the label that the loss ignores
@@ -36,6 +39,9 @@ PROMPT_TEMPLATES = {
         "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
     ),
 }
+CHAT = "chat"  # the tokenizer's chat template, with the instruction and its input as the user's turn
+TEMPLATE_NAMES = (*PROMPT_TEMPLATES, CHAT)
+Encoded = tuple[list[int], list[tuple[int, int]]]  # token ids, and (start, end) of each answer among them
 logger = logging.getLogger(__name__)
 
 
@@ -48,7 +54,7 @@ class TokenizationSettings:
         train_on_prompt: whether the loss includes the prompt's tokens.
         packing: whether a row of ``max_length`` tokens holds several short examples. Models that separate them by
             their positions train as without packing; see ``launchers.training.batching``.
-        prompt_template: a name of :data:`PROMPT_TEMPLATES`.
+        prompt_template: one of :data:`TEMPLATE_NAMES`.
     """
 
     max_length: int = 512
@@ -58,7 +64,7 @@ class TokenizationSettings:
 
 
 def format_prompt(instruction: str, further_input: str = "", template: str = "plain") -> str:
-    """Return the text before the answer, in training and in generation."""
+    """Return the text before the answer, in training and in generation. ``template`` is one of PROMPT_TEMPLATES."""
     without_input, with_input = PROMPT_TEMPLATES[template]
     return (with_input if further_input else without_input).format(instruction=instruction, input=further_input)
 
@@ -76,6 +82,17 @@ def encode_prompts(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
     return [ids[: _length_without(ids, ends)] for ids in encoded]
 
 
+def encode_questions(tokenizer: Any, questions: Sequence[tuple[str, str]], template: str) -> list[list[int]]:
+    """Return the token ids that generation continues, of each instruction and its further input.
+
+    Raises:
+        ValueError: the template is the tokenizer's, and it has none or refuses a question.
+    """
+    if template == CHAT:
+        return [encode_chat_prompt(tokenizer, [question_turn(*question)]) for question in questions]
+    return encode_prompts(tokenizer, [format_prompt(*question, template) for question in questions])
+
+
 def _length_without(ids: list[int], ends: set[int]) -> int:
     """Return the number of tokens before those that the tokenizer adds at the end of a text."""
     length = len(ids)
@@ -90,29 +107,19 @@ def tokenize(tokenizer: Any, records: Sequence[Record], settings: TokenizationSe
     An answer cut at ``max_length`` gets no end token, so the model does not learn to stop there.
 
     Raises:
-        ValueError: the tokenizer has no end-of-sequence token, an answer has no token, or every record is dropped.
+        ValueError: the tokenizer lacks what the template needs, an answer has no token, or every record is dropped.
     """
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-sequence token; choose another")
-    texts = [format_prompt(r["instruction"], r["input"], settings.prompt_template) for r in records]
-    prompts = encode_prompts(tokenizer, texts)
-    answers = tokenizer([r["output"] for r in records], add_special_tokens=False, verbose=False)["input_ids"]
-    examples, dropped = [], []
-    for record, prompt_ids, answer_ids in zip(records, prompts, answers, strict=True):
-        place = getattr(record, "place", "a record")
-        if not answer_ids:
-            raise ValueError(
-                f"{place}: field 'output' {record['output']!r:.60} has no token in the tokenizer of "
-                f"{tokenizer.name_or_path!r}; remove the record, or choose another --tokenizer"
-            )
-        if len(prompt_ids) < settings.max_length:
-            examples.append(_example(prompt_ids, [*answer_ids, tokenizer.eos_token_id], settings))
+    examples, dropped, prompt_lengths = [], [], []
+    for record, (ids, answers) in zip(records, _encoded(tokenizer, records, settings.prompt_template), strict=True):
+        prompt_lengths.append(answers[0][0])
+        if prompt_lengths[-1] < settings.max_length:
+            examples.append(_example(ids, answers, settings))
         else:
-            dropped.append(place)
+            dropped.append(_place(record))
     if not examples:
         raise ValueError(
             f"max_length={settings.max_length} is too short: no answer token of any of the {len(records)} "
-            f"records survives; the shortest prompt has {min(map(len, prompts))} tokens: raise it above that"
+            f"records survives; the shortest prompt has {min(prompt_lengths)} tokens: raise it above that"
         )
     if dropped:
         logger.warning(
@@ -125,11 +132,44 @@ def tokenize(tokenizer: Any, records: Sequence[Record], settings: TokenizationSe
     return pack(examples, settings.max_length) if settings.packing else examples
 
 
-def _example(prompt: list[int], answer: list[int], settings: TokenizationSettings) -> dict[str, list[int]]:
-    input_ids = (prompt + answer)[: settings.max_length]
+def _encoded(tokenizer: Any, records: Sequence[Record], template: str) -> Iterable[Encoded]:
+    if template == CHAT:
+        return (_encoded_as_turns(tokenizer, record) for record in records)
+    return _encoded_as_text(tokenizer, records, template)
+
+
+def _encoded_as_turns(tokenizer: Any, record: Record) -> Encoded:
+    turns = [question_turn(record["instruction"], record["input"]), {"role": "assistant", "content": record["output"]}]
+    return encode_conversation(tokenizer, turns, 0, _place(record))
+
+
+def _encoded_as_text(tokenizer: Any, records: Sequence[Record], template: str) -> Iterable[Encoded]:
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-sequence token; choose another")
+    prompts = encode_questions(tokenizer, [(r["instruction"], r["input"]) for r in records], template)
+    answers = tokenizer([r["output"] for r in records], add_special_tokens=False, verbose=False)["input_ids"]
+    for record, prompt, answer in zip(records, prompts, answers, strict=True):
+        if not answer:
+            raise ValueError(
+                f"{_place(record)}: field 'output' {record['output']!r:.60} has no token in the tokenizer of "
+                f"{tokenizer.name_or_path!r}; remove the record, or choose another --tokenizer"
+            )
+        ids = [*prompt, *answer, tokenizer.eos_token_id]
+        yield ids, [(len(prompt), len(ids))]
+
+
+def _place(record: Record) -> str:
+    return getattr(record, "place", "a record")
+
+
+def _example(ids: list[int], answers: list[tuple[int, int]], settings: TokenizationSettings) -> dict[str, list[int]]:
+    input_ids = ids[: settings.max_length]
+    labels = [IGNORE_INDEX] * len(input_ids)
+    for start, end in [(0, len(ids))] if settings.train_on_prompt else answers:
+        labels[start:end] = input_ids[start:end]
     # Nothing before the first token can predict it. In a packed row the example before must not predict it.
-    masked = 1 if settings.train_on_prompt else max(1, len(prompt))
-    return {"input_ids": input_ids, "labels": [IGNORE_INDEX] * masked + input_ids[masked:]}
+    labels[0] = IGNORE_INDEX
+    return {"input_ids": input_ids, "labels": labels}
 
 
 def pack(examples: list[dict[str, list[int]]], max_length: int) -> list[dict[str, list[int]]]:
@@ -241,12 +281,13 @@ def cached_dataset(
 
 
 def _fingerprint(tokenizer: Any) -> str:
-    """Return a digest of what the ids depend on: vocabulary, special tokens, and the tokens of a probe text."""
+    """Return a digest of what the ids depend on: vocabulary, special tokens, chat template, tokens of a probe text."""
     probe = tokenizer("Cut this:\n    é = f(x, 12)  # 漢字")["input_ids"]
     parts = [
         type(tokenizer).__name__,
         sorted(tokenizer.get_vocab().items()),
         tokenizer.special_tokens_map,
+        tokenizer.chat_template,
         probe,
     ]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()

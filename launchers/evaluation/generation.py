@@ -19,9 +19,10 @@ from reflora_dist.files.base_files import load_base, require_no_missing
 from reflora_dist.files.open_files import cause_of, read_peft_config, read_peft_weights
 from reflora_dist.files.other_files import tokenizer_files
 
-from ..data.tokenization import padding_token
+from ..data.conversations import end_of_turn
+from ..data.tokenization import CHAT, padding_token
 
-MODEL_FILES = ("*.safetensors", "*.bin", "*.index.json", "config.json", "adapter_config.json")
+MODEL_FILES = ("*.safetensors", "*.bin", "*.index.json", "config.json", "adapter_config.json", "*.jinja")
 
 
 def base_of(adapter: str) -> str:
@@ -74,11 +75,10 @@ def load_model(base: str, adapter: str | None, dtype: torch.dtype | str, device:
         require_adapter(adapter)
     model, missing = load_base(AutoModelForCausalLM, base, dtype=dtype, device_map={"": device})
     require_no_missing(base, missing)
-    stops = model.generation_config.eos_token_id
-    stops = stops if isinstance(stops, list) else [stops]
+    stops = _ids(model.generation_config.eos_token_id)
     if not all(stop is None or isinstance(stop, int) for stop in stops):
         raise ValueError(f"model {base!r} has eos_token_id={stops!r}: correct generation_config.json or config.json")
-    config.eos_token_id = sorted({config.eos_token_id, *stops} - {None}) or None
+    config.eos_token_id = sorted({*_ids(config.eos_token_id), *stops} - {None}) or None
     model.generation_config = config
     if adapter is None:
         return model.eval()
@@ -95,13 +95,27 @@ def load_model(base: str, adapter: str | None, dtype: torch.dtype | str, device:
     return peft_model
 
 
-def generation_config(tokenizer: Any, num_beams: int = 1) -> GenerationConfig:
-    """Return a configuration without sampling: greedy decoding, or a beam search."""
+def _ids(ids: Any) -> list[Any]:
+    return ids if isinstance(ids, list) else [ids]
+
+
+def generation_config(tokenizer: Any, num_beams: int = 1, template: str = "plain") -> GenerationConfig:
+    """Return a configuration without sampling: greedy decoding, or a beam search.
+
+    Args:
+        tokenizer: its end token ends an answer, and with the chat template also the template's end of turn.
+        num_beams: 1 for greedy decoding.
+        template: the prompt template.
+
+    Raises:
+        ValueError: the template is the tokenizer's, and it has none or cannot be used.
+    """
+    ends = {tokenizer.eos_token_id, end_of_turn(tokenizer) if template == CHAT else None} - {None}
     return GenerationConfig(
         do_sample=False,
         num_beams=num_beams,
         pad_token_id=padding_token(tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=sorted(ends) or None,
     )
 
 

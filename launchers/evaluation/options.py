@@ -6,7 +6,7 @@ import dataclasses
 
 from reflora_dist.command_line.fields import option
 
-from ..data.tokenization import PROMPT_TEMPLATES
+from ..data.tokenization import TEMPLATE_NAMES
 from ..training.options import MODEL_DTYPES
 from .answer_rules import ANSWER_WORDS
 from .questions import FROM_HUB, TASKS
@@ -16,7 +16,7 @@ from .questions import FROM_HUB, TASKS
 class EvaluateOptions:
     """The options of evaluate.py."""
 
-    model: str | None = option(None, "Hub name or local path of the base. Default: the one that the adapter names.")
+    model: str | None = option(None, "Hub name or local path of the base, or smollm2. Default: the adapter's.")
     adapter: str | None = option(None, "Folder or hub name of a PEFT adapter. Default: the model as it is.")
     tokenizer: str | None = option(
         None,
@@ -33,8 +33,9 @@ class EvaluateOptions:
     data: str | None = option(None, "Folder with TASK/test.json or commonsense/TASK/test.json. Default: the hub.")
     prompt_template: str | None = option(
         None,
-        "Default: the one that finetune.py recorded beside the adapter, else alpaca.",
-        choices=tuple(PROMPT_TEMPLATES),
+        "Default: the one that finetune.py recorded beside the adapter, else alpaca. chat: the tokenizer's chat "
+        "template.",
+        choices=TEMPLATE_NAMES,
     )
     num_beams: int = option(1, "1: greedy decoding. RefLoRA's published script searches with 4 beams.")
     max_new_tokens: int | None = option(None, "Tokens of an answer. Default: 32, for gsm8k 256.")
@@ -72,7 +73,8 @@ class EvaluateOptions:
 
         from .generation import base_of
 
-        if self.model is not None and adapter_folder(self.model) is not None:
+        named = self.model is not None and self.model != "smollm2"  # which is no adapter, and on no hub
+        if named and adapter_folder(str(self.model)) is not None:
             if self.adapter is not None:
                 raise ValueError(
                     f"model={self.model!r} is an adapter itself, and adapter={self.adapter!r} another: merge the first "

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reflora_dist.command_line.fields import option as _option
+from reflora_dist.files.cache import default_cache_dir
 from reflora_dist.methods.names import DEFAULT_DAMPING, LATENT_METHODS, METHOD_NAMES
 
-from ..data.cache import default_cache_dir
 from ..data.embedded import EmbeddedSettings
-from ..data.tokenization import PROMPT_TEMPLATES, TokenizationSettings
+from ..data.tokenization import TEMPLATE_NAMES, TokenizationSettings
 from .defaults import TrainingDefaults
 from .glue_tasks import ClassificationOptions
 
@@ -40,8 +40,8 @@ class ModelOptions:
 
     model: str | None = _option(
         None,
-        "Hub name or local path, of an adapter too, which is then trained on. Default: the embedded model, made on "
-        "this machine.",
+        "Hub name or local path, of an adapter too, which is then trained on; smollm2: SmolLM2-135M-Instruct, from the "
+        "hub or the package index. Default: the embedded model, made on this machine.",
     )
     tokenizer: str | None = _option(None, "Hub name or local path of the tokenizer. Default: the model's own.")
     model_dtype: str = _option(
@@ -185,8 +185,9 @@ class DataOptions:
     train_on_prompt: bool = _option(False, "Learn the prompt's tokens too, not the answer's alone.")
     prompt_template: str = _option(
         "plain",
-        "Text around instruction and answer. alpaca: as LLM-Adapters, DoRA and RefLoRA train.",
-        choices=tuple(PROMPT_TEMPLATES),
+        "Text around instruction and answer. alpaca: as LLM-Adapters, DoRA and RefLoRA train. chat: the tokenizer's "
+        "chat template, with instruction and input as the user's turn.",
+        choices=TEMPLATE_NAMES,
     )
     cache_dir: str = _option(str(default_cache_dir()), "Where tokenized data and the embedded model are kept.")
     pretrain_steps: int = _option(EmbeddedSettings.pretrain_steps, "Pre-training steps of the embedded model.")

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from reflora_dist.files.open_files import read_json
 from reflora_dist.files.records import require_fields
 
-from ..data.tokenization import PROMPT_TEMPLATES
+from ..data.tokenization import TEMPLATE_NAMES
 
 METRICS_FILE = "metrics.json"
 RECORDED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed")
@@ -149,7 +149,7 @@ def recorded_template(adapter: str) -> str | None:
             metrics = read_json(path, remedy)
             require_fields(metrics, {"settings": Mapping}, path, remedy)
             template = metrics["settings"].get("prompt_template")
-            if template is not None and template not in list(PROMPT_TEMPLATES):
+            if template is not None and template not in list(TEMPLATE_NAMES):
                 raise ValueError(f"{path} holds prompt_template={template!r:.60}, which is unknown: {remedy}")
             return template
     return None

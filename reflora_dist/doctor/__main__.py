@@ -23,6 +23,7 @@ if __name__ == "__main__":
 import torch
 import torch.distributed as dist
 
+from ..files.smollm2 import resolve_model
 from .diagnosis import Diagnosis, diagnose, to_json
 from .ranks import compare, environment, gather, join, names, smallest_memory_gib, time_collectives
 from .tables import text
@@ -75,6 +76,10 @@ def _together(configs: list[str], options: DoctorOptions, device: torch.device) 
     memories = [memory for memory in gather(options.gpu_memory_gib) if memory is not None]
     asked = dataclasses.asdict(options)
     options.gpu_memory_gib = min(memories) if memories else None
+    if options.model is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+        with contextlib.suppress(ValueError):  # which becomes a finding in the diagnosis
+            resolve_model(options.model)
+    gather(None)  # so that a machine downloads a model only once
     diagnosis = diagnose(configs, options, device)
     own = {
         "files": diagnosis.files,

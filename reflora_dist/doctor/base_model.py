@@ -17,6 +17,7 @@ from ..collectives.tiling import Layout
 from ..engines.bare_base import require_no_adapter
 from ..engines.pairs import AdapterPair, find_pairs
 from ..engines.tall import tall_adapters
+from ..files.smollm2 import resolve_model
 from .options import DoctorOptions
 from .values import one_line
 
@@ -78,11 +79,12 @@ def load_config(name: str) -> Any:
     """Return a model's configuration.
 
     Args:
-        name: hub name, folder or file.
+        name: hub name, folder, file or smollm2.
 
     Raises:
         ValueError: the configuration cannot be found or read.
     """
+    name = resolve_model(name)
     require_no_adapter(name, "give the base that it names")
     try:
         return AutoConfig.from_pretrained(name)

@@ -31,7 +31,8 @@ class DoctorOptions:
     """The doctor's options: the model, the adapter, the cluster and other settings that the files do not contain."""
 
     model: str | None = _option(
-        None, "Hub name, local path or config.json. Only its configuration is read; without it, keys are checked only."
+        None,
+        "Hub name, path, config.json or smollm2. Only its configuration is read; without it, keys are checked only.",
     )
     method: str = _option("reflora", "Method.", choices=METHOD_NAMES)
     tall_adapters: bool = _option(

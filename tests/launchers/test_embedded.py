@@ -11,9 +11,9 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launchers.data import stdlib_text
-from launchers.data.cache import build_once
 from launchers.data.embedded import EmbeddedSettings, ensure_model, ensure_records
 from launchers.data.records import load_records
+from reflora_dist.files.cache import build_once
 from tests.support.launchers import REPOSITORY
 
 pytestmark = pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,13 +103,17 @@ def test_a_batch_script_without_slurm_says_so(script: Path) -> None:
     ids=len,
 )
 def test_the_quickstart_runs_through(methods: tuple[str, ...], tmp_path: Path) -> None:
+    """With the toy, which takes SmolLM2's place where neither hub nor package index answers."""
     output = tmp_path / "out"
     command = ["bash", LAUNCHERS / "quickstart.sh", "--steps", "4", "--pretrain-steps", "2"]
     command += ["--cache-dir", tmp_path / "cache", "--output-dir", output, "--processes", "2"]
     command += ["--methods", " ".join(methods)]
-    printed = launch(command, timeout_s=800)
-    for expected in ("held-out loss, step 0", "time per step", "bytes per step", "peak memory", "A: "):
+    printed = launch(command, timeout_s=800, PIP_NO_INDEX="1", HF_HOME=str(tmp_path / "hub"))
+    assert "'smollm2' cannot be had" in printed and "a toy takes its place" in printed
+    for expected in ("held-out loss, step 0", "time per step", "bytes per step", "peak memory"):
         assert expected in printed
+    for answer in ("the base  ", *methods, "reference "):
+        assert len(re.findall(rf"^   {answer}", printed, re.MULTILINE)) == 3
     assert (output / "comparison.png").read_bytes().startswith(b"\x89PNG")
     runs = {method: json.loads((output / method / "metrics.json").read_text()) for method in methods}
     for method, run in runs.items():
@@ -118,9 +123,29 @@ def test_the_quickstart_runs_through(methods: tuple[str, ...], tmp_path: Path) -
     assert runs["lora"]["bytes_per_step"] == 0 < runs["reflora"]["bytes_per_step"]
 
 
+@pytest.mark.all_ranks
+@pytest.mark.timeout(1500)
+def test_the_quickstart_fine_tunes_a_real_model(tmp_path: Path) -> None:
+    command = ["bash", LAUNCHERS / "quickstart.sh", "--steps", "2", "--pretrain-steps", "2", "--processes", "2"]
+    command += ["--cache-dir", tmp_path / "cache", "--output-dir", tmp_path / "out"]
+    printed = launch(command, timeout_s=1400)
+    if "a toy takes its place" in printed:
+        pytest.skip("the package index does not have SmolLM2 here")
+    runs = {
+        method: json.loads((tmp_path / "out" / method / "metrics.json").read_text()) for method in ("lora", "reflora")
+    }
+    for method, run in runs.items():
+        assert (run["settings"]["prompt_template"], run["settings"]["bf16"]) == ("chat", True)
+        losses = [point["loss"] for point in run["held_out_loss"]]
+        assert losses[-1] < losses[0] < 4.5  # above 9 for a model that has not learnt to read
+        assert "SmolLM2-135M-Instruct" in (tmp_path / "out" / method / "README.md").read_text()
+    assert runs["lora"]["held_out_loss"][0] == runs["reflora"]["held_out_loss"][0]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--model", "other"], "--model other: give smollm2 or toy"),
         (["--bogus", "1"], "unknown option --bogus"),
         (["--steps"], "needs a value"),
         (["--steps", "one"], "whole number of at least 2"),

@@ -1,4 +1,7 @@
-"""Folders that are made once. They are written under a temporary name and renamed, so they are complete or absent."""
+"""Folders that are made once. They are written under a temporary name and renamed, so they are complete or absent.
+
+What fills a folder may need a process of its own, for which ``environment_of_one_process`` gives the variables.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# With a launcher's variables a process that fills a folder would join the job's process group, and hang in it.
+_DISTRIBUTED_VARIABLES = frozenset(
+    {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK"}
+    | {"CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"}
+)
+_DISTRIBUTED_PREFIXES = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PMI_", "OMPI_")
+
 
 def default_cache_dir() -> Path:
     """Return ``$REFLORA_CACHE``, or ``~/.cache/reflora_dist``."""
     return Path(os.environ.get("REFLORA_CACHE") or "~/.cache/reflora_dist").expanduser()
+
+
+def environment_of_one_process() -> dict[str, str]:
+    """Return this process's environment without the launcher's part, for one device and all allowed cores."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _DISTRIBUTED_VARIABLES and not name.startswith(_DISTRIBUTED_PREFIXES)
+    }
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    environment["OMP_NUM_THREADS"] = str(min(cores, 8))  # more threads do not help small models
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads are slow where cores are shared
+    environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    return environment
 
 
 def build_once(

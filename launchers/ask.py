@@ -12,8 +12,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from launchers.data.forms import last_exchange
 from launchers.data.records import load_records
-from launchers.data.tokenization import encode_questions
+from launchers.data.tokenization import encode_last_question, encode_questions
 from launchers.evaluation.generation import base_of, generate, generation_config, load_model, own_device, tokenizer_of
 from launchers.training.recorder import recorded_template
 from reflora_dist.files.base_files import load_tokenizer
@@ -31,9 +32,9 @@ def load(adapter: str, template: str = "plain") -> tuple[Any, Any]:
     return load_model(base_name, adapter, "auto", own_device(), config), tokenizer
 
 
-def answer(model: Any, tokenizer: Any, question: tuple[str, str], template: str, max_new_tokens: int = 64) -> str:
-    """Return the model's answer to an instruction with its input, with greedy decoding."""
-    return generate(model, tokenizer, encode_questions(tokenizer, [question], template), max_new_tokens)[0]
+def answer(model: Any, tokenizer: Any, prompt: list[int], max_new_tokens: int = 64) -> str:
+    """Return the model's answer to the token ids of a question, with greedy decoding."""
+    return generate(model, tokenizer, [prompt], max_new_tokens)[0]
 
 
 def main() -> None:
@@ -50,15 +51,16 @@ def main() -> None:
         template = recorded_template(options.adapter) or "plain"
         model, tokenizer = load(options.adapter, template)
         records = load_records([options.records])[: options.count] if options.records else []
+        asked = [last_exchange(record) for record in records]
+        prompts = [encode_last_question(tokenizer, record, template) for record in records]
+        if options.question:
+            prompts = encode_questions(tokenizer, [(options.question, options.input)], template)
     except ValueError as error:
         raise SystemExit(f"ask.py: error: {error}") from error
     if options.question:
-        asked = (options.question, options.input)
-        print(f"Q: {options.question}\nA: {answer(model, tokenizer, asked, template)}")
-    for record in records:
-        print(f"Q: {record['instruction']} {record['input']}")
-        print(f"A: {answer(model, tokenizer, (record['instruction'], record['input']), template)}")
-        print(f"   reference: {record['output']}")
+        print(f"Q: {options.question}\nA: {answer(model, tokenizer, prompts[0])}")
+    for prompt, (question, reference) in zip(prompts, asked, strict=False):
+        print(f"Q: {question}\nA: {answer(model, tokenizer, prompt)}\n   reference: {reference}")
 
 
 if __name__ == "__main__":

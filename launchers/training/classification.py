@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, EvalPrediction
 
 from launchers.cluster.waiting import working_first
-from launchers.data.records import is_local_file, load_hub, parse_file, require_record, split_records, text_field
+from launchers.data.forms import require_record, text_field
+from launchers.data.records import is_local_file, load_hub, parse_file, split_records
 from launchers.data.tokenization import cached_dataset
 from launchers.training.glue_tasks import ClassificationOptions
 from reflora_dist.checkpoints.embeddings import input_embedding
@@ -44,7 +45,7 @@ def check_options(options: Options) -> None:
     for name in ("prediction_loss_only", "batch_eval_metrics"):
         if getattr(options.training, name):
             raise ValueError(f"{name}=True: the metrics of --task seq-cls are of all predictions together; drop it")
-    for name, default in (("packing", False), ("train_on_prompt", False), ("prompt_template", "plain")):
+    for name, default in (("packing", False), ("train_on_prompt", False), ("prompt_template", None)):
         if getattr(options.data, name) != default:
             raise ValueError(f"{name}={getattr(options.data, name)!r} means nothing to --task seq-cls: drop it")
 

@@ -89,6 +89,8 @@ def export(options: ExportOptions) -> None:
     _refuse_unused(options)
     if not options.merge:
         export_adapter(options, output)
+        for name, path in tokenizer_files(tokenizer_folder(options)).items():
+            shutil.copyfile(path, output / name)
         return
     dtype = None if options.model_dtype == "auto" else getattr(torch, options.model_dtype)
     with adapter_folder(options) as folder:

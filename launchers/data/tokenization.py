@@ -361,7 +361,7 @@ def _fingerprint(tokenizer: Any) -> str:
         type(tokenizer).__name__,
         sorted(tokenizer.get_vocab().items()),
         tokenizer.special_tokens_map,
-        tokenizer.chat_template,
+        getattr(tokenizer, "chat_template", None),
         probe,
     ]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()

@@ -17,8 +17,10 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from launchers.cluster.extension_locks import speak_while_building
 from launchers.cluster.waiting import told
-from launchers.training.evaluations import check_strategy
+from launchers.training.evaluations import check_strategy, shown
 from launchers.training.fields import option as _option
+
+from ..configurations import shipped_configuration
 
 
 @dataclasses.dataclass
@@ -27,17 +29,41 @@ class FinetuneArguments(TrainingArguments):
 
     output_dir: str = _option("outputs/finetune", "Where checkpoints, adapter, metrics and plot are written.")
     learning_rate: float = _option(3e-4, "Peak learning rate.")
-    logging_steps: float = _option(10, "Log the training loss every n steps.")
+    bf16: bool | None = _option(  # type: ignore[assignment]  # None until __post_init__ chooses
+        None,
+        "Train in bf16. Default: on a GPU that has it, unless --fp16, accelerate or DeepSpeed's file say otherwise.",
+        nargs="?",
+        const=True,
+    )
+    logging_steps: float = _option(10, "Log the training loss every n steps, and at the last one.")
+    logging_first_step: bool = _option(True, "Log the training loss of the first step.")
     eval_strategy: str = _option("steps", "When to evaluate. Default where there are no records to evaluate on: no.")
     eval_steps: float | None = _option(50, "Evaluate every n steps.")
+    eval_on_start: bool | None = _option(  # type: ignore[assignment]
+        None,
+        "Evaluate before the first step. Default: in a new run that evaluates.",
+        nargs="?",
+        const=True,
+    )
+    save_total_limit: int | None = _option(2, "Keep the last n checkpoints, and the best one; 0 keeps all.")
     ddp_find_unused_parameters: bool | None = _option(False, "Every adapter is used in every step.")
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
     resume_from_checkpoint: str | None = _option(
         None, "A checkpoint folder, or auto: the last complete one in output_dir, from the start if there is none."
     )
 
+    overwrite_output_dir: bool = _option(
+        False, "Start anew in an output_dir that has checkpoints, and remove them when training begins."
+    )
+
     def __post_init__(self) -> None:
+        # transformers changes some of them; what was asked for can be asked for again
+        self._asked = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
         self._check_deepspeed()
+        if self.eval_on_start is None:
+            self.eval_on_start = shown(self.eval_strategy) != "no"
+        if self.bf16 is None:
+            self.bf16 = self._bf16_by_default()
         self._check_full_eval()
         check_strategy(self)
         launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -48,6 +74,38 @@ class FinetuneArguments(TrainingArguments):
             super().__post_init__()
         if launched != self.world_size:
             raise ValueError(f"{launched} processes were launched, but {self.world_size} joined the process group")
+        if self._asked["bf16"] is None and self.bf16 and self.process_index == 0:
+            print("training in bf16, which this GPU has; --bf16 False trains in fp32", flush=True)
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Return the default of every argument."""
+        return {
+            field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            for field in dataclasses.fields(cls)
+        }
+
+    def changed_from_defaults(self) -> dict[str, Any]:
+        """Return the arguments that were asked for and differ from the defaults, as they were asked for.
+
+        Of the defaults that depend on device and data, ``bf16`` and ``eval_strategy`` are among them as they were
+        chosen. A token of the hub is not.
+        """
+        defaults = self.defaults()
+        changed = {n: shown(v) for n, v in self._asked.items() if v != defaults[n] and n != "hub_token"}
+        return changed | {"bf16": bool(self.bf16), "eval_strategy": shown(self.eval_strategy)}
+
+    def leave_out_first_evaluation(self) -> None:
+        """Leave out the evaluation before the first step, as a resumed run does, unless it was asked for."""
+        if self._asked["eval_on_start"] is None:
+            self.eval_on_start = False
+
+    def _bf16_by_default(self) -> bool:
+        by_accelerate = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
+        if self.use_cpu or self.fp16 or by_accelerate or not gpu_has_bf16():
+            return False
+        config = self.deepspeed or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") if self._under_deepspeed else None
+        return config is None or takes_bf16(config)
 
     @property
     def _under_deepspeed(self) -> bool:
@@ -58,8 +116,12 @@ class FinetuneArguments(TrainingArguments):
             speak_while_building()
         if not isinstance(self.deepspeed, str) or self.deepspeed.lstrip().startswith("{"):
             return
-        if not Path(self.deepspeed).is_file():
-            raise ValueError(f"deepspeed={self.deepspeed!r}: no such file; ds_configs/ has some to start from")
+        path = Path(self.deepspeed)
+        if not path.is_file():
+            shipped = shipped_configuration(self.deepspeed if path.suffix else f"{self.deepspeed}.json")
+            if shipped is None or shipped.suffix != ".json":
+                raise ValueError(f"deepspeed={self.deepspeed!r}: no such file; ds_configs/ has some to start from")
+            self.deepspeed = str(shipped)
         if "LOCAL_RANK" not in os.environ:
             raise ValueError(
                 f"deepspeed={self.deepspeed!r} needs a launcher: deepspeed --num_gpus N launchers/finetune.py ..."
@@ -99,6 +161,30 @@ class FinetuneArguments(TrainingArguments):
             else:
                 os.environ["ACCELERATE_USE_DEEPSPEED"] = before
         self.accelerator_config = _with_configured_state(self.accelerator_config)
+
+
+def gpu_has_bf16() -> bool:
+    """Return whether this process has a GPU that computes in bf16, and does not emulate it."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def takes_bf16(config: Any) -> bool:
+    """Return whether DeepSpeed's configuration trains in bf16, or leaves that to the arguments.
+
+    Args:
+        config: the configuration as a dictionary or JSON, or the path of its file. What cannot be read is left to
+            DeepSpeed, which says what is wrong with it.
+    """
+    if isinstance(config, str):
+        try:
+            config = json.loads(config if config.lstrip().startswith("{") else Path(config).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+    enabled = {}
+    for name in ("bf16", "fp16"):
+        section = config.get(name) if isinstance(config, dict) else None
+        enabled[name] = section.get("enabled", False) if isinstance(section, dict) else False
+    return enabled["bf16"] in (True, "auto") and enabled["fp16"] is not True
 
 
 def _with_configured_state(config: Any) -> Any:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser
 
 from launchers.data.cache import default_cache_dir
 from launchers.data.embedded import EmbeddedSettings
@@ -20,9 +19,11 @@ from launchers.training.arguments import FinetuneArguments
 from launchers.training.evaluations import check_evaluations, shown
 from launchers.training.fields import option as _option
 from launchers.training.glue_tasks import ClassificationOptions
+from launchers.training.run_file import OneLineParser, find_run_file, read_run_file, refuse_unknown_arguments
+from launchers.training.used_folder import on_first_rank
 from reflora_dist import LoRARite, RefLoRAConfig
 from reflora_dist.checkpoints.complete import last_complete_checkpoint, require_complete
-from reflora_dist.collectives.ranks import is_first_rank, world_size
+from reflora_dist.collectives.ranks import is_first_rank
 from reflora_dist.lora_sb import METHODS as LATENT_METHODS
 from reflora_dist.methods.registry import METHODS
 from reflora_dist.starts.recipes import check_init
@@ -62,7 +63,9 @@ class LoraOptions:
         choices=(*METHODS, *LATENT_METHODS),
     )
     reflora_warmup_steps: int | None = _option(
-        None, "Optimizer steps of plain LoRA before the method's first. Default: 100 for reflora, reflora-s, lora-pro."
+        None,
+        "Optimizer steps of plain LoRA before the method's first. Default for reflora, reflora-s and lora-pro: a tenth "
+        "of the training, at most 100.",
     )
     reflora_interval: int = _option(1, "Act at every n-th optimizer step after the warm-up.")
     scaled_gd_damping: float = _option(RefLoRAConfig.damping, "delta of --method scaled-gd.")
@@ -281,19 +284,27 @@ class Options:
 
 
 def parse_options(argv: list[str] | None = None) -> Options:
-    """Read the command line. Call this before any model is loaded.
+    """Read the command line, and the file of ``--config``, whose options it overrides.
 
-    Creating the training arguments starts the process group. Under ZeRO-3 it also makes transformers partition the
-    base while loading it.
+    Call this before any model is loaded. Creating the training arguments starts the process group. Under ZeRO-3 it also
+    makes transformers partition the base while loading it.
 
     Raises:
-        ValueError: an option's value cannot be used.
+        ValueError: an option is unknown, or its value or the file cannot be used.
     """
-    parser = HfArgumentParser((ModelOptions, LoraOptions, DataOptions, FinetuneArguments, ClassificationOptions))  # type: ignore[arg-type]
-    given, _ = parser.parse_known_args(argv)
-    if given.dataset and not given.eval_dataset and not given.eval_fraction:
+    classes = (ModelOptions, LoraOptions, DataOptions, FinetuneArguments, ClassificationOptions)
+    parser = OneLineParser(classes)
+    parser.add_argument("--config", help="A YAML file of options, or the name of one of launchers/examples.")
+    given, rest = parser.parse_known_args(argv)
+    refuse_unknown_arguments(rest, vars(given))
+    in_file = read_run_file(find_run_file(given.config), classes) if given.config else {}
+    parser.set_defaults(**in_file)
+    given = parser.parse_args(argv)
+    without_records = given.dataset and not given.eval_dataset and not given.eval_fraction
+    if without_records and "eval_strategy" not in in_file:
         parser.set_defaults(eval_strategy="no")  # before transformers checks what needs evaluations
-    return Options(*parser.parse_args_into_dataclasses(args=argv))
+    *parts, _ = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+    return Options(*parts)
 
 
 def check_output_dir(output_dir: str) -> None:
@@ -321,18 +332,12 @@ def checkpoint_to_resume(arguments: FinetuneArguments) -> str | None:
     asked = arguments.resume_from_checkpoint
     if asked is None:
         return None
-    # only one rank looks, because storage may show ranks different files
-    found: list[str | None] = [None, None]
-    if is_first_rank():
-        try:
-            found[0] = last_complete_checkpoint(arguments.output_dir) if asked == "auto" else _named_checkpoint(asked)
-        except (OSError, ValueError) as error:
-            found[1] = str(error)
-    if world_size() > 1:
-        torch.distributed.broadcast_object_list(found)
-    checkpoint, problem = found
-    if problem:
-        raise ValueError(f"resume_from_checkpoint={asked!r}: {problem}")
+    try:
+        checkpoint = on_first_rank(
+            lambda: last_complete_checkpoint(arguments.output_dir) if asked == "auto" else _named_checkpoint(asked)
+        )
+    except ValueError as error:
+        raise ValueError(f"resume_from_checkpoint={asked!r}: {error}") from error
     if checkpoint and is_first_rank():
         print(f"going on from {checkpoint}", flush=True)
     return checkpoint

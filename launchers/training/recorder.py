@@ -161,7 +161,9 @@ def recorded_template(adapter: str) -> str | None:
         if (folder / METRICS_FILE).is_file():
             path, remedy = folder / METRICS_FILE, "give --prompt_template, and remove this file"
             metrics = read_json(path, remedy)
-            require_fields({"settings_changed": [], **metrics}, {"settings": Mapping, "settings_changed": list}, path, remedy)
+            require_fields(
+                {"settings_changed": [], **metrics}, {"settings": Mapping, "settings_changed": list}, path, remedy
+            )
             template = metrics["settings"].get("prompt_template")
             for change in metrics.get("settings_changed", []):
                 if "prompt_template" in change:

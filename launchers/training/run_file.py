@@ -29,6 +29,7 @@ _OTHER_NAMES = {
     "steps": "max_steps",
     "grad_accum": "gradient_accumulation_steps",
     "accumulation_steps": "gradient_accumulation_steps",
+    "lora_rank": "lora_r",
     "rank": "lora_r",
     "r": "lora_r",
     "alpha": "lora_alpha",
@@ -122,7 +123,8 @@ def read_run_file(path: Path, option_classes: Iterable[Any]) -> dict[str, Any]:
         ValueError: the file cannot be read or holds no mapping, or a key is unknown, there twice, or has a value of
             the wrong type; the message names file, key and value.
     """
-    fields, hints = {}, {}
+    fields: dict[str, dataclasses.Field[Any]] = {}
+    hints: dict[str, Any] = {}
     for cls in option_classes:
         fields |= {field.name: field for field in dataclasses.fields(cls) if field.init}
         hints |= typing.get_type_hints(cls)

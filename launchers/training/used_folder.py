@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
+from reflora_dist.checkpoints.complete import saved_checkpoints
 from reflora_dist.collectives.ranks import is_first_rank, raise_on_all_ranks, world_size
 from reflora_dist.files.open_files import read_json
 from reflora_dist.files.records import require_fields
@@ -90,23 +90,13 @@ def refuse_used_folder(arguments: Any) -> None:
                 f"overwrite_output_dir=True would remove what resume_from_checkpoint={asked!r} goes on from: give one"
             )
         return
-    found = on_first_rank(lambda: [path.name for path in checkpoints_in(output_dir)])
+    found = on_first_rank(lambda: [path.name for path in saved_checkpoints(output_dir)])
     if found and not goes_on:
         raise ValueError(
             f"output_dir={output_dir!r} has checkpoints of an earlier run (the last is {found[-1]}): give "
             "--resume_from_checkpoint auto to go on from it, --overwrite_output_dir True to start anew and remove "
             "them, or another --output_dir"
         )
-
-
-def checkpoints_in(output_dir: str) -> list[Path]:
-    """Return the folders ``checkpoint-N`` with a ``trainer_state.json``, by N."""
-    numbered = {
-        path: int(match[1])
-        for path in Path(output_dir).glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / TRAINER_STATE_NAME).is_file()
-    }
-    return sorted(numbered, key=numbered.__getitem__)
 
 
 def remove_checkpoints(output_dir: str) -> None:
@@ -118,7 +108,7 @@ def remove_checkpoints(output_dir: str) -> None:
     Communication: one all-gather of small objects.
     """
     with raise_on_all_ranks("removing the checkpoints of the earlier run"):
-        for path in checkpoints_in(output_dir) if is_first_rank() else ():
+        for path in saved_checkpoints(output_dir) if is_first_rank() else ():
             print(f"removing {path}, of an earlier run", flush=True)
             if path.is_symlink():
                 path.unlink()

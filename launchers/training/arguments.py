@@ -91,8 +91,9 @@ class FinetuneArguments(TrainingArguments):
         Of the defaults that depend on device and data, ``bf16`` and ``eval_strategy`` are among them as they were
         chosen. A token of the hub is not.
         """
-        defaults = self.defaults()
-        changed = {n: shown(v) for n, v in self._asked.items() if v != defaults[n] and n != "hub_token"}
+        defaults = self.defaults() | {"hub_token": self.hub_token}
+        # transformers' parser gives None in place of an empty text
+        changed = {n: shown(v) for n, v in self._asked.items() if v != defaults[n] and (v, defaults[n]) != (None, "")}
         return changed | {"bf16": bool(self.bf16), "eval_strategy": shown(self.eval_strategy)}
 
     def leave_out_first_evaluation(self) -> None:

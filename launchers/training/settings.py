@@ -191,10 +191,10 @@ def set_learning_rate(scheduler: Any, learning_rate: float) -> None:
             f"learning_rate={learning_rate} has no effect on a resumed run: {type(inner).__name__} goes on with the "
             "checkpoint's; give the former one, or start a new run from the adapter (--model CHECKPOINT)"
         )
-    inner.base_lrs = [learning_rate] * len(inner.base_lrs)
-    for group, factor in zip(inner.optimizer.param_groups, inner.lr_lambdas, strict=True):
-        group["initial_lr"] = learning_rate
-        group["lr"] = learning_rate * factor(inner.last_epoch)
+    rates = [learning_rate * factor(inner.last_epoch) for factor in inner.lr_lambdas]
+    inner.load_state_dict(inner.state_dict() | {"base_lrs": [learning_rate] * len(rates), "_last_lr": rates})
+    for group, rate in zip(inner.optimizer.param_groups, rates, strict=True):
+        group.update(initial_lr=learning_rate, lr=rate)
 
 
 @functools.cache

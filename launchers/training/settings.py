@@ -73,6 +73,7 @@ class RunSettings(TrainerCallback, ExportableState):
     def __init__(self, settings: dict[str, Any], method_callback: Any, saved: SavedRun | None = None) -> None:
         self._settings = settings
         self._method_callback = method_callback
+        self._unknown_before = saved is not None and saved.settings is None
         self.start: dict[str, Any] = settings if saved is None or saved.settings is None else saved.settings
         self.changes: list[dict[str, Any]] = list(saved.changes) if saved else []
         changed = differences(saved, settings) if saved and saved.settings is not None else {}
@@ -85,14 +86,13 @@ class RunSettings(TrainerCallback, ExportableState):
             self._settings[WARMUP] = config.warmup_steps
         if state.global_step:
             state.compute_steps(args, state.max_steps)  # the checkpoint's state has the numbers of the saved run
-            if "learning_rate" in self.changed_now:
-                set_learning_rate(kwargs["lr_scheduler"], args.learning_rate)
+            if "learning_rate" in self.changed_now or self._unknown_before:
+                self._set_learning_rate(kwargs["lr_scheduler"], args.learning_rate)
         # Trainer updates this entry at every checkpoint, and fails if a resumed state lacks it
         assert isinstance(state.stateful_callbacks, dict)
         state.stateful_callbacks[SETTINGS_ENTRY] = self.state()
-        path = Path(args.output_dir) / RUN_FILE
-        if state.is_world_process_zero and (not path.is_file() or not state.global_step or self.changed_now):
-            path.write_text(self._as_yaml(args.world_size), encoding="utf-8")
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / RUN_FILE).write_text(self._as_yaml(args.world_size), encoding="utf-8")
 
     def state(self) -> dict[str, Any]:
         """Return the entry that Trainer writes into ``trainer_state.json``."""
@@ -105,6 +105,20 @@ class RunSettings(TrainerCallback, ExportableState):
         names = [field.name for part in parts for field in dataclasses.fields(part)]
         # an earlier release's checkpoint may lack one
         return {name: self.start.get(name, self._settings[name]) for name in (*names, *RECORDED_ARGUMENTS)}
+
+    def _set_learning_rate(self, scheduler: Any, learning_rate: float) -> None:
+        """Give a schedule, which the checkpoint has restored, this run's peak learning rate."""
+        inner = getattr(scheduler, "scheduler", scheduler)
+        if isinstance(inner, LambdaLR):
+            rates = [learning_rate * factor(inner.last_epoch) for factor in inner.lr_lambdas]
+            inner.load_state_dict(inner.state_dict() | {"base_lrs": [learning_rate] * len(rates), "_last_lr": rates})
+            for group, rate in zip(inner.optimizer.param_groups, rates, strict=True):
+                group.update(initial_lr=learning_rate, lr=rate)
+        elif not self._unknown_before:
+            raise LearningRateStays(
+                f"learning_rate={learning_rate} has no effect on a resumed run: {type(inner).__name__} goes on with "
+                "the checkpoint's; give the former one, or start a new run from the adapter (--model CHECKPOINT)"
+            )
 
     def _as_yaml(self, world_size: int) -> str:
         lines = [
@@ -177,24 +191,6 @@ def described(change: dict[str, Any]) -> list[str]:
         for name, values in change.items()
         if name != "step"
     ]
-
-
-def set_learning_rate(scheduler: Any, learning_rate: float) -> None:
-    """Give a schedule, which a checkpoint has restored, another peak learning rate.
-
-    Raises:
-        LearningRateStays: it is no schedule by factors of the peak, as those of transformers are.
-    """
-    inner = getattr(scheduler, "scheduler", scheduler)
-    if not isinstance(inner, LambdaLR):
-        raise LearningRateStays(
-            f"learning_rate={learning_rate} has no effect on a resumed run: {type(inner).__name__} goes on with the "
-            "checkpoint's; give the former one, or start a new run from the adapter (--model CHECKPOINT)"
-        )
-    rates = [learning_rate * factor(inner.last_epoch) for factor in inner.lr_lambdas]
-    inner.load_state_dict(inner.state_dict() | {"base_lrs": [learning_rate] * len(rates), "_last_lr": rates})
-    for group, rate in zip(inner.optimizer.param_groups, rates, strict=True):
-        group.update(initial_lr=learning_rate, lr=rate)
 
 
 @functools.cache

@@ -216,10 +216,12 @@ def test_a_checkpoint_without_settings_is_resumed_and_said_to_have_none(folder: 
     record = json.loads((path.parent / "complete.json").read_text())
     record["files"][path.name] = path.stat().st_size
     (path.parent / "complete.json").write_text(json.dumps(record))
-    printed = _train(folder, used, resume_from_checkpoint=path.parent, learning_rate=1e-3)
+    printed = _train(folder, used, resume_from_checkpoint=path.parent, learning_rate=1e-3, max_steps=3)
     assert "does not record its run's settings" in printed
     metrics = _metrics(used)
     assert (metrics["settings"]["learning_rate"], metrics["settings_changed"]) == (1e-3, [])
+    history = json.loads((used / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
+    assert history[-1]["learning_rate"] == pytest.approx(1e-3 / 3)  # which counts, whatever it was before
 
 
 def _die_in_the_first_step(rank: int, world_size: int, argv: list[str]) -> None:

@@ -1,32 +1,43 @@
-"""Find the configuration files that ship with the launchers, by name."""
+"""The configuration files that come with the package: in the repository, and inside the wheel."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-_ROOT = Path(__file__).resolve().parents[1]
-# folder and suffix, in the order in which they are searched
-_SHIPPED = (("launchers/examples", ".yaml"), ("ds_configs", ".json"), ("launchers/accelerate", ".yaml"))
+_HERE = Path(__file__).resolve().parent
+# by the folder's path in the repository; in the wheel, launchers/ and ds_configs/ lie beside each other, too
+_FOLDERS = {
+    "ds_configs": _HERE.parent / "ds_configs",
+    "launchers/accelerate": _HERE / "accelerate",
+    "launchers/examples": _HERE / "examples",
+}
 
 
-def shipped_configuration(name: str) -> Path | None:
-    """Return the path of a shipped configuration, or None if there is none of that name.
+def shipped_configuration(name: str, *, suffix: str | None = None) -> Path:
+    """Return a configuration file that comes with the package.
 
     Args:
-        name: ``NAME`` or ``NAME.SUFFIX``, if wanted with the folder: ``zero3``, ``zero3.json``, ``ds_configs/zero3``,
-            ``examples/zero3.yaml``.
+        name: the file's name, with or without its ending and its folder in the repository: "zero3", "zero3.json" and
+            "ds_configs/zero3.json" are the same file.
+        suffix: ".json" or ".yaml", to find files of that kind alone.
+
+    Raises:
+        ValueError: no file has that name, or several have; the message names what there is.
     """
-    asked = Path(name)
-    for folder, suffix in _SHIPPED:
-        path = _ROOT / folder / f"{asked.stem}{suffix}"
-        in_folder = str(asked.parent) in (".", folder, Path(folder).name)
-        if in_folder and asked.suffix in ("", suffix) and path.is_file():
-            return path
-    return None
+    shipped = {
+        f"{label}/{path.name}": path
+        for label, folder in _FOLDERS.items()
+        for path in sorted(folder.glob("*"))
+        if path.suffix in ((".json", ".yaml") if suffix is None else (suffix,))
+    }
+    found = [label for label, path in shipped.items() if name in (label, path.name, path.stem)]
+    if len(found) == 1:
+        return shipped[found[0]]
+    if found:
+        raise ValueError(f"{name!r} is ambiguous: give {' or '.join(found)}")
+    raise ValueError(f"{name!r} is no configuration of this package: it has {', '.join(shipped)}")
 
 
 def shipped_names(folder: str) -> list[str]:
-    """Return the names of the configurations in a folder of :func:`shipped_configuration`, sorted."""
-    return sorted(
-        path.stem for name, suffix in _SHIPPED if name == folder for path in (_ROOT / name).glob(f"*{suffix}")
-    )
+    """Return the names of the configurations in a folder, such as ``launchers/examples``, sorted."""
+    return sorted(path.stem for path in _FOLDERS[folder].glob("*.*"))

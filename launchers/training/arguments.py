@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import json
 import os
-from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -15,46 +14,16 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from launchers.cluster.extension_locks import speak_while_building
-from launchers.cluster.waiting import told
-from launchers.training.evaluations import check_strategy, shown
-from launchers.training.fields import option as _option
-
+from ..cluster.extension_locks import speak_while_building
+from ..cluster.waiting import told
 from ..configurations import shipped_configuration
+from .defaults import TrainingDefaults
+from .evaluations import check_strategy, shown
 
 
 @dataclasses.dataclass
-class FinetuneArguments(TrainingArguments):
+class FinetuneArguments(TrainingDefaults, TrainingArguments):  # type: ignore[misc]  # output_dir is never None here
     """transformers' TrainingArguments with the defaults of LoRA fine-tuning."""
-
-    output_dir: str = _option("outputs/finetune", "Where checkpoints, adapter, metrics and plot are written.")
-    learning_rate: float = _option(3e-4, "Peak learning rate.")
-    bf16: bool | None = _option(  # type: ignore[assignment]  # None until __post_init__ chooses
-        None,
-        "Train in bf16. Default: on a GPU that has it, unless --fp16, accelerate or DeepSpeed's file say otherwise.",
-        nargs="?",
-        const=True,
-    )
-    logging_steps: float = _option(10, "Log the training loss every n steps, and at the last one.")
-    logging_first_step: bool = _option(True, "Log the training loss of the first step.")
-    eval_strategy: str = _option("steps", "When to evaluate. Default where there are no records to evaluate on: no.")
-    eval_steps: float | None = _option(50, "Evaluate every n steps.")
-    eval_on_start: bool | None = _option(  # type: ignore[assignment]
-        None,
-        "Evaluate before the first step. Default: in a new run that evaluates.",
-        nargs="?",
-        const=True,
-    )
-    save_total_limit: int | None = _option(2, "Keep the last n checkpoints, and the best one; 0 keeps all.")
-    ddp_find_unused_parameters: bool | None = _option(False, "Every adapter is used in every step.")
-    label_names: list[str] | None = field(default_factory=lambda: ["labels"])
-    resume_from_checkpoint: str | None = _option(
-        None, "A checkpoint folder, or auto: the last complete one in output_dir, from the start if there is none."
-    )
-
-    overwrite_output_dir: bool = _option(
-        False, "Start anew in an output_dir that has checkpoints, and remove them when training begins."
-    )
 
     def __post_init__(self) -> None:
         # transformers changes some of them; what was asked for can be asked for again
@@ -117,12 +86,11 @@ class FinetuneArguments(TrainingArguments):
             speak_while_building()
         if not isinstance(self.deepspeed, str) or self.deepspeed.lstrip().startswith("{"):
             return
-        path = Path(self.deepspeed)
-        if not path.is_file():
-            shipped = shipped_configuration(self.deepspeed if path.suffix else f"{self.deepspeed}.json")
-            if shipped is None or shipped.suffix != ".json":
-                raise ValueError(f"deepspeed={self.deepspeed!r}: no such file; ds_configs/ has some to start from")
-            self.deepspeed = str(shipped)
+        if not Path(self.deepspeed).is_file():
+            try:
+                self.deepspeed = str(shipped_configuration(self.deepspeed, suffix=".json"))
+            except ValueError as error:
+                raise ValueError(f"deepspeed={self.deepspeed!r}: no such file; {error}") from None
         if "LOCAL_RANK" not in os.environ:
             raise ValueError(
                 f"deepspeed={self.deepspeed!r} needs a launcher: deepspeed --num_gpus N launchers/finetune.py ..."

@@ -17,9 +17,10 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from launchers.data.tokenization import PROMPT_TEMPLATES
 from reflora_dist.files.open_files import read_json
 from reflora_dist.files.records import require_fields
+
+from ..data.tokenization import PROMPT_TEMPLATES
 
 METRICS_FILE = "metrics.json"
 RECORDED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import yaml
-from transformers import HfArgumentParser
 
 from ..configurations import shipped_configuration, shipped_names
 
@@ -47,23 +46,18 @@ _OTHER_NAMES = {
     "resume": "resume_from_checkpoint",
     "overwrite": "overwrite_output_dir",
 }
+EXAMPLES = "launchers/examples"
 _LARGEST = 2**20
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "keys and values"}
 
 
-class OneLineParser(HfArgumentParser):
-    """A parser whose errors are one line without the usage, and which takes no abbreviated options."""
+def tell_in_one_line(message: str) -> NoReturn:
+    """Raise what argparse would print below all options.
 
-    def __init__(self, dataclass_types: Any, **settings: Any) -> None:
-        super().__init__(dataclass_types, allow_abbrev=False, **settings)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print below its usage.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(message)
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(message)
 
 
 def refuse_unknown_arguments(rest: Iterable[str], names: Iterable[str]) -> None:
@@ -104,12 +98,13 @@ def find_run_file(name: str) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    is_name = Path(name).parent == Path() and not Path(name).suffix
-    shipped = shipped_configuration(f"examples/{name}") if is_name else None
-    if shipped is None:
-        examples = ", ".join(shipped_names("launchers/examples"))
-        raise ValueError(f"config={name!r}: no such file; give a YAML file, or the name of an example: {examples}")
-    return shipped
+    try:
+        return shipped_configuration(f"{EXAMPLES}/{name}.yaml")
+    except ValueError:
+        examples = ", ".join(shipped_names(EXAMPLES))
+        raise ValueError(
+            f"config={name!r}: no such file; give a YAML file, or the name of an example: {examples}"
+        ) from None
 
 
 def read_run_file(path: Path, option_classes: Iterable[Any]) -> dict[str, Any]:

@@ -152,9 +152,15 @@ def test_an_example_is_found_by_name_and_says_how_to_start_it(path: Path, monkey
 
 def test_shipped_configurations_are_found_by_name() -> None:
     assert [path.stem for path in EXAMPLES] == shipped_names("launchers/examples") == ["fsdp2", "one_gpu_4bit", "zero3"]
-    assert shipped_configuration("zero3") == REPOSITORY / "launchers" / "examples" / "zero3.yaml"
-    for name in ("zero3.json", "ds_configs/zero3.json", "ds_configs/zero3"):
-        assert shipped_configuration(name) == REPOSITORY / "ds_configs" / "zero3.json"
-    assert shipped_configuration("accelerate/fsdp2") == REPOSITORY / "launchers" / "accelerate" / "fsdp2.yaml"
-    for name in ("zero4", "elsewhere/zero3.json", "zero3.toml", "../ds_configs/zero3.json"):
-        assert shipped_configuration(name) is None
+    zero3 = REPOSITORY / "ds_configs" / "zero3.json"
+    assert shipped_configuration("zero3", suffix=".json") == shipped_configuration("ds_configs/zero3.json") == zero3
+    assert (
+        shipped_configuration("launchers/examples/zero3.yaml") == REPOSITORY / "launchers" / "examples" / "zero3.yaml"
+    )
+    with pytest.raises(
+        ValueError, match=r"'zero3' is ambiguous: give ds_configs/zero3\.json or launchers/examples/zero3"
+    ):
+        shipped_configuration("zero3")
+    for name in ("zero4", "elsewhere/zero3.json", "../ds_configs/zero3.json"):
+        with pytest.raises(ValueError, match="is no configuration of this package"):
+            shipped_configuration(name)

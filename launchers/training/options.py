@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reflora_dist.command_line.fields import option as _option
+from reflora_dist.command_line.parse import refuse, unknown
 from reflora_dist.methods.names import DEFAULT_DAMPING, LATENT_METHODS, METHOD_NAMES
 
 from ..data.cache import default_cache_dir
@@ -318,13 +319,14 @@ def parse_options(argv: list[str] | None = None) -> Options:
     from transformers import HfArgumentParser
 
     from .arguments import FinetuneArguments
-    from .run_file import find_run_file, read_run_file, refuse_unknown_arguments, tell_in_one_line
+    from .run_file import OTHER_NAMES, find_run_file, read_run_file
 
     classes = (ModelOptions, LoraOptions, DataOptions, FinetuneArguments, ClassificationOptions)
     parser = HfArgumentParser((*classes, RunFileOptions), allow_abbrev=False)  # type: ignore[arg-type]
-    parser.error = tell_in_one_line  # type: ignore[method-assign]  # argparse would print all options
+    parser.error = refuse  # type: ignore[method-assign]  # argparse would print all options
     given, rest = parser.parse_known_args(argv)
-    refuse_unknown_arguments(rest, vars(given))
+    if rest:
+        raise ValueError(unknown(rest[0], parser, OTHER_NAMES))
     in_file = read_run_file(find_run_file(given.config), classes) if given.config else {}
     parser.set_defaults(**in_file)
     given = parser.parse_args(argv)

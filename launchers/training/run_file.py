@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
 import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import yaml
+
+from reflora_dist.command_line.parse import resembling
 
 from ..configurations import shipped_configuration, shipped_names
 
 # What users of other scripts type, and the option that they mean.
-_OTHER_NAMES = {
+OTHER_NAMES = {
     "lr": "learning_rate",
     "batch_size": "per_device_train_batch_size",
     "train_batch_size": "per_device_train_batch_size",
@@ -49,45 +50,6 @@ _OTHER_NAMES = {
 EXAMPLES = "launchers/examples"
 _LARGEST = 2**20
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "keys and values"}
-
-
-def tell_in_one_line(message: str) -> NoReturn:
-    """Raise what argparse would print below all options.
-
-    Raises:
-        ValueError: always.
-    """
-    raise ValueError(message)
-
-
-def refuse_unknown_arguments(rest: Iterable[str], names: Iterable[str]) -> None:
-    """Refuse what a parser did not recognize.
-
-    Args:
-        rest: the arguments, as ``parse_known_args`` returned them.
-        names: the names of the options, without dashes.
-
-    Raises:
-        ValueError: there is one; the message names the option that is probably meant.
-    """
-    rest = list(rest)
-    unknown = [argument.partition("=")[0] for argument in rest if re.match(r"--?[A-Za-z]", argument)]
-    if unknown:
-        named = [f"{option}{_meant(option.lstrip('-'), names, '--')}" for option in unknown]
-        raise ValueError(f"unknown option {', '.join(named)}")
-    if rest:
-        config = f"; give --config {rest[0]}" if rest[0].endswith((".yaml", ".yml")) else ""
-        raise ValueError(f"{rest[0]!r} belongs to no option{config}")
-
-
-def _meant(name: str, names: Iterable[str], prefix: str = "") -> str:
-    """Return a question for the option that is probably meant; empty if none is near."""
-    name, names = name.replace("-", "_"), sorted(names)
-    near = [_OTHER_NAMES[name.lower()]] if name.lower() in _OTHER_NAMES else []
-    near += [name] if name in names else []  # written with hyphens, in a file
-    near += difflib.get_close_matches(name, names, n=1, cutoff=0.7)
-    near += sorted((other for other in names if other.startswith(name)), key=len)
-    return f" (did you mean {prefix}{near[0]}?)" if near else ""
 
 
 def find_run_file(name: str) -> Path:
@@ -126,7 +88,8 @@ def read_run_file(path: Path, option_classes: Iterable[Any]) -> dict[str, Any]:
     values = {}
     for name, value in _read(path).items():
         if name not in fields:
-            raise ValueError(f"{path}: unknown option {name!r}{_meant(str(name), fields)}")
+            near = " or ".join(resembling(str(name), list(fields), OTHER_NAMES))
+            raise ValueError(f"{path}: there is no option {name}" + (f"; did you mean {near}?" if near else ""))
         try:
             values[name] = _checked(value, hints[name], fields[name].metadata.get("choices"))
         except ValueError as error:

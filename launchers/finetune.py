@@ -38,7 +38,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from reflora_dist import RefLoRACallback, export_adapter
 from reflora_dist.checkpoints.complete import CompleteCheckpoints
-from reflora_dist.collectives.ranks import is_first_rank
 from reflora_dist.files.base_files import load_base, load_tokenizer, require_no_missing
 from reflora_dist.files.open_files import cause_of
 from reflora_dist.lora_sb import LoRASBCallback, LoRASBConfig, LoraXSConfig
@@ -54,21 +53,12 @@ from .training.continued import continued_adapter
 from .training.evaluations import EvaluationsToCome, NoEvaluations
 from .training.failures import named_failures
 from .training.interruptions import StopOnSignal
-from .training.options import PEFT_STARTS, Options, check_output_dir, checkpoint_to_resume, parse_options
+from .training.options import PEFT_STARTS, Options, parse_options
 from .training.quantized import keep_weight_layout, quantization_config
 from .training.settings import RUN_FILE, LearningRateStays, RunSettings, settings_of, tell_differences
 from .training.starts import start_adapter
 from .training.targets import adapter_targets, require_layers
-from .training.used_folder import (
-    NoFurtherStep,
-    SavedRun,
-    StepsAreDone,
-    refuse_used_folder,
-    remove_checkpoints,
-    results_are_there,
-    saved_run,
-    steps_are_done,
-)
+from .training.used_folder import SavedRun, earlier_run, results_are_there, steps_are_done, tell, train
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -97,33 +87,6 @@ def main(argv: list[str] | None = None) -> None:
     leave()
     if exit_code:
         raise SystemExit(exit_code)
-
-
-def earlier_run(options: Options) -> SavedRun | None:
-    """Return what the checkpoint to resume from says of its run; None for a new run. Every rank must call.
-
-    Raises:
-        ValueError: ``output_dir`` cannot be used, or the checkpoint cannot be resumed.
-    """
-    check_output_dir(options.training.output_dir)
-    refuse_used_folder(options.training)
-    checkpoint = checkpoint_to_resume(options.training)
-    return saved_run(checkpoint) if checkpoint else None
-
-
-def train(trainer: Trainer, options: Options, saved: SavedRun | None) -> None:
-    """Train, unless the checkpoint has every step already: then load it only. Every rank must call."""
-    if options.training.overwrite_output_dir:
-        remove_checkpoints(options.training.output_dir)
-    if saved is None:
-        trainer.train()
-        return
-    options.training.leave_out_first_evaluation()
-    if steps_are_done(saved, options.training):
-        tell(f"all {saved.step} steps are done, nothing is trained; the results follow")
-        trainer.add_callback(NoFurtherStep())
-    with contextlib.suppress(StepsAreDone):
-        trainer.train(resume_from_checkpoint=saved.folder)
 
 
 def prepare(options: Options, saved: SavedRun | None = None) -> tuple[Trainer, recorder.RunRecorder, RunSettings]:
@@ -382,12 +345,6 @@ def summary(metrics: dict[str, Any], output_dir: str, plot_path: Path | None) ->
         f"({metrics['peak_memory_kind']})\n{scores}adapter   {output_dir}\nsettings  {output_dir}/{RUN_FILE}"
         + (f"\nplot      {plot_path}" if plot_path else "")
     )
-
-
-def tell(text: str) -> None:
-    """Print on the first rank."""
-    if is_first_rank():
-        print(text, flush=True)
 
 
 def leave() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 from collections.abc import Callable, Mapping
@@ -12,11 +13,12 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from reflora_dist.checkpoints.complete import saved_checkpoints
+from reflora_dist.checkpoints.complete import last_complete_checkpoint, require_complete, saved_checkpoints
 from reflora_dist.collectives.ranks import is_first_rank, raise_on_all_ranks, world_size
 from reflora_dist.files.open_files import read_json
 from reflora_dist.files.records import require_fields
 
+from .options import Options, check_output_dir
 from .recorder import METRICS_FILE
 
 SETTINGS_ENTRY = "RunSettings"
@@ -52,6 +54,18 @@ class NoFurtherStep(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         raise StepsAreDone
+
+
+def earlier_run(options: Options) -> SavedRun | None:
+    """Return what the checkpoint to resume from says of its run; None for a new run. Every rank must call.
+
+    Raises:
+        ValueError: ``output_dir`` cannot be used, or the checkpoint cannot be resumed.
+    """
+    check_output_dir(options.training.output_dir)
+    refuse_used_folder(options.training)
+    checkpoint = checkpoint_to_resume(options.training)
+    return saved_run(checkpoint) if checkpoint else None
 
 
 def on_first_rank(look: Callable[[], _T]) -> _T:
@@ -116,6 +130,38 @@ def remove_checkpoints(output_dir: str) -> None:
                 shutil.rmtree(path)
 
 
+def checkpoint_to_resume(arguments: Any) -> str | None:
+    """Return the checkpoint folder of ``--resume_from_checkpoint``; None to start from the beginning.
+
+    Raises:
+        ValueError: the named folder is no complete checkpoint.
+
+    Communication: one broadcast of a small object; every rank must call.
+    """
+    asked = arguments.resume_from_checkpoint
+    if asked is None:
+        return None
+    try:
+        checkpoint = on_first_rank(
+            lambda: last_complete_checkpoint(arguments.output_dir) if asked == "auto" else _named_checkpoint(asked)
+        )
+    except ValueError as error:
+        raise ValueError(f"resume_from_checkpoint={asked!r}: {error}") from error
+    if checkpoint:
+        tell(f"going on from {checkpoint}")
+    return checkpoint
+
+
+def _named_checkpoint(folder: str) -> str:
+    if not (Path(folder) / "trainer_state.json").is_file():
+        raise ValueError(
+            f"{folder} is no checkpoint (it has no trainer_state.json); name a checkpoint-N folder of an earlier run, "
+            "or use auto"
+        )
+    require_complete(folder)
+    return folder
+
+
 def saved_run(checkpoint: str) -> SavedRun:
     """Return what a checkpoint says of its run. Every rank must call.
 
@@ -154,3 +200,24 @@ def results_are_there(saved: SavedRun, output_dir: str) -> bool:
         return path.is_file() and read_json(path).get("steps") == saved.step
 
     return on_first_rank(written)
+
+
+def train(trainer: Any, options: Options, saved: SavedRun | None) -> None:
+    """Train, unless the checkpoint has every step already: then load it only. Every rank must call."""
+    if options.training.overwrite_output_dir:
+        remove_checkpoints(options.training.output_dir)
+    if saved is None:
+        trainer.train()
+        return
+    options.training.leave_out_first_evaluation()
+    if steps_are_done(saved, options.training):
+        tell(f"all {saved.step} steps are done, nothing is trained; the results follow")
+        trainer.add_callback(NoFurtherStep())
+    with contextlib.suppress(StepsAreDone):
+        trainer.train(resume_from_checkpoint=saved.folder)
+
+
+def tell(text: str) -> None:
+    """Print on the first rank."""
+    if is_first_rank():
+        print(text, flush=True)

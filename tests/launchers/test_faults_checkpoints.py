@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launchers.training.options import checkpoint_to_resume
+from launchers.training.used_folder import checkpoint_to_resume
 from reflora_dist.checkpoints.complete import last_complete_checkpoint, require_complete
 from tests.support.cluster import run_ranks
 from tests.support.finetune import finetune_rank, resumable_options

@@ -43,8 +43,8 @@ _FIELDS: dict[str, Any] = {
     "train_loss": list,
     "held_out_loss": list,
     "world_size": int,
-    "step_seconds_median": int | float,
-    "bytes_per_step": int,
+    "step_seconds_median": int | float | None,  # None: resumed after the last step
+    "bytes_per_step": int | None,
     "peak_memory_bytes": int,
     "peak_memory_kind": str,
 }
@@ -81,6 +81,9 @@ def check_comparable(runs: Sequence[dict[str, Any]]) -> None:
             values = (first["settings"].get(name), run["settings"].get(name))
             if name not in free and values[0] != values[1]:
                 raise ValueError(f"runs cannot be compared: {name} is {values[0]!r} in one, {values[1]!r} in another")
+        if first.get("settings_changed", []) != run.get("settings_changed", []):
+            changed = [r.get("settings_changed", []) for r in (first, run)]
+            raise ValueError(f"runs cannot be compared: settings changed on the way: {changed[0]} and {changed[1]}")
         steps = [[point["step"] for point in r["held_out_loss"]] for r in (first, run)]
         if steps[0] != steps[1]:
             raise ValueError(f"runs cannot be compared: evaluated at steps {steps[0]} and {steps[1]}")
@@ -106,8 +109,10 @@ def comparison_table(runs: Sequence[dict[str, Any]]) -> Table:
             shown = ["none" if score is None else f"{score:.4f}" for score in scores]
             table.add_row(f"{name}, {point['set']}, step {point['step']}", *shown)
     table.add_section()
-    table.add_row("time per step, median (ms)", *(f"{1e3 * run['step_seconds_median']:.0f}" for run in runs))
-    table.add_row("bytes per step and rank", *(f"{run['bytes_per_step']:,}" for run in runs))
+    seconds = [run["step_seconds_median"] for run in runs]
+    table.add_row("time per step, median (ms)", *("none" if s is None else f"{1e3 * s:.0f}" for s in seconds))
+    sent = [run["bytes_per_step"] for run in runs]
+    table.add_row("bytes per step and rank", *("none" if count is None else f"{count:,}" for count in sent))
     kind = runs[0]["peak_memory_kind"]
     table.add_row(f"peak memory, {kind} (GiB)", *(f"{run['peak_memory_bytes'] / 2**30:.2f}" for run in runs))
     return table
@@ -121,7 +126,8 @@ def main() -> None:
     except ValueError as error:
         raise SystemExit(f"compare.py: error: {error}") from error
     Console(width=None if sys.stdout.isatty() else 100).print(comparison_table(runs))
-    print(f"bytes: the method's own collectives, not the engine's\nplot: {plot_comparison(runs, options.plot)}")
+    plot = plot_comparison(runs, options.plot)
+    print(f"bytes: the method's own collectives, not the engine's\nplot: {plot or 'none, since no loss was logged'}")
 
 
 if __name__ == "__main__":

@@ -36,3 +36,8 @@ def shipped_configuration(name: str, *, suffix: str | None = None) -> Path:
     if found:
         raise ValueError(f"{name!r} is ambiguous: give {' or '.join(found)}")
     raise ValueError(f"{name!r} is no configuration of this package: it has {', '.join(shipped)}")
+
+
+def shipped_names(folder: str) -> list[str]:
+    """Return the names of the configurations in a folder, such as ``launchers/examples``, sorted."""
+    return sorted(path.stem for path in _FOLDERS[folder].glob("*.*"))

@@ -110,8 +110,8 @@ require_compiler() {
         || die "DeepSpeed compiles a small extension for the CPU and finds no C++ compiler; install g++"
 }
 
-# What an accelerate configuration, YAML or JSON, says under a key, in capitals; empty if it does not have the key.
-# Arguments: configuration, key.
+# What a file of YAML or JSON, such as an accelerate configuration, says under a key, in capitals; empty if it does not
+# have the key. Arguments: file, key.
 accelerate_setting() {
     "$PYTHON" - "$1" "$2" <<'PY'
 import sys, yaml
@@ -126,6 +126,19 @@ if not isinstance(content, dict):
 value = content.get(key)
 print("" if value is None else str(value).upper())
 PY
+}
+
+# DeepSpeed's configuration where the command line begins with none; empty if the file of --config names one itself.
+# Arguments: the options of finetune.py.
+default_deepspeed() {
+    local file=''
+    while [ $# -gt 0 ]; do
+        case "$1" in --config) file=${2:-} ;; --config=*) file=${1#*=} ;; esac
+        shift
+    done
+    [ -f "$file" ] || file=$repository/launchers/examples/$file.yaml
+    if [ -f "$file" ] && [ -n "$(accelerate_setting "$file" deepspeed)" ]; then return; fi
+    echo "$repository/ds_configs/zero3.json"
 }
 
 # Argument: accelerate's configuration.

@@ -1,6 +1,7 @@
 """Fine-tune a language model or a classifier with LoRA, under any launcher and engine.
 
     python launchers/finetune.py                        # one process, embedded model and data
+    python launchers/finetune.py --config run.yaml --max_steps 20   # options from a file, which flags override
     torchrun --nproc_per_node 2 launchers/finetune.py --model NAME --dataset records.jsonl
     deepspeed --num_gpus 2 launchers/finetune.py --deepspeed ds_configs/zero3.json ...
     accelerate launch --config_file launchers/accelerate/fsdp2.yaml launchers/finetune.py ...
@@ -53,20 +54,12 @@ from .training.continued import continued_adapter
 from .training.evaluations import EvaluationsToCome, NoEvaluations
 from .training.failures import named_failures
 from .training.interruptions import StopOnSignal
-from .training.options import PEFT_STARTS, Options, check_output_dir, checkpoint_to_resume, parse_options
+from .training.options import PEFT_STARTS, Options, parse_options
 from .training.quantized import keep_weight_layout, quantization_config
+from .training.settings import RUN_FILE, LearningRateStays, RunSettings, settings_of, tell_differences
 from .training.starts import start_adapter
 from .training.targets import adapter_targets, require_layers
-
-# Trainer's settings that two runs must share to be comparable.
-RECORDED_ARGUMENTS = (
-    "seed",
-    "learning_rate",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "bf16",
-    "optim_args",
-)
+from .training.used_folder import SavedRun, earlier_run, results_are_there, steps_are_done, tell, train
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -77,30 +70,40 @@ def main(argv: list[str] | None = None) -> None:
     except mistakes as error:
         raise SystemExit(f"finetune.py: error: {error}") from error
     with named_failures(options.training.output_dir, mistakes=mistakes):
-        check_output_dir(options.training.output_dir)
-        checkpoint = checkpoint_to_resume(options.training)
-        trainer, run_recorder = prepare(options, checkpoint)
+        saved = earlier_run(options)
+        if saved and steps_are_done(saved, options.training) and results_are_there(saved, options.training.output_dir):
+            tell(f"all {saved.step} steps are done, nothing is trained; {options.training.output_dir} has the results")
+            return leave()
+        trainer, run_recorder, run_settings = prepare(options, saved)
     stop = StopOnSignal()
     # the last one reads whether the one before wants a checkpoint
     for callback in (EvaluationsToCome(), stop, CompleteCheckpoints()):
         trainer.add_callback(callback)
-    found_late = (NoEvaluations, BatchingChangesExamples)
+    found_late = (NoEvaluations, BatchingChangesExamples, LearningRateStays)
     with named_failures(options.training.output_dir, mistakes=found_late), contextlib.closing(stop):
-        trainer.train(resume_from_checkpoint=checkpoint)
+        train(trainer, options, saved)
         exit_code = stop.exit_code()
         if not exit_code:
-            finish(trainer, run_recorder, options)
+            finish(trainer, run_recorder, run_settings, options)
     leave()
     if exit_code:
         raise SystemExit(exit_code)
 
 
-def prepare(options: Options, checkpoint: str | None = None) -> tuple[Trainer, recorder.RunRecorder]:
+def prepare(options: Options, saved: SavedRun | None = None) -> tuple[Trainer, recorder.RunRecorder, RunSettings]:
     """Return the trainer, ready to train. Every mistake that can be found before training is found here.
+
+    Args:
+        options: the run's options.
+        saved: the run that is resumed, or None.
 
     Raises:
         ValueError, RuntimeError: an option, a file or a record cannot be used; the message names it.
     """
+    callback, has_warmup = method_callback(options)
+    run_settings = RunSettings(settings_of(options), callback if has_warmup else None, saved)
+    if saved:
+        tell_differences(run_settings, saved)
     arguments = options.training
     classifies = options.classification.active
     if options.model.model is not None:
@@ -130,9 +133,9 @@ def prepare(options: Options, checkpoint: str | None = None) -> tuple[Trainer, r
         adapter.load(model)
         if arguments.process_index == 0:
             print(f"training goes on from the adapter in {adapter.folder}, on {adapter.base}", flush=True)
+    checkpoint = saved.folder if saved else None
     start_adapter(model, lambda: load_model(model_path, options), data["dataset"], collator, options, checkpoint)
-    callback, first_step = method_callback(options)
-    run_recorder = recorder.RunRecorder(callback, first_step)
+    run_recorder = recorder.RunRecorder(callback, has_warmup)
     run_recorder.further_data = {name: rows for name, rows in data.items() if name not in ("dataset", "eval_dataset")}
     trainer = Trainer(
         model=model,
@@ -142,13 +145,13 @@ def prepare(options: Options, checkpoint: str | None = None) -> tuple[Trainer, r
         data_collator=collator,
         processing_class=tokenizer,  # so that checkpoints hold it, with its chat template
         compute_metrics=classification.metrics_of(options) if classifies else None,
-        callbacks=[callback, run_recorder],
+        callbacks=[callback, run_settings, run_recorder],
         optimizer_cls_and_kwargs=options.optimizer(),
     )
     base.config.get_text_config().use_cache = arguments.use_cache  # Trainer sets it on the outermost configuration
     if options.data.packing:
         trainer.add_callback(PackingCheck(trainer, collator, data["dataset"][0]["input_ids"]))
-    return trainer, run_recorder
+    return trainer, run_recorder, run_settings
 
 
 def examples(options: Options, tokenizer: Any, train: list[Any], held_out: list[Any]) -> dict[str, Any]:
@@ -163,8 +166,8 @@ def examples(options: Options, tokenizer: Any, train: list[Any], held_out: list[
     return data | {name: tokens(records) for name, records in ({"eval_dataset": held_out} | further).items() if records}
 
 
-def method_callback(options: Options) -> tuple[TrainerCallback, int | None]:
-    """Return the callback that applies the method, and the first step that differs from plain LoRA."""
+def method_callback(options: Options) -> tuple[TrainerCallback, bool]:
+    """Return the callback that applies the method, and whether its first step comes after a warm-up of plain LoRA."""
     lora = options.lora
     if lora.latent:
         config = LoRASBConfig(
@@ -173,11 +176,8 @@ def method_callback(options: Options) -> tuple[TrainerCallback, int | None]:
             learning_rate=lora.lora_sb_learning_rate,
             seed=options.training.seed,
         )
-        return LoRASBCallback(config), None
-    reflora_config = lora.reflora_config()
-    assert reflora_config.warmup_steps is not None
-    first_step = reflora_config.warmup_steps + 1 if reflora_config.method != "lora" else None
-    return RefLoRACallback(reflora_config, tall=None if lora.tall_adapters else False), first_step
+        return LoRASBCallback(config), False
+    return RefLoRACallback(lora.reflora_config(), tall=None if lora.tall_adapters else False), lora.method != "lora"
 
 
 def shared_once(arguments: Any, what: str, make: Any, *args: Any, **kwargs: Any) -> Any:
@@ -316,7 +316,7 @@ def _with_heads(model: Any, config: LoraConfig) -> Any:
     return model
 
 
-def finish(trainer: Trainer, run_recorder: recorder.RunRecorder, options: Options) -> None:
+def finish(trainer: Trainer, run_recorder: recorder.RunRecorder, run_settings: RunSettings, options: Options) -> None:
     """Write the adapter, evaluate, and write metrics, plot, card and summary; every rank must call."""
     output_dir = options.training.output_dir
     # before an evaluation, which may fail, and with --bf16_full_eval or --fp16_full_eval casts the model in place
@@ -329,13 +329,9 @@ def finish(trainer: Trainer, run_recorder: recorder.RunRecorder, options: Option
         trainer.evaluate()
     for name, data in run_recorder.further_data.items():
         trainer.evaluate(data, metric_key_prefix=name)
-    settings = {"method": options.lora.method}
-    for part in (options.model, options.lora, options.data):
-        settings |= recorder.jsonable(part)
-    settings |= {name: getattr(options.training, name) for name in RECORDED_ARGUMENTS}
-    metrics = recorder.collect_metrics(trainer, run_recorder, settings)
+    metrics = recorder.collect_metrics(trainer, run_recorder, run_settings.for_metrics(options))
+    metrics["settings_changed"] = run_settings.changes
     if options.classification.active:
-        metrics["settings"] |= recorder.jsonable(options.classification)
         metrics["held_out_metrics"] = classification.held_out_metrics(history, options)
     if trainer.is_world_process_zero():
         recorder.write_metrics(metrics, output_dir)
@@ -344,17 +340,20 @@ def finish(trainer: Trainer, run_recorder: recorder.RunRecorder, options: Option
         print(summary(metrics, output_dir, plot_path), flush=True)
 
 
-def summary(metrics: dict[str, Any], output_dir: str, plot_path: Path) -> str:
+def summary(metrics: dict[str, Any], output_dir: str, plot_path: Path | None) -> str:
     """Return the results as text."""
-    held_out = metrics["held_out_loss"]
-    loss = f"held-out loss {held_out[0]['loss']:.4f} -> {held_out[-1]['loss']:.4f}, " if held_out else ""
-    step_ms = 1e3 * (metrics["step_seconds_median"] or 0.0)
+    losses = [f"{point['loss']:.4f}" for point in metrics["held_out_loss"]]
+    loss = f"held-out loss {' -> '.join(losses[:: len(losses) - 1] if losses[1:] else losses)}, " if losses else ""
+    seconds = metrics["step_seconds_median"]  # None if the checkpoint had every step
+    cost = (
+        f"{1e3 * seconds:.0f} ms per step (median), {metrics['bytes_per_step']:,} bytes per step, " if seconds else ""
+    )
     peak_gib = metrics["peak_memory_bytes"] / 2**30
     scores = "".join(map(classification.describe, metrics.get("held_out_metrics", [])))
     return (
-        f"{metrics['method']}: {metrics['steps']} steps, {loss}{step_ms:.0f} ms per step (median), "
-        f"{metrics['bytes_per_step']:,} bytes per step, peak {peak_gib:.2f} GiB per process "
-        f"({metrics['peak_memory_kind']})\n{scores}adapter   {output_dir}\nplot      {plot_path}"
+        f"{metrics['method']}: {metrics['steps']} steps, {loss}{cost}peak {peak_gib:.2f} GiB per process "
+        f"({metrics['peak_memory_kind']})\n{scores}adapter   {output_dir}\nsettings  {output_dir}/{RUN_FILE}"
+        + (f"\nplot      {plot_path}" if plot_path else "")
     )
 
 

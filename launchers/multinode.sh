@@ -70,9 +70,11 @@ config='' arguments=()
 case "$launcher" in
     deepspeed)
         if [ -z "$script" ]; then
-            config=$repository/ds_configs/zero3.json
-            case "${1:-}" in *.json) config=$1; shift ;; esac
-            arguments=(--deepspeed "$config")
+            case "${1:-}" in
+                *.json) config=$1; shift ;;
+                *) config=$(default_deepspeed "$@") ;;
+            esac
+            arguments=(${config:+--deepspeed "$config"})
         fi ;;
     accelerate)
         config=$repository/launchers/accelerate/fsdp2.yaml

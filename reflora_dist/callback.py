@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 from collections.abc import Mapping
@@ -38,17 +39,22 @@ class RefLoRACallback(TrainerCallback, ExportableState):
     Every log of the training loss contains the figures of :meth:`Handle.figures`, as ``reflora/step_ms`` and so on.
     Between logs nothing waits for the device.
 
+    Without ``warmup_steps`` in the configuration, the warm-up takes the smaller of the method's default and a tenth of
+    the training's steps. A resumed run keeps the number of the saved run, also if its length changes.
+
     Args:
         config: the method and its schedule, or its settings as a dictionary.
         tall: whether to store lora_A tall (:func:`reflora_dist.tall_adapters`) before Trainer wraps the model. None
             stores it tall under FSDP and DeepSpeed only. A resumed run needs the storage of the saved run.
 
     Attributes:
+        config: the method and its schedule; from the beginning of training with the warm-up that is taken.
         handle: the handle of the current or last training; None before the first.
     """
 
     def __init__(self, config: RefLoRAConfig | Mapping[str, Any], tall: bool | None = None) -> None:
-        self.config = config if isinstance(config, RefLoRAConfig) else RefLoRAConfig(**config)
+        self._asked = config if isinstance(config, RefLoRAConfig) else RefLoRAConfig(**config)
+        self.config = self._asked
         self.tall = tall
         self.handle: Handle | None = None
         self._start: str | None = None
@@ -68,6 +74,7 @@ class RefLoRACallback(TrainerCallback, ExportableState):
         _come_before_reporters(self)
         if self.handle is not None:
             self.handle.detach()
+        self.config = self._config_for(state)
         saved = self._saved_state(state) if state.global_step else None
         if state.global_step:
             require_same_start(kwargs["model"], self._saved_start(state), "the checkpoint")
@@ -86,7 +93,8 @@ class RefLoRACallback(TrainerCallback, ExportableState):
             _warn(
                 state,
                 f"{self.config.method} begins after warmup_steps={self.config.warmup_steps} and training ends after "
-                f"{state.max_steps}: all of it is plain LoRA. Set RefLoRAConfig(warmup_steps=...) below that",
+                f"{state.max_steps}: all of it is plain LoRA. Set RefLoRAConfig(warmup_steps=...) below that "
+                "(finetune.py --reflora_warmup_steps)",
             )
         # Trainer updates this entry at every checkpoint, and fails if a resumed state lacks it.
         assert isinstance(state.stateful_callbacks, dict)
@@ -141,7 +149,8 @@ class RefLoRACallback(TrainerCallback, ExportableState):
                 _warn(
                     state,
                     f"{report.method} skipped every adapter in each of its {report.applied_steps} steps: training was "
-                    "plain LoRA. Both factors need full rank (lora_B is zero at PEFT's start: warmup_steps)",
+                    "plain LoRA. Both factors need full rank (lora_B is zero at PEFT's start: set warmup_steps, "
+                    "finetune.py --reflora_warmup_steps)",
                 )
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best and isinstance(kwargs["model"], FullyShardedDataParallel):
@@ -156,6 +165,16 @@ class RefLoRACallback(TrainerCallback, ExportableState):
             "handle": self.handle.state_dict() if self.handle is not None else None,
             "start": self._start,
         }
+
+    def _config_for(self, state: TrainerState) -> RefLoRAConfig:
+        """Return the configuration with the warm-up of the saved run, or for the length of a new one."""
+        handle = self._saved_entry(state).get("handle") if state.global_step else None
+        saved = handle.get("config") if isinstance(handle, Mapping) else None
+        steps = saved.get("warmup_steps") if isinstance(saved, Mapping) else None
+        same_method = isinstance(saved, Mapping) and saved.get("method") == self._asked.method
+        if self._asked.has_default_warmup and same_method and isinstance(steps, int):
+            return dataclasses.replace(self._asked, warmup_steps=steps)
+        return self._asked.for_steps(state.max_steps)
 
     def _saved_start(self, state: TrainerState) -> str | None:
         return self._saved_entry(state).get("start")

@@ -34,6 +34,9 @@ run() {
     esac
     case "$script" in *launchers/finetune.py) ;; *) arguments=(--script "$script" "${arguments[@]}") ;; esac
     arguments+=("$@")
+    if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [[ "$script" = *launchers/finetune.py ]]; then
+        arguments+=(--overwrite_output_dir False)  # asked for at the first start, whose checkpoints these are
+    fi
     ensure_environment deepspeed,launchers  # once, before all nodes look for it
 
     local nodes=${SLURM_JOB_NUM_NODES:-$SLURM_NNODES} port=${PORT:-$((20000 + SLURM_JOB_ID % 6000 * 2))} hosts

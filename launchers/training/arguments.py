@@ -18,7 +18,7 @@ from ..cluster.extension_locks import speak_while_building
 from ..cluster.waiting import told
 from ..configurations import shipped_configuration
 from .defaults import TrainingDefaults
-from .evaluations import check_strategy
+from .evaluations import check_strategy, shown
 
 
 @dataclasses.dataclass
@@ -26,7 +26,13 @@ class FinetuneArguments(TrainingDefaults, TrainingArguments):  # type: ignore[mi
     """transformers' TrainingArguments with the defaults of LoRA fine-tuning."""
 
     def __post_init__(self) -> None:
+        # transformers changes some of them; what was asked for can be asked for again
+        self._asked = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
         self._check_deepspeed()
+        if self.eval_on_start is None:
+            self.eval_on_start = shown(self.eval_strategy) != "no"
+        if self.bf16 is None:
+            self.bf16 = self._bf16_by_default()
         self._check_full_eval()
         check_strategy(self)
         launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -37,6 +43,39 @@ class FinetuneArguments(TrainingDefaults, TrainingArguments):  # type: ignore[mi
             super().__post_init__()
         if launched != self.world_size:
             raise ValueError(f"{launched} processes were launched, but {self.world_size} joined the process group")
+        if self._asked["bf16"] is None and self.bf16 and self.process_index == 0:
+            print("training in bf16, which this GPU has; --bf16 False trains in fp32", flush=True)
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Return the default of every argument."""
+        return {
+            field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            for field in dataclasses.fields(cls)
+        }
+
+    def changed_from_defaults(self) -> dict[str, Any]:
+        """Return the arguments that were asked for and differ from the defaults, as they were asked for.
+
+        Of the defaults that depend on device and data, ``bf16`` and ``eval_strategy`` are among them as they were
+        chosen. A token of the hub is not.
+        """
+        defaults = self.defaults() | {"hub_token": self.hub_token}
+        # transformers' parser gives None in place of an empty text
+        changed = {n: shown(v) for n, v in self._asked.items() if v != defaults[n] and (v, defaults[n]) != (None, "")}
+        return changed | {"bf16": bool(self.bf16), "eval_strategy": shown(self.eval_strategy)}
+
+    def leave_out_first_evaluation(self) -> None:
+        """Leave out the evaluation before the first step, as a resumed run does, unless it was asked for."""
+        if self._asked["eval_on_start"] is None:
+            self.eval_on_start = False
+
+    def _bf16_by_default(self) -> bool:
+        by_accelerate = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
+        if self.use_cpu or self.fp16 or by_accelerate or not gpu_has_bf16():
+            return False
+        config = self.deepspeed or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") if self._under_deepspeed else None
+        return config is None or takes_bf16(config)
 
     @property
     def _under_deepspeed(self) -> bool:
@@ -91,6 +130,30 @@ class FinetuneArguments(TrainingDefaults, TrainingArguments):  # type: ignore[mi
             else:
                 os.environ["ACCELERATE_USE_DEEPSPEED"] = before
         self.accelerator_config = _with_configured_state(self.accelerator_config)
+
+
+def gpu_has_bf16() -> bool:
+    """Return whether this process has a GPU that computes in bf16, and does not emulate it."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def takes_bf16(config: Any) -> bool:
+    """Return whether DeepSpeed's configuration trains in bf16, or leaves that to the arguments.
+
+    Args:
+        config: the configuration as a dictionary or JSON, or the path of its file. What cannot be read is left to
+            DeepSpeed, which says what is wrong with it.
+    """
+    if isinstance(config, str):
+        try:
+            config = json.loads(config if config.lstrip().startswith("{") else Path(config).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+    enabled = {}
+    for name in ("bf16", "fp16"):
+        section = config.get(name) if isinstance(config, dict) else None
+        enabled[name] = section.get("enabled", False) if isinstance(section, dict) else False
+    return enabled["bf16"] in (True, "auto") and enabled["fp16"] is not True
 
 
 def _with_configured_state(config: Any) -> Any:

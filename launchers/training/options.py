@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reflora_dist.command_line.fields import option as _option
+from reflora_dist.command_line.parse import refuse, unknown
 from reflora_dist.files.cache import default_cache_dir
 from reflora_dist.methods.names import DEFAULT_DAMPING, LATENT_METHODS, METHOD_NAMES
 
@@ -64,7 +65,9 @@ class LoraOptions:
         choices=(*METHOD_NAMES, *LATENT_METHODS),
     )
     reflora_warmup_steps: int | None = _option(
-        None, "Optimizer steps of plain LoRA before the method's first. Default: 100 for reflora, reflora-s, lora-pro."
+        None,
+        "Optimizer steps of plain LoRA before the method's first. Default for reflora, reflora-s and lora-pro: a tenth "
+        "of the training, at most 100.",
     )
     reflora_interval: int = _option(1, "Act at every n-th optimizer step after the warm-up.")
     scaled_gd_damping: float = _option(DEFAULT_DAMPING, "delta of --method scaled-gd.")
@@ -224,6 +227,15 @@ class DataOptions:
 
 
 @dataclasses.dataclass
+class RunFileOptions:
+    """The file that the other options may come from."""
+
+    config: str | None = _option(
+        None, "YAML file of options, which those on the command line override; or the name of one in examples/."
+    )
+
+
+@dataclasses.dataclass
 class Options:
     """All options of one run."""
 
@@ -300,26 +312,37 @@ class Options:
 
 
 def parse_options(argv: list[str] | None = None) -> Options:
-    """Read the command line. Call this before any model is loaded.
+    """Read the command line, and the file of ``--config``, whose options it overrides.
 
-    Creating the training arguments starts the process group. Under ZeRO-3 it also makes transformers partition the
-    base while loading it.
+    Call this before any model is loaded. Creating the training arguments starts the process group. Under ZeRO-3 it also
+    makes transformers partition the base while loading it.
 
     Raises:
-        ValueError: an option's value cannot be used.
+        ValueError: an option is unknown, or its value or the file cannot be used.
     """
     from transformers import HfArgumentParser
 
     from .arguments import FinetuneArguments
+    from .run_file import OTHER_NAMES, find_run_file, read_run_file
 
-    parser = HfArgumentParser((ModelOptions, LoraOptions, DataOptions, FinetuneArguments, ClassificationOptions))  # type: ignore[arg-type]
-    given, _ = parser.parse_known_args(argv)
-    if given.dataset and not given.eval_dataset and not given.eval_fraction:
+    classes = (ModelOptions, LoraOptions, DataOptions, FinetuneArguments, ClassificationOptions)
+    parser = HfArgumentParser((*classes, RunFileOptions), allow_abbrev=False)  # type: ignore[arg-type]
+    parser.error = refuse  # type: ignore[method-assign]  # argparse would print all options
+    given, rest = parser.parse_known_args(argv)
+    if rest:
+        raise ValueError(unknown(rest[0], parser, OTHER_NAMES))
+    in_file = read_run_file(find_run_file(given.config), classes) if given.config else {}
+    parser.set_defaults(**in_file)
+    given = parser.parse_args(argv)
+    without_records = given.dataset and not given.eval_dataset and not given.eval_fraction
+    if without_records and "eval_strategy" not in in_file:
         parser.set_defaults(eval_strategy="no")  # before transformers checks what needs evaluations
-    return Options(*parser.parse_args_into_dataclasses(args=argv))
+    *parts, _ = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+    return Options(*parts)
 
 
 HELP_GROUPS = {
+    "file of options": RunFileOptions,
     "model": ModelOptions,
     "adapter and method": LoraOptions,
     "records": DataOptions,
@@ -349,48 +372,3 @@ def check_output_dir(output_dir: str) -> None:
             pass
     except OSError as error:
         raise ValueError(f"output_dir={output_dir!r} is not writable ({error}); name another folder") from error
-
-
-def checkpoint_to_resume(arguments: FinetuneArguments) -> str | None:
-    """Return the checkpoint folder of ``--resume_from_checkpoint``; None to start from the beginning.
-
-    Raises:
-        ValueError: the named folder is no complete checkpoint.
-
-    Communication: one broadcast of a small object; every rank must call.
-    """
-    asked = arguments.resume_from_checkpoint
-    if asked is None:
-        return None
-    import torch
-
-    from reflora_dist.checkpoints.complete import last_complete_checkpoint
-    from reflora_dist.collectives.ranks import is_first_rank, world_size
-
-    # only one rank looks, because storage may show ranks different files
-    found: list[str | None] = [None, None]
-    if is_first_rank():
-        try:
-            found[0] = last_complete_checkpoint(arguments.output_dir) if asked == "auto" else _named_checkpoint(asked)
-        except (OSError, ValueError) as error:
-            found[1] = str(error)
-    if world_size() > 1:
-        torch.distributed.broadcast_object_list(found)
-    checkpoint, problem = found
-    if problem:
-        raise ValueError(f"resume_from_checkpoint={asked!r}: {problem}")
-    if checkpoint and is_first_rank():
-        print(f"going on from {checkpoint}", flush=True)
-    return checkpoint
-
-
-def _named_checkpoint(folder: str) -> str:
-    from reflora_dist.checkpoints.complete import require_complete
-
-    if not (Path(folder) / "trainer_state.json").is_file():
-        raise ValueError(
-            f"{folder} is no checkpoint (it has no trainer_state.json); name a checkpoint-N folder of an earlier run, "
-            "or use auto"
-        )
-    require_complete(folder)
-    return folder

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from reflora_dist.files.open_files import read_json
 from reflora_dist.files.records import require_fields
@@ -29,25 +30,36 @@ class RunRecorder(TrainerCallback):
     """Time every optimizer step, and print on rank 0 what was attached.
 
     This callback must come after the method's callback, because it reads the report of that one.
+
+    Args:
+        method_callback: the callback that applies the method.
+        has_warmup: whether the method starts after a warm-up of plain LoRA, which ``method_callback.config`` holds.
     """
 
-    def __init__(self, method_callback: Any, first_refactored_step: int | None) -> None:
+    def __init__(self, method_callback: Any, has_warmup: bool) -> None:
         self.method_callback = method_callback
-        self.first_refactored_step = first_refactored_step
+        self.has_warmup = has_warmup
         self.step_seconds: list[float] = []
         self.further_data: dict[str, Any] = {}  # data sets by name, evaluated once after training
         self._step_start = 0.0
 
+    @property
+    def warmup_steps(self) -> int | None:
+        """Optimizer steps before the method's first, known once training begins; None if the method has no warm-up."""
+        return self.method_callback.config.warmup_steps if self.has_warmup else None
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            print(describe_attachment(self.report(), self.first_refactored_step, args.world_size), flush=True)
+            print(describe_attachment(self.report(), self.warmup_steps, args.world_size), flush=True)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._step_start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.step_seconds.append(time.perf_counter() - self._step_start)
-        if state.global_step == self.first_refactored_step and state.is_world_process_zero:
+        if state.global_step >= state.max_steps and args.logging_strategy == IntervalStrategy.STEPS:
+            control.should_log = True  # the last step too
+        if self.warmup_steps is not None and state.global_step == self.warmup_steps + 1 and state.is_world_process_zero:
             print(
                 f"step {state.global_step}: refactored; {describe_traffic(self.report())}",
                 flush=True,
@@ -58,10 +70,12 @@ class RunRecorder(TrainerCallback):
         return self.method_callback.report().as_dict()
 
 
-def describe_attachment(report: dict[str, Any], first_refactored_step: int | None, world_size: int) -> str:
+def describe_attachment(report: dict[str, Any], warmup_steps: int | None, world_size: int) -> str:
     """Describe in one line the engine, layout, pairs and their r, and when refactoring begins."""
     ranks = "/".join(str(r) for r in report["lora_ranks"])
-    begins = "never refactors" if first_refactored_step is None else f"refactors from step {first_refactored_step}"
+    begins = "never refactors"
+    if warmup_steps is not None:
+        begins = f"refactors from step {warmup_steps + 1} (--reflora_warmup_steps {warmup_steps})"
     return (
         f"attached {report['method']}: engine {report['engine']}, layout {report['layout']}, "
         f"{report['num_pairs']} pairs of rank {ranks} on {world_size} process(es), {begins}, "
@@ -100,7 +114,8 @@ def collect_metrics(trainer: Any, recorder: RunRecorder, settings: dict[str, Any
     """Return everything that the comparison reads. Every rank must call; rank 0's result is the one to write.
 
     Losses are means over batches, as Trainer reports them. ``step_seconds_median`` leaves out evaluation and
-    checkpoints. ``peak_memory_bytes`` is the largest of all ranks, loading included.
+    checkpoints; it and ``bytes_per_step`` are None if the run was resumed after its last step. ``peak_memory_bytes`` is
+    the largest of all ranks, loading included.
 
     Communication: one gather of two numbers per rank.
     """
@@ -116,7 +131,7 @@ def collect_metrics(trainer: Any, recorder: RunRecorder, settings: dict[str, Any
         "steps": trainer.state.global_step,
         "world_size": trainer.args.world_size,
         "step_seconds_median": statistics.median(recorder.step_seconds) if recorder.step_seconds else None,
-        "bytes_per_step": bytes_per_step,
+        "bytes_per_step": bytes_per_step if recorder.step_seconds else None,
         "peak_memory_bytes": peak,
         "peak_memory_kind": kind,
         "report": report,
@@ -147,8 +162,13 @@ def recorded_template(adapter: str) -> str | None:
         if (folder / METRICS_FILE).is_file():
             path, remedy = folder / METRICS_FILE, "give --prompt_template, and remove this file"
             metrics = read_json(path, remedy)
-            require_fields(metrics, {"settings": Mapping}, path, remedy)
+            require_fields(
+                {"settings_changed": [], **metrics}, {"settings": Mapping, "settings_changed": list}, path, remedy
+            )
             template = metrics["settings"].get("prompt_template")
+            for change in metrics.get("settings_changed", []):
+                if "prompt_template" in change:
+                    template = change["prompt_template"][1]  # the run was resumed with another one
             if template is not None and template not in list(TEMPLATE_NAMES):
                 raise ValueError(f"{path} holds prompt_template={template!r:.60}, which is unknown: {remedy}")
             return template

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import SaveStrategy, rotate_checkpoints, sort_checkpoints
+from transformers.trainer_utils import SaveStrategy
 
 from ..collectives.ranks import is_first_rank, raise_on_all_ranks
 from ..files.open_files import open_tensors, read_json
@@ -60,7 +61,7 @@ class CompleteCheckpoints(TrainerCallback):
         best, ended = state.best_model_checkpoint, state.global_step >= state.max_steps  # before that it may be resumed
         if is_first_rank() and self._limit == 1 and best is not None and ended:
             # As Trainer does: the last checkpoint stays beside the best one only until training ends.
-            for checkpoint in sort_checkpoints(str(Path(best).parent)):
+            for checkpoint in saved_checkpoints(Path(best).parent):
                 if not os.path.samefile(checkpoint, best):
                     shutil.rmtree(checkpoint, ignore_errors=True)
         if self._limit is not None:
@@ -77,7 +78,35 @@ class CompleteCheckpoints(TrainerCallback):
         with raise_on_all_ranks("completing the checkpoint"):
             if is_first_rank():
                 write_json(folder / _RECORD, {"files": file_sizes(folder)})
-                rotate_checkpoints(str(folder.parent), self._limit, state.best_model_checkpoint, use_mtime=True)
+                _remove_older(folder, self._limit, state.best_model_checkpoint)
+
+
+def numbered_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Return the folders ``checkpoint-N``, by N. Trainer's own list may have others, such as checkpoint-best."""
+    numbers = {
+        path: int(match[1])
+        for path in Path(output_dir).glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
+    }
+    return sorted(numbers, key=numbers.__getitem__)
+
+
+def saved_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Return those of the folders ``checkpoint-N`` that hold a Trainer's state, by N."""
+    return [
+        checkpoint for checkpoint in numbered_checkpoints(output_dir) if (checkpoint / TRAINER_STATE_NAME).is_file()
+    ]
+
+
+def _remove_older(newest: Path, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints beyond the limit, but neither the newest nor the best."""
+    checkpoints = saved_checkpoints(newest.parent)
+    # by time, because a run that was resumed from an earlier checkpoint may find later ones of its past
+    checkpoints.sort(key=lambda checkpoint: int(checkpoint.stat().st_mtime))
+    kept = {newest.resolve(), Path(best or newest).resolve()}
+    removable = [checkpoint for checkpoint in checkpoints if checkpoint.resolve() not in kept]
+    for checkpoint in removable[: max(0, len(checkpoints) - limit)] if limit is not None and limit > 0 else ():
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def require_complete(folder: str | Path) -> None:
@@ -115,7 +144,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     Local, no communication. Call it on one rank and send the others the result, since ranks may see the storage in
     different states.
     """
-    for checkpoint in reversed(sort_checkpoints(str(output_dir))):
+    for checkpoint in reversed(numbered_checkpoints(output_dir)):
         try:
             require_complete(checkpoint)
         except (OSError, ValueError) as error:

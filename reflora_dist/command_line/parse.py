@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 
@@ -29,10 +29,6 @@ def parse_into_dataclasses(parser: Any, argv: Sequence[str] | None) -> list[Any]
     Raises:
         ValueError: an option is unknown or has a value that it cannot have. The message is one line.
     """
-
-    def refuse(message: str) -> NoReturn:
-        raise ValueError(message)
-
     parser.error = refuse  # argparse would print all options, and end the program
     _, rest = parser.parse_known_args(argv)  # an unknown option explains what a dataclass would then miss
     if rest:
@@ -40,15 +36,38 @@ def parse_into_dataclasses(parser: Any, argv: Sequence[str] | None) -> list[Any]
     return list(parser.parse_args_into_dataclasses(args=argv))
 
 
-def unknown(argument: str, parser: argparse.ArgumentParser) -> str:
-    """Return what to say of an argument that the parser does not know."""
+def refuse(message: str) -> NoReturn:
+    """Raise what argparse would print below the list of all options.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(message)
+
+
+def unknown(argument: str, parser: argparse.ArgumentParser, other_names: Mapping[str, str] | None = None) -> str:
+    """Return what to say of an argument that the parser does not know.
+
+    Args:
+        argument: the argument.
+        parser: the parser.
+        other_names: what users of other programs type, and the option that they mean, without dashes.
+    """
     if not argument.startswith("-"):
         return f"{argument!r} belongs to no option; --help lists the options"
-    name = argument.partition("=")[0]
-    known: dict[str, str] = {}  # each option once, though HfArgumentParser knows most with "-" and with "_"
-    for action in parser._actions:
-        for option in action.option_strings:
-            known.setdefault(option.lstrip("-").replace("-", "_"), option)
-    near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, n=3)
-    said = f"did you mean {' or '.join(known[option] for option in near)}?" if near else "--help lists the options"
-    return f"there is no option {name}; {said}"
+    name = argument.partition("=")[0].lstrip("-")
+    known = [option[2:] for action in parser._actions for option in action.option_strings if option.startswith("--")]
+    known = [option for option in known if "-" not in option or option.replace("-", "_") not in known]
+    near = [f"--{option}" for option in resembling(name, known, other_names)]
+    said = f"did you mean {' or '.join(near)}?" if near else "--help lists the options"
+    return f"there is no option --{name}; {said}"
+
+
+def resembling(name: str, known: Sequence[str], other_names: Mapping[str, str] | None = None) -> list[str]:
+    """Return the names of options that an unknown name may stand for, the nearest first; at most three."""
+    name = name.replace("-", "_")
+    if meant := (other_names or {}).get(name.lower()):
+        return [meant]
+    if name in known:
+        return [name]
+    return difflib.get_close_matches(name, known, n=3) or [option for option in known if option.startswith(name)][:3]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from typing import Any
 
@@ -26,9 +27,13 @@ class RefLoRAConfig:
             - ``"lora"`` leaves training unchanged, for comparisons.
         warmup_steps: optimizer steps of plain LoRA before the method's first. The default is 100 for "reflora",
             "reflora-s" and "lora-pro", which do not exist at PEFT's start with ``lora_B = 0``, and 0 for the others.
+            Where the length of training is known, as in the callback, a default takes at most a tenth of it.
         interval: act at every ``interval``-th optimizer step after the warm-up.
         damping: delta, which "scaled-gd" adds to the diagonal of the Gram matrices. 1e-2 is the default of PEFT's
             ``reg``. Other methods do not use it.
+
+    Attributes:
+        has_default_warmup: whether ``warmup_steps`` is the default, because the user gave no number.
 
     Raises:
         ValueError: a value is out of range, or the method does not use it.
@@ -38,8 +43,10 @@ class RefLoRAConfig:
     warmup_steps: int | None = None
     interval: int = 1
     damping: float = DEFAULT_DAMPING
+    has_default_warmup: bool = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "has_default_warmup", self.warmup_steps is None)
         if self.method not in tuple(METHODS):  # a dictionary could not look up a list
             raise ValueError(f"method={self.method!r} is unknown; choose one of {', '.join(METHODS)}")
         if self.warmup_steps is None:
@@ -69,6 +76,16 @@ class RefLoRAConfig:
         since_warmup = completed_steps - self.warmup_steps
         return METHODS[self.method].acts and since_warmup >= 0 and since_warmup % self.interval == 0
 
+    def for_steps(self, steps: int) -> RefLoRAConfig:
+        """Return the settings for a training of so many optimizer steps.
+
+        A default warm-up becomes the smaller of itself and a tenth of the steps, rounded up. Anything else stays.
+        """
+        if not self.has_default_warmup:
+            return self
+        assert self.warmup_steps is not None
+        return dataclasses.replace(self, warmup_steps=min(self.warmup_steps, math.ceil(steps / 10)))
+
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as a JSON-ready dictionary."""
-        return dataclasses.asdict(self)
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}

@@ -66,11 +66,11 @@ def test_every_task_trains_and_is_scored(folder: Path, task: str, engine: str) -
     assert engine in report["engine"] and (report["num_pairs"], report["applied_steps"]) == (PAIRS, 4)
     assert report["skipped_pairs"] == 0
     points = metrics["held_out_metrics"]
-    expected = [("validation", 3), ("validation", 6)] + [("mismatched", 6)] * (task == "mnli")
+    expected = [("validation", 0), ("validation", 3), ("validation", 6)] + [("mismatched", 6)] * (task == "mnli")
     assert [(point["set"], point["step"]) for point in points] == expected
     assert all(set(point) == {"step", "set", *GLUE[task].metrics} for point in points)
     assert metrics["settings"]["glue_task"] == task
-    assert [point["step"] for point in metrics["held_out_loss"]] == [3, 6]
+    assert [point["step"] for point in metrics["held_out_loss"]] == [0, 3, 6]
     losses = [point["loss"] for point in metrics["train_loss"]]
     assert all(np.isfinite(losses)) and len(losses) == 6
     _check_saved(folder, task, folder / output, points[-1])

@@ -99,6 +99,26 @@ def test_the_methods_own_settings_may_differ() -> None:
     compare.check_comparable([RUN, _other(reflora_warmup_steps=100)])
 
 
+def test_runs_whose_settings_changed_on_the_way_are_refused() -> None:
+    changed = {**_other(), "settings_changed": [{"step": 2, "learning_rate": [1e-3, 1e-4]}]}
+    with pytest.raises(ValueError, match=r"settings changed on the way: \[\] and \[{'step': 2, 'learning_rate'"):
+        compare.check_comparable([RUN, changed])
+    compare.check_comparable([changed, {**copy.deepcopy(changed), "method": "lora"}])
+
+
+def test_what_was_not_measured_is_none_and_no_empty_plot_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plot = tmp_path / "comparison.png"
+    plot.write_text("of an earlier run")
+    unlogged = {"held_out_loss": [], "train_loss": [], "step_seconds_median": None, "bytes_per_step": None}
+    _main(monkeypatch, *_write(tmp_path, RUN | unlogged, _other() | unlogged), "--plot", str(plot))
+    printed = capsys.readouterr().out
+    assert re.search(r"time per step, median \(ms\) +│ +none │ +none │", printed)
+    assert re.search(r"bytes per step and rank +│ +none │ +none │", printed)
+    assert "plot: none, since no loss was logged" in printed and not plot.exists()
+
+
 def test_a_folder_without_metrics_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match=r"metrics\.json cannot be read.*finished run"):
         _main(monkeypatch, str(tmp_path))

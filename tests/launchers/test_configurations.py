@@ -12,9 +12,9 @@ from launchers.training.arguments import FinetuneArguments
 from tests.support.launchers import REPOSITORY
 
 
-@pytest.mark.parametrize("name", ["zero3", "zero3.json", "ds_configs/zero3.json"])
+@pytest.mark.parametrize("name", ["zero1", "zero1.json", "ds_configs/zero1.json"])
 def test_a_file_is_found_by_its_name(name: str) -> None:
-    assert shipped_configuration(name) == REPOSITORY / "ds_configs" / "zero3.json"
+    assert shipped_configuration(name) == REPOSITORY / "ds_configs" / "zero1.json"
     with pytest.raises(ValueError, match="is no configuration of this package"):
         shipped_configuration(name, suffix=".yaml")
 

@@ -94,7 +94,8 @@ def test_further_sets_do_not_round_the_adapter_either(tmp_path: Path) -> None:
         run_ranks(finetune_rank, 1, "ddp", argv, timeout=170, init_process_group=False)
         adapters.append(load_file(tmp_path / output / "adapter_model.safetensors"))
         recorded = json.loads((tmp_path / output / "metrics.json").read_text())["held_out_metrics"]
-        assert [(point["set"], point["step"]) for point in recorded] == [("validation", 3), ("mismatched", 3)]
+        sets = [(point["set"], point["step"]) for point in recorded]
+        assert sets == [("validation", 0), ("validation", 3), ("mismatched", 3)]
     _assert_equal(adapters[1], adapters[0])
 
 
@@ -156,5 +157,5 @@ def test_a_run_that_is_stopped_saves_and_does_not_evaluate_first(tmp_path: Path,
     output = tmp_path / "stopped"
     argv = finetune_options(folder, str(output), **changes, max_steps=20)
     (evaluated,) = run_ranks(_stopped, 1, argv, 4, timeout=170, init_process_group=False)
-    assert evaluated == (["2"] if "eval_steps" in changes else [])
+    assert evaluated == (["0", "2"] if "eval_steps" in changes else ["0"])
     assert Path(last_complete_checkpoint(output) or "").name == "checkpoint-4"

@@ -55,3 +55,28 @@ def test_a_torch_that_is_too_old_does_not(tmp_path: Path) -> None:
 def test_nothing_is_installed_where_nothing_is_missing(tmp_path: Path) -> None:
     code, _ = _missing_packages(tmp_path, *PINS.values())
     assert code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], "zero3.json"),
+        (["--lora_r", "4"], "zero3.json"),
+        (["--config"], "zero3.json"),
+        (["--config", "absent"], "zero3.json"),
+        (["--config", "one_gpu_4bit"], "zero3.json"),
+        (["--config", "zero3"], ""),
+        (["--lora_r", "4", "--config=with.yaml"], ""),
+        (["--config", "without.yaml"], "zero3.json"),
+    ],
+)
+def test_deepspeeds_file_is_that_of_the_run_file(options: list[str], expected: str, tmp_path: Path) -> None:
+    """A default on the command line would override it."""
+    (tmp_path / "with.yaml").write_text("lora_r: 4\ndeepspeed: ds_configs/zero2.json\n")
+    (tmp_path / "without.yaml").write_text("lora_r: 4  # deepspeed\n")
+    script = f'. {REPOSITORY}/launchers/environment.sh; PYTHON={sys.executable}; default_deepspeed "$@"'
+    done = subprocess.run(
+        ["bash", "-euc", script, "bash", *options], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Path(done.stdout.strip()).name == expected

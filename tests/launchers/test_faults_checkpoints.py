@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launchers.training.options import checkpoint_to_resume
+from launchers.training.used_folder import checkpoint_to_resume
 from reflora_dist.checkpoints.complete import last_complete_checkpoint, require_complete
 from tests.support.cluster import run_ranks
 from tests.support.finetune import finetune_rank, resumable_options
@@ -91,13 +91,14 @@ def test_a_resumed_run_passes_over_a_truncated_checkpoint_and_ends_the_same(fold
 
 
 def test_what_is_written_over_a_checkpoint_is_none_until_it_is_whole(folder: Path, tmp_path: Path) -> None:
-    """A run that begins anew in the folder of an old one and dies while it writes: the old record does not vouch for
-    a mixture of both."""
+    """A run that goes on from an earlier checkpoint dies while it writes the next one again: the old record does not
+    vouch for a mixture of both."""
     run = shutil.copytree(folder / "run", tmp_path / "run")
+    argv = resumable_options(folder, run, max_steps=STEPS, resume_from_checkpoint=run / "checkpoint-3")
     with pytest.raises(RuntimeError, match="killed while saving"):
-        run_ranks(_die_while_saving, 2, resumable_options(folder, run, max_steps=STEPS), init_process_group=False)
-    assert not (run / "checkpoint-3" / "complete.json").exists()
-    require_complete(run / "checkpoint-6")
+        run_ranks(_die_while_saving, 2, argv, init_process_group=False)
+    assert not (run / "checkpoint-6" / "complete.json").exists()
+    require_complete(run / "checkpoint-3")
 
 
 def _die_while_saving(rank: int, world_size: int, argv: list[str]) -> None:
@@ -107,4 +108,4 @@ def _die_while_saving(rank: int, world_size: int, argv: list[str]) -> None:
         raise RuntimeError("killed while saving")
 
     Trainer._save_rng_state = die  # type: ignore[method-assign]
-    finetune_rank(rank, world_size, "ddp", argv)
+    finetune_rank(rank, world_size, "zero3", argv)

@@ -104,7 +104,7 @@ def test_glue_trains_and_scores(tmp_path: Path, task: str, engine: str) -> None:
     assert (metrics["report"]["engine"], metrics["steps"], metrics["report"]["applied_steps"]) == (engine, 6, 4)
     name = "matthews_correlation" if task == "cola" else "accuracy"
     assert [(point["step"], point["set"]) for point in metrics["held_out_metrics"]] == [
-        (step, "validation") for step in (2, 4, 6)
+        (step, "validation") for step in (0, 2, 4, 6)
     ]
     last = metrics["held_out_metrics"][-1]
     assert f"validation, step 6: {name} {last[name]:.4f}" in printed

@@ -51,8 +51,8 @@ def test_every_shipped_configuration_trains_and_saves_the_adapter(folder: Path, 
     assert report["layout"] == ("whole" if engine == "ddp" else "tall")
     assert "all_to_all" not in report["collectives_per_step"]
     held_out = metrics["held_out_loss"]
-    assert [point["step"] for point in held_out] == [3, 6]
-    assert held_out[1]["loss"] < held_out[0]["loss"]
+    assert [point["step"] for point in held_out] == [0, 3, 6]
+    assert held_out[-1]["loss"] < held_out[0]["loss"]
     assert len(metrics["train_loss"]) == 6
     assert metrics["peak_memory_bytes"] > 2**26
     assert (folder / output / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -67,7 +67,7 @@ def test_adapters_stay_flat_if_asked_for(folder: Path, engine: str) -> None:
     assert metrics["report"]["collectives_per_step"] == {"all_to_all": 2, "all_reduce": 1}
     assert metrics["bytes_per_step"] > tall["bytes_per_step"]
     losses = [point["loss"] for run in (metrics, tall) for point in run["held_out_loss"]]
-    assert losses[:2] == pytest.approx(losses[2:], rel=1e-4)
+    assert losses[:3] == pytest.approx(losses[3:], rel=1e-4)
     _check_adapter(folder, folder / f"flat-{engine}")
 
 
@@ -101,9 +101,9 @@ def test_every_method_trains_under_every_engine(folder: Path, method: str, engin
     assert metrics["report"]["num_pairs"] == 14
     assert metrics["report"]["applied_steps"] == 6 - (options["reflora_warmup_steps"] or 0)
     held_out = [point["loss"] for point in metrics["held_out_loss"]]
-    assert held_out[1] < held_out[0]
+    assert held_out[-1] < held_out[0]
     reference = _engine_run(folder, engine)["held_out_loss"]
-    assert held_out[1] != reference[1]["loss"]
+    assert held_out[-1] != reference[-1]["loss"]
     if latent:
         _check_latent_adapter(folder, folder / f"{method}-{engine}")
     else:
@@ -193,7 +193,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one(folder: Path, engine: str, l
     whole = finetuned(folder, names[0], engine, save_strategy="steps", save_steps=3, **base)
     resumed = finetuned(folder, names[1], engine, resume_from_checkpoint=folder / names[0] / "checkpoint-3", **base)
     assert resumed["report"]["applied_steps"] == whole["report"]["applied_steps"]
-    assert [p["loss"] for p in resumed["train_loss"]] == [p["loss"] for p in whole["train_loss"]]
+    for losses in ("train_loss", "held_out_loss"):  # the evaluation before the first step is not repeated
+        assert resumed[losses] == whole[losses]
+    assert (whole["settings_changed"], resumed["settings_changed"]) == ([], [])
     tensors = [load_file(folder / name / "adapter_model.safetensors") for name in names]
     for name, tensor in tensors[0].items():
         torch.testing.assert_close(tensors[1][name], tensor, rtol=0, atol=0)
@@ -206,6 +208,7 @@ def test_auto_resumes_from_the_last_checkpoint_or_begins(folder: Path) -> None:
     second = finetuned(folder, "auto", "ddp", **settings, lr_scheduler_type="constant")
     assert [point["step"] for point in second["train_loss"]] == [1, 2, 3, 4, 5, 6]
     assert second["train_loss"][:3] == first["train_loss"]
+    assert second["settings_changed"] == [{"step": 3, "max_steps": [3, 6]}]
 
 
 # transformers 5.17 knows only the older name, later versions deprecate it

@@ -77,7 +77,8 @@ def test_a_batch_script_trains_on_two_nodes(folder: Path, launcher: str, config:
 @pytest.mark.timeout(900)
 def test_a_warned_job_is_queued_again_and_goes_on(folder: Path) -> None:
     """The warning ends the ranks, not the launchers; the second start resumes from a checkpoint and finishes."""
-    options = _options(folder, "warned", max_steps=40, save_strategy="steps", save_steps=2, lr_scheduler_type="linear")
+    options = _options(folder, "warned", max_steps=40, save_strategy="steps", save_steps=2, save_total_limit=0)
+    options += ["--lr_scheduler_type=linear", "--overwrite_output_dir=True"]  # of which the second start must not hear
     command = ["sbatch", "--nodes=2", SLURM / "deepspeed.sbatch", *options]
     log, checkpoint = folder / "warned.log", folder / "warned" / "checkpoint-2" / "trainer_state.json"
     with log.open("w") as output:

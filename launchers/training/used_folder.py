@@ -1,0 +1,223 @@
+"""An output folder that an earlier run has used: it is refused, emptied of checkpoints, or the run's own to resume."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+
+from reflora_dist.checkpoints.complete import last_complete_checkpoint, require_complete, saved_checkpoints
+from reflora_dist.collectives.ranks import is_first_rank, raise_on_all_ranks, world_size
+from reflora_dist.files.open_files import read_json
+from reflora_dist.files.records import require_fields
+
+from .options import Options, check_output_dir
+from .recorder import METRICS_FILE
+
+SETTINGS_ENTRY = "RunSettings"
+_DAMAGED = "it is damaged, name an earlier checkpoint"
+_T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedRun:
+    """What a checkpoint says of its run.
+
+    Attributes:
+        folder: the checkpoint.
+        step: optimizer steps that were done.
+        epoch: epochs that were done.
+        settings: the settings with which the run began; None if an earlier release wrote the checkpoint.
+        changes: ``{"step": s, NAME: [old, new], ...}`` for every time that the run was resumed with other settings.
+    """
+
+    folder: str
+    step: int
+    epoch: float
+    settings: dict[str, Any] | None
+    changes: list[dict[str, Any]]
+
+
+class StepsAreDone(Exception):
+    """Every step of the run is in its checkpoint."""
+
+
+class NoFurtherStep(TrainerCallback):
+    """Ends training before its first step. transformers would take one step beyond the last."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        raise StepsAreDone
+
+
+def earlier_run(options: Options) -> SavedRun | None:
+    """Return what the checkpoint to resume from says of its run; None for a new run. Every rank must call.
+
+    Raises:
+        ValueError: ``output_dir`` cannot be used, or the checkpoint cannot be resumed.
+    """
+    check_output_dir(options.training.output_dir)
+    refuse_used_folder(options.training)
+    checkpoint = checkpoint_to_resume(options.training)
+    return saved_run(checkpoint) if checkpoint else None
+
+
+def on_first_rank(look: Callable[[], _T]) -> _T:
+    """Return what the first rank finds. The others do not look, because storage may show ranks different files.
+
+    Raises:
+        ValueError: on every rank, if the first one raised ValueError or OSError.
+
+    Communication: one broadcast of a small object; every rank must call.
+    """
+    found: list[Any] = [None, None]
+    if is_first_rank():
+        try:
+            found[0] = look()
+        except (OSError, ValueError) as error:
+            found[1] = str(error)
+    if world_size() > 1:
+        dist.broadcast_object_list(found)
+    if found[1] is not None:
+        raise ValueError(found[1])
+    return found[0]
+
+
+def refuse_used_folder(arguments: Any) -> None:
+    """Refuse a new run in a folder with checkpoints of another. Every rank must call.
+
+    Raises:
+        ValueError: on every rank; ``output_dir`` has checkpoints, and neither ``resume_from_checkpoint`` goes on from
+            them nor ``overwrite_output_dir`` removes them, or both are given.
+    """
+    asked, output_dir = arguments.resume_from_checkpoint, arguments.output_dir
+    goes_on = asked == "auto" or (asked is not None and Path(asked).resolve().parent == Path(output_dir).resolve())
+    if arguments.overwrite_output_dir:
+        if goes_on:
+            raise ValueError(
+                f"overwrite_output_dir=True would remove what resume_from_checkpoint={asked!r} goes on from: give one"
+            )
+        return
+    found = on_first_rank(lambda: [path.name for path in saved_checkpoints(output_dir)])
+    if found and not goes_on:
+        raise ValueError(
+            f"output_dir={output_dir!r} has checkpoints of an earlier run (the last is {found[-1]}): give "
+            "--resume_from_checkpoint auto to go on from it, --overwrite_output_dir True to start anew and remove "
+            "them, or another --output_dir"
+        )
+
+
+def remove_checkpoints(output_dir: str) -> None:
+    """Remove the checkpoints of an earlier run, and nothing else in the folder. Every rank must call.
+
+    Raises:
+        OSError, RuntimeError: on every rank; a checkpoint cannot be removed.
+
+    Communication: one all-gather of small objects.
+    """
+    with raise_on_all_ranks("removing the checkpoints of the earlier run"):
+        for path in saved_checkpoints(output_dir) if is_first_rank() else ():
+            print(f"removing {path}, of an earlier run", flush=True)
+            if path.is_symlink():
+                path.unlink()
+            else:
+                shutil.rmtree(path)
+
+
+def checkpoint_to_resume(arguments: Any) -> str | None:
+    """Return the checkpoint folder of ``--resume_from_checkpoint``; None to start from the beginning.
+
+    Raises:
+        ValueError: the named folder is no complete checkpoint.
+
+    Communication: one broadcast of a small object; every rank must call.
+    """
+    asked = arguments.resume_from_checkpoint
+    if asked is None:
+        return None
+    try:
+        checkpoint = on_first_rank(
+            lambda: last_complete_checkpoint(arguments.output_dir) if asked == "auto" else _named_checkpoint(asked)
+        )
+    except ValueError as error:
+        raise ValueError(f"resume_from_checkpoint={asked!r}: {error}") from error
+    if checkpoint:
+        tell(f"going on from {checkpoint}")
+    return checkpoint
+
+
+def _named_checkpoint(folder: str) -> str:
+    if not (Path(folder) / "trainer_state.json").is_file():
+        raise ValueError(
+            f"{folder} is no checkpoint (it has no trainer_state.json); name a checkpoint-N folder of an earlier run, "
+            "or use auto"
+        )
+    require_complete(folder)
+    return folder
+
+
+def saved_run(checkpoint: str) -> SavedRun:
+    """Return what a checkpoint says of its run. Every rank must call.
+
+    Raises:
+        ValueError: on every rank; the checkpoint's state is damaged.
+    """
+    return on_first_rank(lambda: _saved_run(checkpoint))
+
+
+def _saved_run(checkpoint: str) -> SavedRun:
+    path = Path(checkpoint) / TRAINER_STATE_NAME
+    state = read_json(path, _DAMAGED)
+    require_fields(state, {"global_step": int}, path, _DAMAGED)
+    callbacks = state.get("stateful_callbacks")
+    entry = callbacks.get(SETTINGS_ENTRY) if isinstance(callbacks, Mapping) else None
+    if entry is not None:
+        require_fields(entry, {"settings": Mapping, "settings_changed": list}, path, _DAMAGED)
+    entry = entry or {"settings": None, "settings_changed": []}
+    return SavedRun(
+        checkpoint, state["global_step"], float(state.get("epoch") or 0), entry["settings"], entry["settings_changed"]
+    )
+
+
+def steps_are_done(saved: SavedRun, arguments: Any) -> bool:
+    """Return whether a run has no step left."""
+    if arguments.max_steps > 0:
+        return saved.step >= arguments.max_steps
+    return saved.epoch >= arguments.num_train_epochs
+
+
+def results_are_there(saved: SavedRun, output_dir: str) -> bool:
+    """Return whether the run has written its results after its last step. Every rank must call."""
+
+    def written() -> bool:
+        path = Path(output_dir) / METRICS_FILE
+        return path.is_file() and read_json(path).get("steps") == saved.step
+
+    return on_first_rank(written)
+
+
+def train(trainer: Any, options: Options, saved: SavedRun | None) -> None:
+    """Train, unless the checkpoint has every step already: then load it only. Every rank must call."""
+    if options.training.overwrite_output_dir:
+        remove_checkpoints(options.training.output_dir)
+    if saved is None:
+        trainer.train()
+        return
+    options.training.leave_out_first_evaluation()
+    if steps_are_done(saved, options.training):
+        tell(f"all {saved.step} steps are done, nothing is trained; the results follow")
+        trainer.add_callback(NoFurtherStep())
+    with contextlib.suppress(StepsAreDone):
+        trainer.train(resume_from_checkpoint=saved.folder)
+
+
+def tell(text: str) -> None:
+    """Print on the first rank."""
+    if is_first_rank():
+        print(text, flush=True)

@@ -1,0 +1,89 @@
+"""The libraries' lines that say nothing to a user, and how their other lines are shown.
+
+Each entry of ``FOREIGN`` holds for the versions that were seen to print it. A later version is heard again, so that
+somebody looks whether the entry is still needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from packaging.specifiers import SpecifierSet
+
+from .lines import is_first_with, show
+
+
+class Foreign(NamedTuple):
+    """A line of a library.
+
+    Attributes:
+        library: the distribution that prints it.
+        versions: the versions that do.
+        message: its beginning, as a regular expression.
+    """
+
+    library: str
+    versions: str
+    message: str
+
+    def holds(self) -> bool:
+        """Return whether the installed version prints the line."""
+        try:
+            return importlib.metadata.version(self.library).split("+")[0] in SpecifierSet(self.versions)
+        except importlib.metadata.PackageNotFoundError:
+            return False
+
+
+FOREIGN = (
+    # the ranks' own line says what ended them
+    Foreign("torch", ">=2.11,<2.14", r"Sending process \d+ closing signal"),
+    Foreign("torch", ">=2.11,<2.14", r"failed \(exitcode: -?\d+\) local_rank: \d+"),
+)
+
+
+def filter_foreign() -> None:
+    """Leave the lines of ``FOREIGN`` out in this process, and show other warnings once for all ranks of a machine."""
+    held = "|".join(line.message for line in FOREIGN if line.holds())
+    unwanted = re.compile(held).match if held else lambda text: None
+
+    def wanted(text: str) -> bool:
+        return not unwanted(text) and is_first_with(text)
+
+    warnings.showwarning = functools.partial(_show_warning, wanted)
+    logging.Logger.handle = _wanted_only(wanted, logging.Logger.handle)  # type: ignore[method-assign]
+
+
+def _show_warning(wanted: Callable[[str], bool], message: Any, category: Any, filename: str, *further: Any) -> None:
+    text = " ".join(str(message).split())
+    if wanted(text):
+        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+        show(f"{Path(sys.argv[0]).name}: {rank}warning: {_library(filename)}{text}", "warning")
+
+
+def _library(filename: str) -> str:
+    """Return "NAME: " for the library that a file belongs to, or an empty text for a file of ours."""
+    parts = Path(filename).parts
+    after = parts[parts.index("site-packages") + 1 :] if "site-packages" in parts else ()
+    return f"{after[0].removesuffix('.py')}: " if after and after[0] != "reflora_dist" else ""
+
+
+def _wanted_only(wanted: Callable[[str], bool], handle: Callable[..., None]) -> Callable[..., None]:
+    """Return a ``logging.Logger.handle`` that passes on what is wanted.
+
+    Filters would have to be put on handlers, which the libraries make later and in their own ways.
+    """
+
+    def handle_wanted(logger: logging.Logger, record: logging.LogRecord) -> None:
+        if record.levelno < logging.WARNING or wanted(" ".join(record.getMessage().split())):
+            handle(logger, record)
+
+    return handle_wanted

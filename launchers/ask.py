@@ -12,9 +12,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from launchers.cluster.waiting import stage
 from launchers.data.records import load_records
 from launchers.data.tokenization import encode_prompts, format_prompt
 from launchers.evaluation.generation import base_of, generate, generation_config, load_model, own_device, tokenizer_of
+from launchers.screen.commands import run_command
 from launchers.training.recorder import recorded_template
 from reflora_dist.files.base_files import load_tokenizer
 
@@ -46,7 +48,8 @@ def main() -> None:
     if bool(options.question) == bool(options.records):
         parser.error("give either --question or --records")
     try:
-        model, tokenizer = load(options.adapter)
+        with stage("loading the model and the adapter"):
+            model, tokenizer = load(options.adapter)
         records = load_records([options.records])[: options.count] if options.records else []
         template = recorded_template(options.adapter) or "plain"
     except ValueError as error:
@@ -61,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
+from launchers.screen.commands import run_command
 from launchers.training.plots import plot_comparison
 from launchers.training.recorder import METRICS_FILE
 from reflora_dist.files.open_files import read_json
@@ -119,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -148,7 +148,9 @@ set_mesh_options() {
     mesh_options+=(--parallelism_config_dp_shard_size "$((ranks / copies))")
 }
 
-# Schedulers send SIGUSR1 to every process of a job. finetune.py stops with a checkpoint; launchers would just end.
-leave_sigusr1_to_ranks() {
+# Become the launcher whose module is the first argument; what ended a rank is the last line. Schedulers send SIGUSR1 to
+# every process of a job: finetune.py stops with a checkpoint, and launchers, which would just end, ignore it.
+launch() {
     trap '' USR1
+    exec "$PYTHON" -u "$repository/launchers/cluster/launch.py" "$@"
 }

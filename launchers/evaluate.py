@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import sys
 import time
@@ -28,7 +29,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from launchers.cluster.waiting import told, wait_for_ranks, working_first
+from launchers.cluster.waiting import stage, told, wait_for_ranks, working_first
 from launchers.data.limits import Limits
 from launchers.data.tokenization import PROMPT_TEMPLATES, encode_prompts, format_prompt
 from launchers.evaluation import generation
@@ -43,6 +44,7 @@ from launchers.evaluation.answer_files import (
 )
 from launchers.evaluation.answer_rules import ANSWER_WORDS, extract_answer, is_correct
 from launchers.evaluation.questions import FROM_HUB, TASKS, Question, load_questions
+from launchers.screen.commands import run_command
 from launchers.training.batching import require_same_in_batch
 from launchers.training.fields import option
 from launchers.training.options import MODEL_DTYPES, check_output_dir
@@ -51,6 +53,7 @@ from reflora_dist.collectives.ranks import is_first_rank
 from reflora_dist.engines.bare_base import adapter_folder
 from reflora_dist.files.base_files import load_tokenizer
 
+logger = logging.getLogger(__name__)
 RESULTS_FILE = "results.json"
 # As published: 32 in RefLoRA's commonsense_reasoning/evaluate.py, 256 in LLM-Adapters' evaluate.py.
 MAX_NEW_TOKENS = {task: 256 if task == "gsm8k" else 32 for task in TASKS}
@@ -225,14 +228,15 @@ def answer_settings(options: EvaluateOptions, questions: dict[str, list[Question
 
 def answer_share(options: EvaluateOptions, ranks: Ranks, remaining: dict[Key, Question]) -> None:
     """Generate this rank's share of the remaining answers and write each as soon as its batch is done."""
-    tokenizer = load_tokenizer(options.tokenizer or generation.tokenizer_of(str(options.model), options.adapter))
-    model = generation.load_model(
-        str(options.model),
-        options.adapter,
-        getattr(torch, options.model_dtype),
-        generation.own_device(ranks.local_rank),
-        generation.generation_config(tokenizer, options.num_beams),
-    )
+    with stage(f"loading the model {options.model}"):
+        tokenizer = load_tokenizer(options.tokenizer or generation.tokenizer_of(str(options.model), options.adapter))
+        model = generation.load_model(
+            str(options.model),
+            options.adapter,
+            getattr(torch, options.model_dtype),
+            generation.own_device(ranks.local_rank),
+            generation.generation_config(tokenizer, options.num_beams),
+        )
     template = str(options.prompt_template)
     texts = [format_prompt(question.instruction, question.input, template) for question in remaining.values()]
     prompts = dict(zip(remaining, encode_prompts(tokenizer, texts), strict=True))
@@ -289,7 +293,7 @@ def check_prompts(
     longer = [key for key, prompt in prompts.items() if limits.advised and len(prompt) >= limits.advised]
     if longer and is_first_rank():
         count = f"{len(longer)} of {len(prompts)}"
-        print(f"warning: {count} prompts exceed the model's {limits.advised} positions", flush=True)
+        logger.warning("%s prompts exceed the model's %d positions", count, limits.advised)
 
 
 def collect_results(answers: dict[Key, dict[str, Any]], wanted: dict[Key, Question]) -> dict[str, Any]:
@@ -330,4 +334,4 @@ def results_table(results: dict[str, Any], options: EvaluateOptions) -> Table:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -10,7 +10,6 @@ checkpoint with a sharded state: DCP's (FSDP2, FSDP1, DDP), DeepSpeed's of ZeRO-
 from __future__ import annotations
 
 import dataclasses
-import logging
 import shutil
 import sys
 import tempfile
@@ -25,6 +24,8 @@ import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import HfArgumentParser
 
+from launchers.cluster.waiting import stage
+from launchers.screen.commands import run_command
 from launchers.training.options import MODEL_DTYPES
 from reflora_dist.checkpoints.adapter_files import require_tensors
 from reflora_dist.export.consolidate import CONFIG_NAME, consolidate_adapter, find_config, find_state
@@ -115,7 +116,7 @@ def export_adapter(options: ExportOptions, output: Path) -> None:
     if sharded_state(options) is not None:
         _consolidate(options, output)
     elif (source / CONFIG_NAME).is_file() and is_convertible(source):
-        with new_folder(output) as part:
+        with new_folder(output) as part, stage(f"converting {source}"):
             convert_adapter(source, part)
     elif has_adapter(source) and find_state(source) is not None:
         read_json(source / CONFIG_NAME)
@@ -160,13 +161,14 @@ def sharded_state(options: ExportOptions) -> Path | None:
 
 
 def _consolidate(options: ExportOptions, output: Path) -> None:
-    consolidate_adapter(
-        options.adapter,
-        output,
-        adapter_config=options.adapter_config,
-        adapter=options.adapter_name,
-        trust_pickles=options.trust_pickles,
-    )
+    with stage(f"reading the sharded state in {options.adapter}"):
+        consolidate_adapter(
+            options.adapter,
+            output,
+            adapter_config=options.adapter_config,
+            adapter=options.adapter_name,
+            trust_pickles=options.trust_pickles,
+        )
 
 
 def tokenizer_folder(options: ExportOptions) -> Path:
@@ -180,7 +182,6 @@ def tokenizer_folder(options: ExportOptions) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         (options,) = HfArgumentParser(ExportOptions).parse_args_into_dataclasses(args=argv)  # type: ignore[arg-type]
         export(options)
@@ -191,4 +192,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -11,7 +11,6 @@ Every option of transformers' TrainingArguments works too; ``--help`` lists them
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,14 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from launchers.cluster.waiting import working_first
+from launchers.cluster.waiting import stage, working_first
 from launchers.data import embedded
 from launchers.data.limits import check_examples
 from launchers.data.records import Record, load_records, split_records
 from launchers.data.tokenization import Collator, cached_examples, padding_token
+from launchers.screen.commands import run_command
 from launchers.training import classification, plots, recorder
+from launchers.training.beginning import Beginning
 from launchers.training.batching import BatchingChangesExamples, PackingCheck, require_position_ids
 from launchers.training.continued import continued_adapter
 from launchers.training.evaluations import EvaluationsToCome, NoEvaluations
@@ -57,7 +58,6 @@ RECORDED_ARGUMENTS = (
 
 
 def main(argv: list[str] | None = None) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     mistakes = (ValueError, RuntimeError)
     try:
         options = parse_options(argv)  # which also joins the ranks
@@ -67,12 +67,12 @@ def main(argv: list[str] | None = None) -> None:
         check_output_dir(options.training.output_dir)
         checkpoint = checkpoint_to_resume(options.training)
         trainer, run_recorder = prepare(options, checkpoint)
-    stop = StopOnSignal()
+    stop, beginning = StopOnSignal(), Beginning(options.lora.method)
     # the last one reads whether the one before wants a checkpoint
-    for callback in (EvaluationsToCome(), stop, CompleteCheckpoints()):
+    for callback in (EvaluationsToCome(), beginning, stop, CompleteCheckpoints()):
         trainer.add_callback(callback)
     found_late = (NoEvaluations, BatchingChangesExamples)
-    with named_failures(options.training.output_dir, mistakes=found_late), contextlib.closing(stop):
+    with named_failures(options.training.output_dir, mistakes=found_late), contextlib.closing(stop), beginning:
         trainer.train(resume_from_checkpoint=checkpoint)
         exit_code = stop.exit_code()
         if not exit_code:
@@ -91,15 +91,18 @@ def prepare(options: Options, checkpoint: str | None = None) -> tuple[Trainer, r
     arguments = options.training
     classifies = options.classification.active
     records = (classification.choose_records if classifies else choose_records)(options)
-    adapter = continued_adapter(options)
+    with stage("looking for the model"):
+        adapter = continued_adapter(options)
     if adapter is not None:
         model_path = adapter.base
     else:
         model_path = options.model.model or shared_once(arguments, "pre-training the model", embedded_model, options)
-    tokenizer = load_tokenizer(options.model.tokenizer or (adapter.tokenizer if adapter else model_path))
+    with stage("loading the tokenizer"):
+        tokenizer = load_tokenizer(options.model.tokenizer or (adapter.tokenizer if adapter else model_path))
     data = examples(options, tokenizer, *records)
     set_seed(arguments.seed)
-    base = load_model(model_path, options)
+    with stage(f"loading the model {model_path}"):
+        base = load_model(model_path, options)
     if adapter is not None:
         adapter.resize(base)
     limits = check_examples(base, tokenizer, data)
@@ -114,7 +117,8 @@ def prepare(options: Options, checkpoint: str | None = None) -> tuple[Trainer, r
         adapter.load(model)
         if arguments.process_index == 0:
             print(f"training goes on from the adapter in {adapter.folder}, on {adapter.base}", flush=True)
-    start_adapter(model, lambda: load_model(model_path, options), data["dataset"], collator, options, checkpoint)
+    with stage(f"making the factors' start {options.lora.init_lora_weights}"):
+        start_adapter(model, lambda: load_model(model_path, options), data["dataset"], collator, options, checkpoint)
     callback, first_step = method_callback(options)
     run_recorder = recorder.RunRecorder(callback, first_step)
     run_recorder.further_data = {name: rows for name, rows in data.items() if name not in ("dataset", "eval_dataset")}
@@ -344,4 +348,4 @@ def leave() -> None:
 
 
 if __name__ == "__main__":
-    record(main)()  # so that torchrun's summary has the exception
+    run_command(record(main))  # record: so that torchrun's summary has the exception

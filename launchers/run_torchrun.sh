@@ -5,6 +5,5 @@ set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 ensure_environment deepspeed,launchers
 detect_devices
-leave_sigusr1_to_ranks
-exec "$PYTHON" -m torch.distributed.run --nproc_per_node "$PROCESSES" --master_addr 127.0.0.1 \
+launch torch.distributed.run --nproc_per_node "$PROCESSES" --master_addr 127.0.0.1 \
     --master_port "$(free_port)" "$repository/launchers/finetune.py" "$@"

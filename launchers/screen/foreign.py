@@ -58,15 +58,30 @@ def filter_foreign() -> None:
     def wanted(text: str) -> bool:
         return not unwanted(text) and is_first_with(text)
 
-    warnings.showwarning = functools.partial(_show_warning, wanted)
+    warnings.showwarning = functools.partial(_show_python_warning, wanted)
     logging.Logger.handle = _wanted_only(wanted, logging.Logger.handle)  # type: ignore[method-assign]
+    if not logging.root.handlers:
+        logging.root.addHandler(_Shown(logging.WARNING))
 
 
-def _show_warning(wanted: Callable[[str], bool], message: Any, category: Any, filename: str, *further: Any) -> None:
+def _show_python_warning(
+    wanted: Callable[[str], bool], message: Any, category: Any, filename: str, *further: Any
+) -> None:
     text = " ".join(str(message).split())
     if wanted(text):
-        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-        show(f"{Path(sys.argv[0]).name}: {rank}warning: {_library(filename)}{text}", "warning")
+        _show_warning(_library(filename), text)
+
+
+class _Shown(logging.Handler):
+    """A handler for our loggers, and for libraries that have none of their own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _show_warning(_library(record.pathname), record.getMessage())
+
+
+def _show_warning(source: str, text: str) -> None:
+    rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+    show(f"{Path(sys.argv[0]).name}: {rank}warning: {source}{text}", "warning")
 
 
 def _library(filename: str) -> str:

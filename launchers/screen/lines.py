@@ -58,7 +58,7 @@ def left_for_last(folder: Path) -> tuple[str, str] | None:
     """Return text and kind of what :func:`show_last` left in a folder; None if no rank left anything."""
     with contextlib.suppress(FileNotFoundError):
         kind, _, text = (folder / _LAST_LINE).read_text(encoding="utf-8").partition("\n")
-        return text, kind
+        return (text, kind) if text else None  # a rank may have been killed while it wrote
     return None
 
 

@@ -6,19 +6,29 @@ python launchers/ask.py --adapter outputs/reflora --question "What does the meth
 from __future__ import annotations
 
 import argparse
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __spec__ is None:  # started as a file: go on as a module of the package, which has relative imports
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    runpy.run_module("launchers.ask", run_name="__main__", alter_sys=True)
+    raise SystemExit
 
-from launchers.cluster.waiting import stage
-from launchers.data.records import load_records
-from launchers.data.tokenization import encode_prompts, format_prompt
-from launchers.evaluation.generation import base_of, generate, generation_config, load_model, own_device, tokenizer_of
-from launchers.screen.commands import run_command
-from launchers.training.recorder import recorded_template
+from .screen.foreign import filter_foreign
+
+if __name__ == "__main__":
+    filter_foreign()  # before the libraries are imported, which print as they are
+
 from reflora_dist.files.base_files import load_tokenizer
+
+from .cluster.waiting import stage
+from .data.records import load_records
+from .data.tokenization import encode_prompts, format_prompt
+from .evaluation.generation import base_of, generate, generation_config, load_model, own_device, tokenizer_of
+from .screen.commands import run_command
+from .training.recorder import recorded_template
 
 
 def load(adapter: str) -> tuple[Any, Any]:

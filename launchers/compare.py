@@ -7,22 +7,32 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import runpy
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __spec__ is None:  # started as a file: go on as a module of the package, which has relative imports
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    runpy.run_module("launchers.compare", run_name="__main__", alter_sys=True)
+    raise SystemExit
+
+from .screen.foreign import filter_foreign
+
+if __name__ == "__main__":
+    filter_foreign()  # before the libraries are imported, which print as they are
 
 from rich.console import Console
 from rich.table import Table
 
-from launchers.screen.commands import run_command
-from launchers.training.plots import plot_comparison
-from launchers.training.recorder import METRICS_FILE
 from reflora_dist.files.open_files import read_json
 from reflora_dist.files.records import require_fields
 from reflora_dist.lora_sb import METHODS as LATENT_METHODS
+
+from .screen.commands import run_command
+from .training.plots import plot_comparison
+from .training.recorder import METRICS_FILE
 
 # What may differ between runs that are compared; anything else would make the comparison unfair.
 METHOD_SETTINGS = frozenset(("method", "reflora_warmup_steps", "reflora_interval", "scaled_gd_damping", "optim_args"))

@@ -15,12 +15,21 @@ import hashlib
 import json
 import logging
 import os
+import runpy
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __spec__ is None:  # started as a file: go on as a module of the package, which has relative imports
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    runpy.run_module("launchers.evaluate", run_name="__main__", alter_sys=True)
+    raise SystemExit
+
+from .screen.foreign import filter_foreign
+
+if __name__ == "__main__":
+    filter_foreign()  # before the libraries are imported, which print as they are
 
 import torch
 import torch.distributed as dist
@@ -29,11 +38,15 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from launchers.cluster.waiting import stage, told, wait_for_ranks, working_first
-from launchers.data.limits import Limits
-from launchers.data.tokenization import PROMPT_TEMPLATES, encode_prompts, format_prompt
-from launchers.evaluation import generation
-from launchers.evaluation.answer_files import (
+from reflora_dist.collectives.ranks import is_first_rank
+from reflora_dist.engines.bare_base import adapter_folder
+from reflora_dist.files.base_files import load_tokenizer
+
+from .cluster.waiting import stage, told, wait_for_ranks, working_first
+from .data.limits import Limits
+from .data.tokenization import PROMPT_TEMPLATES, encode_prompts, format_prompt
+from .evaluation import generation
+from .evaluation.answer_files import (
     SETTINGS_FILE,
     AnswerFile,
     Key,
@@ -42,16 +55,13 @@ from launchers.evaluation.answer_files import (
     read_answers,
     write_settings,
 )
-from launchers.evaluation.answer_rules import ANSWER_WORDS, extract_answer, is_correct
-from launchers.evaluation.questions import FROM_HUB, TASKS, Question, load_questions
-from launchers.screen.commands import run_command
-from launchers.training.batching import require_same_in_batch
-from launchers.training.fields import option
-from launchers.training.options import MODEL_DTYPES, check_output_dir
-from launchers.training.recorder import installed_versions, recorded_template
-from reflora_dist.collectives.ranks import is_first_rank
-from reflora_dist.engines.bare_base import adapter_folder
-from reflora_dist.files.base_files import load_tokenizer
+from .evaluation.answer_rules import ANSWER_WORDS, extract_answer, is_correct
+from .evaluation.questions import FROM_HUB, TASKS, Question, load_questions
+from .screen.commands import run_command
+from .training.batching import require_same_in_batch
+from .training.fields import option
+from .training.options import MODEL_DTYPES, check_output_dir
+from .training.recorder import installed_versions, recorded_template
 
 logger = logging.getLogger(__name__)
 RESULTS_FILE = "results.json"

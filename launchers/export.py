@@ -10,6 +10,7 @@ checkpoint with a sharded state: DCP's (FSDP2, FSDP1, DDP), DeepSpeed's of ZeRO-
 from __future__ import annotations
 
 import dataclasses
+import runpy
 import shutil
 import sys
 import tempfile
@@ -18,15 +19,20 @@ from contextlib import contextmanager
 from dataclasses import field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __spec__ is None:  # started as a file: go on as a module of the package, which has relative imports
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    runpy.run_module("launchers.export", run_name="__main__", alter_sys=True)
+    raise SystemExit
+
+from .screen.foreign import filter_foreign
+
+if __name__ == "__main__":
+    filter_foreign()  # before the libraries are imported, which print as they are
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import HfArgumentParser
 
-from launchers.cluster.waiting import stage
-from launchers.screen.commands import run_command
-from launchers.training.options import MODEL_DTYPES
 from reflora_dist.checkpoints.adapter_files import require_tensors
 from reflora_dist.export.consolidate import CONFIG_NAME, consolidate_adapter, find_config, find_state
 from reflora_dist.export.convert import convert_adapter, is_convertible
@@ -34,6 +40,10 @@ from reflora_dist.export.merge import merge_adapter
 from reflora_dist.files.open_files import read_json, read_tensors
 from reflora_dist.files.other_files import tokenizer_files
 from reflora_dist.files.output_folder import new_folder, require_empty
+
+from .cluster.waiting import stage
+from .screen.commands import run_command
+from .training.options import MODEL_DTYPES
 
 
 @dataclasses.dataclass

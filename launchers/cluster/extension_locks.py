@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import runpy
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+if __spec__ is None:  # started as a file: go on as a module of the package, which has relative imports
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    runpy.run_module("launchers.cluster.extension_locks", run_name="__main__", alter_sys=True)
+    raise SystemExit
+
 import psutil
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from launchers.cluster.waiting import say, told
+from .waiting import say, told
 
 # for a lock that another machine or another user may hold
 ABANDONED_AFTER_SECONDS = 600.0

@@ -14,10 +14,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if __spec__ is None:  # started as a file: go on as a module of the package, which has relative imports
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    runpy.run_module("launchers.cluster.launch", run_name="__main__", alter_sys=True)
+    raise SystemExit
 
-from launchers.screen.foreign import filter_foreign
-from launchers.screen.lines import LAUNCH_FOLDER, left_for_last, show
+from ..screen.foreign import filter_foreign
+from ..screen.lines import LAUNCH_FOLDER, left_for_last, show
 
 
 def main() -> None:

@@ -14,18 +14,22 @@ import importlib.metadata
 import ipaddress
 import json
 import platform
+import runpy
 import socket
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+if __spec__ is None:  # started as a file: go on as a module of the package, which has relative imports
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    runpy.run_module("launchers.cluster.meeting", run_name="__main__", alter_sys=True)
+    raise SystemExit
+
 import psutil
 from torch.distributed import DistNetworkError, TCPStore
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from launchers.cluster.waiting import told
+from .waiting import told
 
 _PACKAGES = ("torch", "deepspeed", "accelerate", "transformers", "peft")
 _POLL_SECONDS = 0.2

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launchers.data.cache import build_once
-from launchers.data.records import Record
+from .cache import build_once
+from .records import Record
 
 FORMAT_VERSION = 2  # part of the cache key; raise it when prompts, masking or packing change
 IGNORE_INDEX = -100  # the label that the loss ignores

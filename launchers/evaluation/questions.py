@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from launchers.data.records import load_hub, parse_file, require_record, text_field
-from launchers.evaluation.answer_rules import ANSWER_WORDS
+from ..data.records import load_hub, parse_file, require_record, text_field
+from .answer_rules import ANSWER_WORDS
 
 TASKS = (*ANSWER_WORDS, "gsm8k")
 FROM_HUB = "hub"

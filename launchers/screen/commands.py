@@ -1,4 +1,4 @@
-"""The frame of a command: libraries are quiet, and the error that ends it is the last line."""
+"""The frame of a command: the error that ends it is the last line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from .foreign import filter_foreign
 from .lines import LAUNCH_FOLDER, show_last
 
 _SECONDS_FOR_THE_FIRST = 2.0
@@ -20,7 +19,6 @@ def run_command(main: Callable[[], Any]) -> None:
     Ranks mostly make the same mistake, and their launcher ends all of them after the first. So under a launcher that
     was started without our script the first rank of a machine speaks at once, and the others only if it does not.
     """
-    filter_foreign()
     try:
         main()
     except SystemExit as end:

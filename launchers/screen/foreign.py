@@ -44,6 +44,14 @@ class Foreign(NamedTuple):
 
 
 FOREIGN = (
+    # an optional package that makes 4-bit bases faster on some CPUs
+    Foreign("bitsandbytes", ">=0.49,<0.51", r"Failed to load CPU gemm_4bit_forward from kernels-community"),
+    # right on a machine without GPUs
+    Foreign("deepspeed", ">=0.19,<0.20", r"Setting accelerator to CPU\. If you have GPU"),
+    # PEFT asks by the older name
+    Foreign("transformers", ">=5.23,<5.24", r"`is_gradient_checkpointing` is deprecated"),
+    # one process reads and writes sharded checkpoints
+    Foreign("torch", ">=2.11,<2.14", r"torch\.distributed is disabled, unavailable or uninitialized"),
     # the ranks' own line says what ended them
     Foreign("torch", ">=2.11,<2.14", r"Sending process \d+ closing signal"),
     Foreign("torch", ">=2.11,<2.14", r"failed \(exitcode: -?\d+\) local_rank: \d+"),
@@ -51,7 +59,13 @@ FOREIGN = (
 
 
 def filter_foreign() -> None:
-    """Leave the lines of ``FOREIGN`` out in this process, and show other warnings once for all ranks of a machine."""
+    """Leave the lines of ``FOREIGN`` out in this process, and show other warnings once for all ranks of a machine.
+
+    Progress bars of downloads, of loading and of data sets are for a terminal, and of the first rank.
+    """
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+        for library in ("HF_HUB", "HF_DATASETS"):  # transformers reads the first
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     held = "|".join(line.message for line in FOREIGN if line.holds())
     unwanted = re.compile(held).match if held else lambda text: None
 

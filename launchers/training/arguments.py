@@ -15,10 +15,10 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from launchers.cluster.extension_locks import speak_while_building
-from launchers.cluster.waiting import told
-from launchers.training.evaluations import check_strategy
-from launchers.training.fields import option as _option
+from ..cluster.extension_locks import speak_while_building
+from ..cluster.waiting import told
+from .evaluations import check_strategy
+from .fields import option as _option
 
 
 @dataclasses.dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from launchers.training.fields import option
+from .fields import option
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,19 +13,20 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser
 
-from launchers.data.cache import default_cache_dir
-from launchers.data.embedded import EmbeddedSettings
-from launchers.data.tokenization import PROMPT_TEMPLATES, TokenizationSettings
-from launchers.training.arguments import FinetuneArguments
-from launchers.training.evaluations import check_evaluations, shown
-from launchers.training.fields import option as _option
-from launchers.training.glue_tasks import ClassificationOptions
 from reflora_dist import LoRARite, RefLoRAConfig
 from reflora_dist.checkpoints.complete import last_complete_checkpoint, require_complete
 from reflora_dist.collectives.ranks import is_first_rank, world_size
 from reflora_dist.lora_sb import METHODS as LATENT_METHODS
 from reflora_dist.methods.registry import METHODS
 from reflora_dist.starts.recipes import check_init
+
+from ..data.cache import default_cache_dir
+from ..data.embedded import EmbeddedSettings
+from ..data.tokenization import PROMPT_TEMPLATES, TokenizationSettings
+from .arguments import FinetuneArguments
+from .evaluations import check_evaluations, shown
+from .fields import option as _option
+from .glue_tasks import ClassificationOptions
 
 MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")
 # PEFT's own starts that leave the base alone; the others are reflora_dist.starts.initialize's.

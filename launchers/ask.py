@@ -16,10 +16,10 @@ if __spec__ is None:  # started as a file: go on as a module of the package, whi
     runpy.run_module("launchers.ask", run_name="__main__", alter_sys=True)
     raise SystemExit
 
-from .screen.foreign import filter_foreign
+from .screen.commands import begin_command, run_command
 
 if __name__ == "__main__":
-    filter_foreign()  # before the libraries are imported, which print as they are
+    begin_command()
 
 from reflora_dist.files.base_files import load_tokenizer
 
@@ -27,7 +27,6 @@ from .cluster.waiting import stage
 from .data.records import load_records
 from .data.tokenization import encode_prompts, format_prompt
 from .evaluation.generation import base_of, generate, generation_config, load_model, own_device, tokenizer_of
-from .screen.commands import run_command
 from .training.recorder import recorded_template
 
 

@@ -18,10 +18,10 @@ if __spec__ is None:  # started as a file: go on as a module of the package, whi
     runpy.run_module("launchers.compare", run_name="__main__", alter_sys=True)
     raise SystemExit
 
-from .screen.foreign import filter_foreign
+from .screen.commands import begin_command, run_command
 
 if __name__ == "__main__":
-    filter_foreign()  # before the libraries are imported, which print as they are
+    begin_command()
 
 from rich.console import Console
 from rich.table import Table
@@ -30,7 +30,6 @@ from reflora_dist.files.open_files import read_json
 from reflora_dist.files.records import require_fields
 from reflora_dist.lora_sb import METHODS as LATENT_METHODS
 
-from .screen.commands import run_command
 from .training.plots import plot_comparison
 from .training.recorder import METRICS_FILE
 

@@ -151,6 +151,7 @@ set_mesh_options() {
 # Become the launcher whose module is the first argument; what ended a rank is the last line. Schedulers send SIGUSR1 to
 # every process of a job: finetune.py stops with a checkpoint, and launchers, which would just end, ignore it.
 launch() {
+    echo "starting $PROCESSES process(es) with $1"
     trap '' USR1
     exec "$PYTHON" -u "$repository/launchers/cluster/launch.py" "$@"
 }

@@ -26,10 +26,10 @@ if __spec__ is None:  # started as a file: go on as a module of the package, whi
     runpy.run_module("launchers.evaluate", run_name="__main__", alter_sys=True)
     raise SystemExit
 
-from .screen.foreign import filter_foreign
+from .screen.commands import begin_command, run_command
 
 if __name__ == "__main__":
-    filter_foreign()  # before the libraries are imported, which print as they are
+    begin_command()
 
 import torch
 import torch.distributed as dist
@@ -57,7 +57,6 @@ from .evaluation.answer_files import (
 )
 from .evaluation.answer_rules import ANSWER_WORDS, extract_answer, is_correct
 from .evaluation.questions import FROM_HUB, TASKS, Question, load_questions
-from .screen.commands import run_command
 from .training.batching import require_same_in_batch
 from .training.fields import option
 from .training.options import MODEL_DTYPES, check_output_dir

@@ -24,10 +24,10 @@ if __spec__ is None:  # started as a file: go on as a module of the package, whi
     runpy.run_module("launchers.export", run_name="__main__", alter_sys=True)
     raise SystemExit
 
-from .screen.foreign import filter_foreign
+from .screen.commands import begin_command, run_command
 
 if __name__ == "__main__":
-    filter_foreign()  # before the libraries are imported, which print as they are
+    begin_command()
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -42,7 +42,6 @@ from reflora_dist.files.other_files import tokenizer_files
 from reflora_dist.files.output_folder import new_folder, require_empty
 
 from .cluster.waiting import stage
-from .screen.commands import run_command
 from .training.options import MODEL_DTYPES
 
 

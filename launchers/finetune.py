@@ -21,10 +21,10 @@ if __spec__ is None:  # started as a file: go on as a module of the package, whi
     runpy.run_module("launchers.finetune", run_name="__main__", alter_sys=True)
     raise SystemExit
 
-from .screen.foreign import filter_foreign
+from .screen.commands import begin_command, run_command
 
 if __name__ == "__main__":
-    filter_foreign()  # before the libraries are imported, which print as they are
+    begin_command()
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
@@ -43,7 +43,6 @@ from .data import embedded
 from .data.limits import check_examples
 from .data.records import Record, load_records, split_records
 from .data.tokenization import Collator, cached_examples, padding_token
-from .screen.commands import run_command
 from .training import classification, plots, recorder
 from .training.batching import BatchingChangesExamples, PackingCheck, require_position_ids
 from .training.beginning import Beginning

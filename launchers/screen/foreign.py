@@ -6,6 +6,7 @@ somebody looks whether the entry is still needed.
 
 from __future__ import annotations
 
+import builtins
 import functools
 import importlib.metadata
 import logging
@@ -48,6 +49,10 @@ FOREIGN = (
     Foreign("bitsandbytes", ">=0.49,<0.51", r"Failed to load CPU gemm_4bit_forward from kernels-community"),
     # right on a machine without GPUs
     Foreign("deepspeed", ">=0.19,<0.20", r"Setting accelerator to CPU\. If you have GPU"),
+    # on every rank; while it compiles, our own line says so
+    Foreign("deepspeed", ">=0.19,<0.20", r"DeepSpeed deepspeed\.ops\.comm\.\w+ built successfully"),
+    # DeepSpeed and accelerate call the collectives by older names
+    Foreign("torch", ">=2.13,<2.14", r"`torch\.distributed\.\w+_tensor` is deprecated"),
     # PEFT asks by the older name
     Foreign("transformers", ">=5.23,<5.24", r"`is_gradient_checkpointing` is deprecated"),
     # one process reads and writes sharded checkpoints
@@ -73,6 +78,7 @@ def filter_foreign() -> None:
         return not unwanted(text) and is_first_with(text)
 
     warnings.showwarning = functools.partial(_show_python_warning, wanted)
+    builtins.print = _without(unwanted, print)
     logging.Logger.handle = _wanted_only(wanted, logging.Logger.handle)  # type: ignore[method-assign]
     if not logging.root.handlers:
         logging.root.addHandler(_Shown(logging.WARNING))
@@ -84,6 +90,16 @@ def _show_python_warning(
     text = " ".join(str(message).split())
     if wanted(text):
         _show_warning(_library(filename), text)
+
+
+def _without(unwanted: Callable[[str], Any], printed: Callable[..., None]) -> Callable[..., None]:
+    """Return a ``print`` that leaves out what is unwanted."""
+
+    def print_wanted(*values: Any, **options: Any) -> None:
+        if not (values and unwanted(str(values[0]))):
+            printed(*values, **options)
+
+    return print_wanted
 
 
 class _Shown(logging.Handler):

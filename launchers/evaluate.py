@@ -41,6 +41,7 @@ from transformers import HfArgumentParser
 from reflora_dist.collectives.ranks import is_first_rank
 from reflora_dist.engines.bare_base import adapter_folder
 from reflora_dist.files.base_files import load_tokenizer
+from reflora_dist.files.local_names import require_path_or_hub_name
 
 from .cluster.waiting import stage, told, wait_for_ranks, working_first
 from .data.limits import Limits
@@ -157,7 +158,8 @@ _VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 def main(argv: list[str] | None = None) -> None:
     try:
-        (options,) = HfArgumentParser(EvaluateOptions).parse_args_into_dataclasses(args=argv)  # type: ignore[arg-type]
+        with stage("looking for the model and the adapter"):
+            (options,) = HfArgumentParser(EvaluateOptions).parse_args_into_dataclasses(args=argv)  # type: ignore[arg-type]
         ranks = join_ranks()
         check_output_dir(options.output_dir)
         evaluate(options, ranks)
@@ -177,6 +179,7 @@ def evaluate(options: EvaluateOptions, ranks: Ranks) -> None:
     """
     start = time.perf_counter()
     folder = Path(options.output_dir)
+    require_path_or_hub_name("model", str(options.model))
     questions = all_questions(options, ranks)
     settings = answer_settings(options, questions)
     wanted: dict[Key, Question] = {

@@ -101,7 +101,7 @@ def export(options: ExportOptions) -> None:
         export_adapter(options, output)
         return
     dtype = None if options.model_dtype == "auto" else getattr(torch, options.model_dtype)
-    with adapter_folder(options) as folder:
+    with stage(f"merging {options.adapter} into its base"), adapter_folder(options) as folder:
         tokenizer = tokenizer_folder(options)
         merge_adapter(folder, output, base=options.model, dtype=dtype, tokenizer_dir=tokenizer, progress=True)
 

@@ -35,6 +35,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from reflora_dist import RefLoRACallback, export_adapter
 from reflora_dist.checkpoints.complete import CompleteCheckpoints
 from reflora_dist.files.base_files import load_base, load_tokenizer, require_no_missing
+from reflora_dist.files.local_names import require_path_or_hub_name
 from reflora_dist.files.open_files import cause_of
 from reflora_dist.lora_sb import LoRASBCallback, LoRASBConfig, LoraXSConfig
 
@@ -98,6 +99,8 @@ def prepare(options: Options, checkpoint: str | None = None) -> tuple[Trainer, r
         ValueError, RuntimeError: an option, a file or a record cannot be used; the message names it.
     """
     arguments = options.training
+    if options.model.model is not None:
+        require_path_or_hub_name("model", options.model.model)
     classifies = options.classification.active
     records = (classification.choose_records if classifies else choose_records)(options)
     with stage("looking for the model"):

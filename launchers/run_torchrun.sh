@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Fine-tune under DDP through torchrun: bash launchers/run_torchrun.sh [options of finetune.py]
-# PROCESSES=N sets the number of ranks.
+# Fine-tune under DDP through torchrun: bash launchers/run_torchrun.sh [SCRIPT.py] [options of the script]
+# Without a script: launchers/finetune.py. PROCESSES=N sets the number of ranks.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 ensure_environment deepspeed,launchers
 detect_devices
+script=$repository/launchers/finetune.py
+case "${1:-}" in *.py) script=$1; shift ;; esac
 launch torch.distributed.run --nproc_per_node "$PROCESSES" --master_addr 127.0.0.1 \
-    --master_port "$(free_port)" "$repository/launchers/finetune.py" "$@"
+    --master_port "$(free_port)" "$script" "$@"

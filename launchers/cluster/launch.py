@@ -49,6 +49,8 @@ def run_launcher(module: str, folder: Path) -> int | str | None:
             raise
         code = 1
     line = left_for_last(folder)
+    if line is None and code:
+        line = f"{module} ended with exit code {code}, and no rank left a line: see above", "error"
     if line is not None:
         show(*line)
     return code

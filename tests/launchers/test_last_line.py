@@ -88,6 +88,15 @@ def test_a_launcher_s_own_error_stands_where_no_rank_left_a_line(launcher: Path,
         launch.run_launcher("a_launcher", folder)
 
 
+def test_an_exit_code_is_shown_where_nobody_left_a_line(
+    launcher: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for code, shown in ((247, "a_launcher ended with exit code 247, and no rank left a line: see above\n"), (0, "")):
+        launcher.write_text(f"raise SystemExit({code})\n")
+        assert launch.run_launcher("a_launcher", folder) == code
+        assert capsys.readouterr().err == shown
+
+
 def test_the_launcher_gets_its_arguments(
     launcher: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

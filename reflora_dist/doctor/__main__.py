@@ -20,7 +20,6 @@ from .options import DoctorOptions, launched, parse_options
 from .ranks import compare, environment, gather, join, names, smallest_memory_gib, time_collectives
 from .tables import text
 
-
 _PATIENCE_SECONDS = 3.0
 
 

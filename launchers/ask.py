@@ -5,7 +5,6 @@ python launchers/ask.py --adapter outputs/reflora --question "What does the meth
 
 from __future__ import annotations
 
-import argparse
 import runpy
 import sys
 from pathlib import Path
@@ -16,9 +15,11 @@ if __spec__ is None:  # started as a file: go on as a module of the package, whi
     runpy.run_module("launchers.ask", run_name="__main__", alter_sys=True)
     raise SystemExit
 
+from .options import ask_parser
 from .screen.commands import begin_command, run_command
 
 if __name__ == "__main__":
+    ask_parser().parse_args()  # --help and mistakes are answered before torch is imported, which takes seconds
     begin_command()
 
 from reflora_dist.files.base_files import load_tokenizer
@@ -47,12 +48,7 @@ def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Answer questions with a saved adapter.")
-    parser.add_argument("--adapter", required=True, help="folder with adapter_model.safetensors")
-    parser.add_argument("--question", help="one question")
-    parser.add_argument("--input", default="", help="further input to the question")
-    parser.add_argument("--records", help="instead: ask the first questions of this file, show the reference too")
-    parser.add_argument("--count", type=int, default=3, help="how many records to ask")
+    parser = ask_parser()
     options = parser.parse_args()
     if bool(options.question) == bool(options.records):
         parser.error("give either --question or --records")

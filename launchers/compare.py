@@ -5,7 +5,6 @@ python launchers/compare.py outputs/lora outputs/reflora --plot outputs/comparis
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import runpy
 import sys
@@ -18,9 +17,11 @@ if __spec__ is None:  # started as a file: go on as a module of the package, whi
     runpy.run_module("launchers.compare", run_name="__main__", alter_sys=True)
     raise SystemExit
 
+from .options import compare_parser
 from .screen.commands import begin_command, run_command
 
 if __name__ == "__main__":
+    compare_parser().parse_args()  # --help and mistakes are answered before torch is imported, which takes seconds
     begin_command()
 
 from rich.console import Console
@@ -28,7 +29,7 @@ from rich.table import Table
 
 from reflora_dist.files.open_files import read_json
 from reflora_dist.files.records import require_fields
-from reflora_dist.lora_sb import METHODS as LATENT_METHODS
+from reflora_dist.methods.names import LATENT_METHODS
 
 from .training.plots import plot_comparison
 from .training.recorder import METRICS_FILE
@@ -115,10 +116,7 @@ def comparison_table(runs: Sequence[dict[str, Any]]) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare finished fine-tuning runs.")
-    parser.add_argument("runs", nargs="+", type=Path, help="output folders of finetune.py")
-    parser.add_argument("--plot", type=Path, default=Path("outputs/comparison.png"))
-    options = parser.parse_args()
+    options = compare_parser().parse_args()
     try:
         runs = [load_run(folder) for folder in options.runs]
         check_comparable(runs)

@@ -5,7 +5,7 @@
     deepspeed --num_gpus 2 launchers/finetune.py --deepspeed ds_configs/zero3.json ...
     accelerate launch --config_file launchers/accelerate/fsdp2.yaml launchers/finetune.py ...
 
-Every option of transformers' TrainingArguments works too; ``--help`` lists them all.
+Every option of transformers' TrainingArguments works too.
 """
 
 from __future__ import annotations
@@ -21,9 +21,13 @@ if __spec__ is None:  # started as a file: go on as a module of the package, whi
     runpy.run_module("launchers.finetune", run_name="__main__", alter_sys=True)
     raise SystemExit
 
+from reflora_dist.command_line.help import answer_help
+
 from .screen.commands import begin_command, run_command
+from .training.options import HELP_GROUPS, trainers_options
 
 if __name__ == "__main__":
+    answer_help(__doc__, HELP_GROUPS, further=trainers_options)  # before torch is imported, which takes seconds
     begin_command()
 
 import torch

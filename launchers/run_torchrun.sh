@@ -3,6 +3,7 @@
 # Without a script: launchers/finetune.py. PROCESSES=N sets the number of ranks.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
+answer_help launchers/finetune.py "$@"
 ensure_environment deepspeed,launchers
 detect_devices
 script=$repository/launchers/finetune.py

@@ -8,6 +8,7 @@ killed build leaves the file, and the next one waits for it forever without a me
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import runpy
@@ -20,8 +21,6 @@ if __spec__ is None:  # started as a file: go on as a module of the package, whi
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     runpy.run_module("launchers.cluster.extension_locks", run_name="__main__", alter_sys=True)
     raise SystemExit
-
-import psutil
 
 from .waiting import say, told
 
@@ -66,6 +65,8 @@ def find_builder(lock: Path) -> int | None:
 
 def _is_local(path: Path) -> bool:
     """Return whether the path is on a file system that no other machine writes to."""
+    import psutil  # of the extra "launchers"; a lock to judge is rare
+
     real = Path(os.path.realpath(path))
     mounted = [part for part in psutil.disk_partitions(all=True) if real.is_relative_to(part.mountpoint)]
     # if several are mounted at one place, the last one covers the others
@@ -161,4 +162,5 @@ def speak_while_building() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="extension_locks.py", description=main.__doc__).parse_args()
     main()

@@ -18,8 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from packaging.specifiers import SpecifierSet
-
 from .lines import is_first_with, show
 
 
@@ -38,6 +36,8 @@ class Foreign(NamedTuple):
 
     def holds(self) -> bool:
         """Return whether the installed version prints the line."""
+        from packaging.specifiers import SpecifierSet  # help is answered where no package is installed
+
         try:
             return importlib.metadata.version(self.library).split("+")[0] in SpecifierSet(self.versions)
         except importlib.metadata.PackageNotFoundError:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
 # endings of files, which names on the hub do not have
 _FILE_ENDINGS = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zip"}
 _FILE_ENDINGS |= {".safetensors", ".bin", ".pt", ".yaml"}
@@ -59,6 +56,9 @@ def hint_of(name: str) -> str:
 def _is_path(name: str) -> bool:
     if name.startswith((".", "/", "~")) or Path(name).suffix in _FILE_ENDINGS:
         return True
+    from huggingface_hub.errors import HFValidationError  # help is answered where no package is installed
+    from huggingface_hub.utils import validate_repo_id
+
     try:
         validate_repo_id(name)
     except HFValidationError:

@@ -23,7 +23,8 @@ answer_help() {
                 sed -n '2,/^[^#]/ s/^# \{0,1\}//p' "$0"
                 [ -n "$script" ] || exit 0
                 echo
-                exec "$python" "$repository/$script" "$argument" ;;
+                cd "$repository"  # a script of ours is named from there, another by its whole path
+                exec "$python" "$script" "$argument" ;;
         esac
     done
 }

@@ -54,7 +54,8 @@ def read_model_config(name: str, **settings: Any) -> Any:
         try:
             return AutoConfig.from_pretrained(name, **settings)
         except Exception as error:
-            raise ValueError(f"model {name!r} cannot be loaded: {error}{hint_of(name)}") from error
+            sentence = " ".join(str(error).split()).rstrip(".")
+            raise ValueError(f"model {name!r} cannot be loaded: {sentence}{hint_of(name)}") from error
     read_json(path)
     with readable(path, "correct it, or get the model anew"):
         config = AutoConfig.from_pretrained(name, **settings)

@@ -59,6 +59,16 @@ def test_a_mistake_ends_every_rank_of_a_launch(folder: Path) -> None:
     assert "max_length" not in "".join(before) and "Traceback" not in printed and foreign_lines(printed) == []
 
 
+def test_torchrun_starts_another_script_too(tmp_path: Path) -> None:
+    """Its options reach it, and its error is the last line."""
+    command = ["bash", LAUNCHERS / "run_torchrun.sh", LAUNCHERS / "evaluate.py"]
+    assert "usage: evaluate.py" in launch([*command, "--help"], timeout_s=60)
+    argv = ["--model", tmp_path / "absent", "--data", tmp_path, "--output_dir", tmp_path / "out"]
+    printed = launch([*command, *argv], timeout_s=280, expect_failure=True, PROCESSES="2")
+    error = f"evaluate.py: error: model '{tmp_path / 'absent'}' cannot be loaded: no such file or folder"
+    assert printed.splitlines()[-1] == error and foreign_lines(printed) == []
+
+
 def test_accelerate_with_fsdp_is_refused_without_a_gpu(folder: Path) -> None:
     command = ["bash", LAUNCHERS / "run_accelerate.sh", LAUNCHERS / "accelerate" / "fsdp2.yaml"]
     printed = launch([*command, *short_training(folder, "fsdp")], timeout_s=120, expect_failure=True)

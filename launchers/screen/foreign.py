@@ -60,6 +60,7 @@ FOREIGN = (
     # the ranks' own line says what ended them
     Foreign("torch", ">=2.11,<2.14", r"Sending process \d+ closing signal"),
     Foreign("deepspeed", ">=0.19,<0.20", r"\[.*\] exits with return code = -?\d+"),
+    Foreign("torch", ">=2.11,<2.14", r"no error file defined for parent"),
     Foreign("torch", ">=2.11,<2.14", r"failed \(exitcode: -?\d+\) local_rank: \d+"),
 )
 

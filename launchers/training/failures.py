@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.distributed_c10d import _get_default_store
 
-from ..screen.lines import show_last
+from ..screen.lines import LAUNCH_FOLDER, show_last
 
 _FIRST_KEY = "launchers/first_failure"
 # messages of gloo, NCCL and the store when another rank has gone
@@ -49,8 +49,10 @@ def named_failures(output_dir: str, *, mistakes: tuple[type[Exception], ...] = (
         text = " ".join(f"{type(error).__name__}: {error}".split())
         if _FAILED_WRITE.search(text):
             text += f" ({shutil.disk_usage(output_dir).free / 2**20:,.1f} MiB free in {output_dir})"
-        if not show_last(f"finetune.py: {on_rank()}{_explain(text, peers)}", "error"):
-            raise SystemExit(1) from error
+        line = _explain(text, peers)
+        is_first = show_last(f"finetune.py: {on_rank()}{line}", "error")
+        if LAUNCH_FOLDER in os.environ and (not is_first or not line.startswith(text)):
+            raise SystemExit(1) from error  # the cause is another rank's, and its traceback is no help
         raise
 
 

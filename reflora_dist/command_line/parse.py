@@ -45,7 +45,7 @@ def unknown(argument: str, parser: argparse.ArgumentParser) -> str:
     if not argument.startswith("-"):
         return f"{argument!r} belongs to no option; --help lists the options"
     name = argument.partition("=")[0]
-    known = {}  # each option once, though HfArgumentParser knows most with "-" and with "_"
+    known: dict[str, str] = {}  # each option once, though HfArgumentParser knows most with "-" and with "_"
     for action in parser._actions:
         for option in action.option_strings:
             known.setdefault(option.lstrip("-").replace("-", "_"), option)

@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.harness import models
 from benchmarks.harness.names import ENGINES
 from benchmarks.harness.options import parse, require_known, require_positive
+from launchers.screen.foreign import filter_foreign
 from reflora_dist.command_line.help import answer_help
 from reflora_dist.methods.names import METHOD_NAMES
 
@@ -88,6 +89,7 @@ class Arguments:
 
 if __name__ == "__main__":
     answer_help(__doc__, {"options": Arguments})  # before libraries are imported, which takes seconds
+    filter_foreign()
 
 import torch
 

@@ -19,15 +19,18 @@ if __spec__ is None:  # started as a file: go on as a module of the package, whi
     raise SystemExit
 
 from .options import ask_parser
+from .screen.commands import begin_command, run_command
 
 if __name__ == "__main__":
     ask_parser().parse_args()  # --help and mistakes are answered before torch is imported, which takes seconds
+    begin_command()
 
 from tqdm.auto import tqdm
 
 from reflora_dist.files.base_files import load_tokenizer
 from reflora_dist.files.smollm2 import resolve_model
 
+from .cluster.waiting import stage
 from .data.forms import Record, last_exchange
 from .data.records import load_records
 from .data.tokenization import encode_last_question
@@ -67,7 +70,8 @@ def answers(options: argparse.Namespace, records: Sequence[Record]) -> dict[str,
         for name, adapter in asked:
             like = adapter or options.adapter[0]
             template = recorded_template(like) or "plain"
-            model, tokenizer = load(base or base_of(like), adapter, template)
+            with stage(f"loading {name}"):
+                model, tokenizer = load(base or base_of(like), adapter, template)
             given[name] = []
             for record in records:
                 prompt = encode_last_question(tokenizer, record, template)
@@ -100,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -18,9 +18,11 @@ if __spec__ is None:  # started as a file: go on as a module of the package, whi
     raise SystemExit
 
 from .options import compare_parser
+from .screen.commands import begin_command, run_command
 
 if __name__ == "__main__":
     compare_parser().parse_args()  # --help and mistakes are answered before torch is imported, which takes seconds
+    begin_command()
 
 from rich.console import Console
 from rich.table import Table
@@ -131,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -23,7 +23,8 @@ answer_help() {
                 sed -n '2,/^[^#]/ s/^# \{0,1\}//p' "$0"
                 [ -n "$script" ] || exit 0
                 echo
-                exec "$python" "$repository/$script" "$argument" ;;
+                cd "$repository"  # a script of ours is named from there, another by its whole path
+                exec "$python" "$script" "$argument" ;;
         esac
     done
 }
@@ -183,7 +184,10 @@ set_mesh_options() {
     mesh_options+=(--parallelism_config_dp_shard_size "$((ranks / copies))")
 }
 
-# Schedulers send SIGUSR1 to every process of a job. finetune.py stops with a checkpoint; launchers would just end.
-leave_sigusr1_to_ranks() {
+# Become the launcher whose module is the first argument; what ended a rank is the last line. Schedulers send SIGUSR1 to
+# every process of a job: finetune.py stops with a checkpoint, and launchers, which would just end, ignore it.
+launch() {
+    echo "starting $PROCESSES process(es) with $1"
     trap '' USR1
+    exec "$PYTHON" -u "$repository/launchers/cluster/launch.py" "$@"
 }

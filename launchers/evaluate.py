@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import runpy
 import sys
@@ -29,9 +30,11 @@ from reflora_dist.command_line.help import answer_help
 from reflora_dist.command_line.parse import parse_into_dataclasses
 
 from .evaluation.options import EvaluateOptions
+from .screen.commands import begin_command, run_command
 
 if __name__ == "__main__":
     answer_help(__doc__, {"options": EvaluateOptions})  # before torch is imported, which takes seconds
+    begin_command()
 
 import torch
 import torch.distributed as dist
@@ -42,8 +45,9 @@ from transformers import HfArgumentParser
 
 from reflora_dist.collectives.ranks import is_first_rank
 from reflora_dist.files.base_files import load_tokenizer
+from reflora_dist.files.local_names import require_path_or_hub_name
 
-from .cluster.waiting import told, wait_for_ranks, working_first
+from .cluster.waiting import stage, told, wait_for_ranks, working_first
 from .data.limits import Limits
 from .data.named_model import resolve_together
 from .data.tokenization import encode_questions
@@ -63,6 +67,7 @@ from .training.batching import require_same_in_batch
 from .training.options import check_output_dir
 from .training.recorder import installed_versions
 
+logger = logging.getLogger(__name__)
 RESULTS_FILE = "results.json"
 # As published: 32 in RefLoRA's commonsense_reasoning/evaluate.py, 256 in LLM-Adapters' evaluate.py.
 MAX_NEW_TOKENS = {task: 256 if task == "gsm8k" else 32 for task in TASKS}
@@ -94,7 +99,8 @@ _VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 def main(argv: list[str] | None = None) -> None:
     try:
-        (options,) = parse_into_dataclasses(HfArgumentParser(EvaluateOptions), argv)  # type: ignore[arg-type]
+        with stage("looking for the model and the adapter"):
+            (options,) = parse_into_dataclasses(HfArgumentParser(EvaluateOptions), argv)  # type: ignore[arg-type]
         ranks = join_ranks()
         check_output_dir(options.output_dir)
         evaluate(options, ranks)
@@ -114,6 +120,7 @@ def evaluate(options: EvaluateOptions, ranks: Ranks) -> None:
     """
     start = time.perf_counter()
     folder = Path(options.output_dir)
+    require_path_or_hub_name("model", str(options.model))
     options.model = resolve_together(str(options.model), None, ranks.local_rank)
     questions = all_questions(options, ranks)
     settings = answer_settings(options, questions)
@@ -175,17 +182,18 @@ def answer_settings(options: EvaluateOptions, questions: dict[str, list[Question
 
 def answer_share(options: EvaluateOptions, ranks: Ranks, remaining: dict[Key, Question]) -> None:
     """Generate this rank's share of the remaining answers and write each as soon as its batch is done."""
-    tokenizer = load_tokenizer(options.tokenizer or generation.tokenizer_of(str(options.model), options.adapter))
     template = str(options.prompt_template)
+    with stage(f"loading the model {options.model}"):
+        tokenizer = load_tokenizer(options.tokenizer or generation.tokenizer_of(str(options.model), options.adapter))
+        model = generation.load_model(
+            str(options.model),
+            options.adapter,
+            getattr(torch, options.model_dtype),
+            generation.own_device(ranks.local_rank),
+            generation.generation_config(tokenizer, options.num_beams, template),
+        )
     asked = [(question.instruction, question.input) for question in remaining.values()]
     prompts = dict(zip(remaining, encode_questions(tokenizer, asked, template), strict=True))
-    model = generation.load_model(
-        str(options.model),
-        options.adapter,
-        getattr(torch, options.model_dtype),
-        generation.own_device(ranks.local_rank),
-        generation.generation_config(tokenizer, options.num_beams, template),
-    )
     check_prompts(model, tokenizer, prompts, {key: question.place for key, question in remaining.items()}, options)
     if options.batch_size > 1:
         require_same_in_batch(model, max(prompts.values(), key=len))
@@ -239,7 +247,7 @@ def check_prompts(
     longer = [key for key, prompt in prompts.items() if limits.advised and len(prompt) >= limits.advised]
     if longer and is_first_rank():
         count = f"{len(longer)} of {len(prompts)}"
-        print(f"warning: {count} prompts exceed the model's {limits.advised} positions", flush=True)
+        logger.warning("%s prompts exceed the model's %d positions", count, limits.advised)
 
 
 def collect_results(answers: dict[Key, dict[str, Any]], wanted: dict[Key, Question]) -> dict[str, Any]:
@@ -280,4 +288,4 @@ def results_table(results: dict[str, Any], options: EvaluateOptions) -> Table:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

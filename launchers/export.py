@@ -9,7 +9,6 @@ checkpoint with a sharded state: DCP's (FSDP2, FSDP1, DDP), DeepSpeed's of ZeRO-
 
 from __future__ import annotations
 
-import logging
 import runpy
 import shutil
 import sys
@@ -27,9 +26,11 @@ from reflora_dist.command_line.help import answer_help
 from reflora_dist.command_line.parse import parse_into_dataclasses
 
 from .options import ExportOptions
+from .screen.commands import begin_command, run_command
 
 if __name__ == "__main__":
     answer_help(__doc__, {"options": ExportOptions})  # before torch is imported, which takes seconds
+    begin_command()
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -43,6 +44,8 @@ from reflora_dist.files.open_files import read_json, read_tensors
 from reflora_dist.files.other_files import tokenizer_files
 from reflora_dist.files.output_folder import new_folder, require_empty
 from reflora_dist.files.smollm2 import resolve_model
+
+from .cluster.waiting import stage
 
 
 def export(options: ExportOptions) -> None:
@@ -61,7 +64,7 @@ def export(options: ExportOptions) -> None:
         return
     base = resolve_model(options.model) if options.model else None
     dtype = None if options.model_dtype == "auto" else getattr(torch, options.model_dtype)
-    with adapter_folder(options) as folder:
+    with stage(f"merging {options.adapter} into its base"), adapter_folder(options) as folder:
         tokenizer = tokenizer_folder(options)
         merge_adapter(folder, output, base=base, dtype=dtype, tokenizer_dir=tokenizer, progress=True)
 
@@ -85,7 +88,7 @@ def export_adapter(options: ExportOptions, output: Path) -> None:
     if sharded_state(options) is not None:
         _consolidate(options, output)
     elif (source / CONFIG_NAME).is_file() and is_convertible(source):
-        with new_folder(output) as part:
+        with new_folder(output) as part, stage(f"converting {source}"):
             convert_adapter(source, part)
     elif has_adapter(source) and find_state(source) is not None:
         read_json(source / CONFIG_NAME)
@@ -130,13 +133,14 @@ def sharded_state(options: ExportOptions) -> Path | None:
 
 
 def _consolidate(options: ExportOptions, output: Path) -> None:
-    consolidate_adapter(
-        options.adapter,
-        output,
-        adapter_config=options.adapter_config,
-        adapter=options.adapter_name,
-        trust_pickles=options.trust_pickles,
-    )
+    with stage(f"reading the sharded state in {options.adapter}"):
+        consolidate_adapter(
+            options.adapter,
+            output,
+            adapter_config=options.adapter_config,
+            adapter=options.adapter_name,
+            trust_pickles=options.trust_pickles,
+        )
 
 
 def tokenizer_folder(options: ExportOptions) -> Path:
@@ -150,7 +154,6 @@ def tokenizer_folder(options: ExportOptions) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         (options,) = parse_into_dataclasses(HfArgumentParser(ExportOptions), argv)  # type: ignore[arg-type]
         export(options)
@@ -161,4 +164,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

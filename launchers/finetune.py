@@ -12,7 +12,6 @@ Every option of transformers' TrainingArguments works too.
 from __future__ import annotations
 
 import contextlib
-import logging
 import runpy
 import sys
 from pathlib import Path
@@ -25,10 +24,12 @@ if __spec__ is None:  # started as a file: go on as a module of the package, whi
 
 from reflora_dist.command_line.help import answer_help
 
+from .screen.commands import begin_command, run_command
 from .training.options import HELP_GROUPS, trainers_options
 
 if __name__ == "__main__":
     answer_help(__doc__, HELP_GROUPS, further=trainers_options)  # before torch is imported, which takes seconds
+    begin_command()
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
@@ -39,10 +40,11 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from reflora_dist import RefLoRACallback, export_adapter
 from reflora_dist.checkpoints.complete import CompleteCheckpoints
 from reflora_dist.files.base_files import load_base, load_tokenizer, require_no_missing
+from reflora_dist.files.local_names import require_path_or_hub_name
 from reflora_dist.files.open_files import cause_of
 from reflora_dist.lora_sb import LoRASBCallback, LoRASBConfig, LoraXSConfig
 
-from .cluster.waiting import working_first
+from .cluster.waiting import stage, working_first
 from .data import embedded
 from .data.limits import check_examples
 from .data.named_model import resolve_together
@@ -50,6 +52,7 @@ from .data.records import Record, load_records, split_records
 from .data.tokenization import Collator, cached_examples, choose_template, padding_token
 from .training import card, classification, plots, recorder
 from .training.batching import BatchingChangesExamples, PackingCheck, require_position_ids
+from .training.beginning import Beginning
 from .training.continued import continued_adapter
 from .training.evaluations import EvaluationsToCome, NoEvaluations
 from .training.failures import named_failures
@@ -63,7 +66,6 @@ from .training.used_folder import SavedRun, earlier_run, results_are_there, step
 
 
 def main(argv: list[str] | None = None) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     mistakes = (ValueError, RuntimeError)
     try:
         options = parse_options(argv)  # which also joins the ranks
@@ -75,12 +77,12 @@ def main(argv: list[str] | None = None) -> None:
             tell(f"all {saved.step} steps are done, nothing is trained; {options.training.output_dir} has the results")
             return leave()
         trainer, run_recorder, run_settings = prepare(options, saved)
-    stop = StopOnSignal()
+    stop, beginning = StopOnSignal(), Beginning(options.lora.method)
     # the last one reads whether the one before wants a checkpoint
-    for callback in (EvaluationsToCome(), stop, CompleteCheckpoints()):
+    for callback in (EvaluationsToCome(), beginning, stop, CompleteCheckpoints()):
         trainer.add_callback(callback)
     found_late = (NoEvaluations, BatchingChangesExamples, LearningRateStays)
-    with named_failures(options.training.output_dir, mistakes=found_late), contextlib.closing(stop):
+    with named_failures(options.training.output_dir, mistakes=found_late), contextlib.closing(stop), beginning:
         train(trainer, options, saved)
         exit_code = stop.exit_code()
         if not exit_code:
@@ -107,18 +109,22 @@ def prepare(options: Options, saved: SavedRun | None = None) -> tuple[Trainer, r
     arguments = options.training
     classifies = options.classification.active
     if options.model.model is not None:
+        require_path_or_hub_name("model", options.model.model)
         cache_dir = Path(options.data.cache_dir)
         options.model.model = resolve_together(options.model.model, cache_dir, arguments.local_process_index)
     records = (classification.choose_records if classifies else choose_records)(options)
-    adapter = continued_adapter(options)
+    with stage("looking for the model"):
+        adapter = continued_adapter(options)
     if adapter is not None:
         model_path = adapter.base
     else:
         model_path = options.model.model or shared_once(arguments, "pre-training the model", embedded_model, options)
-    tokenizer = load_tokenizer(options.model.tokenizer or (adapter.tokenizer if adapter else model_path))
+    with stage("loading the tokenizer"):
+        tokenizer = load_tokenizer(options.model.tokenizer or (adapter.tokenizer if adapter else model_path))
     data = examples(options, tokenizer, *records)
     set_seed(arguments.seed)
-    base = load_model(model_path, options)
+    with stage(f"loading the model {model_path}"):
+        base = load_model(model_path, options)
     if adapter is not None:
         adapter.resize(base)
     limits = check_examples(base, tokenizer, data)
@@ -134,7 +140,8 @@ def prepare(options: Options, saved: SavedRun | None = None) -> tuple[Trainer, r
         if arguments.process_index == 0:
             print(f"training goes on from the adapter in {adapter.folder}, on {adapter.base}", flush=True)
     checkpoint = saved.folder if saved else None
-    start_adapter(model, lambda: load_model(model_path, options), data["dataset"], collator, options, checkpoint)
+    with stage(f"making the factors' start {options.lora.init_lora_weights}"):
+        start_adapter(model, lambda: load_model(model_path, options), data["dataset"], collator, options, checkpoint)
     run_recorder = recorder.RunRecorder(callback, has_warmup)
     run_recorder.further_data = {name: rows for name, rows in data.items() if name not in ("dataset", "eval_dataset")}
     trainer = Trainer(
@@ -365,4 +372,4 @@ def leave() -> None:
 
 
 if __name__ == "__main__":
-    record(main)()  # so that torchrun's summary has the exception
+    run_command(record(main))  # record: so that torchrun's summary has the exception

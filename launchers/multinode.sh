@@ -134,24 +134,23 @@ read -r interface address <<< "$found"
 export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-=$interface}
 echo "machine $node_rank of $nodes: $PROCESSES process(es), $address on $GLOO_SOCKET_IFNAME, head $head:$port"
 
-leave_sigusr1_to_ranks
 case "$launcher" in
     deepspeed)
         # what `deepspeed --no_ssh` starts on each machine, without the process between that would not pass SIGTERM on
         world=$(world_info "$nodes")
-        exec "$PYTHON" -u -m deepspeed.launcher.launch --log_level warning --world_info "$world" \
+        launch deepspeed.launcher.launch --log_level warning --world_info "$world" \
             --node_rank "$node_rank" --master_addr "$head" --master_port "$port" --no_local_rank \
             "$script" "${arguments[@]}" ;;
     accelerate)
         set_mesh_options "$config" "$nodes"
         # its default for DeepSpeed on several machines is pdsh
-        exec "$PYTHON" -m accelerate.commands.launch --config_file "$config" --num_machines "$nodes" \
+        launch accelerate.commands.launch --config_file "$config" --num_machines "$nodes" \
             --machine_rank "$node_rank" --num_processes $((nodes * PROCESSES)) --main_process_ip "$head" \
             --main_process_port "$port" --deepspeed_multinode_launcher standard "${mesh_options[@]}" \
             "$script" "${arguments[@]}" ;;
     torchrun)
         # without --local_addr it would hand out the machine's name, which others may not know
-        exec "$PYTHON" -m torch.distributed.run --nnodes "$nodes" --nproc_per_node "$PROCESSES" --rdzv_backend c10d \
+        launch torch.distributed.run --nnodes "$nodes" --nproc_per_node "$PROCESSES" --rdzv_backend c10d \
             --rdzv_endpoint "$head:$port" --rdzv_id "reflora-$port" --rdzv_conf "is_host=$((node_rank == 0))" \
             --local_addr "$address" "$script" "${arguments[@]}" ;;
 esac

@@ -73,13 +73,14 @@ for method in $methods; do
         lora-sb | lora-xs) options=(--lora_r 32 --lora_sb_learning_rate 1e-4) ;;
         *) options=(--lora_r 8 --lora_alpha 16 --reflora_warmup_steps "$plain") ;;
     esac
-    "$PYTHON" -m deepspeed.launcher.runner --log_level warning --num_gpus "$PROCESSES" --master_port "$(free_port)" \
+    # in a shell of its own, because launch does not come back
+    (launch deepspeed.launcher.launch --log_level warning --world_info "$(world_info 1)" --master_addr 127.0.0.1 \
+        --master_port "$(free_port)" \
         "$repository/launchers/finetune.py" --deepspeed "$repository/ds_configs/zero3.json" \
         --method "$method" --cache_dir "$cache_dir" --output_dir "$output_dir/$method" \
         "${model_options[@]}" "${options[@]}" --lr_scheduler_type cosine --max_steps "$steps" \
         --logging_steps $((steps >= 50 ? 10 : steps >= 20 ? 5 : 1)) --eval_on_start True \
-        --eval_steps $((steps >= 10 ? steps / 5 : steps / 2)) --save_strategy no --seed 0 \
-        || die "fine-tuning with $method failed; the messages above say why"
+        --eval_steps $((steps >= 10 ? steps / 5 : steps / 2)) --save_strategy no --seed 0)
 done
 
 stage "4/5 comparison"

@@ -14,6 +14,5 @@ refuse_fsdp_on_a_cpu "$config"
 kind=$(accelerate_setting "$config" distributed_type) || exit 1
 [ "$kind" != DEEPSPEED ] || require_compiler
 set_mesh_options "$config" 1
-leave_sigusr1_to_ranks
-exec "$PYTHON" -m accelerate.commands.launch --config_file "$config" --num_processes "$PROCESSES" \
+launch accelerate.commands.launch --config_file "$config" --num_processes "$PROCESSES" \
     --main_process_port "$(free_port)" "${mesh_options[@]}" "$repository/launchers/finetune.py" "$@"

@@ -13,6 +13,5 @@ case "${1:-}" in
 esac
 # What `deepspeed --num_gpus N` starts on each machine. Itself it would end at SIGTERM and leave the ranks running.
 world=$(world_info 1)
-leave_sigusr1_to_ranks
-exec "$PYTHON" -m deepspeed.launcher.launch --log_level warning --world_info "$world" --master_addr 127.0.0.1 \
+launch deepspeed.launcher.launch --log_level warning --world_info "$world" --master_addr 127.0.0.1 \
     --master_port "$(free_port)" "$repository/launchers/finetune.py" ${config:+--deepspeed "$config"} "$@"

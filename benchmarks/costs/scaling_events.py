@@ -13,6 +13,7 @@ import torch.distributed as dist
 from benchmarks import cost_model
 from benchmarks.costs import events as cost_events
 from benchmarks.harness import timing
+from reflora_dist.collectives import communicator
 
 MESSAGE_BYTES = (1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
 EVICTED_BYTES = 1 << 26  # touched before each measurement: forward and backward leave nothing of a step in a cache
@@ -32,7 +33,7 @@ def collectives(device: torch.device) -> Iterator[dict[str, Any]]:
         gather = cost_events.all_gather(4 * numel, topology)
         runs = {
             "all_reduce": (lambda t=double: dist.all_reduce(t), cost_events.all_reduce(8 * (numel // 2), topology)),
-            "all_gather": (lambda o=out, p=part: dist.all_gather_into_tensor(o, p), gather),
+            "all_gather": (lambda o=out, p=part: communicator._all_gather(o, p), gather),
             "all_to_all": (
                 # with explicit sizes, as in an exchange, though they are equal here
                 lambda o=out, w=whole, n=[numel // ranks] * ranks: dist.all_to_all_single(o, w, n, n),

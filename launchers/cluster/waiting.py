@@ -43,6 +43,11 @@ def told(what: str | Callable[[], str]) -> Iterator[None]:
         _open.remove(done)
 
 
+def stage(what: str) -> contextlib.AbstractContextManager[None]:
+    """Say on stderr what the code inside does, as :func:`told`; on the first rank only, for all do the same."""
+    return told(what) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext()
+
+
 def say(text: str) -> None:
     """Print one line on stderr, with the program and the rank."""
     rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
@@ -80,11 +85,15 @@ def wait_for_ranks(what: str) -> None:
 
 @contextlib.contextmanager
 def working_first(first: bool, what: str) -> Iterator[None]:
-    """Let the ranks with ``first`` run the code inside before the others; every rank must enter."""
+    """Let the ranks with ``first`` run the code inside before the others; every rank must enter.
+
+    After a few seconds ranks that wait say so. A rank without others says what it does.
+    """
     if not first:
         wait_for_ranks(what)
     try:
-        yield
+        with told(what) if os.environ.get("WORLD_SIZE", "1") == "1" else contextlib.nullcontext():
+            yield
     finally:
         if first:
             wait_for_ranks(what)

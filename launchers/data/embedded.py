@@ -26,6 +26,7 @@ if __spec__ is None:  # started as a file: go on as a module of the package, whi
 
 from reflora_dist.files.cache import build_once, default_cache_dir, environment_of_one_process
 
+from ..screen.foreign import filter_foreign
 from . import stdlib_text
 
 FORMAT_VERSION = 1  # part of every cache key; raise it when the meaning of what is stored changes
@@ -225,4 +226,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    filter_foreign()
     main()

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from reflora_dist.files.local_names import no_such_path
+
 from .forms import EXPECTED, Record, checked
 
 # The first bytes of files that users give as JSON by mistake.
@@ -74,12 +76,9 @@ def is_local_file(source: str) -> bool:
     Raises:
         ValueError: the source looks like a file and does not exist.
     """
-    if os.path.isfile(source):
-        return True
-    looks_local = source.endswith((".json", ".jsonl")) or source.startswith((".", "/", "~")) or source.count("/") > 1
-    if looks_local and not os.path.isdir(source):
-        raise ValueError(f"dataset {source!r}: no such file; give an existing JSON or JSONL file or a hub name")
-    return False
+    if problem := no_such_path(source):
+        raise ValueError(f"dataset {source!r}: {problem}; give an existing JSON or JSONL file or a hub name")
+    return os.path.isfile(source)
 
 
 def parse_file(path: Path) -> Iterator[tuple[int, Any]]:

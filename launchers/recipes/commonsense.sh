@@ -94,13 +94,12 @@ else
         --num_train_epochs 2 --per_device_train_batch_size "$per_device" \
         --gradient_accumulation_steps $((16 / PROCESSES / per_device)) --bf16 True --seed 42 \
         --logging_steps 100 --eval_steps 1000 --save_steps 1000 --save_total_limit 3 --load_best_model_at_end True \
-        --resume_from_checkpoint auto --output_dir "$output_dir" "$@" \
-        || die "fine-tuning failed; the messages above say why"
+        --resume_from_checkpoint auto --output_dir "$output_dir" "$@"
 fi
 
 say "Evaluating $output_dir"
 # 4 beams and 32 tokens as in their evaluate.py; --evaluate-options "--num_beams 1" decodes greedily
 # shellcheck disable=SC2086
-exec "$PYTHON" -m torch.distributed.run --nproc_per_node "$PROCESSES" --master_addr 127.0.0.1 \
+launch torch.distributed.run --nproc_per_node "$PROCESSES" --master_addr 127.0.0.1 \
     --master_port "$(free_port)" "$repository/launchers/evaluate.py" --model "$weights" --adapter "$output_dir" \
     --data "$eval_data" --tasks "${tasks[@]}" --num_beams 4 --output_dir "$output_dir/commonsense" $evaluate_options

@@ -34,6 +34,7 @@ class FinetuneArguments(TrainingDefaults, TrainingArguments):  # type: ignore[mi
         if self.bf16 is None:
             self.bf16 = self._bf16_by_default()
         self._check_full_eval()
+        self._check_fp16()
         check_strategy(self)
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         address = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
@@ -110,6 +111,19 @@ class FinetuneArguments(TrainingDefaults, TrainingArguments):  # type: ignore[mi
                     f"{dtype}_full_eval=True: DeepSpeed trains and evaluates in one precision; give --{dtype} True, or "
                     f"drop --{dtype}_full_eval"
                 )
+
+    def _check_fp16(self) -> None:
+        """Refuse fp16 on a CPU: accelerate has no loss scaling there, and few CPUs have DeepSpeed's instructions."""
+        asked = self.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16"
+        if not asked or torch.accelerator.is_available():
+            return
+        if self._under_deepspeed:
+            from deepspeed.accelerator import get_accelerator
+
+            if get_accelerator().is_fp16_supported():
+                return
+        given = "fp16=True" if self.fp16 else "mixed_precision=fp16 in accelerate's configuration"
+        raise ValueError(f"{given} needs a GPU, and there is none: give --bf16 True, or train in fp32 without it")
 
     def _prepare_cpu(self) -> None:
         """Make accelerate count the ranks of a CPU run. Otherwise each rank would train alone on all the data.

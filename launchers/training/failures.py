@@ -1,4 +1,4 @@
-"""Print one line per rank about what ended it. Launchers show at most an exit code, some without the rank."""
+"""One line about what ended a run. Launchers show at most an exit code, some without the rank."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,8 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.distributed_c10d import _get_default_store
+
+from ..screen.lines import LAUNCH_FOLDER, show_last
 
 _FIRST_KEY = "launchers/first_failure"
 # messages of gloo, NCCL and the store when another rank has gone
@@ -30,7 +31,8 @@ def named_failures(output_dir: str, *, mistakes: tuple[type[Exception], ...] = (
     """Name the rank and the cause on stderr if the code inside raises; every rank must enter.
 
     If a rank fails because another one is gone, the line names that one. If both ran on the same machine, the line
-    also says how the other one ended.
+    also says how the other one ended. Under a launch script the first line of a machine is its last, and the traceback
+    is that rank's; the other ranks fail because of it, and show neither.
 
     Args:
         output_dir: where the run writes; after a failed write the line has the space left there.
@@ -47,7 +49,10 @@ def named_failures(output_dir: str, *, mistakes: tuple[type[Exception], ...] = (
         text = " ".join(f"{type(error).__name__}: {error}".split())
         if _FAILED_WRITE.search(text):
             text += f" ({shutil.disk_usage(output_dir).free / 2**20:,.1f} MiB free in {output_dir})"
-        print(f"finetune.py: {on_rank()}{_explain(text, peers)}", file=sys.stderr, flush=True)
+        line = _explain(text, peers)
+        is_first = show_last(f"finetune.py: {on_rank()}{line}", "error")
+        if LAUNCH_FOLDER in os.environ and (not is_first or not line.startswith(text)):
+            raise SystemExit(1) from error  # the cause is another rank's, and its traceback is no help
         raise
 
 

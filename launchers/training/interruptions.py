@@ -14,7 +14,6 @@ import contextlib
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from typing import Any
@@ -22,6 +21,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 from transformers import TrainerCallback
+
+from ..screen.lines import show, show_last
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # torchrun, deepspeed and SLURM follow SIGTERM with SIGKILL after 30 s
@@ -85,7 +86,8 @@ class StopOnSignal(TrainerCallback):
         if self.stopped_by is None:
             return 0
         if not dist.is_initialized() or dist.get_rank() == 0:
-            _say(f"stopped by {self.stopped_by.name} after step {self._step}; --resume_from_checkpoint auto goes on")
+            stopped = f"stopped by {self.stopped_by.name} after step {self._step}"
+            show_last(_line(f"{stopped}; --resume_from_checkpoint auto goes on"))
         return 128 + self.stopped_by
 
     def close(self) -> None:
@@ -145,8 +147,11 @@ def _several_ranks() -> bool:
 
 
 def _say(text: str) -> None:
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    print(f"finetune.py: rank {rank}: {text}", file=sys.stderr, flush=True)
+    show(_line(text))
+
+
+def _line(text: str) -> str:
+    return f"finetune.py: rank {dist.get_rank() if dist.is_initialized() else 0}: {text}"
 
 
 def _shield_workers(dataloader: Any) -> None:

@@ -8,7 +8,9 @@ import logging
 import os
 import socket
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
 
 from ..command_line.help import answer_help
 from .options import CONFIGS_HELP, DoctorOptions, launched, parse_options
@@ -27,6 +29,8 @@ from ..files.smollm2 import resolve_model
 from .diagnosis import Diagnosis, diagnose, to_json
 from .ranks import compare, environment, gather, join, names, smallest_memory_gib, time_collectives
 from .tables import text
+
+_PATIENCE_SECONDS = 3.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     _be_quiet()
     device = join() if together else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with contextlib.redirect_stdout(sys.stderr):  # libraries print, and --json must stay readable
+    with _told(), contextlib.redirect_stdout(sys.stderr):  # libraries print, and --json must stay readable
         diagnosis = _together(configs, options, device) if together else _alone(configs, options, device)
     if int(os.environ.get("RANK", "0")) == 0:
         print(to_json(diagnosis) if options.json else text(diagnosis), flush=True)
@@ -56,6 +60,20 @@ def main(argv: list[str] | None = None) -> int:
         dist.barrier()
         dist.destroy_process_group()
     return int(diagnosis.findings.failed)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Say on stderr, on rank 0, what takes so long, if it does."""
+    text = "doctor: building the model's shapes and trying the run in small, which takes some seconds per file"
+    timer = threading.Timer(_PATIENCE_SECONDS, print, (text,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    if int(os.environ.get("RANK", "0")) == 0:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _be_quiet() -> None:

@@ -17,6 +17,7 @@ from ..collectives.tiling import Layout
 from ..engines.bare_base import require_no_adapter
 from ..engines.pairs import AdapterPair, find_pairs
 from ..engines.tall import tall_adapters
+from ..files.local_names import require_path_or_hub_name
 from ..files.smollm2 import resolve_model
 from .options import DoctorOptions
 from .values import one_line
@@ -84,6 +85,7 @@ def load_config(name: str) -> Any:
     Raises:
         ValueError: the configuration cannot be found or read.
     """
+    require_path_or_hub_name("model", name)
     name = resolve_model(name)
     require_no_adapter(name, "give the base that it names")
     try:

@@ -10,12 +10,16 @@ from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from ..files.local_names import no_such_path, require_path_or_hub_name
+
 
 def adapter_folder(name: str) -> Path | None:
     """Return the folder of the adapter that transformers would load for this name, local or in the hub's cache.
 
     Returns None for a base model, and for a name that is not found: the loader reports that.
     """
+    if no_such_path(name):
+        return None
     try:
         config = find_adapter_config_file(name)
     except (OSError, ValueError):
@@ -34,12 +38,15 @@ def require_no_adapter(name: str, remedy: str) -> None:
 
 
 def require_adapter(name: str | Path) -> None:
-    """Refuse a local folder that holds no adapter in PEFT's format. A name that is no folder passes.
+    """Refuse a local folder that holds no adapter in PEFT's format, and a path that does not exist.
+
+    A name that the hub may have passes.
 
     Raises:
-        ValueError: the folder holds a model, or no adapter.
+        ValueError: the folder holds a model, or no adapter, or does not exist.
     """
     folder = Path(name)
+    require_path_or_hub_name("adapter", str(name))
     if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
         is_model = (folder / "config.json").is_file()
         remedy = ": it is a model by itself, give it as --model" if is_model else ": give the folder of an adapter"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
+from .local_names import hint_of, require_path_or_hub_name
 from .open_files import cause_of, open_tensors, read_json, readable
 from .safe_pickles import require_weights
 from .stored_weights import INDEX_NAME, weight_files
@@ -49,10 +50,12 @@ def read_model_config(name: str, **settings: Any) -> Any:
     if not path.is_file():
         if path.with_name(_ADAPTER_CONFIG).is_file():
             raise ValueError(f"{name} holds an adapter and no model: name its base, or merge it (launchers/export.py)")
+        require_path_or_hub_name("model", name)
         try:
             return AutoConfig.from_pretrained(name, **settings)
         except Exception as error:
-            raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
+            sentence = " ".join(str(error).split()).rstrip(".")
+            raise ValueError(f"model {name!r} cannot be loaded: {sentence}{hint_of(name)}") from error
     read_json(path)
     with readable(path, "correct it, or get the model anew"):
         config = AutoConfig.from_pretrained(name, **settings)
@@ -125,6 +128,7 @@ def load_tokenizer(name: str) -> Any:
         ValueError: the tokenizer cannot be found or read.
     """
     folder = Path(name)
+    require_path_or_hub_name("the tokenizer of", name)
     if (folder / _CONFIG).is_file():  # AutoTokenizer reads the tokenizer's class from it
         read_model_config(name)
     present = [file for file in _TOKENIZER_FILES if (folder / file).is_file()]

@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
+from .local_names import hint_of, require_path_or_hub_name
 from .open_files import GET_ANEW, cause_of, open_tensors, read_json
 from .records import plain_name
 
@@ -141,11 +142,12 @@ def find_model(name: str, revision: str | None = None) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
+    require_path_or_hub_name("model", name)
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
     except Exception as error:  # the hub client raises a dozen types; all mean that there is no model
         raise ValueError(
-            f"model {name!r} is no local folder and cannot be had from the hub ({cause_of(error)})"
+            f"model {name!r} is no local folder and cannot be had from the hub ({cause_of(error)}){hint_of(name)}"
         ) from error
 
 

@@ -273,7 +273,10 @@ def test_the_base_alone_and_beams(folder: Path, alone: dict[tuple[str, int], str
 
 
 def test_recorded_answers_give_the_table(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """What the model would have written is given; the figures are counted by hand."""
     recorded = {
@@ -322,7 +325,7 @@ def test_recorded_answers_give_the_table(
     }
     assert results["commonsense_average"] == pytest.approx(100 * (3 / 7 + 5 / 7) / 2)
     printed = capsys.readouterr().out
-    assert "21 of 21 prompts exceed the model's 8 positions" in printed
+    assert "21 of 21 prompts exceed the model's 8 positions" in caplog.text
     for row in ("boolq │ 42.86 │ 7 │ 2", "winogrande │ 71.43 │ 7 │ 0", "gsm8k │ 57.14 │ 7 │ 1"):
         assert row in re.sub(r" +", " ", printed)
     assert "commonsense tasks │ 57.14" in re.sub(r" +", " ", printed)

@@ -104,7 +104,7 @@ def test_a_rank_that_fails_ends_the_run_in_time(folder: Path, tmp_path: Path, la
         job.seconds_to_the_end(LIMIT)
     printed = job.output()
     assert job.launcher.returncode != 0
-    assert re.search(fault.message.format(rank=fault.rank, other=1 - fault.rank), printed), printed
+    assert re.search(fault.message.format(rank=fault.rank, other=1 - fault.rank), printed.splitlines()[-1]), printed
     assert _complete(output) == [SAVE_STEPS]
     _assert_resumed_as_uninterrupted(folder, launcher, output)
 
@@ -136,7 +136,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(folder: Path, tmp_path: Path, la
             job.seconds_to_the_end(LIMIT)
         printed = job.output()
         assert job.launcher.returncode != 0
-        assert re.search(FAILED_WRITE.format(rank=r"\d"), printed), printed
+        assert re.search(FAILED_WRITE.format(rank=r"\d"), printed.splitlines()[-1]), printed
         assert not environment or "0.0 MiB free in" in printed
         assert _complete(output) == [SAVE_STEPS]
         (tmp_path / "disk" / "ballast").unlink(missing_ok=True)

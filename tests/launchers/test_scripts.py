@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.support.foreign import foreign_lines
 from tests.support.launchers import REPOSITORY, launch, micro_model, short_training, write_records
 
 LAUNCHERS = REPOSITORY / "launchers"
@@ -46,13 +47,26 @@ def test_a_script_trains_with_two_ranks(folder: Path, script: list[str | Path], 
     assert (metrics["world_size"], metrics["steps"], metrics["report"]["applied_steps"]) == (2, 3, 2)
     assert f"engine {engine}" in printed and "14 pairs of rank 16 on 2 process(es)" in printed
     assert printed.count("attached reflora:") == 1  # one rank speaks
+    assert foreign_lines(printed) == []
     assert len(load_file(folder / output / "adapter_model.safetensors")) == 28
 
 
 def test_a_mistake_ends_every_rank_of_a_launch(folder: Path) -> None:
     command = ["bash", LAUNCHERS / "run_torchrun.sh", *short_training(folder, "mistake"), "--max_length=2"]
     printed = launch(command, timeout_s=180, expect_failure=True, PROCESSES="2")
-    assert "max_length=2 is too short" in printed
+    *before, last = printed.splitlines()
+    assert re.fullmatch(r"finetune\.py: error: rank \d: max_length=2 is too short.*", last), printed
+    assert "max_length" not in "".join(before) and "Traceback" not in printed and foreign_lines(printed) == []
+
+
+def test_torchrun_starts_another_script_too(tmp_path: Path) -> None:
+    """Its options reach it, and its error is the last line."""
+    command = ["bash", LAUNCHERS / "run_torchrun.sh", LAUNCHERS / "evaluate.py"]
+    assert "usage: evaluate.py" in launch([*command, "--help"], timeout_s=60)
+    argv = ["--model", tmp_path / "absent", "--data", tmp_path, "--output_dir", tmp_path / "out"]
+    printed = launch([*command, *argv], timeout_s=280, expect_failure=True, PROCESSES="2")
+    error = f"evaluate.py: error: model '{tmp_path / 'absent'}' cannot be loaded: no such file or folder"
+    assert printed.splitlines()[-1] == error and foreign_lines(printed) == []
 
 
 def test_accelerate_with_fsdp_is_refused_without_a_gpu(folder: Path) -> None:
@@ -119,6 +133,7 @@ def test_the_quickstart_runs_through(methods: tuple[str, ...], tmp_path: Path) -
     for method, run in runs.items():
         assert (run["method"], run["report"]["engine"], run["world_size"]) == (method, "zero3", 2)
         assert [point["step"] for point in run["held_out_loss"]] == [0, 2, 4]
+    assert foreign_lines(printed) == []
     assert runs["lora"]["held_out_loss"][0] == runs["reflora"]["held_out_loss"][0]
     assert runs["lora"]["bytes_per_step"] == 0 < runs["reflora"]["bytes_per_step"]
 

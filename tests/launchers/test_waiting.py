@@ -14,7 +14,8 @@ import pytest
 import torch.distributed as dist
 
 from launchers.cluster import meeting, waiting
-from launchers.cluster.waiting import told, wait_for_ranks, working_first
+from launchers.cluster.waiting import stage, told, wait_for_ranks, working_first
+from launchers.training.beginning import Beginning
 from tests.support.cluster import run_ranks
 from tests.support.launchers import REPOSITORY, free_port, launch, micro_model, short_training, write_records
 
@@ -94,6 +95,38 @@ def test_the_innermost_wait_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     time.sleep(0.3)
     said = capsys.readouterr().err
     assert re.fullmatch(r"\S+: since \d\d:\d\d:\d\d compiling an extension\n", said), said
+
+
+@pytest.mark.parametrize(("rank", "says"), [(None, True), ("0", True), ("1", False)])
+def test_a_stage_is_told_by_the_first_rank_until_it_ends(
+    rank: str | None, says: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(waiting, "FIRST_WORD_SECONDS", 0.2)
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    with stage("loading the model"):
+        time.sleep(0.5)
+    beginning = Beginning("lora-sb")
+    with beginning:
+        beginning.on_step_begin(None, None, None)
+        time.sleep(0.5)
+    with beginning:
+        time.sleep(0.5)
+    said = [line.partition(" since ")[2][9:] for line in capsys.readouterr().err.splitlines()]
+    engine = "preparing the engine, the optimizer and lora-sb, taking the gradients of the first batches"
+    assert said == (["loading the model", engine] if says else [])
+
+
+@pytest.mark.parametrize(("world_size", "says"), [("1", True), ("2", False)])
+def test_who_works_first_says_so_where_nobody_waits(
+    world_size: str, says: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(waiting, "FIRST_WORD_SECONDS", 0.2)
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    with working_first(True, "tokenizing the records"):
+        time.sleep(0.5)
+    assert capsys.readouterr().err.endswith("tokenizing the records\n") == says
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@
 # (tests/gpu/test_gpu_engines.py) are left to tests/run.sh, since they need DeepSpeed and TRL. A part that fails or takes too
 # long does not stop the others; the exit code is then 1, and the last lines name it.
 set -uo pipefail
+case "${1:-}" in -h | --help) exec sed -n '2,/^[^#]/ s/^# \{0,1\}//p' "$0" ;; esac
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 folder=${1:-benchmarks/results}

@@ -5,19 +5,28 @@ python launchers/ask.py --adapter outputs/reflora --question "What does the meth
 
 from __future__ import annotations
 
-import argparse
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __spec__ is None:  # started as a file: go on as a module of the package, which has relative imports
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    runpy.run_module("launchers.ask", run_name="__main__", alter_sys=True)
+    raise SystemExit
 
-from launchers.data.forms import last_exchange
-from launchers.data.records import load_records
-from launchers.data.tokenization import encode_last_question, encode_questions
-from launchers.evaluation.generation import base_of, generate, generation_config, load_model, own_device, tokenizer_of
-from launchers.training.recorder import recorded_template
+from .options import ask_parser
+
+if __name__ == "__main__":
+    ask_parser().parse_args()  # --help and mistakes are answered before torch is imported, which takes seconds
+
 from reflora_dist.files.base_files import load_tokenizer
+
+from .data.forms import last_exchange
+from .data.records import load_records
+from .data.tokenization import encode_last_question, encode_questions
+from .evaluation.generation import base_of, generate, generation_config, load_model, own_device, tokenizer_of
+from .training.recorder import recorded_template
 
 
 def load(adapter: str, template: str = "plain") -> tuple[Any, Any]:
@@ -38,12 +47,7 @@ def answer(model: Any, tokenizer: Any, prompt: list[int], max_new_tokens: int = 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Answer questions with a saved adapter.")
-    parser.add_argument("--adapter", required=True, help="folder with adapter_model.safetensors")
-    parser.add_argument("--question", help="one question")
-    parser.add_argument("--input", default="", help="further input to the question")
-    parser.add_argument("--records", help="instead: ask the first questions of this file, show the reference too")
-    parser.add_argument("--count", type=int, default=3, help="how many records to ask")
+    parser = ask_parser()
     options = parser.parse_args()
     if bool(options.question) == bool(options.records):
         parser.error("give either --question or --records")

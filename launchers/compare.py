@@ -5,23 +5,32 @@ python launchers/compare.py outputs/lora outputs/reflora --plot outputs/comparis
 
 from __future__ import annotations
 
-import argparse
 import itertools
+import runpy
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __spec__ is None:  # started as a file: go on as a module of the package, which has relative imports
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    runpy.run_module("launchers.compare", run_name="__main__", alter_sys=True)
+    raise SystemExit
+
+from .options import compare_parser
+
+if __name__ == "__main__":
+    compare_parser().parse_args()  # --help and mistakes are answered before torch is imported, which takes seconds
 
 from rich.console import Console
 from rich.table import Table
 
-from launchers.training.plots import plot_comparison
-from launchers.training.recorder import METRICS_FILE
 from reflora_dist.files.open_files import read_json
 from reflora_dist.files.records import require_fields
-from reflora_dist.lora_sb import METHODS as LATENT_METHODS
+from reflora_dist.methods.names import LATENT_METHODS
+
+from .training.plots import plot_comparison
+from .training.recorder import METRICS_FILE
 
 # What may differ between runs that are compared; anything else would make the comparison unfair.
 METHOD_SETTINGS = frozenset(("method", "reflora_warmup_steps", "reflora_interval", "scaled_gd_damping", "optim_args"))
@@ -105,10 +114,7 @@ def comparison_table(runs: Sequence[dict[str, Any]]) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare finished fine-tuning runs.")
-    parser.add_argument("runs", nargs="+", type=Path, help="output folders of finetune.py")
-    parser.add_argument("--plot", type=Path, default=Path("outputs/comparison.png"))
-    options = parser.parse_args()
+    options = compare_parser().parse_args()
     try:
         runs = [load_run(folder) for folder in options.runs]
         check_comparable(runs)

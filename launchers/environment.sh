@@ -6,6 +6,28 @@ PYTHON=${PYTHON:-python3}
 say() { printf '\n=== %s\n' "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
+# If the help is asked for: print the head of the calling script, and the help of a Python script that gets the further
+# options, and leave. It comes first in every script, so that nothing is made or installed for it.
+# Arguments: the Python script, or an empty one; the command line.
+answer_help() {
+    local script=$1 argument python=$PYTHON
+    shift
+    if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
+        python=python
+    elif [ -x "$repository/.venv/bin/python" ]; then
+        python=$repository/.venv/bin/python
+    fi
+    for argument in "$@"; do
+        case "$argument" in
+            -h | --help | --help-all)
+                sed -n '2,/^[^#]/ s/^# \{0,1\}//p' "$0"
+                [ -n "$script" ] || exit 0
+                echo
+                exec "$python" "$repository/$script" "$argument" ;;
+        esac
+    done
+}
+
 # Create .venv unless a virtual environment is active, and install what is missing.
 # Arguments: the package's extras that are needed, separated by commas.
 ensure_environment() {

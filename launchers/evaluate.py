@@ -14,12 +14,24 @@ import dataclasses
 import hashlib
 import json
 import os
+import runpy
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __spec__ is None:  # started as a file: go on as a module of the package, which has relative imports
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    runpy.run_module("launchers.evaluate", run_name="__main__", alter_sys=True)
+    raise SystemExit
+
+from reflora_dist.command_line.help import answer_help
+from reflora_dist.command_line.parse import parse_into_dataclasses
+
+from .evaluation.options import EvaluateOptions
+
+if __name__ == "__main__":
+    answer_help(__doc__, {"options": EvaluateOptions})  # before torch is imported, which takes seconds
 
 import torch
 import torch.distributed as dist
@@ -28,11 +40,14 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from launchers.cluster.waiting import told, wait_for_ranks, working_first
-from launchers.data.limits import Limits
-from launchers.data.tokenization import TEMPLATE_NAMES, encode_questions
-from launchers.evaluation import generation
-from launchers.evaluation.answer_files import (
+from reflora_dist.collectives.ranks import is_first_rank
+from reflora_dist.files.base_files import load_tokenizer
+
+from .cluster.waiting import told, wait_for_ranks, working_first
+from .data.limits import Limits
+from .data.tokenization import encode_questions
+from .evaluation import generation
+from .evaluation.answer_files import (
     SETTINGS_FILE,
     AnswerFile,
     Key,
@@ -41,83 +56,15 @@ from launchers.evaluation.answer_files import (
     read_answers,
     write_settings,
 )
-from launchers.evaluation.answer_rules import ANSWER_WORDS, extract_answer, is_correct
-from launchers.evaluation.questions import FROM_HUB, TASKS, Question, load_questions
-from launchers.training.batching import require_same_in_batch
-from launchers.training.fields import option
-from launchers.training.options import MODEL_DTYPES, check_output_dir
-from launchers.training.recorder import installed_versions, recorded_template
-from reflora_dist.collectives.ranks import is_first_rank
-from reflora_dist.engines.bare_base import adapter_folder
-from reflora_dist.files.base_files import load_tokenizer
+from .evaluation.answer_rules import ANSWER_WORDS, extract_answer, is_correct
+from .evaluation.questions import TASKS, Question, load_questions
+from .training.batching import require_same_in_batch
+from .training.options import check_output_dir
+from .training.recorder import installed_versions
 
 RESULTS_FILE = "results.json"
 # As published: 32 in RefLoRA's commonsense_reasoning/evaluate.py, 256 in LLM-Adapters' evaluate.py.
 MAX_NEW_TOKENS = {task: 256 if task == "gsm8k" else 32 for task in TASKS}
-
-
-@dataclasses.dataclass
-class EvaluateOptions:
-    """The options of evaluate.py."""
-
-    model: str | None = option(None, "Hub name or local path of the base. Default: the one that the adapter names.")
-    adapter: str | None = option(None, "Folder or hub name of a PEFT adapter. Default: the model as it is.")
-    tokenizer: str | None = option(
-        None,
-        "Hub name or local path of the tokenizer. Default: the adapter's if its folder has one, else the model's.",
-    )
-    model_dtype: str = option(
-        "auto", "dtype of the base; auto: bfloat16 on an accelerator, else float32.", choices=MODEL_DTYPES
-    )
-    tasks: list[str] = option(  # noqa: RUF009
-        list(ANSWER_WORDS),
-        f"Of {', '.join(TASKS)}. TASK=FILE names the task's file, TASK={FROM_HUB} takes it from the hub. "
-        "Default: the eight commonsense tasks.",
-    )
-    data: str | None = option(None, "Folder with TASK/test.json or commonsense/TASK/test.json. Default: the hub.")
-    prompt_template: str | None = option(
-        None,
-        "Default: the one that finetune.py recorded beside the adapter, else alpaca. chat: the tokenizer's chat "
-        "template.",
-        choices=TEMPLATE_NAMES,
-    )
-    num_beams: int = option(1, "1: greedy decoding. RefLoRA's published script searches with 4 beams.")
-    max_new_tokens: int | None = option(None, "Tokens of an answer. Default: 32, for gsm8k 256.")
-    batch_size: int = option(8, "Questions that a rank answers at once.")
-    limit: int | None = option(None, "The first n questions of each task only.")
-    output_dir: str = option("outputs/evaluate", "Where answers and results are written, shared by all machines.")
-    disable_tqdm: bool = option(False, "No progress bar.")
-    local_rank: int | None = option(None, "Set by the deepspeed launcher, and not read: LOCAL_RANK holds the same.")
-
-    def __post_init__(self) -> None:
-        if self.model is None and self.adapter is None:
-            raise ValueError("give --model, --adapter or both")
-        for name in ("num_beams", "max_new_tokens", "batch_size", "limit"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        names = [entry.partition("=")[0] for entry in self.tasks]
-        for name in names:
-            if name not in TASKS:
-                raise ValueError(f"tasks: {name!r} is none of {', '.join(TASKS)}")
-        if len(set(names)) < len(names):
-            raise ValueError(f"tasks={self.tasks}: a task is named twice")
-        self._find_base()
-        if self.prompt_template is None:
-            self.prompt_template = (recorded_template(self.adapter) if self.adapter else None) or "alpaca"
-        if self.model_dtype == "auto":
-            self.model_dtype = "bfloat16" if torch.accelerator.is_available() else "float32"
-
-    def _find_base(self) -> None:
-        """Find the base. If ``model`` is an adapter, evaluate it on the base that it names."""
-        if self.model is not None and adapter_folder(self.model) is not None:
-            if self.adapter is not None:
-                raise ValueError(
-                    f"model={self.model!r} is an adapter itself, and adapter={self.adapter!r} another: merge the first "
-                    "(export.py --merge) and give the merged model, or give one of them"
-                )
-            self.model, self.adapter = None, self.model
-        if self.model is None:
-            self.model = generation.base_of(str(self.adapter))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +93,7 @@ _VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 def main(argv: list[str] | None = None) -> None:
     try:
-        (options,) = HfArgumentParser(EvaluateOptions).parse_args_into_dataclasses(args=argv)  # type: ignore[arg-type]
+        (options,) = parse_into_dataclasses(HfArgumentParser(EvaluateOptions), argv)  # type: ignore[arg-type]
         ranks = join_ranks()
         check_output_dir(options.output_dir)
         evaluate(options, ranks)

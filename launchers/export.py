@@ -9,23 +9,32 @@ checkpoint with a sharded state: DCP's (FSDP2, FSDP1, DDP), DeepSpeed's of ZeRO-
 
 from __future__ import annotations
 
-import dataclasses
 import logging
+import runpy
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __spec__ is None:  # started as a file: go on as a module of the package, which has relative imports
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    runpy.run_module("launchers.export", run_name="__main__", alter_sys=True)
+    raise SystemExit
+
+from reflora_dist.command_line.help import answer_help
+from reflora_dist.command_line.parse import parse_into_dataclasses
+
+from .options import ExportOptions
+
+if __name__ == "__main__":
+    answer_help(__doc__, {"options": ExportOptions})  # before torch is imported, which takes seconds
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import HfArgumentParser
 
-from launchers.training.options import MODEL_DTYPES
 from reflora_dist.checkpoints.adapter_files import require_tensors
 from reflora_dist.export.consolidate import CONFIG_NAME, consolidate_adapter, find_config, find_state
 from reflora_dist.export.convert import convert_adapter, is_convertible
@@ -33,49 +42,6 @@ from reflora_dist.export.merge import merge_adapter
 from reflora_dist.files.open_files import read_json, read_tensors
 from reflora_dist.files.other_files import tokenizer_files
 from reflora_dist.files.output_folder import new_folder, require_empty
-
-
-@dataclasses.dataclass
-class ExportOptions:
-    """The options of export.py."""
-
-    adapter: str = field(metadata={"help": "Folder of an adapter in PEFT's format, or a sharded checkpoint."})
-    output_dir: str = field(metadata={"help": "Where to write; must not exist, or be empty."})
-    adapter_name: str = field(
-        default="default", metadata={"help": "The adapter's name in a sharded checkpoint, where there are several."}
-    )
-    merge: bool = field(
-        default=False, metadata={"help": "Merge the adapter into its base: a model that needs no PEFT."}
-    )
-    model: str | None = field(
-        default=None, metadata={"help": "Base to merge into, path or hub name. Default: the adapter's own."}
-    )
-    model_dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "dtype of the merged model; auto: that in which the base is stored.",
-            "choices": MODEL_DTYPES,
-        },
-    )
-    from_state: bool = field(
-        default=False,
-        metadata={
-            "help": "Read the sharded state (under DeepSpeed fp32 masters) even where an adapter's file lies beside it."
-        },
-    )
-    trust_pickles: bool = field(
-        default=False,
-        metadata={"help": "Unpickle whatever a sharded state holds, which can run code; only for what you trust."},
-    )
-    adapter_config: str | None = field(
-        default=None,
-        metadata={"help": "adapter_config.json of a sharded checkpoint, or its folder. Default: in it, or above it."},
-    )
-
-    def __post_init__(self) -> None:
-        for name, default in (("model", None), ("model_dtype", "auto")):
-            if not self.merge and getattr(self, name) != default:
-                raise ValueError(f"{name}={getattr(self, name)!r} means nothing without --merge: add it or drop this")
 
 
 def export(options: ExportOptions) -> None:
@@ -184,7 +150,7 @@ def tokenizer_folder(options: ExportOptions) -> Path:
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        (options,) = HfArgumentParser(ExportOptions).parse_args_into_dataclasses(args=argv)  # type: ignore[arg-type]
+        (options,) = parse_into_dataclasses(HfArgumentParser(ExportOptions), argv)  # type: ignore[arg-type]
         export(options)
     except (OSError, ValueError) as error:
         raise SystemExit(f"export.py: error: {error}") from error

@@ -5,18 +5,29 @@
     deepspeed --num_gpus 2 launchers/finetune.py --deepspeed ds_configs/zero3.json ...
     accelerate launch --config_file launchers/accelerate/fsdp2.yaml launchers/finetune.py ...
 
-Every option of transformers' TrainingArguments works too; ``--help`` lists them all.
+Every option of transformers' TrainingArguments works too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __spec__ is None:  # started as a file: go on as a module of the package, which has relative imports
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    runpy.run_module("launchers.finetune", run_name="__main__", alter_sys=True)
+    raise SystemExit
+
+from reflora_dist.command_line.help import answer_help
+
+from .training.options import HELP_GROUPS, trainers_options
+
+if __name__ == "__main__":
+    answer_help(__doc__, HELP_GROUPS, further=trainers_options)  # before torch is imported, which takes seconds
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
@@ -24,26 +35,27 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from launchers.cluster.waiting import working_first
-from launchers.data import embedded
-from launchers.data.limits import check_examples
-from launchers.data.records import Record, load_records, split_records
-from launchers.data.tokenization import Collator, cached_examples, choose_template, padding_token
-from launchers.training import classification, plots, recorder
-from launchers.training.batching import BatchingChangesExamples, PackingCheck, require_position_ids
-from launchers.training.continued import continued_adapter
-from launchers.training.evaluations import EvaluationsToCome, NoEvaluations
-from launchers.training.failures import named_failures
-from launchers.training.interruptions import StopOnSignal
-from launchers.training.options import PEFT_STARTS, Options, check_output_dir, checkpoint_to_resume, parse_options
-from launchers.training.quantized import keep_weight_layout, quantization_config
-from launchers.training.starts import start_adapter
-from launchers.training.targets import adapter_targets, require_layers
 from reflora_dist import RefLoRACallback, export_adapter
 from reflora_dist.checkpoints.complete import CompleteCheckpoints
 from reflora_dist.files.base_files import load_base, load_tokenizer, require_no_missing
 from reflora_dist.files.open_files import cause_of
 from reflora_dist.lora_sb import LoRASBCallback, LoRASBConfig, LoraXSConfig
+
+from .cluster.waiting import working_first
+from .data import embedded
+from .data.limits import check_examples
+from .data.records import Record, load_records, split_records
+from .data.tokenization import Collator, cached_examples, choose_template, padding_token
+from .training import classification, plots, recorder
+from .training.batching import BatchingChangesExamples, PackingCheck, require_position_ids
+from .training.continued import continued_adapter
+from .training.evaluations import EvaluationsToCome, NoEvaluations
+from .training.failures import named_failures
+from .training.interruptions import StopOnSignal
+from .training.options import PEFT_STARTS, Options, check_output_dir, checkpoint_to_resume, parse_options
+from .training.quantized import keep_weight_layout, quantization_config
+from .training.starts import start_adapter
+from .training.targets import adapter_targets, require_layers
 
 # Trainer's settings that two runs must share to be comparable.
 RECORDED_ARGUMENTS = (

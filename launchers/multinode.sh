@@ -17,6 +17,7 @@
 # NCCL_SOCKET_IFNAME, if set, name another; with a hostfile, the head's interface has to have the same name on all machines, unless they are set.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
+answer_help launchers/finetune.py "$@"
 
 usage() { die "$*; see the head of $0"; }
 whole() { case "$2" in '' | *[!0-9]*) usage "$1 $2: give a whole number" ;; esac; }

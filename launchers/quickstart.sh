@@ -5,6 +5,7 @@
 # About 7 minutes on two CPU cores once the packages are installed.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
+answer_help "" "$@"
 
 steps=150
 pretrain_steps=680

@@ -4,6 +4,7 @@
 # runs FSDP on accelerators only. PROCESSES=N sets the number of ranks.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
+answer_help launchers/finetune.py "$@"
 ensure_environment deepspeed,launchers
 detect_devices
 config=$repository/launchers/accelerate/fsdp2.yaml

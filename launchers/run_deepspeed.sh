@@ -3,6 +3,7 @@
 # Without a config: ds_configs/zero3.json. PROCESSES=N sets the number of ranks.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
+answer_help launchers/finetune.py "$@"
 ensure_environment deepspeed,launchers
 detect_devices
 require_compiler

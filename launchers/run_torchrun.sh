@@ -3,6 +3,7 @@
 # PROCESSES=N sets the number of ranks.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
+answer_help launchers/finetune.py "$@"
 ensure_environment deepspeed,launchers
 detect_devices
 leave_sigusr1_to_ranks

@@ -3,25 +3,13 @@
 ``attach(model, optimizer, RefLoRAConfig(...))`` in a training loop of your own, or ``RefLoRACallback`` in HF Trainer.
 """
 
-import sys
+from typing import TYPE_CHECKING, Any
 
-from . import lora_sb  # which makes its adapters known to PEFT
-from .callback import RefLoRACallback
-from .checkpoints import complete, training_state
-from .engines.tall import tall_adapters
-from .export.convert import convert_adapter
-from .methods.config import RefLoRAConfig
-from .starts.initialize import export_adapter, initialize_adapters, replay_initialization
-from .step.handle import Handle, attach
-from .step.report import Report
-from .step.rite_optimizer import LoRARite
-
-# The names under which release 0.1 documented these modules.
-sys.modules[f"{__name__}.checkpoint"] = training_state
-sys.modules[f"{__name__}.completeness"] = complete
+if TYPE_CHECKING:
+    from .public import *  # noqa: F403
 
 __version__ = "0.1.0"
-__all__ = [
+__all__ = [  # noqa: F405
     "Handle",
     "LoRARite",
     "RefLoRACallback",
@@ -35,3 +23,16 @@ __all__ = [
     "replay_initialization",
     "tall_adapters",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names at the first use of one: commands print their help before torch, which takes seconds."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import public
+
+    return getattr(public, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,6 +7,7 @@
 #   bash tests/run.sh -k zero3        further arguments go to pytest
 set -euo pipefail
 . "$(dirname "$0")/../launchers/environment.sh"
+answer_help "" "$@"
 ensure_environment deepspeed,launchers,dev
 OMP_NUM_THREADS=1
 detect_devices

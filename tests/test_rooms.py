@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "reflora_dist"
 # From bottom to top. A room may import those on floors below it; rooms on one floor know nothing of each other.
 FLOORS = [
-    {"files", "algebra"},
+    {"files", "algebra", "command_line"},
     {"methods"},
     {"collectives"},
     {"engines"},
@@ -25,6 +25,8 @@ FLOORS = [
     {"lora_sb"},
     {"export"},
     {"doctor"},
+    {"public"},
+    {"checkpoint", "completeness"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # A room inside a room, and all that it may import of the package beside itself.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from tests.support.launchers import REPOSITORY
+from tests.support.launchers import REPOSITORY, micro_model, short_training, write_records
 
 # distributions whose modules have another name
 _MODULES = {"pyyaml": "yaml"}
@@ -45,7 +46,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, since setuptools leaves files beside the sources."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    shutil.copytree(REPOSITORY / "reflora_dist", source / "reflora_dist", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("reflora_dist", "launchers", "ds_configs"):
+        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
     _run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source)
@@ -53,24 +55,81 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
+def _shipped() -> set[str]:
+    """What the wheel has to hold: the package, and in it the launchers and the configurations."""
+    package = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "reflora_dist").rglob("*.py")}
+    beside = [
+        *(REPOSITORY / "launchers").rglob("*.py"),
+        *(REPOSITORY / "launchers").rglob("*.yaml"),
+        *(REPOSITORY / "ds_configs").glob("*.json"),
+    ]
+    return package | {f"reflora_dist/{path.relative_to(REPOSITORY).as_posix()}" for path in beside}
+
+
 def test_the_wheel_holds_the_package_alone(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"reflora_dist"}
-    modules = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "reflora_dist").rglob("*.py")}
-    assert modules <= set(names) and "reflora_dist/py.typed" in names
+    missing = {*_shipped(), "reflora_dist/py.typed"} - set(names)
+    assert not missing, "not in the wheel; is the folder in pyproject.toml's packages? " + ", ".join(sorted(missing))
 
 
-def test_the_wheel_works_in_a_fresh_environment(wheel: Path, tmp_path: Path) -> None:
+def _install(wheel: Path, folder: Path) -> Path:
+    venv.create(folder)
+    _run(
+        sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "install", "--no-index", "--no-deps", wheel
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the wheel and no other package."""
+    return _install(wheel, tmp_path_factory.mktemp("alone") / "env")
+
+
+@pytest.fixture(scope="module")
+def complete(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the wheel and the dependencies of this environment."""
+    folder = _install(wheel, tmp_path_factory.mktemp("complete") / "env")
+    (own,) = (folder / "lib").glob("python*")
+    (own / "site-packages" / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder
+
+
+COMMANDS = {"reflora-train": "--lora_r", "reflora-eval": "--num_beams", "reflora-export": "--merge"}
+COMMANDS["reflora-doctor"] = "--bandwidth_gbit"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_prints_its_help_without_its_dependencies(command: str, alone: Path, tmp_path: Path) -> None:
+    assert COMMANDS[command] in _run(alone / "bin" / command, "--help", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("command", ["reflora-train", "reflora-eval"])
+def test_a_command_names_the_extra_that_is_missing(command: str, alone: Path, tmp_path: Path) -> None:
+    ended = subprocess.run([alone / "bin" / command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    (line,) = ended.stderr.splitlines()
+    assert ended.returncode == 1 and line.startswith(f"{command}: error: datasets, sentencepiece,")
+    assert line.endswith('pip install "reflora_dist[launchers]"')
+
+
+def test_the_wheel_works_in_a_fresh_environment(complete: Path, tmp_path: Path) -> None:
     """With the dependencies of this environment, and without the repository."""
-    venv.create(tmp_path / "env", with_pip=True)
-    python = tmp_path / "env" / "bin" / "python"
-    _run(python, "-m", "pip", "install", "--no-index", "--no-deps", wheel)
-    own = next((tmp_path / "env" / "lib").glob("python*")) / "site-packages"
-    (own / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    python = complete / "bin" / "python"
     file, applied, pairs, skipped = _run(python, "-c", _SMOKE, cwd=tmp_path).split()[-4:]
-    assert Path(file).is_relative_to(tmp_path)
+    assert Path(file).is_relative_to(complete)
     assert (applied, pairs, skipped) == ("1", "2", "0")
+
+
+def test_the_command_trains_where_there_is_no_repository(complete: Path, tmp_path: Path) -> None:
+    micro_model(tmp_path / "model")
+    write_records(tmp_path / "records.jsonl")
+    options = [*short_training(tmp_path, "out"), "--max_steps=2"]
+    _run(complete / "bin" / "reflora-train", *options, cwd=tmp_path)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (metrics["steps"], metrics["world_size"], metrics["report"]["applied_steps"]) == (2, 1, 1)
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
 def test_what_the_package_imports_is_declared() -> None:

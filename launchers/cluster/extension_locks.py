@@ -8,18 +8,21 @@ killed build leaves the file, and the next one waits for it forever without a me
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
+import runpy
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
+if __spec__ is None:  # started as a file: go on as a module of the package, which has relative imports
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    runpy.run_module("launchers.cluster.extension_locks", run_name="__main__", alter_sys=True)
+    raise SystemExit
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from launchers.cluster.waiting import say, told
+from .waiting import say, told
 
 # for a lock that another machine or another user may hold
 ABANDONED_AFTER_SECONDS = 600.0
@@ -62,6 +65,8 @@ def find_builder(lock: Path) -> int | None:
 
 def _is_local(path: Path) -> bool:
     """Return whether the path is on a file system that no other machine writes to."""
+    import psutil  # of the extra "launchers"; a lock to judge is rare
+
     real = Path(os.path.realpath(path))
     mounted = [part for part in psutil.disk_partitions(all=True) if real.is_relative_to(part.mountpoint)]
     # if several are mounted at one place, the last one covers the others
@@ -157,4 +162,5 @@ def speak_while_building() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="extension_locks.py", description=main.__doc__).parse_args()
     main()

@@ -8,24 +8,32 @@ script prints the network interface towards the head and this machine's address 
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import importlib.metadata
 import ipaddress
 import json
 import platform
+import runpy
 import socket
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+if __spec__ is None:  # started as a file: go on as a module of the package, which has relative imports
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    runpy.run_module("launchers.cluster.meeting", run_name="__main__", alter_sys=True)
+    raise SystemExit
+
+from ..options import meeting_parser
+
+if __name__ == "__main__":
+    meeting_parser().parse_args()  # --help and mistakes are answered before torch is imported, which takes seconds
+
 import psutil
 from torch.distributed import DistNetworkError, TCPStore
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from launchers.cluster.waiting import told
+from .waiting import told
 
 _PACKAGES = ("torch", "deepspeed", "accelerate", "transformers", "peft")
 _POLL_SECONDS = 0.2
@@ -36,14 +44,7 @@ Facts = dict[str, str]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line. Exit with a message if the machines cannot start."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--nodes", type=int, required=True, help="number of machines")
-    parser.add_argument("--node_rank", type=int, required=True, help="this machine's number; 0 has the head's address")
-    parser.add_argument("--head", required=True, help="address of machine 0, as all machines reach it")
-    parser.add_argument("--port", type=int, required=True, help="the launcher's; the machines meet at the one after it")
-    parser.add_argument("--wait", type=float, default=300.0, help="seconds until all have to be there")
-    parser.add_argument("facts", nargs="*", help="NAME=VALUE, to be the same on all machines")
-    options = parser.parse_args(argv)
+    options = meeting_parser().parse_args(argv)
     try:
         print(*meet(**vars(options)))
     except ValueError as error:

@@ -14,8 +14,6 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from reflora_dist.files.open_files import cause_of
-
 Turn = dict[str, str]  # role and content
 Span = tuple[int, int]  # (start, end) of an answer, in characters or tokens
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -86,6 +84,8 @@ def _render(tokenizer: Any, turns: Sequence[Turn], place: str, *, answer_next: b
     try:
         return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=answer_next)
     except Exception as error:  # templates are programs, and raise errors of any type
+        from reflora_dist.files.open_files import cause_of  # imports torch, and options import this module
+
         raise ValueError(
             f"{place}: the chat template of {tokenizer.name_or_path!r} refuses the turns "
             f"{'/'.join(turn['role'] for turn in turns)} ({cause_of(error)}); correct or remove the record"

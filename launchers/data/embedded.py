@@ -1,6 +1,6 @@
 """The embedded default: a tokenizer, a small LLaMA and instruction records, all made on this machine.
 
-To fill the cache run ``python -m launchers.data.embedded --cache-dir DIR``. Everything is written to a temporary folder
+To fill the cache run ``python launchers/data/embedded.py --cache-dir DIR``. Everything is written to a temporary folder
 and then renamed, so a cache folder is either complete or absent.
 """
 
@@ -12,6 +12,7 @@ import io
 import json
 import os
 import platform
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -19,10 +20,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if __spec__ is None:  # started as a file: go on as a module of the package, which has relative imports
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    runpy.run_module("launchers.data.embedded", run_name="__main__", alter_sys=True)
+    raise SystemExit
 
-from launchers.data import stdlib_text
-from launchers.data.cache import build_once, default_cache_dir
+from . import stdlib_text
+from .cache import build_once, default_cache_dir
 
 FORMAT_VERSION = 1  # part of every cache key; raise it when the meaning of what is stored changes
 # With a launcher's variables the pre-training would join the fine-tuning job's process group, and hang in it.

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from launchers.data.tokenization import padding_token
 from reflora_dist.checkpoints.embeddings import input_embedding
 from reflora_dist.collectives.ranks import is_first_rank
+
+from .tokenization import padding_token
 
 logger = logging.getLogger(__name__)
 

@@ -13,16 +13,15 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from launchers.data.cache import build_once
-from launchers.data.records import Record
-
+from .cache import build_once
 from .conversations import Turn, encode_chat_prompt, encode_conversation, question_turn
 from .forms import conversation_of, is_text
+from .records import Record
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT_VERSION = 2  # part of the cache key; raise it when prompts, masking or packing change
 IGNORE_INDEX = -100  # the label that the loss ignores
@@ -287,6 +286,8 @@ class Collator:
     multiple_of: int = 8
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        import torch  # not above: options are named from this module before torch is there
+
         longest = max(len(row["input_ids"]) for row in rows)
         length = -(-longest // self.multiple_of) * self.multiple_of
         missing = [length - len(row["input_ids"]) for row in rows]

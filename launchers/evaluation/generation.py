@@ -10,8 +10,6 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from launchers.data.conversations import end_of_turn
-from launchers.data.tokenization import CHAT, padding_token
 from reflora_dist import lora_sb  # noqa: F401  (adapters that PEFT does not know by itself)
 from reflora_dist.checkpoints.adapter_files import require_tensors
 from reflora_dist.checkpoints.embeddings import resize_for
@@ -20,6 +18,9 @@ from reflora_dist.engines.bare_base import require_adapter, require_no_adapter
 from reflora_dist.files.base_files import load_base, require_no_missing
 from reflora_dist.files.open_files import cause_of, read_peft_config, read_peft_weights
 from reflora_dist.files.other_files import tokenizer_files
+
+from ..data.conversations import end_of_turn
+from ..data.tokenization import CHAT, padding_token
 
 MODEL_FILES = ("*.safetensors", "*.bin", "*.index.json", "config.json", "adapter_config.json", "*.jinja")
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from launchers.data.forms import require_record, text_field
-from launchers.data.records import load_hub, parse_file
-from launchers.evaluation.answer_rules import ANSWER_WORDS
+from ..data.forms import require_record, text_field
+from ..data.records import load_hub, parse_file
+from .answer_rules import ANSWER_WORDS
 
 TASKS = (*ANSWER_WORDS, "gsm8k")
 FROM_HUB = "hub"

@@ -15,6 +15,7 @@
 #   - the paper's own table of hyperparameters (its appendix) was not at hand for comparison
 set -euo pipefail
 . "$(dirname "$0")/../environment.sh"
+answer_help launchers/finetune.py "$@"
 
 llm_adapters=${LLM_ADAPTERS_URL:-https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/816657208af4db747803f87ba40a4c71383fed7a}
 tasks=(boolq piqa social_i_qa hellaswag winogrande ARC-Easy ARC-Challenge openbookqa)

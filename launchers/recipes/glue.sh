@@ -14,6 +14,7 @@
 # Unlike there, the pooler, which the checkpoint does not have either, is trained beside the classifier.
 set -euo pipefail
 . "$(dirname "$0")/../environment.sh"
+answer_help launchers/finetune.py "$@"
 
 task=${1:-}
 case "$task" in

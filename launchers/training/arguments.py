@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import json
 import os
-from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,16 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from launchers.cluster.extension_locks import speak_while_building
-from launchers.cluster.waiting import told
-from launchers.training.evaluations import check_strategy
-from launchers.training.fields import option as _option
+from ..cluster.extension_locks import speak_while_building
+from ..cluster.waiting import told
+from ..configurations import shipped_configuration
+from .defaults import TrainingDefaults
+from .evaluations import check_strategy
 
 
 @dataclasses.dataclass
-class FinetuneArguments(TrainingArguments):
+class FinetuneArguments(TrainingDefaults, TrainingArguments):  # type: ignore[misc]  # output_dir is never None here
     """transformers' TrainingArguments with the defaults of LoRA fine-tuning."""
-
-    output_dir: str = _option("outputs/finetune", "Where checkpoints, adapter, metrics and plot are written.")
-    learning_rate: float = _option(3e-4, "Peak learning rate.")
-    logging_steps: float = _option(10, "Log the training loss every n steps.")
-    eval_strategy: str = _option("steps", "When to evaluate. Default where there are no records to evaluate on: no.")
-    eval_steps: float | None = _option(50, "Evaluate every n steps.")
-    ddp_find_unused_parameters: bool | None = _option(False, "Every adapter is used in every step.")
-    label_names: list[str] | None = field(default_factory=lambda: ["labels"])
-    resume_from_checkpoint: str | None = _option(
-        None, "A checkpoint folder, or auto: the last complete one in output_dir, from the start if there is none."
-    )
 
     def __post_init__(self) -> None:
         self._check_deepspeed()
@@ -59,7 +48,10 @@ class FinetuneArguments(TrainingArguments):
         if not isinstance(self.deepspeed, str) or self.deepspeed.lstrip().startswith("{"):
             return
         if not Path(self.deepspeed).is_file():
-            raise ValueError(f"deepspeed={self.deepspeed!r}: no such file; ds_configs/ has some to start from")
+            try:
+                self.deepspeed = str(shipped_configuration(self.deepspeed, suffix=".json"))
+            except ValueError as error:
+                raise ValueError(f"deepspeed={self.deepspeed!r}: no such file; {error}") from None
         if "LOCAL_RANK" not in os.environ:
             raise ValueError(
                 f"deepspeed={self.deepspeed!r} needs a launcher: deepspeed --num_gpus N launchers/finetune.py ..."

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from launchers.data.tokenization import Collator, pack
-from launchers.evaluation.generation import left_padded
+from ..data.tokenization import Collator, pack
+from ..evaluation.generation import left_padded
 
 TRIED_TOKENS = 8
 # Relative. An example that sees another one changes its logits by more (1e-4 to 1), also in small models with PyTorch's

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, EvalPrediction
 
-from launchers.cluster.waiting import working_first
-from launchers.data.forms import require_record, text_field
-from launchers.data.records import is_local_file, load_hub, parse_file, split_records
-from launchers.data.tokenization import cached_dataset
-from launchers.training.glue_tasks import ClassificationOptions
 from reflora_dist.checkpoints.embeddings import input_embedding
 from reflora_dist.files.base_files import load_base, read_model_config, require_no_missing
 
+from ..cluster.waiting import working_first
+from ..data.forms import require_record, text_field
+from ..data.records import is_local_file, load_hub, parse_file, split_records
+from ..data.tokenization import cached_dataset
+from .glue_tasks import ClassificationOptions
+
 if TYPE_CHECKING:
-    from launchers.training.options import Options
+    from .options import Options
 
 FORMAT_VERSION = 1  # part of the cache key; raise it when the encoding changes
 HUB = "nyu-mll/glue"

@@ -9,8 +9,6 @@ from typing import Any
 from peft import LoraConfig, PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from launchers.evaluation.generation import base_of
-from launchers.training.options import Options
 from reflora_dist.checkpoints.adapter_files import load_adapter
 from reflora_dist.checkpoints.embeddings import resize_for
 from reflora_dist.checkpoints.start_file import changes_base, saved_mark
@@ -18,6 +16,9 @@ from reflora_dist.engines.bare_base import adapter_folder
 from reflora_dist.files.open_files import read_peft_config, read_tensors
 from reflora_dist.files.other_files import tokenizer_files
 from reflora_dist.files.stored_weights import find_model
+
+from ..evaluation.generation import base_of
+from .options import Options
 
 # options that determine the adapter's function, by the fields of its configuration
 _OPTIONS = {"r": "lora_r", "lora_alpha": "lora_alpha", "use_rslora": "rslora", "use_dora": "dora"}

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from reflora_dist.collectives.ranks import is_first_rank
 
 if TYPE_CHECKING:
-    from launchers.training.options import Options
+    from .options import Options
 
 logger = logging.getLogger(__name__)
 # Settings that need evaluations, each with the values that do; None: every value except None.

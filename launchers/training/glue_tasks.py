@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from launchers.training.fields import option
+from reflora_dist.command_line.fields import option
 
 
 @dataclasses.dataclass(frozen=True)

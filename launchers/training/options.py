@@ -1,4 +1,7 @@
-"""The command line of finetune.py: four small dataclasses beside transformers' TrainingArguments."""
+"""The command line of finetune.py: small dataclasses beside transformers' TrainingArguments.
+
+``--help`` prints the dataclasses, so torch and transformers, whose imports take seconds, are imported in functions.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +11,23 @@ import math
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import HfArgumentParser
+from reflora_dist.command_line.fields import option as _option
+from reflora_dist.methods.names import DEFAULT_DAMPING, LATENT_METHODS, METHOD_NAMES
 
-from launchers.data.cache import default_cache_dir
-from launchers.data.embedded import EmbeddedSettings
-from launchers.data.tokenization import TEMPLATE_NAMES, TokenizationSettings
-from launchers.training.arguments import FinetuneArguments
-from launchers.training.evaluations import check_evaluations, shown
-from launchers.training.fields import option as _option
-from launchers.training.glue_tasks import ClassificationOptions
-from reflora_dist import LoRARite, RefLoRAConfig
-from reflora_dist.checkpoints.complete import last_complete_checkpoint, require_complete
-from reflora_dist.collectives.ranks import is_first_rank, world_size
-from reflora_dist.lora_sb import METHODS as LATENT_METHODS
-from reflora_dist.methods.registry import METHODS
-from reflora_dist.starts.recipes import check_init
+from ..data.cache import default_cache_dir
+from ..data.embedded import EmbeddedSettings
+from ..data.tokenization import TEMPLATE_NAMES, TokenizationSettings
+from .defaults import TrainingDefaults
+from .glue_tasks import ClassificationOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from reflora_dist import RefLoRAConfig
+
+    from .arguments import FinetuneArguments
 
 MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")
 # PEFT's own starts that leave the base alone; the others are reflora_dist.starts.initialize's.
@@ -59,13 +61,13 @@ class LoraOptions:
         "reflora",
         "lora trains plainly. lora-rite is an optimizer of its own: --optim_args sets its options, as in "
         "update_capping=1.0,balance_param=True. lora-sb and lora-xs train an r x r matrix between frozen factors.",
-        choices=(*METHODS, *LATENT_METHODS),
+        choices=(*METHOD_NAMES, *LATENT_METHODS),
     )
     reflora_warmup_steps: int | None = _option(
         None, "Optimizer steps of plain LoRA before the method's first. Default: 100 for reflora, reflora-s, lora-pro."
     )
     reflora_interval: int = _option(1, "Act at every n-th optimizer step after the warm-up.")
-    scaled_gd_damping: float = _option(RefLoRAConfig.damping, "delta of --method scaled-gd.")
+    scaled_gd_damping: float = _option(DEFAULT_DAMPING, "delta of --method scaled-gd.")
     tall_adapters: bool = _option(
         True,
         "Under FSDP and DeepSpeed store lora_A as [in, r], so that only Grams are sent. Files are the same; a run "
@@ -106,7 +108,7 @@ class LoraOptions:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}={value} must be above 0, and finite")
-        if self.scaled_gd_damping != RefLoRAConfig.damping and self.method != "scaled-gd":
+        if self.scaled_gd_damping != DEFAULT_DAMPING and self.method != "scaled-gd":
             raise ValueError(
                 f"scaled_gd_damping={self.scaled_gd_damping} means nothing to --method {self.method}: drop it"
             )
@@ -141,6 +143,8 @@ class LoraOptions:
                 raise ValueError(f"{name}={getattr(self, name)!r} means nothing to --method {self.method}: drop it")
 
     def _check_start(self) -> None:
+        from reflora_dist.starts.recipes import check_init
+
         if self.init_lora_weights in PEFT_STARTS:
             return
         try:
@@ -150,6 +154,8 @@ class LoraOptions:
 
     def reflora_config(self) -> RefLoRAConfig:
         """Return the settings that the package reads."""
+        from reflora_dist import RefLoRAConfig
+
         return RefLoRAConfig(
             method="lora" if self.latent else self.method,
             warmup_steps=self.reflora_warmup_steps,
@@ -228,6 +234,8 @@ class Options:
     classification: ClassificationOptions
 
     def __post_init__(self) -> None:
+        from .evaluations import check_evaluations
+
         self._check_quantization()
         check_evaluations(self)
         self.optimizer()
@@ -255,6 +263,13 @@ class Options:
         """
         if self.lora.method != "lora-rite":
             return None
+        import torch
+
+        from reflora_dist import LoRARite
+
+        from .arguments import FinetuneArguments
+        from .evaluations import shown
+
         training = self.training
         plugin = getattr(training, "hf_deepspeed_config", None)  # exists under DeepSpeed only
         deepspeed_config = plugin.config if plugin is not None else {}
@@ -293,11 +308,33 @@ def parse_options(argv: list[str] | None = None) -> Options:
     Raises:
         ValueError: an option's value cannot be used.
     """
+    from transformers import HfArgumentParser
+
+    from .arguments import FinetuneArguments
+
     parser = HfArgumentParser((ModelOptions, LoraOptions, DataOptions, FinetuneArguments, ClassificationOptions))  # type: ignore[arg-type]
     given, _ = parser.parse_known_args(argv)
     if given.dataset and not given.eval_dataset and not given.eval_fraction:
         parser.set_defaults(eval_strategy="no")  # before transformers checks what needs evaluations
     return Options(*parser.parse_args_into_dataclasses(args=argv))
+
+
+HELP_GROUPS = {
+    "model": ModelOptions,
+    "adapter and method": LoraOptions,
+    "records": DataOptions,
+    "training, with defaults of its own": TrainingDefaults,
+    "classification": ClassificationOptions,
+}
+
+
+def trainers_options() -> dict[str, list[dataclasses.Field[Any]]]:
+    """Return the options of transformers' TrainingArguments that :data:`HELP_GROUPS` lacks, by title."""
+    from .arguments import FinetuneArguments
+
+    own = {field.name for field in dataclasses.fields(TrainingDefaults)}
+    others = [field for field in dataclasses.fields(FinetuneArguments) if field.init and field.name not in own]
+    return {"transformers' TrainingArguments": others}
 
 
 def check_output_dir(output_dir: str) -> None:
@@ -325,6 +362,11 @@ def checkpoint_to_resume(arguments: FinetuneArguments) -> str | None:
     asked = arguments.resume_from_checkpoint
     if asked is None:
         return None
+    import torch
+
+    from reflora_dist.checkpoints.complete import last_complete_checkpoint
+    from reflora_dist.collectives.ranks import is_first_rank, world_size
+
     # only one rank looks, because storage may show ranks different files
     found: list[str | None] = [None, None]
     if is_first_rank():
@@ -343,6 +385,8 @@ def checkpoint_to_resume(arguments: FinetuneArguments) -> str | None:
 
 
 def _named_checkpoint(folder: str) -> str:
+    from reflora_dist.checkpoints.complete import require_complete
+
     if not (Path(folder) / "trainer_state.json").is_file():
         raise ValueError(
             f"{folder} is no checkpoint (it has no trainer_state.json); name a checkpoint-N folder of an earlier run, "

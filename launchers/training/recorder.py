@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from launchers.data.tokenization import TEMPLATE_NAMES
 from reflora_dist.files.open_files import read_json
 from reflora_dist.files.records import require_fields
+
+from ..data.tokenization import TEMPLATE_NAMES
 
 METRICS_FILE = "metrics.json"
 RECORDED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed")

@@ -11,12 +11,13 @@ from peft import LoraConfig, preprocess_loraga
 from peft.tuners.lora import LoraGAConfig
 from transformers.integrations import deepspeed as deepspeed_integration
 
-from launchers.cluster.waiting import working_first
-from launchers.training.options import PEFT_STARTS, Options
 from reflora_dist import initialize_adapters, replay_initialization
 from reflora_dist.checkpoints.start_file import init_of_mark, saved_mark, write_start
 from reflora_dist.collectives.ranks import is_first_rank, raise_on_all_ranks
 from reflora_dist.engines.pairs import find_pairs
+
+from ..cluster.waiting import working_first
+from .options import PEFT_STARTS, Options
 
 
 def start_adapter(model: Any, load_base: Any, data: Any, collator: Any, options: Options, checkpoint: Any) -> None:

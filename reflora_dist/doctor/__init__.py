@@ -17,7 +17,20 @@ Output: ``versions`` and ``ranks`` check this machine and the other ranks, ``dia
 
 from __future__ import annotations
 
-from .diagnosis import diagnose
+from typing import TYPE_CHECKING, Any
+
 from .options import DoctorOptions
 
+if TYPE_CHECKING:
+    from .diagnosis import diagnose
+
 __all__ = ["DoctorOptions", "diagnose"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``diagnose`` at its first use: ``--help`` is printed without torch, whose import takes seconds."""
+    if name == "diagnose":
+        from .diagnosis import diagnose
+
+        return diagnose
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

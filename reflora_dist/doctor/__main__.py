@@ -10,11 +10,20 @@ import socket
 import sys
 import warnings
 
+from ..command_line.help import answer_help
+from .options import CONFIGS_HELP, DoctorOptions, launched, parse_options
+
+if __name__ == "__main__":
+    answer_help(
+        f"Predict what a run would do, before it starts.\n\nCONFIG: {CONFIGS_HELP}",
+        {"options": DoctorOptions},
+        usage="python -m reflora_dist.doctor [CONFIG ...] [options]",
+    )
+
 import torch
 import torch.distributed as dist
 
 from .diagnosis import Diagnosis, diagnose, to_json
-from .options import DoctorOptions, launched, parse_options
 from .ranks import compare, environment, gather, join, names, smallest_memory_gib, time_collectives
 from .tables import text
 

@@ -6,22 +6,24 @@ import argparse
 import dataclasses
 import math
 import os
-from dataclasses import field
+from typing import TYPE_CHECKING
 
-from transformers import HfArgumentParser
+from ..command_line.fields import option as _option
+from ..command_line.parse import parse_into_dataclasses
+from ..methods.names import METHOD_NAMES
 
-from ..methods.config import RefLoRAConfig
-from ..methods.registry import METHODS
+if TYPE_CHECKING:
+    from ..methods.config import RefLoRAConfig
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 OPTIMIZERS = {"adamw": 2, "sgd": 0, "sgd-momentum": 1}
 """Number of state tensors of a factor's size, by optimizer. LoRA-RITE is missing: it is a method here."""
 
 
-def _option(default: object, help_text: str, **metadata: object):  # type: ignore[no-untyped-def]
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help_text, **metadata})
-    return field(default=default, metadata={"help": help_text, **metadata})
+CONFIGS_HELP = (
+    "DeepSpeed JSON or accelerate YAML; several of a kind are one per machine,\nand must agree; one of each are used "
+    "together. None: DDP."
+)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -31,7 +33,7 @@ class DoctorOptions:
     model: str | None = _option(
         None, "Hub name, local path or config.json. Only its configuration is read; without it, keys are checked only."
     )
-    method: str = _option("reflora", "Method.", choices=tuple(METHODS))
+    method: str = _option("reflora", "Method.", choices=METHOD_NAMES)
     tall_adapters: bool = _option(
         True, "Under FSDP and DeepSpeed: store lora_A as [in, r], as RefLoRACallback and finetune.py do."
     )
@@ -66,6 +68,8 @@ class DoctorOptions:
 
     def reflora_config(self) -> RefLoRAConfig:
         """Return the package's own configuration for this method."""
+        from ..methods.config import RefLoRAConfig
+
         return RefLoRAConfig(method=self.method)
 
 
@@ -75,16 +79,17 @@ def parse_options(argv: list[str] | None = None) -> tuple[list[str], DoctorOptio
     Raises:
         ValueError: an option has an unusable value.
     """
+    from transformers import HfArgumentParser  # in a function, since --help prints DoctorOptions without it
+
     parser = HfArgumentParser(DoctorOptions, prog="python -m reflora_dist.doctor")  # type: ignore[arg-type]
     parser.add_argument(
         "configs",
         nargs="*",
         metavar="CONFIG",
-        help="DeepSpeed JSON or accelerate YAML; several of a kind are one per machine, and must agree; one of "
-        "each are used together. None: DDP.",
+        help=CONFIGS_HELP,
     )
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
-    options, rest = parser.parse_args_into_dataclasses(args=argv)
+    options, rest = parse_into_dataclasses(parser, argv)
     return rest.configs, options
 
 

@@ -8,7 +8,7 @@ import sys
 
 from peft import PeftConfig
 
-METHODS = ("lora-sb", "lora-xs")
+from ..methods.names import LATENT_METHODS as METHODS
 
 
 class LoraXSType(str, enum.Enum):  # noqa: UP042  (a key of PEFT's tables, which look strings up)

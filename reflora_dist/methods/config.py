@@ -6,9 +6,8 @@ import dataclasses
 import sys
 from typing import Any
 
+from .names import DEFAULT_DAMPING
 from .registry import METHODS
-
-_DEFAULT_DAMPING = 1e-2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +37,7 @@ class RefLoRAConfig:
     method: str = "reflora"
     warmup_steps: int | None = None
     interval: int = 1
-    damping: float = _DEFAULT_DAMPING
+    damping: float = DEFAULT_DAMPING
 
     def __post_init__(self) -> None:
         if self.method not in tuple(METHODS):  # a dictionary could not look up a list
@@ -52,7 +51,7 @@ class RefLoRAConfig:
         is_number = isinstance(self.damping, int | float) and not isinstance(self.damping, bool)
         if not is_number or not 0 <= self.damping <= sys.float_info.max:
             raise ValueError(f"damping={self.damping!r} must be a number of at least 0, and finite")
-        if self.damping != _DEFAULT_DAMPING and "damping" not in METHODS[self.method].own_settings:
+        if self.damping != DEFAULT_DAMPING and "damping" not in METHODS[self.method].own_settings:
             raise ValueError(f"damping={self.damping!r} means nothing to method={self.method!r}: leave it out")
         if not METHODS[self.method].has_schedule and (self.warmup_steps or self.interval != 1):
             raise ValueError(

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import pkgutil
 
 from .base import Method
+from .names import METHOD_NAMES
 
 
 def _found() -> dict[str, type[Method]]:
     package = __name__.rpartition(".")[0]
     methods: dict[str, type[Method]] = {}
-    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        if module.name in ("config", "reference", "registry"):
-            continue  # these define no method, and config imports this module
-        for _, value in inspect.getmembers(importlib.import_module(f"{package}.{module.name}"), inspect.isclass):
-            if issubclass(value, Method) and "name" in vars(value):
-                methods[value.name] = value
+    for name in METHOD_NAMES:
+        module = importlib.import_module(f"{package}.{name.replace('-', '_')}")
+        classes = [value for _, value in inspect.getmembers(module, inspect.isclass) if issubclass(value, Method)]
+        own = [value for value in classes if vars(value).get("name") == name]
+        assert len(own) == 1, f"{module.__name__} must define one method, with name = {name!r}"
+        methods[name] = own[0]
     return methods
 
 
-METHODS: dict[str, type[Method]] = dict(sorted(_found().items()))
+METHODS: dict[str, type[Method]] = _found()

@@ -30,7 +30,7 @@ from torch.distributed.run import config_from_args
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, default_data_collator
 
-from launchers.training.options import FinetuneArguments
+from launchers.training.arguments import FinetuneArguments
 from tests.support.engines_under_test.accelerated import fsdp_on_cpu
 from tests.support.engines_under_test.zero import allow_fp16_on_cpu
 

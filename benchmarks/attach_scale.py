@@ -24,24 +24,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
-from torch.testing._internal.distributed.fake_pg import FakeStore
-
-from benchmarks.harness import engines, models, recording
-from benchmarks.harness.deliveries import Deliveries
+from benchmarks.harness import models
 from benchmarks.harness.options import parse, require_known, require_positive
-from benchmarks.harness.workloads import meta_adapters
-from benchmarks.reports.attach_scale import markdown
-from reflora_dist import RefLoRAConfig, attach, tall_adapters
-from reflora_dist.engines.pairs import AdapterPair, find_pairs
+from reflora_dist.command_line.help import answer_help
 
 ENGINES = ("zero3", "fsdp2", "zero3-flat", "fsdp2-flat")
-LIMITS = {"received_bytes": 10e6, "seconds": 3.0, "grown_bytes": 100e6}  # for tall adapters, on any number of ranks
-CONFIG = RefLoRAConfig(method="reflora")
 
 
 @dataclasses.dataclass
@@ -73,6 +60,27 @@ class Arguments:
     def shape(self) -> models.ModelShape:
         """The model's shape, with the number of layers of the options."""
         return models.shape_of(self.model, self.num_layers)
+
+
+if __name__ == "__main__":
+    answer_help(__doc__, {"options": Arguments})  # before libraries are imported, which takes seconds
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from benchmarks.harness import engines, recording
+from benchmarks.harness.deliveries import Deliveries
+from benchmarks.harness.workloads import meta_adapters
+from benchmarks.reports.attach_scale import markdown
+from reflora_dist import RefLoRAConfig, attach, tall_adapters
+from reflora_dist.engines.pairs import AdapterPair, find_pairs
+
+LIMITS = {"received_bytes": 10e6, "seconds": 3.0, "grown_bytes": 100e6}  # for tall adapters, on any number of ranks
+CONFIG = RefLoRAConfig(method="reflora")
 
 
 def main() -> None:

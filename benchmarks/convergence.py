@@ -18,31 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.harness import engines, recording, timing
+from benchmarks.harness.names import ALL_METHODS
 from benchmarks.harness.options import parse, require_known, require_positive
-from benchmarks.reports.convergence import markdown
-from benchmarks.sweep.data import Material, prepare
-from benchmarks.sweep.runs import (
-    ALL_METHODS,
-    CHECKED_STEPS,
-    STARTS,
-    Schedule,
-    Task,
-    Workbench,
-    append_finished,
-    assert_same_start,
-    load_finished,
-    settings_digest,
-    sweep,
-)
-from benchmarks.sweep.statistics import summarize
-from reflora_dist.files.cache import default_cache_dir
-
-GPU_WORKERS = 8  # small models do not fill a GPU; each process takes about half a GiB of its memory
+from reflora_dist.command_line.help import answer_help
 
 
 def _list(values: Sequence[Any], help_text: str) -> Any:
@@ -106,6 +86,32 @@ class Arguments:
         """Return all runs, seed by seed, so that an interrupted sweep holds whole comparisons."""
         grid = itertools.product(self.seeds, self.learning_rates, self.methods)
         return [Task(method, learning_rate, seed) for seed, learning_rate, method in grid]
+
+
+if __name__ == "__main__":
+    answer_help(__doc__, {"options": Arguments})  # before libraries are imported, which takes seconds
+
+import torch
+
+from benchmarks.harness import engines, recording, timing
+from benchmarks.reports.convergence import markdown
+from benchmarks.sweep.data import Material, prepare
+from benchmarks.sweep.runs import (
+    CHECKED_STEPS,
+    STARTS,
+    Schedule,
+    Task,
+    Workbench,
+    append_finished,
+    assert_same_start,
+    load_finished,
+    settings_digest,
+    sweep,
+)
+from benchmarks.sweep.statistics import summarize
+from reflora_dist.files.cache import default_cache_dir
+
+GPU_WORKERS = 8  # small models do not fill a GPU; each process takes about half a GiB of its memory
 
 
 def main() -> None:

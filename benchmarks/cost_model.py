@@ -32,9 +32,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.costs.scenario import Scenario
+from benchmarks.harness.options import parse
+from reflora_dist.command_line.help import answer_help
+
+if __name__ == "__main__":
+    answer_help(__doc__, {"options": Scenario})  # before libraries are imported, which takes seconds
+
+import numpy as np
 
 from benchmarks.costs import links
 from benchmarks.costs.events import (
@@ -50,11 +57,9 @@ from benchmarks.costs.events import (
 )
 from benchmarks.costs.traffic import FACTOR_BYTES, GRAM_BYTES, INDEX_BYTES, LAYOUTS, Adapters, Moved, moved
 from benchmarks.harness import models
-from benchmarks.harness.options import parse, require_positive
 
 WAYS = ("gather", "flat", "tall", "backward")
 _BY_LAYOUT = ("flat", "tall")  # ways whose cost depends on how the engine cuts factors
-
 _ALGORITHMS = ("ring", "tree")
 # The solve of one pair, in units of r^3: Cholesky factors, ten Newton steps of one inverse each, products.
 _SOLVE_FLOPS = 40
@@ -195,25 +200,6 @@ def matmul_parameters(shape: models.ModelShape) -> int:
     """Return the number of weights that multiply a token: all linears and the head."""
     layer = sum(n_in * n_out for _, n_in, n_out in shape.adapted_linears())
     return shape.num_layers * layer + shape.vocab_size * shape.hidden_size
-
-
-@dataclasses.dataclass(kw_only=True)
-class Scenario:
-    """The steps to predict."""
-
-    models: list[str] = dataclasses.field(default_factory=lambda: ["7b", "13b", "70b", "405b"])
-    gpus: list[int] = dataclasses.field(default_factory=lambda: [8, 64, 512, 4096])
-    model_rank: int = dataclasses.field(default=16, metadata={"help": "r of the predicted adapters"})
-    tokens_per_gpu: int = dataclasses.field(default=8192, metadata={"help": "tokens of one optimizer step"})
-    micro_batches: int = dataclasses.field(default=4, metadata={"help": "backward passes per optimizer step"})
-
-    def __post_init__(self) -> None:
-        unknown = [model for model in self.models if model not in models.SHAPES]
-        if unknown:
-            raise ValueError(f"--models {' '.join(unknown)} unknown; choose from {', '.join(models.SHAPES)}")
-        require_positive(self, "model_rank", "tokens_per_gpu", "micro_batches")
-        if not self.gpus or min(self.gpus) < 1:
-            raise ValueError(f"--gpus {self.gpus} must be one or more positive numbers")
 
 
 def predict(scenario: Scenario) -> dict[str, Any]:

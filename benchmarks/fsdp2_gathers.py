@@ -17,16 +17,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-
-from benchmarks.harness import engines, models, recording
-from benchmarks.harness.deliveries import Deliveries
+from benchmarks.harness import models
+from benchmarks.harness.names import BACKENDS
 from benchmarks.harness.options import parse, require_known, require_positive
-from benchmarks.reports.fsdp2_gathers import markdown
-from reflora_dist import tall_adapters
-from reflora_dist.engines.pairs import find_pairs
+from reflora_dist.command_line.help import answer_help
 
 
 @dataclasses.dataclass
@@ -40,10 +34,24 @@ class Arguments:
     output: str | None = dataclasses.field(default=None, metadata={"help": "JSON file to write"})
 
     def __post_init__(self) -> None:
-        require_known(self, model=models.SHAPES, backend=engines.BACKENDS)
+        require_known(self, model=models.SHAPES, backend=BACKENDS)
         require_positive(self, "num_layers")
         if not self.lora_ranks or min(self.lora_ranks) < 1:
             raise ValueError(f"--lora_ranks {self.lora_ranks} must be one or more positive numbers")
+
+
+if __name__ == "__main__":
+    answer_help(__doc__, {"options": Arguments})  # before libraries are imported, which takes seconds
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+
+from benchmarks.harness import engines, recording
+from benchmarks.harness.deliveries import Deliveries
+from benchmarks.reports.fsdp2_gathers import markdown
+from reflora_dist import tall_adapters
+from reflora_dist.engines.pairs import find_pairs
 
 
 def main() -> None:

@@ -20,14 +20,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.harness import engines, models, recording, timing
-from benchmarks.harness.launches import launch_ranks
+from benchmarks.harness import models
 from benchmarks.harness.options import parse, require_known, require_positive
-
-VARIANTS = ("training", "by group", "all at once")
-_RANKS_SCRIPT = Path(__file__).with_name("ranks") / "lora_sb_memory.py"
-# Variants sum in different orders, so gradients near zero can differ in sign; and both SVDs are approximations.
-ENERGY_TOLERANCE = 0.02
+from reflora_dist.command_line.help import answer_help
 
 
 @dataclasses.dataclass
@@ -49,6 +44,18 @@ class Arguments:
         require_positive(self, "lora_rank", "batches", "batch_size", "seq_len")
         if not self.ranks or min(self.ranks) < 1:
             raise ValueError(f"--ranks {self.ranks} must be one or more positive numbers")
+
+
+if __name__ == "__main__":
+    answer_help(__doc__, {"options": Arguments})  # before libraries are imported, which takes seconds
+
+from benchmarks.harness import engines, recording, timing
+from benchmarks.harness.launches import launch_ranks
+
+VARIANTS = ("training", "by group", "all at once")
+_RANKS_SCRIPT = Path(__file__).with_name("ranks") / "lora_sb_memory.py"
+# Variants sum in different orders, so gradients near zero can differ in sign; and both SVDs are approximations.
+ENERGY_TOLERANCE = 0.02
 
 
 def main() -> None:

@@ -23,41 +23,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.harness import engines, recording
 from benchmarks.harness.options import parse, require_positive
-from benchmarks.reports.matrix_factorization import markdown
-from reflora_dist.algebra.refactorization import solve_refactorization
-from reflora_dist.methods.reference import refactored
-
-METHODS = ("lora", "scaled-gd", "reflora")
-INVARIANT = ("scaled-gd", "reflora")  # these rules depend on the product alone, not on its factors
-PAPER_RATES = (0.01, 0.03)
-QUARTILES = {"q1": 0.25, "median": 0.5, "q3": 0.75}
-START_LOSS = 1500.0  # where the curves of the published plot begin
-# float64 rounding, amplified by the condition number of the change of factorization, over the steps compared
-DRIFT_LIMIT = 1e-6
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """M has r singular values between the largest and 1/condition_number of it. A and B start as normal noise."""
-
-    name: str
-    condition_number: float
-    start_std_a: float
-    start_std_b: float
-
-
-PROBLEMS = (
-    Problem("like the published plot", condition_number=2.0, start_std_a=1.0, start_std_b=0.01),
-    Problem("ill-conditioned", condition_number=10.0, start_std_a=1.0, start_std_b=0.01),
-    Problem("balanced start", condition_number=2.0, start_std_a=0.1, start_std_b=0.1),
-)
+from reflora_dist.command_line.help import answer_help
 
 
 def _default_rates() -> list[float]:
@@ -88,6 +57,43 @@ class Arguments:
             raise ValueError(f"seeds={self.seeds} must be at least one number, each only once")
         if not self.learning_rates or min(self.learning_rates) <= 0:
             raise ValueError(f"learning_rates={self.learning_rates} must be at least one number, all above 0")
+
+
+if __name__ == "__main__":
+    answer_help(__doc__, {"options": Arguments})  # before libraries are imported, which takes seconds
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import engines, recording
+from benchmarks.reports.matrix_factorization import markdown
+from reflora_dist.algebra.refactorization import solve_refactorization
+from reflora_dist.methods.reference import refactored
+
+METHODS = ("lora", "scaled-gd", "reflora")
+INVARIANT = ("scaled-gd", "reflora")  # these rules depend on the product alone, not on its factors
+PAPER_RATES = (0.01, 0.03)
+QUARTILES = {"q1": 0.25, "median": 0.5, "q3": 0.75}
+START_LOSS = 1500.0  # where the curves of the published plot begin
+# float64 rounding, amplified by the condition number of the change of factorization, over the steps compared
+DRIFT_LIMIT = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """M has r singular values between the largest and 1/condition_number of it. A and B start as normal noise."""
+
+    name: str
+    condition_number: float
+    start_std_a: float
+    start_std_b: float
+
+
+PROBLEMS = (
+    Problem("like the published plot", condition_number=2.0, start_std_a=1.0, start_std_b=0.01),
+    Problem("ill-conditioned", condition_number=10.0, start_std_a=1.0, start_std_b=0.01),
+    Problem("balanced start", condition_number=2.0, start_std_a=0.1, start_std_b=0.1),
+)
 
 
 def main() -> None:

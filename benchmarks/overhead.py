@@ -34,24 +34,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
-from benchmarks.harness import engines, models, recording, timing, variants
-from benchmarks.harness.breakdown import BASELINE_PHASES, PHASES, timed_phases
-from benchmarks.harness.collectives import Collective
-from benchmarks.harness.interleaved import (
-    Schedule,
-    Times,
-    flattened,
-    measure_memory,
-    measure_times,
-    record_collectives,
-    run_step,
-)
+from benchmarks.harness import models
+from benchmarks.harness.names import BACKENDS, ENGINES, STEP_ENGINES
 from benchmarks.harness.options import parse, require_known, require_positive
-from benchmarks.harness.workloads import STEP_ENGINES, OptimizerStep, TrainingStep, Workload
-from benchmarks.reports.overhead import markdown
-from reflora_dist.methods.registry import METHODS
+from reflora_dist.command_line.help import answer_help
 
 SCOPES = ("step", "training")
 
@@ -69,7 +55,7 @@ class Arguments:
     )
     engine: str = dataclasses.field(
         default="single",
-        metadata={"help": f"one of {', '.join(engines.ENGINES)}; with --scope step of {', '.join(STEP_ENGINES)}"},
+        metadata={"help": f"one of {', '.join(ENGINES)}; with --scope step of {', '.join(STEP_ENGINES)}"},
     )
     variants: list[str] = dataclasses.field(
         default_factory=list, metadata={"help": "those to compare with lora (all that the engine allows)"}
@@ -89,7 +75,7 @@ class Arguments:
     output: str | None = dataclasses.field(default=None, metadata={"help": "JSON file to write"})
 
     def __post_init__(self) -> None:
-        require_known(self, model=models.SHAPES, scope=SCOPES, engine=engines.ENGINES, backend=engines.BACKENDS)
+        require_known(self, model=models.SHAPES, scope=SCOPES, engine=ENGINES, backend=BACKENDS)
         require_positive(self, "num_layers", "micro_batch_size", "seq_len", "blocks", "steps", "block_seconds")
         if not self.lora_ranks or min(self.lora_ranks) < 1:
             raise ValueError(f"--lora_ranks {self.lora_ranks} must be one or more positive numbers")
@@ -111,6 +97,28 @@ class Arguments:
     def schedule(self) -> Schedule:
         """The numbers of blocks and steps."""
         return Schedule(blocks=self.blocks, steps=self.steps, block_seconds=self.block_seconds)
+
+
+if __name__ == "__main__":
+    answer_help(__doc__, {"options": Arguments})  # before libraries are imported, which takes seconds
+
+import torch
+
+from benchmarks.harness import engines, recording, timing, variants
+from benchmarks.harness.breakdown import BASELINE_PHASES, PHASES, timed_phases
+from benchmarks.harness.collectives import Collective
+from benchmarks.harness.interleaved import (
+    Schedule,
+    Times,
+    flattened,
+    measure_memory,
+    measure_times,
+    record_collectives,
+    run_step,
+)
+from benchmarks.harness.workloads import OptimizerStep, TrainingStep, Workload
+from benchmarks.reports.overhead import markdown
+from reflora_dist.methods.registry import METHODS
 
 
 def main() -> None:

@@ -25,16 +25,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from PIL import Image
-
 from benchmarks.harness.options import parse
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-RESULTS = REPOSITORY / "benchmarks" / "results"
-READMES = (REPOSITORY / "README.md", REPOSITORY / "benchmarks" / "README.md")
-_MARKED = re.compile(r"(<!-- (table|headline): ([\w./-]+) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
-_WIDTH = 120  # of lines in a README
-_SOURCE = "Source"  # the PNG text entry that holds the digest of the record a plot was made from
+from reflora_dist.command_line.help import answer_help
 
 
 @dataclasses.dataclass
@@ -42,6 +34,19 @@ class Arguments:
     """The options of report.py."""
 
     check: bool = dataclasses.field(default=False, metadata={"help": "write nothing; fail if something is out of date"})
+
+
+if __name__ == "__main__":
+    answer_help(__doc__, {"options": Arguments})  # before libraries are imported, which takes seconds
+
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "benchmarks" / "results"
+READMES = (REPOSITORY / "README.md", REPOSITORY / "benchmarks" / "README.md")
+_MARKED = re.compile(r"(<!-- (table|headline): ([\w./-]+) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
+_WIDTH = 120  # of lines in a README
+_SOURCE = "Source"  # the PNG text entry that holds the digest of the record a plot was made from
 
 
 def main() -> None:

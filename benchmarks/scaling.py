@@ -21,20 +21,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
-from benchmarks import cost_model
-from benchmarks.costs import events as cost_events
-from benchmarks.harness import engines, models, recording, timing
-from benchmarks.harness.launches import launch_ranks
+from benchmarks.costs.scenario import Scenario
+from benchmarks.harness import models, names
 from benchmarks.harness.options import parse, require_known, require_positive
+from reflora_dist.command_line.help import answer_help
 
-ENGINES = tuple(engine for engine in engines.ENGINES if engine not in ("single", "fsdp2-shard1"))
-_RANKS_SCRIPT = Path(__file__).with_name("ranks") / "scaling.py"
+ENGINES = tuple(engine for engine in names.ENGINES if engine not in ("single", "fsdp2-shard1"))
 
 
 @dataclasses.dataclass
-class Arguments(cost_model.Scenario):
+class Arguments(Scenario):
     """The measurements on this machine, and the predictions."""
 
     ranks: list[int] = dataclasses.field(default_factory=lambda: [1, 2, 4])
@@ -87,6 +83,19 @@ class Arguments(cost_model.Scenario):
     def global_batch_size(self) -> int:
         """Sequences of all ranks together in strong scaling, equal to weak scaling on the most ranks."""
         return self.batch_size * max(self.ranks)
+
+
+if __name__ == "__main__":
+    answer_help(__doc__, {"options": Arguments})  # before libraries are imported, which takes seconds
+
+import torch
+
+from benchmarks import cost_model
+from benchmarks.costs import events as cost_events
+from benchmarks.harness import engines, recording, timing
+from benchmarks.harness.launches import launch_ranks
+
+_RANKS_SCRIPT = Path(__file__).with_name("ranks") / "scaling.py"
 
 
 def main() -> None:

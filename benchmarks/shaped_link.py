@@ -19,21 +19,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.harness import engines, models, recording, timing
+from benchmarks.harness import models
 from benchmarks.harness.options import parse, require_known, require_positive
-from benchmarks.harness.two_hosts import Host, run_on, two_hosts
-from benchmarks.overhead import plain_variant
-from benchmarks.reports.shaped_link import markdown
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-RANKS = 2
-ENGINE = "fsdp2"
-# a variant of overhead.py, and what it sends
-WAYS = (
-    ("gather-coalesced", "whole factors"),
-    ("reflora-flat", "flat lora_A, Grams"),
-    ("reflora", "Grams alone"),
-)
+from reflora_dist.command_line.help import answer_help
 
 
 @dataclasses.dataclass
@@ -57,6 +45,25 @@ class Arguments:
         if not self.mbits or min(self.mbits) < 0:
             raise ValueError(f"--mbits {self.mbits} must be one or more rates, 0 for an unshaped link")
         require_positive(self, "num_layers", "lora_rank", "blocks", "steps", "timeout")
+
+
+if __name__ == "__main__":
+    answer_help(__doc__, {"options": Arguments})  # before libraries are imported, which takes seconds
+
+from benchmarks.harness import engines, recording, timing
+from benchmarks.harness.two_hosts import Host, run_on, two_hosts
+from benchmarks.overhead import plain_variant
+from benchmarks.reports.shaped_link import markdown
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RANKS = 2
+ENGINE = "fsdp2"
+# a variant of overhead.py, and what it sends
+WAYS = (
+    ("gather-coalesced", "whole factors"),
+    ("reflora-flat", "flat lora_A, Grams"),
+    ("reflora", "Grams alone"),
+)
 
 
 def main() -> None:

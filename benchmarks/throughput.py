@@ -30,33 +30,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
-from benchmarks.harness import engines, models, recording, timing, variants
-from benchmarks.harness.interleaved import flattened, run_step
+from benchmarks.harness import models
+from benchmarks.harness.names import ENGINES
 from benchmarks.harness.options import parse, require_known, require_positive
-from benchmarks.harness.workloads import TrainingStep
-from benchmarks.reports.throughput import markdown
+from reflora_dist.command_line.help import answer_help
+from reflora_dist.methods.names import METHOD_NAMES
 
-VARIANTS = (*variants.METHODS, "loop")
-
-# Dense bfloat16 rates of NVIDIA's data sheets in FLOP/s, without sparsity (half of the rate with it). Keys are words of
-# the device's name, and the first key that fits counts.
-PEAK_FLOPS: dict[str, float | None] = {
-    "MIG": None,  # a slice of a GPU
-    "NVL": None,  # other rates than the SXM card; published tables disagree on them
-    "H100 PCIe": 756e12,  # "NVIDIA H100 Tensor Core GPU" data sheet, PCIe column
-    "H100": 989e12,  # same, SXM column
-    "H200": 989e12,  # "NVIDIA H200 Tensor Core GPU" data sheet, SXM column
-    "B200": 2250e12,  # "NVIDIA DGX B200" data sheet, per GPU
-    "A100": 312e12,  # "NVIDIA A100 Tensor Core GPU" data sheet
-    "L40S": 362e12,  # "NVIDIA L40S" data sheet
-    "A10": 125e12,  # "NVIDIA A10 Tensor Core GPU" data sheet
-}
-_WARM_UP_STEPS = 2  # in every block, not timed
-# Relative difference of first losses. No variant updates weights before them, but RefLoRA-S rescales factors, which
-# changes the product B A by rounding.
-_LOSS_TOLERANCE = {"cpu": 1e-5, "cuda": 2e-3}  # float32, bfloat16
+VARIANTS = (*METHOD_NAMES, "loop")
 
 
 @dataclasses.dataclass
@@ -66,7 +46,7 @@ class Arguments:
     model: str = dataclasses.field(default="small", metadata={"help": f"one of {', '.join(models.SHAPES)}"})
     num_layers: int | None = dataclasses.field(default=None, metadata={"help": "instead of the model's own number"})
     lora_rank: int = 16
-    engine: str = dataclasses.field(default="single", metadata={"help": f"one of {', '.join(engines.ENGINES)}"})
+    engine: str = dataclasses.field(default="single", metadata={"help": f"one of {', '.join(ENGINES)}"})
     variants: list[str] = dataclasses.field(
         default_factory=list, metadata={"help": f"of {', '.join(VARIANTS)}, those to compare with lora (all)"}
     )
@@ -85,7 +65,7 @@ class Arguments:
     output: str | None = dataclasses.field(default=None, metadata={"help": "JSON file to write"})
 
     def __post_init__(self) -> None:
-        require_known(self, model=models.SHAPES, engine=engines.ENGINES)
+        require_known(self, model=models.SHAPES, engine=ENGINES)
         on_gpu = torch.cuda.is_available()
         if self.seq_len is None:
             self.seq_len = 1024 if on_gpu else 128
@@ -104,6 +84,35 @@ class Arguments:
     def shape(self) -> models.ModelShape:
         """The model's shape, with the number of layers of the options."""
         return models.shape_of(self.model, self.num_layers)
+
+
+if __name__ == "__main__":
+    answer_help(__doc__, {"options": Arguments})  # before libraries are imported, which takes seconds
+
+import torch
+
+from benchmarks.harness import engines, recording, timing, variants
+from benchmarks.harness.interleaved import flattened, run_step
+from benchmarks.harness.workloads import TrainingStep
+from benchmarks.reports.throughput import markdown
+
+# Dense bfloat16 rates of NVIDIA's data sheets in FLOP/s, without sparsity (half of the rate with it). Keys are words of
+# the device's name, and the first key that fits counts.
+PEAK_FLOPS: dict[str, float | None] = {
+    "MIG": None,  # a slice of a GPU
+    "NVL": None,  # other rates than the SXM card; published tables disagree on them
+    "H100 PCIe": 756e12,  # "NVIDIA H100 Tensor Core GPU" data sheet, PCIe column
+    "H100": 989e12,  # same, SXM column
+    "H200": 989e12,  # "NVIDIA H200 Tensor Core GPU" data sheet, SXM column
+    "B200": 2250e12,  # "NVIDIA DGX B200" data sheet, per GPU
+    "A100": 312e12,  # "NVIDIA A100 Tensor Core GPU" data sheet
+    "L40S": 362e12,  # "NVIDIA L40S" data sheet
+    "A10": 125e12,  # "NVIDIA A10 Tensor Core GPU" data sheet
+}
+_WARM_UP_STEPS = 2  # in every block, not timed
+# Relative difference of first losses. No variant updates weights before them, but RefLoRA-S rescales factors, which
+# changes the product B A by rounding.
+_LOSS_TOLERANCE = {"cpu": 1e-5, "cuda": 2e-3}  # float32, bfloat16
 
 
 def main() -> None:

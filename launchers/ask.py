@@ -28,8 +28,9 @@ from tqdm.auto import tqdm
 from reflora_dist.files.base_files import load_tokenizer
 from reflora_dist.files.smollm2 import resolve_model
 
-from .data.records import load_records
-from .data.tokenization import encode_questions
+from .data.forms import last_exchange
+from .data.records import Record, load_records
+from .data.tokenization import encode_last_question
 from .evaluation.generation import base_of, generate, generation_config, load_model, own_device, tokenizer_of
 from .training.recorder import recorded_template
 
@@ -47,7 +48,7 @@ def load(base: str, adapter: str | None, template: str) -> tuple[Any, Any]:
     return load_model(base, adapter, "auto", own_device(), config), tokenizer
 
 
-def answers(options: argparse.Namespace, records: Sequence[dict[str, str]]) -> dict[str, list[str]]:
+def answers(options: argparse.Namespace, records: Sequence[Record]) -> dict[str, list[str]]:
     """Return the answers of every model to all records, with greedy decoding, by the names that are printed.
 
     The base answers to the prompt template of the first adapter. One model is in memory at a time.
@@ -67,9 +68,8 @@ def answers(options: argparse.Namespace, records: Sequence[dict[str, str]]) -> d
             like = adapter or options.adapter[0]
             template = recorded_template(like) or "plain"
             model, tokenizer = load(base or base_of(like), adapter, template)
-            questions = [(record["instruction"], record["input"]) for record in records]
             given[name] = []
-            for prompt in encode_questions(tokenizer, questions, template):
+            for prompt in [encode_last_question(tokenizer, record, template) for record in records]:
                 given[name] += generate(model, tokenizer, [prompt], options.max_new_tokens)
                 bar.update()
     return given
@@ -81,7 +81,7 @@ def main() -> None:
     if bool(options.question) == bool(options.records):
         parser.error("give either --question or --records")
     try:
-        records: Sequence[dict[str, str]] = [{"instruction": options.question or "", "input": options.input}]
+        records = [Record(instruction=options.question, input=options.input, output="")]
         if options.records:
             records = load_records([options.records])[: options.count]
         given = answers(options, records)
@@ -89,11 +89,12 @@ def main() -> None:
         raise SystemExit(f"ask.py: error: {error}") from error
     width = max(map(len, (*given, "reference")))
     for number, record in enumerate(records):
-        print(f"Q: {record['instruction']} {record['input']}".rstrip())
+        question, reference = last_exchange(record)
+        print(f"Q: {question}".rstrip())
         for name, texts in given.items():
             print(f"A: {texts[number]}" if len(given) == 1 else f"   {name:{width}}  {texts[number]}")
-        if "output" in record:
-            print(f"   {'reference':{width}}  {record['output']}")
+        if options.records:
+            print(f"   {'reference':{width}}  {reference}")
 
 
 if __name__ == "__main__":

@@ -11,23 +11,24 @@ from pathlib import Path
 from reflora_dist.command_line.help import HELP, HELP_ALL
 
 _EXTRA = "launchers"
+_LAUNCHERS = __name__.rpartition(".")[0]
 
 
 def train() -> None:
     """``reflora-train``: finetune.py."""
     _require_extra()
-    _run(f"{__package__}.finetune")
+    _run(f"{_LAUNCHERS}.finetune")
 
 
 def evaluate() -> None:
     """``reflora-eval``: evaluate.py."""
     _require_extra()
-    _run(f"{__package__}.evaluate")
+    _run(f"{_LAUNCHERS}.evaluate")
 
 
 def export() -> None:
     """``reflora-export``: export.py."""
-    _run(f"{__package__}.export")
+    _run(f"{_LAUNCHERS}.export")
 
 
 def doctor() -> None:

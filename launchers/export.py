@@ -56,6 +56,8 @@ def export(options: ExportOptions) -> None:
     _refuse_unused(options)
     if not options.merge:
         export_adapter(options, output)
+        for name, path in tokenizer_files(tokenizer_folder(options)).items():
+            shutil.copyfile(path, output / name)
         return
     base = resolve_model(options.model) if options.model else None
     dtype = None if options.model_dtype == "auto" else getattr(torch, options.model_dtype)

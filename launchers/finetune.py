@@ -46,7 +46,7 @@ from .data import embedded
 from .data.limits import check_examples
 from .data.named_model import resolve_together
 from .data.records import Record, load_records, split_records
-from .data.tokenization import Collator, cached_examples, padding_token
+from .data.tokenization import Collator, cached_examples, choose_template, padding_token
 from .training import card, classification, plots, recorder
 from .training.batching import BatchingChangesExamples, PackingCheck, require_position_ids
 from .training.continued import continued_adapter
@@ -140,6 +140,7 @@ def prepare(options: Options, checkpoint: str | None = None) -> tuple[Trainer, r
         train_dataset=data["dataset"],
         eval_dataset=data.get("eval_dataset"),
         data_collator=collator,
+        processing_class=tokenizer,  # so that checkpoints hold it, with its chat template
         compute_metrics=classification.metrics_of(options) if classifies else None,
         callbacks=[callback, run_recorder],
         optimizer_cls_and_kwargs=options.optimizer(),
@@ -206,6 +207,8 @@ def choose_records(options: Options) -> tuple[list[Record], list[Record]]:
     with working_first(arguments.local_process_index == 0, "loading the records"):
         train_records = load_records(train_sources, data.dataset_split)
         eval_records = load_records(eval_sources, data.eval_dataset_split)
+    # decided here, so that training, evaluation and the recorded settings agree
+    data.prompt_template = choose_template(data.prompt_template, train_records + eval_records)
     if data.eval_fraction:
         train_records, eval_records = split_records(train_records, data.eval_fraction, arguments.seed)
     return train_records, eval_records[: data.max_eval_records]
@@ -318,6 +321,8 @@ def finish(trainer: Trainer, run_recorder: recorder.RunRecorder, options: Option
     output_dir = options.training.output_dir
     # before an evaluation, which may fail, and with --bf16_full_eval or --fp16_full_eval casts the model in place
     export_adapter(trainer.model_wrapped, output_dir)
+    if trainer.is_world_process_zero():
+        trainer.processing_class.save_pretrained(output_dir)  # type: ignore[union-attr]  # prepare gave it
     history = trainer.state.log_history
     evaluated = any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in history)
     if trainer.eval_dataset is not None and not evaluated:

@@ -14,11 +14,8 @@ from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from benchmarks.harness.names import ENGINES
 from reflora_dist import tall_adapters
-
-# fsdp2, zero2 and zero3 store lora_A tall, the default for users; -flat as PEFT does; -shard1 too, cut by columns
-ENGINES = ("single", "ddp", "fsdp2", "zero2", "zero3", "fsdp2-flat", "zero2-flat", "zero3-flat", "fsdp2-shard1")
-BACKENDS = ("gloo", "nccl")
 
 
 def start(backend: str | None = None) -> torch.device:

@@ -1,15 +1,18 @@
-"""Shapes of LLaMA-class models, and PEFT models of these shapes."""
+"""Shapes of LLaMA-class models, and PEFT models of these shapes.
+
+Functions import the libraries, since ``--help`` prints the shapes' names without them.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaConfig
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -27,6 +30,8 @@ class ModelShape:
 
     def config(self, **changes: Any) -> LlamaConfig:
         """Return the transformers configuration of this shape."""
+        from transformers import LlamaConfig
+
         return LlamaConfig(
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
@@ -81,17 +86,21 @@ def build_model(
     lora_rank: int,
     device: torch.device,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     seed: int = 0,
     **changes: Any,
 ) -> torch.nn.Module:
     """Build a LLaMA with random weights, in train mode, and LoRA on all seven linears.
 
-    The base has ``dtype``, and the factors are float32. lora_B gets random values too, because pairs with PEFT's B = 0
-    would be skipped. ``changes`` go to the configuration.
+    The base has ``dtype``, by default float32, and the factors are float32. lora_B gets random values too, because
+    pairs with PEFT's B = 0 would be skipped. ``changes`` go to the configuration.
     """
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
     torch.manual_seed(seed)
-    with device, _default_dtype(dtype):
+    with device, _default_dtype(dtype or torch.float32):
         base = LlamaForCausalLM(shape.config(**changes))
     model = get_peft_model(base, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LINEARS))
     for name, parameter in model.named_parameters():
@@ -104,6 +113,8 @@ def build_model(
 
 @contextlib.contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    import torch
+
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -7,17 +7,19 @@ import sys
 from collections.abc import Collection
 from typing import Any, TypeVar
 
-from transformers import HfArgumentParser
+from reflora_dist.command_line.parse import parse_into_dataclasses
 
 _Options = TypeVar("_Options")
 
 
 def parse(kind: type[_Options]) -> _Options:
     """Return the command line as a dataclass. A refused value ends the program with one line and exit code 2."""
+    from transformers import HfArgumentParser  # in a function, since --help is printed without it
+
     parser = HfArgumentParser(kind)  # type: ignore[arg-type]
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     try:
-        options, *_ = parser.parse_args_into_dataclasses()
+        options, *_ = parse_into_dataclasses(parser, None)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None  # a traceback would hide the line

@@ -16,10 +16,10 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.harness.engines import Trainee, fused_adamw, placement_fn, stores_tall, wrap
 from benchmarks.harness.models import LINEARS, ModelShape, build_model
+from benchmarks.harness.names import STEP_ENGINES
 from reflora_dist import tall_adapters
 from reflora_dist.engines.pairs import find_pairs
 
-STEP_ENGINES = ("single", "ddp", "fsdp2", "fsdp2-flat", "fsdp2-shard1")
 _BATCHES = 4  # number of different batches, made in advance
 
 
@@ -108,7 +108,7 @@ class TrainingStep:
     the model itself. The updated factors are float32.
 
     Args:
-        engine: one of ``engines.ENGINES``.
+        engine: one of ``names.ENGINES``.
         shape: the model's shape.
         lora_rank: r.
         device: this rank's device.

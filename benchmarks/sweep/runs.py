@@ -27,9 +27,8 @@ from benchmarks.harness import recording, timing
 from benchmarks.sweep.data import Batch, Material
 from launchers.data.tokenization import IGNORE_INDEX
 from reflora_dist import Handle, LoRARite, RefLoRAConfig, attach
-from reflora_dist.lora_sb import METHODS as LATENT_METHODS
 from reflora_dist.lora_sb import LoRASBConfig, LoraXSConfig, initialize_lora_sb, initialize_lora_xs
-from reflora_dist.methods.registry import METHODS
+from reflora_dist.methods.names import LATENT_METHODS
 
 # zero: PEFT's default, B = 0. drawn: B is drawn like A, and the product is subtracted from the base (the published
 # code's re_init). Then the model is the same, and S exists from the first step on.
@@ -38,7 +37,6 @@ CHECKED_STEPS = 3
 # Runs of one seed compute the same up to the end of the warm-up, but some GPU kernels sum in any order.
 CHECK_TOLERANCE = 1e-4
 TIMED_ROUNDS, TIMED_STEPS, UNTIMED_STEPS = 6, 5, 3
-ALL_METHODS = (*METHODS, *LATENT_METHODS)
 _GRADIENT_BATCHES = 8  # the first batches of training, from which LoRA-SB takes its first step
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 Turn = dict[str, str]  # role and content
 Span = tuple[int, int]  # (start, end) of an answer, in characters or tokens
@@ -30,7 +30,7 @@ def require_chat_template(tokenizer: Any) -> None:
     Raises:
         ValueError: it has none; the message names the remedies.
     """
-    if not tokenizer.chat_template:
+    if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             f"the tokenizer of {tokenizer.name_or_path!r} has no chat template: give --tokenizer, the one of a chat "
             "model of the same family, or --prompt_template plain or alpaca, which write one question and its answer"
@@ -84,7 +84,7 @@ def _render(tokenizer: Any, turns: Sequence[Turn], place: str, *, answer_next: b
     try:
         return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=answer_next)
     except Exception as error:  # templates are programs, and raise errors of any type
-        from reflora_dist.files.open_files import cause_of  # which imports torch, and options import this module
+        from reflora_dist.files.open_files import cause_of  # imports torch, and options import this module
 
         raise ValueError(
             f"{place}: the chat template of {tokenizer.name_or_path!r} refuses the turns "
@@ -110,14 +110,23 @@ def _answers(tokenizer: Any, turns: Sequence[Turn], given: int, text: str, place
         elif mark is not None:
             span = mark
         else:
-            raise ValueError(
-                f"{own_place}: the chat template of {tokenizer.name_or_path!r} writes the turns up to this answer "
-                "otherwise when more turns follow, and has no {% generation %} marks: make a record of each answer, "
-                '{"prompt": [the turns before], "completion": [the answer]}, or give a --tokenizer whose template has '
-                "marks"
-            )
+            _refuse_hidden_answer(tokenizer, before, through, own_place)
         spans.append(_without_white_space(text, span, turn["content"], own_place))
     return spans
+
+
+def _refuse_hidden_answer(tokenizer: Any, before: str, through: str, place: str) -> NoReturn:
+    template = f"the chat template of {tokenizer.name_or_path!r}"
+    remedy = "give a --tokenizer whose template marks answers with {% generation %}"
+    if not through.startswith(before):
+        raise ValueError(
+            f"{place}: {template} ends its generation prompt in {before[-20:]!r}, and does not write the answer behind "
+            f"that, so its tokens are not known: {remedy}"
+        )
+    raise ValueError(
+        f"{place}: {template} writes the turns up to this answer otherwise when more turns follow: make a record of "
+        f'each answer, {{"prompt": [the turns before], "completion": [the answer]}}, or {remedy}'
+    )
 
 
 def _marks(tokenizer: Any, turns: Sequence[Turn], place: str) -> Any:
@@ -175,8 +184,8 @@ def _without_white_space(text: str, span: Span, content: str, place: str) -> Spa
     behind = answer.partition(written)[2] if written in answer else answer  # templates may leave out reasoning
     if not behind:
         raise ValueError(
-            f"{place}: the chat template writes nothing behind an answer, so a model cannot learn where to stop: "
-            "correct the template"
+            f"{place}: the chat template writes no end behind an answer, or does not mark it, so a model cannot learn "
+            "where to stop: correct the template"
         )
     return (start, start + len(answer.rstrip())) if behind.strip() else span
 

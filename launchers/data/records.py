@@ -1,4 +1,4 @@
-"""Instruction records from local JSON or JSONL files and from the hub, checked one by one."""
+"""Records from local JSON or JSONL files and from the hub, checked one by one."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import json
 import os
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-EXPECTED = 'every record needs the texts {"instruction": ..., "input": ..., "output": ...}; "input" may be absent'
+from .forms import EXPECTED, Record, checked
+
 # The first bytes of files that users give as JSON by mistake.
 _OTHER_FORMATS = {
     b"\x1f\x8b": "a gzip archive",
@@ -25,12 +26,6 @@ _OTHER_FORMATS = {
 }
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}:]')
 _DEEP = 100  # json gives up at about 1000
-
-
-class Record(dict[str, str]):
-    """The texts ``instruction``, ``input`` and ``output``; ``place`` is where they were read, for error messages."""
-
-    place = "a record"
 
 
 def load_records(sources: Sequence[str], split: str = "train") -> list[Record]:
@@ -51,7 +46,7 @@ def load_records(sources: Sequence[str], split: str = "train") -> list[Record]:
         else:
             rows = enumerate(load_hub(source, split), start=1)
             places = ((f"dataset {source!r}, record {number}", value) for number, value in rows)
-        loaded = [_checked(value, place) for place, value in places]
+        loaded = [checked(value, place) for place, value in places]
         if not loaded:
             raise ValueError(f"dataset {source!r} is empty; {EXPECTED}")
         records.extend(loaded)
@@ -95,43 +90,6 @@ def parse_file(path: Path) -> Iterator[tuple[int, Any]]:
     """
     text = _read_text(path)
     return _parse_array(text, path) if text.lstrip().startswith("[") else _parse_lines(text, path)
-
-
-def text_field(row: Mapping[str, Any], field: str, place: str, expected: str) -> str:
-    """Return the text in a field of a record.
-
-    Args:
-        row: the record.
-        field: the field's name.
-        place: where the record was read, for error messages.
-        expected: what a record needs, for error messages.
-
-    Raises:
-        ValueError: the field is missing, or holds no text that a tokenizer can encode.
-    """
-    if field not in row:
-        raise ValueError(f"{place}: field {field!r} is missing (found {sorted(row)}); {expected}")
-    content = row[field]
-    if not isinstance(content, str):
-        raise ValueError(f"{place}: field {field!r} is a {type(content).__name__}, not a text; {expected}")
-    try:
-        content.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{place}: field {field!r} holds {content[error.start]!r} (character {error.start + 1}), half of a "
-            "surrogate pair, which is no text; write the whole character or remove it"
-        ) from error
-    return content
-
-
-def require_record(value: Any, place: str, expected: str) -> None:
-    """Refuse a value that is no JSON object.
-
-    Raises:
-        ValueError: the value is no JSON object.
-    """
-    if not isinstance(value, dict):
-        raise ValueError(f"{place}: a {type(value).__name__}, not a record; {expected}")
 
 
 def load_hub(name: str, split: str, config: str | None = None, revision: str | None = None) -> Iterator[Any]:
@@ -285,17 +243,3 @@ def _skip(text: str, position: int) -> int:
     while text[position : position + 1].isspace():
         position += 1
     return position
-
-
-def _checked(value: Any, place: str) -> Record:
-    require_record(value, place, EXPECTED)
-    record = Record()
-    record.place = place
-    for field in ("instruction", "input", "output"):
-        if field == "input" and value.get(field) is None:
-            record[field] = ""
-            continue
-        record[field] = text_field(value, field, place, EXPECTED)
-        if field != "input" and not record[field].strip():
-            raise ValueError(f"{place}: field {field!r} is empty; remove the record or fill the field")
-    return record

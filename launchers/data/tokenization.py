@@ -11,23 +11,24 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reflora_dist.files.cache import build_once
 
+from .conversations import Turn, encode_chat_prompt, encode_conversation, question_turn
+from .forms import conversation_of, is_text
 from .records import Record
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-from .conversations import encode_chat_prompt, encode_conversation, question_turn
-
 FORMAT_VERSION = 2  # part of the cache key; raise it when prompts, masking or packing change
 IGNORE_INDEX = -100  # the label that the loss ignores
-# (without further input, with it). Each ends with a line break, so that no tokenizer merges across it.
+# (without further input, with it). All but the first end with a line break, so that no tokenizer merges across it.
 PROMPT_TEMPLATES = {
+    "none": ("{instruction}", "{instruction}\n{input}"),
     "plain": ("Task: {instruction}\nAnswer:\n", "Task: {instruction}\nGiven: {input}\nAnswer:\n"),
     # Stanford Alpaca's template, with which LLM-Adapters, DoRA and RefLoRA train and evaluate. Their files indent its
     # lines by 16 spaces, differently in training and evaluation. Here, as in Alpaca, lines are not indented.
@@ -54,13 +55,13 @@ class TokenizationSettings:
         train_on_prompt: whether the loss includes the prompt's tokens.
         packing: whether a row of ``max_length`` tokens holds several short examples. Models that separate them by
             their positions train as without packing; see ``launchers.training.batching``.
-        prompt_template: one of :data:`TEMPLATE_NAMES`.
+        prompt_template: one of :data:`TEMPLATE_NAMES`; None leaves the choice to :func:`choose_template`.
     """
 
     max_length: int = 512
     train_on_prompt: bool = False
     packing: bool = False
-    prompt_template: str = "plain"
+    prompt_template: str | None = None
 
 
 def format_prompt(instruction: str, further_input: str = "", template: str = "plain") -> str:
@@ -93,12 +94,48 @@ def encode_questions(tokenizer: Any, questions: Sequence[tuple[str, str]], templ
     return encode_prompts(tokenizer, [format_prompt(*question, template) for question in questions])
 
 
+def encode_last_question(tokenizer: Any, record: Record, template: str) -> list[int]:
+    """Return the token ids before the last answer of a record, as in training.
+
+    Raises:
+        ValueError: the record does not go with the template, or the tokenizer has no chat template or it refuses.
+    """
+    turns = _turns(record, template)
+    if turns is None:
+        return encode_prompts(tokenizer, [_question_and_answer(record, template)[0]])[0]
+    last = max(index for index, turn in enumerate(turns[0]) if turn["role"] == "assistant")
+    return encode_chat_prompt(tokenizer, turns[0][:last], _place(record))
+
+
 def _length_without(ids: list[int], ends: set[int]) -> int:
     """Return the number of tokens before those that the tokenizer adds at the end of a text."""
     length = len(ids)
     while length > 1 and ids[length - 1] in ends:
         length -= 1
     return length
+
+
+def choose_template(given: str | None, records: Sequence[Record]) -> str:
+    """Return the prompt template of a run.
+
+    Args:
+        given: the user's choice, or None. Then it is the tokenizer's chat template if a record is a conversation,
+            "none" if all are prompts with completions, and "plain" otherwise.
+        records: all records of the run.
+
+    Raises:
+        ValueError: a template is given, and every record is a prompt with a completion.
+    """
+    texts = all(map(is_text, records))
+    if given is None:
+        chat = any(conversation_of(record) is not None for record in records)
+        return CHAT if chat else "none" if texts else "plain"
+    if texts and given != "none":
+        raise ValueError(
+            f'prompt_template={given!r} means nothing to {{"prompt": ..., "completion": ...}}, texts that are taken as '
+            "they are: drop it"
+        )
+    return given
 
 
 def tokenize(tokenizer: Any, records: Sequence[Record], settings: TokenizationSettings) -> list[dict[str, list[int]]]:
@@ -110,7 +147,8 @@ def tokenize(tokenizer: Any, records: Sequence[Record], settings: TokenizationSe
         ValueError: the tokenizer lacks what the template needs, an answer has no token, or every record is dropped.
     """
     examples, dropped, prompt_lengths = [], [], []
-    for record, (ids, answers) in zip(records, _encoded(tokenizer, records, settings.prompt_template), strict=True):
+    template = choose_template(settings.prompt_template, records)
+    for record, (ids, answers) in zip(records, _encoded(tokenizer, records, template), strict=True):
         prompt_lengths.append(answers[0][0])
         if prompt_lengths[-1] < settings.max_length:
             examples.append(_example(ids, answers, settings))
@@ -133,26 +171,64 @@ def tokenize(tokenizer: Any, records: Sequence[Record], settings: TokenizationSe
 
 
 def _encoded(tokenizer: Any, records: Sequence[Record], template: str) -> Iterable[Encoded]:
-    if template == CHAT:
-        return (_encoded_as_turns(tokenizer, record) for record in records)
-    return _encoded_as_text(tokenizer, records, template)
+    """Yield every record's token ids and the positions of its answers."""
+    by_turns = [_turns(record, template) for record in records]
+    texts = _encoded_texts(
+        tokenizer, [r for r, turns in zip(records, by_turns, strict=True) if turns is None], template
+    )
+    for record, turns in zip(records, by_turns, strict=True):
+        yield next(texts) if turns is None else encode_conversation(tokenizer, *turns, _place(record))
 
 
-def _encoded_as_turns(tokenizer: Any, record: Record) -> Encoded:
-    turns = [question_turn(record["instruction"], record["input"]), {"role": "assistant", "content": record["output"]}]
-    return encode_conversation(tokenizer, turns, 0, _place(record))
+def _turns(record: Record, template: str) -> tuple[list[Turn], int] | None:
+    """Return the turns of a record and how many are given; None if the chat template does not write the record."""
+    if template != CHAT or is_text(record):
+        return None
+    conversation = conversation_of(record)
+    if conversation is None:
+        asked = question_turn(record["instruction"], record["input"])
+        return [asked, {"role": "assistant", "content": record["output"]}], 0
+    return conversation
 
 
-def _encoded_as_text(tokenizer: Any, records: Sequence[Record], template: str) -> Iterable[Encoded]:
+def _question_and_answer(record: Record, template: str) -> tuple[str, str]:
+    """Return the texts before and of the answer of a record that the chat template does not write.
+
+    Raises:
+        ValueError: the record is a conversation of more than a question and an answer.
+    """
+    if is_text(record):
+        return record["prompt"], record["completion"]
+    conversation = conversation_of(record)
+    if conversation is None:
+        return format_prompt(record["instruction"], record["input"], template), record["output"]
+    turns, _ = conversation
+    roles = [turn["role"] for turn in turns]
+    if roles != ["user", "assistant"]:
+        raise ValueError(
+            f"{_place(record)}: prompt_template={template!r} writes one question and its answer, and the turns are "
+            f"{'/'.join(roles)}; give --prompt_template chat, or remove the record"
+        )
+    return format_prompt(turns[0]["content"], "", template), turns[1]["content"]
+
+
+def _encoded_texts(tokenizer: Any, records: Sequence[Record], template: str) -> Iterator[Encoded]:
+    if not records:
+        return
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-sequence token; choose another")
-    prompts = encode_questions(tokenizer, [(r["instruction"], r["input"]) for r in records], template)
-    answers = tokenizer([r["output"] for r in records], add_special_tokens=False, verbose=False)["input_ids"]
-    for record, prompt, answer in zip(records, prompts, answers, strict=True):
+    pairs = [_question_and_answer(record, template) for record in records]
+    prompts = encode_prompts(tokenizer, [question for question, _ in pairs])
+    answers = tokenizer([answer for _, answer in pairs], add_special_tokens=False, verbose=False)["input_ids"]
+    wholes = encode_prompts(tokenizer, ["".join(pair) for pair in pairs]) if any(map(is_text, records)) else prompts
+    for record, prompt, answer, whole in zip(records, prompts, answers, wholes, strict=True):
+        if is_text(record) and whole[: len(prompt)] == prompt:
+            answer = whole[len(prompt) :]  # a SentencePiece tokenizer would put a space before an answer apart
         if not answer:
+            field = "completion" if is_text(record) else "output" if "output" in record else "content"
             raise ValueError(
-                f"{_place(record)}: field 'output' {record['output']!r:.60} has no token in the tokenizer of "
-                f"{tokenizer.name_or_path!r}; remove the record, or choose another --tokenizer"
+                f"{_place(record)}: field {field!r} {_question_and_answer(record, template)[1]!r:.60} has no token in "
+                f"the tokenizer of {tokenizer.name_or_path!r}; remove the record, or choose another --tokenizer"
             )
         ids = [*prompt, *answer, tokenizer.eos_token_id]
         yield ids, [(len(prompt), len(ids))]
@@ -287,7 +363,7 @@ def _fingerprint(tokenizer: Any) -> str:
         type(tokenizer).__name__,
         sorted(tokenizer.get_vocab().items()),
         tokenizer.special_tokens_map,
-        tokenizer.chat_template,
+        getattr(tokenizer, "chat_template", None),
         probe,
     ]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.records import load_hub, parse_file, require_record, text_field
+from ..data.forms import require_record, text_field
+from ..data.records import load_hub, parse_file
 from .answer_rules import ANSWER_WORDS
 
 TASKS = (*ANSWER_WORDS, "gsm8k")

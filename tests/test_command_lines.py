@@ -83,7 +83,8 @@ def test_every_script_has_a_help_here() -> None:
     python = [*(REPOSITORY / "launchers").rglob("*.py"), *(REPOSITORY / "benchmarks").glob("*.py")]
     started = {path for path in python if 'runpy.run_module("launchers.' in path.read_text()}
     started |= {path for path in python if path.parent.name == "benchmarks" and '"__main__"' in path.read_text()}
-    assert {str(path.relative_to(REPOSITORY)) for path in started} == SCRIPTS.keys()
+    inside = {"launchers/cluster/launch.py"}  # which the shell scripts start, with a launcher's arguments
+    assert {str(path.relative_to(REPOSITORY)) for path in started} - inside == SCRIPTS.keys()
     shell = [path for folder in ("launchers", "tests", "benchmarks") for path in (REPOSITORY / folder).rglob("*.sh")]
     sourced = {"launchers/environment.sh", "launchers/slurm/common.sh"}
     assert {str(path.relative_to(REPOSITORY)) for path in shell} - sourced == SHELL_SCRIPTS.keys()

@@ -14,6 +14,8 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from reflora_dist.files.open_files import read_json
+
 from ..cluster.extension_locks import speak_while_building
 from ..cluster.waiting import told
 from ..configurations import shipped_configuration
@@ -114,7 +116,7 @@ class FinetuneArguments(TrainingDefaults, TrainingArguments):  # type: ignore[mi
 
     def _check_fp16(self) -> None:
         """Refuse fp16 on a CPU: accelerate has no loss scaling there, and few CPUs have DeepSpeed's instructions."""
-        asked = self.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16"
+        asked = self.fp16 or (os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16" and not self.bf16)
         if not asked or torch.accelerator.is_available():
             return
         if self._under_deepspeed:
@@ -160,8 +162,8 @@ def takes_bf16(config: Any) -> bool:
     """
     if isinstance(config, str):
         try:
-            config = json.loads(config if config.lstrip().startswith("{") else Path(config).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            config = json.loads(config) if config.lstrip().startswith("{") else read_json(Path(config))
+        except ValueError:
             return False
     enabled = {}
     for name in ("bf16", "fp16"):

@@ -97,6 +97,11 @@ def read_run_file(path: Path, option_classes: Iterable[Any]) -> dict[str, Any]:
     return values
 
 
+def run_file_text(comments: Iterable[str], options: Mapping[str, Any]) -> str:
+    """Return the content of a file of these options, which :func:`read_run_file` reads, below lines of comments."""
+    return "\n".join(comments) + "\n" + yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True)
+
+
 def _read(path: Path) -> Mapping[Any, Any]:
     try:
         if path.stat().st_size > _LARGEST:

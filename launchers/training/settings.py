@@ -7,7 +7,6 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -16,6 +15,7 @@ from reflora_dist.collectives.ranks import is_first_rank
 
 from .arguments import FinetuneArguments
 from .recorder import jsonable
+from .run_file import run_file_text
 from .used_folder import SETTINGS_ENTRY, SavedRun
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class RunSettings(TrainerCallback, ExportableState):
             for name, value in self._settings.items()
             if name not in _NOT_IN_THE_FILE and (value is not None or _default_of(name) is not None)
         }
-        return "\n".join(lines) + "\n" + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        return run_file_text(lines, settings)
 
 
 def settings_of(options: Options) -> dict[str, Any]:

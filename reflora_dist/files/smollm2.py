@@ -8,7 +8,6 @@ bf16, as the hub has them.
 from __future__ import annotations
 
 import importlib.util
-import json
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from huggingface_hub import HfApi, is_offline_mode, snapshot_download, try_to_lo
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .cache import build_once, default_cache_dir, environment_of_one_process
-from .open_files import cause_of
+from .open_files import cause_of, read_json
 
 NAME = "smollm2"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -64,8 +63,8 @@ def published_name(model: str) -> str | None:
     """Return the hub name of a model that this module converted; None for every other folder or name."""
     key = Path(model) / "key.json"
     try:
-        return HUB_NAME if json.loads(key.read_text(encoding="utf-8")) == _KEY else None
-    except (OSError, ValueError):
+        return HUB_NAME if read_json(key) == _KEY else None
+    except ValueError:
         return None
 
 

@@ -122,7 +122,7 @@ def test_the_script_runs_from_anywhere_and_explains_itself(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model": "9b"}, "--model 9b is unknown; choose one of small"),
+        ({"model": "9b"}, "--model 9b is unknown; choose one of smollm2, small"),
         ({"scope": "epoch"}, "--scope epoch"),
         ({"engine": "zero3"}, "--engine zero3 needs a model to shard: use --scope training"),
         ({"variants": ["gather-each"]}, "--variants gather-each is unknown or impossible here"),

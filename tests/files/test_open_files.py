@@ -21,11 +21,13 @@ from reflora_dist.files.open_files import (
 )
 from tests.support.launchers import REPOSITORY
 
-# the doctor's findings name the file themselves, and its JSON and YAML must hold no key twice
+# the doctor's findings name the file themselves, and its JSON and YAML, as those of --config, must hold no key twice
 _MAY_OPEN = {"reflora_dist/files/open_files.py", "reflora_dist/files/safe_pickles.py", "reflora_dist/doctor/files.py"}
+_MAY_OPEN |= {"launchers/training/run_file.py"}
 _OPENERS = {"safe_open", "load_file", "load_peft_weights", "yaml"}
-# of a tokenizer that was just written
+# of a tokenizer that was just written; of a file whose checksum was compared
 _MAY_LOAD = {"reflora_dist/files/base_files.py", "reflora_dist/files/open_files.py", "launchers/data/embedded.py"}
+_MAY_LOAD |= {"reflora_dist/files/smollm2.py"}
 _MAY_LOAD |= {"reflora_dist/doctor/base_model.py", "launchers/evaluation/generation.py"}
 # the base's configuration, to compare; a tokenizer that was copied together
 _MAY_LOAD |= {"reflora_dist/checkpoints/embeddings.py", "reflora_dist/files/other_files.py"}

@@ -21,6 +21,7 @@ RECORDS, HELD_OUT = "--dataset=records.jsonl", "--eval_fraction=0.2"
 @pytest.fixture
 def on_a_gpu_with_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arguments, "gpu_has_bf16", lambda: True)
+    monkeypatch.setattr(arguments.FinetuneArguments, "_check_fp16", lambda self: None)  # it would find no GPU
 
 
 @pytest.mark.parametrize(

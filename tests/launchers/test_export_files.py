@@ -282,7 +282,7 @@ def test_the_command_merges_into_the_base_that_the_adapter_names(
         (["--model_dtype", "float16"], "model_dtype='float16' means nothing without --merge"),
         (["--merge", "--adapter_name", "foo"], "adapter_name='foo' means nothing here: .* in PEFT's format"),
         (["--merge", "--adapter_config", "nosuch"], "adapter_config='nosuch' means nothing here: .* in PEFT's format"),
-        (["--merge", "--model", "no/such/model"], "no local folder and cannot be had from the hub"),
+        (["--merge", "--model", "no/such/model"], "no/such/model' cannot be loaded: no such file or folder"),
         (["--adapter", "nowhere"], "holds neither an adapter_config.json nor a sharded state"),
     ],
 )

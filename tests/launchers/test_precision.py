@@ -24,7 +24,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
         ("no", ["--bf16=True"], torch.bfloat16),
         ("bf16", [], torch.bfloat16),
         ("bf16", ["--bf16=False"], torch.bfloat16),  # which does not switch off what accelerate has been told
-        ("fp16", [], torch.float16),
         ("fp16", ["--bf16=True"], torch.bfloat16),
         ("bf16", ["--model_dtype=float32"], torch.float32),
     ],
@@ -43,6 +42,14 @@ def test_a_4_bit_base_computes_in_it_too(model: str, monkeypatch: pytest.MonkeyP
     parsed = parse_options([f"--model={model}", f"--output_dir={model}/out", "--use_cpu=True", "--load_in_4bit=True"])
     packed = load_model(model, parsed).model.layers[0].mlp.up_proj.weight
     assert packed.quant_state.dtype == packed.dtype == torch.bfloat16
+
+
+def test_fp16_of_accelerate_needs_a_gpu(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match="mixed_precision=fp16 in accelerate's configuration needs a GPU"):
+        parse_options([f"--model={model}", f"--output_dir={model}/out", "--use_cpu=True"])
+    on_a_gpu = SimpleNamespace(deepspeed=None, bf16=False, fp16=False, mixed_precision="fp16")
+    assert computed_dtype(on_a_gpu) == "float16"
 
 
 @pytest.mark.parametrize(("bf16", "expected"), [(False, None), (True, "bfloat16")])

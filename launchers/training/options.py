@@ -62,10 +62,15 @@ class LoraOptions:
         choices=(*METHODS, *LATENT_METHODS),
     )
     reflora_warmup_steps: int | None = _option(
-        None, "Optimizer steps of plain LoRA before the method's first. Default: 100 for reflora, reflora-s, lora-pro."
+        None,
+        "Optimizer steps of plain LoRA before the method's first. Default: 100 for reflora, reflora-s, lora-pro, 1 for "
+        "balora.",
     )
     reflora_interval: int = _option(1, "Act at every n-th optimizer step after the warm-up.")
     scaled_gd_damping: float = _option(RefLoRAConfig.damping, "delta of --method scaled-gd.")
+    balora_carry_moments: bool = _option(
+        RefLoRAConfig.carry_moments, "--method balora rewrites Adam's moments along with the factors."
+    )
     tall_adapters: bool = _option(
         True,
         "Under FSDP and DeepSpeed store lora_A as [in, r], so that only Grams are sent. Files are the same; a run "
@@ -119,7 +124,7 @@ class LoraOptions:
             self.reflora_config()
         except ValueError as error:
             names = {"warmup_steps": "reflora_warmup_steps", "interval": "reflora_interval"}
-            names["damping"] = "scaled_gd_damping"
+            names |= {"damping": "scaled_gd_damping", "carry_moments": "balora_carry_moments"}
             text = re.sub(r"\b(\w+)=", lambda match: f"{names.get(match[1], match[1])}=", str(error))
             raise ValueError(text) from error
 
@@ -135,6 +140,7 @@ class LoraOptions:
             ("init_lora_weights", "default"),
             ("reflora_warmup_steps", None),
             ("reflora_interval", 1),
+            ("balora_carry_moments", False),
             ("tall_adapters", True),
         ):
             if getattr(self, name) != default:
@@ -155,6 +161,7 @@ class LoraOptions:
             warmup_steps=self.reflora_warmup_steps,
             interval=self.reflora_interval,
             damping=self.scaled_gd_damping,
+            carry_moments=self.balora_carry_moments,
         )
 
 

@@ -32,6 +32,9 @@ class DoctorOptions:
         None, "Hub name, local path or config.json. Only its configuration is read; without it, keys are checked only."
     )
     method: str = _option("reflora", "Method.", choices=tuple(METHODS))
+    balora_carry_moments: bool = _option(
+        RefLoRAConfig.carry_moments, "Method balora rewrites Adam's moments along with the factors."
+    )
     tall_adapters: bool = _option(
         True, "Under FSDP and DeepSpeed: store lora_A as [in, r], as RefLoRACallback and finetune.py do."
     )
@@ -66,7 +69,7 @@ class DoctorOptions:
 
     def reflora_config(self) -> RefLoRAConfig:
         """Return the package's own configuration for this method."""
-        return RefLoRAConfig(method=self.method)
+        return RefLoRAConfig(method=self.method, carry_moments=self.balora_carry_moments)
 
 
 def parse_options(argv: list[str] | None = None) -> tuple[list[str], DoctorOptions]:

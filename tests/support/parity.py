@@ -28,6 +28,7 @@ class Run:
 
     case: str
     method: str = ""
+    carry_moments: bool = False
     accumulate: bool = False
     bare: bool = False
     clip: float = 0.0
@@ -36,6 +37,7 @@ class Run:
     @property
     def label(self) -> str:
         suffixes = {
+            "with moments": self.carry_moments,
             "accumulated": self.accumulate,
             "bare model": self.bare,
             "clipped": self.clip,
@@ -60,10 +62,10 @@ class Outcome:
 class _Attached:
     """Attaches a case's method and records its collectives; an attach function and, for Trainer, a callback."""
 
-    def __init__(self, case: dict[str, Any], tall: bool) -> None:
+    def __init__(self, case: dict[str, Any], tall: bool, carry_moments: bool) -> None:
         self.tall = tall
         schedule = {"warmup_steps": case.get("warmup", 0), "interval": case.get("interval", 1)}
-        self.config = RefLoRAConfig(method=case["method"], **schedule)
+        self.config = RefLoRAConfig(method=case["method"], carry_moments=carry_moments, **schedule)
         self.recorder: CollectiveRecorder | None = None
         self.handle: Handle | None = None
 
@@ -106,7 +108,7 @@ def _train_one(reference: Reference, engine_name: str, world_size: int, run: Run
     if run.method:
         case["method"] = run.method
     expected_losses, expected_factors = case["losses"], reference.factors[run.case]
-    attached = _Attached(case, run.tall)
+    attached = _Attached(case, run.tall, run.carry_moments)
     model = build_model(reference, dtype=engine.model_dtype)
     if run.tall and not engine.takes_callback:
         assert tall_adapters(model) == len(expected_factors) // 2

@@ -21,4 +21,5 @@ def _found() -> dict[str, type[Method]]:
     return methods
 
 
-METHODS: dict[str, type[Method]] = dict(sorted(_found().items()))
+METHODS: dict[str, type[Method]] = dict(sorted(_found().items(), key=lambda item: (item[0] != "lora", item[0])))
+"""Plain LoRA first, which comparisons start with, then the others in alphabetical order."""

@@ -275,7 +275,7 @@ def _tell_what_flat_adapters_cost(engine: Engine, config: RefLoRAConfig) -> None
         megabytes = sum(METHODS[config.method].channels(config)) * 4e-6 * sum(layout.numel for layout in flat)
         _warn(
             f"{len(flat)} of {len(engine.pairs)} lora_A are stored as [r, in] and cut by {engine.name}: in every step "
-            f"{megabytes:.1f} MB of what belongs to them move, in messages from every rank to every other. Call "
+            f"{megabytes:.1f} MB move for them, in messages from every rank to every other. Call "
             "reflora_dist.tall_adapters(model) after get_peft_model and before wrapping and the optimizer: then only "
             "Grams are sent (RefLoRACallback does so by itself if it is given to Trainer(callbacks=[...]))"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 from typing import Any
 
@@ -225,10 +227,32 @@ def test_trained_models_differ_with_and_without_moments() -> None:
         config = RefLoRAConfig(method="balora", carry_moments=carry_moments)
         trained = []
         for hook in (attach, oracles.BalanceOracle):
-            model = small_model(from_zero=True)
+            model = small_model(from_zero=True, rank_pattern={"second": 2})
             optimizer = torch.optim.AdamW(trainable(model), lr=2e-2)
             hook(model, optimizer, config)
             trained.append(train_small(model, optimizer, small_batches(8)))
         assert worst_factor_error(*trained) < 1e-8
         ends.append(trained[0])
     assert worst_factor_error(*ends) > 1e-2
+
+
+def test_a_resumed_run_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    """Bit for bit; a setting that changed in between is told."""
+    config = RefLoRAConfig(method="balora", carry_moments=True, interval=2)
+    batches = small_batches(6)
+    model = small_model(from_zero=True)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    handle = attach(model, optimizer, config)
+    train_small(model, optimizer, batches[:3])
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), handle.state_dict()))
+    expected = train_small(model, optimizer, batches[3:])
+    for continued, warns in ((config, False), (dataclasses.replace(config, carry_moments=False), True)):
+        resumed = small_model()
+        resumed.load_state_dict(saved[0])
+        optimizer = torch.optim.AdamW(trainable(resumed), lr=1e-2)
+        optimizer.load_state_dict(copy.deepcopy(saved[1]))
+        caplog.clear()
+        attach(resumed, optimizer, continued, state_dict=saved[2])
+        assert ("carry_moments=False in place of True" in caplog.text) == warns
+        error = worst_factor_error(train_small(resumed, optimizer, batches[3:]), expected)
+        assert error > 1e-4 if warns else error == 0.0

@@ -23,7 +23,7 @@ from tests.support.launchers import REPOSITORY
 from tests.support.matrices import factor, relative
 from tests.support.small import backward, products, small_batches, small_model, train_small, trainable
 from tests.support.workloads import (
-    Factors,
+    as_products,
     build_model,
     load_reference,
     train_single,
@@ -34,13 +34,6 @@ from tests.support.workloads import (
 PUBLISHED = REPOSITORY / "tests" / "support" / "reference" / "balora"
 STARTED = RefLoRAConfig(method="balora", warmup_steps=0)
 ADAMS = ("exp_avg", "exp_avg_sq")
-
-
-def _as_products(factors: Factors) -> Factors:
-    """``B A`` of every pair, by the name of its lora_A."""
-    return {
-        name: factors[name.replace("lora_A", "lora_B")] @ lora_a for name, lora_a in factors.items() if "lora_A" in name
-    }
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
@@ -57,9 +50,9 @@ def test_the_published_code_ends_there(kind: str, monkeypatch: pytest.MonkeyPatc
             optimizer = torch.optim.SGD(trainable(model), lr=meta["sgd_lr"])
         handle = attach(model, optimizer, RefLoRAConfig(method=method))
         losses, factors = train_single(model, reference.batches, reference.settings, optimizer=optimizer)
-        ends.append((losses, factors if kind == "adamw" else _as_products(factors)))
+        ends.append((losses, factors if kind == "adamw" else as_products(factors)))
         assert handle.report().skipped_pairs == 0
-    wanted = expected if kind == "adamw" else _as_products(expected)
+    wanted = expected if kind == "adamw" else as_products(expected)
     (losses, factors), (_, plain) = ends
     assert worst_factor_error(factors, wanted) < 1e-6  # stored in float32
     assert worst_loss_error(losses, meta["losses"][kind]) < 1e-6

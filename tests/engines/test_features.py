@@ -205,7 +205,7 @@ OTHER_METHODS = [
     ),
 )
 def test_sizes_of_other_methods(engine: str, world_size: int, sizes: str) -> None:
-    """LoRA-Pro, which reads gradients too, BaLoRA, which rewrites moments, and LoRA-RITE, whose second moment lies at the head of the pieces."""
+    """LoRA-Pro reads gradients, BaLoRA rewrites moments, LoRA-RITE's second moment lies at the head of the pieces."""
     workload = synthetic_workload(**SIZES[sizes])
     expected = [trained_in_float64(workload, settings, config)[1] for config, settings in OTHER_METHODS for _ in "12"]
     for trained in run_ranks(_other_methods_with_sizes, world_size, engine, sizes):

@@ -11,6 +11,7 @@ from tests.support.oracles import trained_in_float64
 from tests.support.recorder import CollectiveRecorder, check_collectives
 from tests.support.workloads import (
     Reference,
+    as_products,
     build_model,
     load_reference,
     train_single,
@@ -124,11 +125,15 @@ def _train_one(reference: Reference, engine_name: str, world_size: int, run: Run
         expected_losses, expected_factors = trained_in_float64(reference, settings, attached.config)
     elif run.clip:  # the reference has no such case
         expected_losses, expected_factors = train_single(build_model(reference), reference.batches, settings)
+    other_factors = reference.factors["lora" if run.method else "reflora"]
+    if run.method == "balora" and engine.bf16_factor_tolerance:
+        # gradients of 16 bits turn singular vectors of close singular values, which products do not depend on
+        factors, expected_factors, other_factors = map(as_products, (factors, expected_factors, other_factors))
     return Outcome(
         run.label,
         worst_factor_error(factors, expected_factors),
         worst_loss_error(losses, expected_losses),
-        worst_factor_error(factors, reference.factors["lora" if run.method else "reflora"]),
+        worst_factor_error(factors, other_factors),
     )
 
 

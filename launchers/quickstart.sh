@@ -67,7 +67,7 @@ runs=()
 for method in $methods; do
     stage "3/5 fine-tuning with $method: $PROCESSES ranks of ZeRO-3, $steps steps"
     runs+=("$output_dir/$method")
-    case "$method" in reflora | reflora-s | lora-pro) plain=$warmup ;; *) plain=0 ;; esac
+    case "$method" in reflora | reflora-s | lora-pro) plain=$warmup ;; balora) plain=1 ;; *) plain=0 ;; esac
     case "$method" in
         # r x r numbers per layer; the first step that LoRA-SB starts from is a tenth of the peak, as after a warm-up
         lora-sb | lora-xs) options=(--lora_r 32 --lora_sb_learning_rate 1e-4) ;;

@@ -13,6 +13,7 @@ COLOURS = {
     "scaled-gd": "C2",
     "lora-pro": "C4",
     "lora-rite": "C5",
+    "balora": "C8",
     "lora-sb": "C6",
     "lora-xs": "C9",
 }

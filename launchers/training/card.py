@@ -19,7 +19,13 @@ from .options import Options
 from .plots import PLOT_FILE
 
 CARD_FILE = "README.md"
-_METHOD_SETTINGS = ("reflora_warmup_steps", "reflora_interval", "scaled_gd_damping", "lora_sb_batches")
+_METHOD_SETTINGS = (
+    "reflora_warmup_steps",
+    "reflora_interval",
+    "scaled_gd_damping",
+    "balora_carry_moments",
+    "lora_sb_batches",
+)
 _ADAPTER_SETTINGS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules", "rslora", "dora", "init_lora_weights")
 _DATA_SETTINGS = ("prompt_template", "max_length", "packing", "train_on_prompt")
 _TRAINING_SETTINGS = (

@@ -67,10 +67,11 @@ class LoraOptions:
     reflora_warmup_steps: int | None = _option(
         None,
         "Optimizer steps of plain LoRA before the method's first. Default for reflora, reflora-s and lora-pro: a tenth "
-        "of the training, at most 100.",
+        "of the training, at most 100; 1 for balora.",
     )
     reflora_interval: int = _option(1, "Act at every n-th optimizer step after the warm-up.")
     scaled_gd_damping: float = _option(DEFAULT_DAMPING, "delta of --method scaled-gd.")
+    balora_carry_moments: bool = _option(False, "--method balora rewrites Adam's moments along with the factors.")
     tall_adapters: bool = _option(
         True,
         "Under FSDP and DeepSpeed store lora_A as [in, r], so that only Grams are sent. Files are the same; a run "
@@ -124,7 +125,7 @@ class LoraOptions:
             self.reflora_config()
         except ValueError as error:
             names = {"warmup_steps": "reflora_warmup_steps", "interval": "reflora_interval"}
-            names["damping"] = "scaled_gd_damping"
+            names |= {"damping": "scaled_gd_damping", "carry_moments": "balora_carry_moments"}
             text = re.sub(r"\b(\w+)=", lambda match: f"{names.get(match[1], match[1])}=", str(error))
             raise ValueError(text) from error
 
@@ -140,6 +141,7 @@ class LoraOptions:
             ("init_lora_weights", "default"),
             ("reflora_warmup_steps", None),
             ("reflora_interval", 1),
+            ("balora_carry_moments", False),
             ("tall_adapters", True),
         ):
             if getattr(self, name) != default:
@@ -164,6 +166,7 @@ class LoraOptions:
             warmup_steps=self.reflora_warmup_steps,
             interval=self.reflora_interval,
             damping=self.scaled_gd_damping,
+            carry_moments=self.balora_carry_moments,
         )
 
 

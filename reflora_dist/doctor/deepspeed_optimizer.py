@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..methods.registry import METHODS
 from ..step.supported_optimizers import _ADAM_FAMILY, _ELEMENTWISE
 from .findings import Findings
 from .options import OPTIMIZERS, DoctorOptions
@@ -42,12 +43,14 @@ def check_optimizer(
         )
         return
     kind = _OWN_OPTIMIZERS.get(name, name)
-    known = set().union(*(_ADAM_FAMILY if options.method == "reflora-s" else _ELEMENTWISE).values())
+    config = options.reflora_config()
+    carries_moments = METHODS[config.method].carries_moments(config)
+    known = set().union(*(_ADAM_FAMILY if carries_moments else _ELEMENTWISE).values())
     if kind not in known and options.method != "lora":
         findings.error(
             where,
             f"optimizer.type={name!r} is not known to "
-            + ("keep Adam's moments" if options.method == "reflora-s" else "update elementwise")
+            + ("keep Adam's moments" if carries_moments else "update elementwise")
             + f", so attach refuses it with method={options.method!r}",
             "use AdamW",
         )

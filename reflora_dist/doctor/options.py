@@ -35,6 +35,7 @@ class DoctorOptions:
         "Hub name, path, config.json or smollm2. Only its configuration is read; without it, keys are checked only.",
     )
     method: str = _option("reflora", "Method.", choices=METHOD_NAMES)
+    balora_carry_moments: bool = _option(False, "Method balora rewrites Adam's moments along with the factors.")
     tall_adapters: bool = _option(
         True, "Under FSDP and DeepSpeed: store lora_A as [in, r], as RefLoRACallback and finetune.py do."
     )
@@ -71,7 +72,7 @@ class DoctorOptions:
         """Return the package's own configuration for this method."""
         from ..methods.config import RefLoRAConfig
 
-        return RefLoRAConfig(method=self.method)
+        return RefLoRAConfig(method=self.method, carry_moments=self.balora_carry_moments)
 
 
 def parse_options(argv: list[str] | None = None) -> tuple[list[str], DoctorOptions]:

@@ -21,6 +21,10 @@ class Settings(Protocol):
     def damping(self) -> float:
         """The number that scaled-gd adds to the diagonal of the Gram matrices."""
 
+    @property
+    def carry_moments(self) -> bool:
+        """Whether balora rewrites Adam's moments along with the factors."""
+
 
 class Method:
     """A method, and the facts about it that the rest of the package needs. The defaults describe plain LoRA.
@@ -61,15 +65,26 @@ class Method:
         """Return how many float64 numbers per pair are sent if ranks divide the solves; 0 if they never do."""
         return 0
 
+    @classmethod
+    def carries_moments(cls, settings: Settings) -> bool:
+        """Return whether the method rewrites Adam's moments with the factors, and so needs one of the Adam family."""
+        return False
+
+    @classmethod
+    def channels(cls, settings: Settings) -> tuple[int, int]:
+        """Return ``channels_there`` and ``channels_back``, with two moments of Adam each if they are carried along."""
+        moments = 2 if cls.channels_there and cls.carries_moments(settings) else 0
+        return cls.channels_there + moments, cls.channels_back + moments
+
 
 class Transform(NamedTuple):
-    """The result of a gradient method: matrices M that turn gradients, written tall, into ``grad_X M``.
+    """The result of a matrix method: matrices M that turn gradients or factors, written tall, into ``X M``.
 
     For a method with ``uses_gradients`` M is ``[2 r, r]``, and the new gradient is ``[X, grad_X] M``.
 
     Attributes:
-        matrices: M for lora_A's side and for lora_B's, ``{r: [2, P_r, r, r]}`` float64, symmetric. With
-            ``uses_gradients`` ``{r: [2, P_r, 2 r, r]}``, not symmetric.
+        matrices: M for lora_A's side and for lora_B's, ``{r: [2, P_r, r, r]}`` float64. With ``uses_gradients``
+            ``{r: [2, P_r, 2 r, r]}``.
         solved: ``{r: [P_r]}`` bool; False for a pair that stays plain LoRA in this step.
     """
 
@@ -77,22 +92,22 @@ class Transform(NamedTuple):
     solved: dict[int, Tensor]
 
 
-class GradientMethod(Method, abc.ABC):
-    """A method that replaces the gradients right before the optimizer reads them.
+class MatrixMethod(Method, abc.ABC):
+    """A method that multiplies tall matrices by small ones, which it finds from Gram matrices.
 
     Args:
         settings: the configuration's fields for methods.
         scaling: ``{r: [P_r]}`` float64, s of every pair's update ``s B A``; empty unless ``uses_gradients``.
 
     Attributes:
+        symmetric: whether M is symmetric; then ranks send upper triangles of it.
         uses_gradients: whether the method needs Gram matrices of factors and gradients together; ``gram_width`` is then
             2. Otherwise any subset of the pairs may be passed to ``solve``.
     """
 
+    symmetric: ClassVar[bool] = True
     uses_gradients: ClassVar[bool] = False
     gram_width = 1
-    channels_there = 2  # weights and gradients
-    channels_back = 1
 
     def __init__(self, settings: Settings, scaling: Matrices) -> None:
         self.settings = settings
@@ -101,13 +116,13 @@ class GradientMethod(Method, abc.ABC):
     @classmethod
     def solution_values(cls, lora_rank: int) -> int:
         """Count two matrices (symmetric ones as upper triangles) and the flag of a solved pair."""
-        if cls.uses_gradients:
-            return 1 + 2 * cls.gram_width * lora_rank * lora_rank
-        return 1 + lora_rank * (lora_rank + 1)
+        if cls.symmetric:
+            return 1 + lora_rank * (lora_rank + 1)
+        return 1 + 2 * cls.gram_width * lora_rank * lora_rank
 
     @abc.abstractmethod
     def solve(self, grams: Matrices) -> Transform:
-        """Return the matrices that multiply the gradients, for every pair in ``grams``.
+        """Return the matrices for every pair in ``grams``.
 
         Args:
             grams: ``{r: [2, P_r, r, r]}`` float64, ``A A^T`` and ``B^T B``. With ``uses_gradients``
@@ -115,6 +130,28 @@ class GradientMethod(Method, abc.ABC):
                 gradients of lora_A and of lora_B may be known at different times. So the matrix of one side must not
                 depend on the other side's gradient, nor on the Gram of the gradient with itself.
         """
+
+
+class GradientMethod(MatrixMethod):
+    """A method that replaces the gradients right before the optimizer reads them."""
+
+    channels_there = 2  # weights and gradients
+    channels_back = 1
+
+
+class FactorMethod(MatrixMethod):
+    """A method that replaces the factors right after the optimizer's update by others with the same product.
+
+    The matrices of its two sides satisfy ``M_B = M_A^-T``, so ``B M_B (A^T M_A)^T = B A``.
+    """
+
+    symmetric = False
+    channels_there = 1
+    channels_back = 1
+
+    @classmethod
+    def carries_moments(cls, settings: Settings) -> bool:
+        return settings.carry_moments
 
 
 class Rescaling(NamedTuple):
@@ -136,6 +173,10 @@ class RescalingMethod(Method, abc.ABC):
     def reduced_values(cls, lora_rank: int) -> int:
         """Count two squared norms."""
         return 2
+
+    @classmethod
+    def carries_moments(cls, settings: Settings) -> bool:
+        return True
 
     @abc.abstractmethod
     def solve(self, squared_norms: Tensor) -> Rescaling:

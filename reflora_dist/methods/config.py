@@ -24,13 +24,17 @@ class RefLoRAConfig:
               preconditioning).
             - ``"lora-pro"`` replaces the gradients by those whose step is closest to full fine-tuning's.
             - ``"lora-rite"`` is an optimizer of its own, :class:`reflora_dist.LoRARite`; attach passes it the factors.
+            - ``"balora"`` replaces the factors after every step by balanced ones with the same product.
             - ``"lora"`` leaves training unchanged, for comparisons.
         warmup_steps: optimizer steps of plain LoRA before the method's first. The default is 100 for "reflora",
-            "reflora-s" and "lora-pro", which do not exist at PEFT's start with ``lora_B = 0``, and 0 for the others.
-            Where the length of training is known, as in the callback, a default takes at most a tenth of it.
+            "reflora-s" and "lora-pro", which do not exist at PEFT's start with ``lora_B = 0``, 1 for "balora", which
+            does not either, and 0 for the others. Where the length of training is known, as in the callback, a default
+            takes at most a tenth of it.
         interval: act at every ``interval``-th optimizer step after the warm-up.
         damping: delta, which "scaled-gd" adds to the diagonal of the Gram matrices. 1e-2 is the default of PEFT's
             ``reg``. Other methods do not use it.
+        carry_moments: whether "balora" rewrites Adam's moments along with the factors: first moments exactly, second
+            ones as far as a diagonal can. The published code leaves them as they are. Other methods do not use it.
 
     Attributes:
         has_default_warmup: whether ``warmup_steps`` is the default, because the user gave no number.
@@ -43,6 +47,7 @@ class RefLoRAConfig:
     warmup_steps: int | None = None
     interval: int = 1
     damping: float = DEFAULT_DAMPING
+    carry_moments: bool = False
     has_default_warmup: bool = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -58,8 +63,12 @@ class RefLoRAConfig:
         is_number = isinstance(self.damping, int | float) and not isinstance(self.damping, bool)
         if not is_number or not 0 <= self.damping <= sys.float_info.max:
             raise ValueError(f"damping={self.damping!r} must be a number of at least 0, and finite")
-        if self.damping != DEFAULT_DAMPING and "damping" not in METHODS[self.method].own_settings:
-            raise ValueError(f"damping={self.damping!r} means nothing to method={self.method!r}: leave it out")
+        if not isinstance(self.carry_moments, bool):
+            raise ValueError(f"carry_moments={self.carry_moments!r} must be True or False")
+        for name, default in (("damping", DEFAULT_DAMPING), ("carry_moments", False)):
+            value = getattr(self, name)
+            if value != default and name not in METHODS[self.method].own_settings:
+                raise ValueError(f"{name}={value!r} means nothing to method={self.method!r}: leave it out")
         if not METHODS[self.method].has_schedule and (self.warmup_steps or self.interval != 1):
             raise ValueError(
                 f"method={self.method!r} is the optimizer itself and acts in every step: leave out "
@@ -69,8 +78,8 @@ class RefLoRAConfig:
     def is_due(self, completed_steps: int) -> bool:
         """Return whether the method acts after ``completed_steps`` optimizer steps.
 
-        RefLoRA acts right before step ``completed_steps + 1``. RefLoRA-S acts right after step ``completed_steps``,
-        and may act once before the first. Both count steps as the published implementation does.
+        RefLoRA acts right before step ``completed_steps + 1``. RefLoRA-S and BaLoRA act right after step
+        ``completed_steps``, and may act once before the first. All count steps as the published implementations do.
         """
         assert self.warmup_steps is not None
         since_warmup = completed_steps - self.warmup_steps

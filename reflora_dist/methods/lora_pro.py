@@ -29,6 +29,7 @@ class LoRAPro(GradientMethod):
     name = "lora-pro"
     default_warmup_steps = 100
     needs_full_rank = True
+    symmetric = False
     uses_gradients = True
     gram_width = 2
 

@@ -6,12 +6,15 @@ import pkgutil
 from pathlib import Path
 
 _NO_METHODS = {"base", "config", "names", "reference", "registry"}
-# The file of a method has its name, with "_" for "-".
+# The file of a method has its name, with "_" for "-". Plain LoRA comes first: comparisons start with it.
 METHOD_NAMES = tuple(
     sorted(
-        module.name.replace("_", "-")
-        for module in pkgutil.iter_modules([str(Path(__file__).parent)])
-        if module.name not in _NO_METHODS
+        (
+            module.name.replace("_", "-")
+            for module in pkgutil.iter_modules([str(Path(__file__).parent)])
+            if module.name not in _NO_METHODS
+        ),
+        key=lambda name: (name != "lora", name),
     )
 )
 LATENT_METHODS = ("lora-sb", "lora-xs")

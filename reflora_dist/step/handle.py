@@ -44,8 +44,8 @@ def attach(
     Args:
         model: the PEFT model, bare or as DDP, fully_shard, FSDP, deepspeed.initialize or accelerator.prepare
             returned it.
-        optimizer: the optimizer, bare or as one of these returned it: any elementwise torch optimizer; for "reflora-s"
-            one of the Adam family, for "lora-rite" a LoRARite.
+        optimizer: the optimizer, bare or as one of these returned it: any elementwise torch optimizer; for "reflora-s",
+            and "balora" with ``carry_moments``, one of the Adam family, for "lora-rite" a LoRARite.
         config: the method and its schedule, the same on all ranks.
         state_dict: a handle's saved state, to continue a run. Load its factors and optimizer state before.
 
@@ -58,8 +58,8 @@ def attach(
             ``state_dict`` does not fit, or ranks disagree.
 
     Communication: one all-gather of a few numbers; for "lora-rite" and with ``state_dict`` each one more of small
-    objects; for "reflora-s" with ``warmup_steps=0`` the first rescaling. At the first step, if ranks hold the factors
-    whole, one all-reduce of two numbers.
+    objects; for "reflora-s" and "balora" with ``warmup_steps=0`` those of a step. At the first step, if ranks hold
+    the factors whole, one all-reduce of two numbers.
     """
     engine, error = None, None
     try:
@@ -272,10 +272,10 @@ def _tell_what_flat_adapters_cost(engine: Engine, config: RefLoRAConfig) -> None
     """Warn before training of the traffic that flat lora_A cause in every step."""
     flat = [layout for layout in engine.layouts() if layout.moves and layout.columns]
     if METHODS[config.method].channels_there and flat:
-        megabytes = 3 * 4e-6 * sum(layout.numel for layout in flat)
+        megabytes = sum(METHODS[config.method].channels(config)) * 4e-6 * sum(layout.numel for layout in flat)
         _warn(
             f"{len(flat)} of {len(engine.pairs)} lora_A are stored as [r, in] and cut by {engine.name}: in every step "
-            f"{megabytes:.1f} MB of weights and gradients move, in messages from every rank to every other. Call "
+            f"{megabytes:.1f} MB move for them, in messages from every rank to every other. Call "
             "reflora_dist.tall_adapters(model) after get_peft_model and before wrapping and the optimizer: then only "
             "Grams are sent (RefLoRACallback does so by itself if it is given to Trainer(callbacks=[...]))"
         )

@@ -9,12 +9,12 @@ import torch
 from ..collectives.communicator import Communicator
 from ..collectives.retile import Retiler
 from ..engines.base import Engine
-from ..methods.base import GradientMethod, OptimizerMethod, RescalingMethod
+from ..methods.base import FactorMethod, MatrixMethod, OptimizerMethod, RescalingMethod
 from ..methods.config import RefLoRAConfig
 from ..methods.registry import METHODS
 from .base import Step
 from .gradient_step import GradientStep
-from .rescaling_step import RescalingStep
+from .rewriting_step import FactorStep, RescalingStep
 from .rite_step import RiteStep
 from .solver import Solver
 
@@ -36,13 +36,14 @@ def make_step(engine: Engine, config: RefLoRAConfig, communicator: Communicator,
     method = METHODS[config.method]
     if issubclass(method, RescalingMethod):
         return RescalingStep(method(), engine, communicator)
-    if issubclass(method, GradientMethod):
+    if issubclass(method, MatrixMethod):
         scalings = [pair.scaling for pair in engine.pairs]
         lora_ranks = [pair.lora_rank for pair in engine.pairs]
         solver = Solver(method, config, scalings, lora_ranks, communicator, hopeless)
-        return GradientStep(
-            engine, _retiler(engine, communicator), communicator, solver, method.uses_gradients, hopeless
-        )
+        retiler = _retiler(engine, communicator)
+        if issubclass(method, FactorMethod):
+            return FactorStep(engine, retiler, communicator, solver, method.carries_moments(config))
+        return GradientStep(engine, retiler, communicator, solver, method.uses_gradients, hopeless)
     if issubclass(method, OptimizerMethod):
         return RiteStep.connected(engine, _retiler(engine, communicator), communicator)
     return Step(engine, communicator)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..algebra.types import Matrices
 from ..collectives.communicator import Communicator
 from ..collectives.grams import from_triangles, triangles
-from ..methods.base import GradientMethod, Transform
+from ..methods.base import MatrixMethod, Transform
 from ..methods.config import RefLoRAConfig
 
 # Above this sum of r^3 over pairs, a solve takes longer than an all-gather of its results. Measured: on an H200, 2.1 ms
@@ -23,7 +23,7 @@ _LEAST_SHARE = 4  # pairs per rank; a rank solves fewer pairs itself as fast as 
 
 
 class Solver:
-    """Solves for the matrices that a method applies to the gradients, on all ranks together.
+    """Solves for the matrices that a method applies to the gradients or factors, on all ranks together.
 
     Ranks share the pairs out if their solve is expensive (``r^3`` summed over pairs) and every rank gets at least four
     pairs. Otherwise every rank solves for all pairs. All ranks decide alike.
@@ -43,7 +43,7 @@ class Solver:
 
     def __init__(
         self,
-        kind: type[GradientMethod],
+        kind: type[MatrixMethod],
         config: RefLoRAConfig,
         scalings: Sequence[float],
         lora_ranks: Sequence[int],
@@ -57,7 +57,7 @@ class Solver:
         self._counts = {r: len(values) for r, values in by_rank.items()}
         device = communicator.device
         of_pairs = {r: torch.tensor(values, dtype=torch.float64, device=device) for r, values in by_rank.items()}
-        self._symmetric = not kind.uses_gradients
+        self._symmetric = kind.symmetric
         self.shared_out = shares_out(lora_ranks, communicator.world_size, device)
         self._own: dict[int, slice] = {}
         for r, count in self._counts.items():
@@ -71,7 +71,7 @@ class Solver:
         self._may_be_solved = {r: torch.tensor(values, device=device) for r, values in flags.items()}
 
     def __call__(self, grams: Matrices) -> Transform:
-        """Return the matrices by which every pair's gradients are to be multiplied.
+        """Return the matrices by which every pair's gradients or factors are to be multiplied.
 
         Args:
             grams: ``{r: [2, P_r, k r, k r]}`` float64, the same bits on every rank; k is 1, or more for a method that

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ..engines.pairs import AdapterPair
-from ..methods.base import OptimizerMethod, RescalingMethod
+from ..methods.base import OptimizerMethod
 from ..methods.config import RefLoRAConfig
 from ..methods.lora_rite import packed_size
 from ..methods.registry import METHODS
@@ -34,9 +34,9 @@ def check_optimizer(optimizer: torch.optim.Optimizer, config: RefLoRAConfig, pai
 
     Raises:
         ValueError: the optimizer is not known to be elementwise (others cannot use a refactored gradient, of which they
-            may hold a flat piece only); its class overrides ``step``; "reflora-s" without one of the Adam family;
-            "lora-rite" without LoRARite or LoRARite with another method; or, for "lora-rite", a tall factor has too few
-            rows for its r.
+            may hold a flat piece only); its class overrides ``step``; a method that carries moments without one of the
+            Adam family; "lora-rite" without LoRARite or LoRARite with another method; or, for "lora-rite", a tall
+            factor has too few rows for its r.
     """
     name = type(optimizer).__name__
     method = METHODS[config.method]
@@ -50,9 +50,10 @@ def check_optimizer(optimizer: torch.optim.Optimizer, config: RefLoRAConfig, pai
         return
     if not method.acts:
         return
-    if issubclass(method, RescalingMethod) and _listed(optimizer, _ADAM_FAMILY) is None:
+    if method.carries_moments(config) and _listed(optimizer, _ADAM_FAMILY) is None:
         known = ", ".join(sorted(set().union(*_ADAM_FAMILY.values())))
-        raise ValueError(f"method={config.method!r} rescales Adam's moments; {name} is not one of {known}")
+        setting = " with carry_moments=True" if "carry_moments" in method.own_settings else ""
+        raise ValueError(f"method={config.method!r}{setting} rescales Adam's moments; {name} is not one of {known}")
     base = _listed(optimizer, _ELEMENTWISE)
     if base is None:
         raise ValueError(

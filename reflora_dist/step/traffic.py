@@ -50,12 +50,13 @@ class Traffic:
         self._method = METHODS[config.method]
         acts = self._method.acts and ranks > 1 and bool(layouts)
         lora_ranks = [layout.lora_rank for layout in layouts[::2]]
+        self._there, self._back = self._method.channels(config)
         self.reduced = _FLOAT64 * sum(map(self._method.reduced_values, lora_ranks)) if acts else 0
         self.flags = FLAG_BYTES * len(lora_ranks) if half and acts else 0
         self.gathered = 0
         if acts and shares_out(lora_ranks, ranks, device):
             self.gathered = self._gathered(lora_ranks)
-        moving = [layout for layout in layouts if layout.moves] if acts and self._method.channels_there else []
+        moving = [layout for layout in layouts if layout.moves] if acts and self._there else []
         self._moves = bool(moving)
         self.neighbours = self._moves and not any(layout.columns for layout in moving)
         self._tile = functools.cache(tile)
@@ -88,8 +89,8 @@ class Traffic:
             there += sum(run.numel for run in tiling.sent if run.peer != rank)
             back += sum(run.numel for run in tiling.arriving if run.peer != rank)
         return (
-            self._element_bytes * self._method.channels_there * there,
-            self._element_bytes * self._method.channels_back * back,
+            self._element_bytes * self._there * there,
+            self._element_bytes * self._back * back,
         )
 
     def buffers(self, rank: int) -> int:
@@ -101,7 +102,7 @@ class Traffic:
         for tiling in self._tilings(rank):
             sent += sum(run.numel for run in tiling.sent)
             received += sum(run.numel for run in tiling.arriving)
-        return self._element_bytes * self._method.channels_there * (sent + 2 * received)
+        return self._element_bytes * self._there * (sent + 2 * received)
 
     def _tilings(self, rank: int) -> Iterator[Tiling]:
         """Yield the tiling of each factor that this rank owns or holds a part of."""

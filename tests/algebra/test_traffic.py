@@ -17,7 +17,7 @@ from tests.support.engines_under_test import ENGINES
 from tests.support.workloads import Settings, build_model, synthetic_workload
 
 CPU = torch.device("cpu")
-METHODS = ("reflora", "lora-pro", "lora-rite", "reflora-s")
+METHODS = ("reflora", "lora-pro", "lora-rite", "reflora-s", "balora", "balora with moments")
 
 
 # of which every engine cuts a lora_A: those of ZeRO-2 and FSDP1 lie in few buffers, which are cut in few places
@@ -36,7 +36,9 @@ def _stepped(
     handles = []
 
     def hook(model: Any, optimizer: Any) -> Any:
-        handles.append(attach(model, optimizer, RefLoRAConfig(method=method, warmup_steps=0)))
+        name, _, moments = method.partition(" with ")
+        config = RefLoRAConfig(method=name, warmup_steps=0, carry_moments=bool(moments))
+        handles.append(attach(model, optimizer, config))
         return handles[0]
 
     settings = Settings(weight_decay=0.0, rite={}) if method == "lora-rite" else workload.settings
@@ -62,7 +64,7 @@ def _stepped(
 def _all_steps(rank: int, world_size: int, engine_name: str, shared: bool) -> list[dict[str, Any]]:
     if shared:  # as if the solve of these small pairs were dear
         solving._DEAR_WORK["cpu"] = 0.0
-        return [_stepped(engine_name, method, tall=True) for method in ("reflora", "lora-pro")]
+        return [_stepped(engine_name, method, tall=True) for method in ("reflora", "lora-pro", "balora")]
     lora = {"r": 20, "target_modules": TARGETS.get((engine_name, world_size), OTHERS)}
     return [_stepped(engine_name, method, tall, **lora) for method in METHODS for tall in (True, False)]
 
@@ -91,8 +93,10 @@ def test_a_step_sends_what_is_planned(engine_name: str, world_size: int) -> None
             assert (outcome["layouts"], outcome["planned"][1]) == (first["layouts"], first["planned"][1])
         there, back = (sum(outcome["exchanged"][way] for outcome in outcomes) for way in (0, 1))
         _, method, stored = label
-        # weights and gradients go there; LoRA-RITE's moments, too, which come back with the weights
-        channels = {"lora-rite": (3, 2), "reflora-s": (0, 0)}.get(method, (2, 1))
+        # weights and gradients go there; LoRA-RITE's moments, too, which come back with the weights; BaLoRA's weights
+        # and what moments it carries along go both ways
+        both_ways = {"reflora-s": (0, 0), "balora": (1, 1), "balora with moments": (3, 3)}
+        channels = {"lora-rite": (3, 2), **both_ways}.get(method, (2, 1))
         assert there * channels[1] == back * channels[0]
         expected = {"all_reduce": 1}
         if there:
@@ -108,7 +112,7 @@ def test_a_step_sends_what_is_planned(engine_name: str, world_size: int) -> None
 def test_neighbours_were_among_them() -> None:
     """Where ZeRO-3 cuts on three ranks; both of a rank that sends its part of a row, and of one that gets the rest."""
     cut = [outcome for of_rank in _outcomes("zero3", 3) for outcome in of_rank if outcome["neighbours"]]
-    assert {outcome["label"][1] for outcome in cut} == {"reflora", "lora-pro", "lora-rite"}
+    assert {outcome["label"][1] for outcome in cut} == {*METHODS} - {"reflora-s"}
     assert any(outcome["exchanged"][0] for outcome in cut) and any(outcome["exchanged"][1] for outcome in cut)
 
 
@@ -116,7 +120,7 @@ def test_neighbours_were_among_them() -> None:
 def test_a_shared_solve_is_gathered(world_size: int) -> None:
     """Where it is dear: upper triangles; of a method that uses gradients whole matrices."""
     share = -(-14 // world_size)  # of the pairs
-    values = {"reflora": 8 * 9 + 1, "lora-pro": 2 * 16 * 8 + 1}  # r = 8
+    values = {"reflora": 8 * 9 + 1, "lora-pro": 2 * 16 * 8 + 1, "balora": 2 * 8 * 8 + 1}  # r = 8
     for outcomes in run_ranks(_all_steps, world_size, "zero3", True):
         for outcome in outcomes:
             _check(outcome)

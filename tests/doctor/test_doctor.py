@@ -68,6 +68,12 @@ WRONG = [
     (zero3({"optimizer": {"type": "AdamW"}}), {"method": "lora-rite"}, "error", "would replace LoRARite"),
     (zero3({"optimizer": {"type": "Lamb"}}), {}, "error", "optimizer.type='lamb'"),
     (zero3({"optimizer": {"type": "SGD"}}), {"method": "reflora-s"}, "error", "keep Adam's moments"),
+    (
+        zero3({"optimizer": {"type": "SGD"}}),
+        {"method": "balora", "balora_carry_moments": True},
+        "error",
+        "keep Adam's moments",
+    ),
     ({**FSDP2, "num_procs": 2}, {}, "error", "unknown keys (['num_procs'])"),
     ({**FSDP2, "fsdp_config": {"fsdp_version": 2, "fsdp_reshard": 1}}, {}, "warning", "fsdp_config.fsdp_reshard is no"),
     ({**FSDP2, "mixed_precision": "fp16"}, {"mixed_precision": "bf16"}, "error", "but this file says 'fp16'"),

@@ -50,6 +50,8 @@ CASES = [
     ("fsdp2", "lora-rite", 3, True),
     ("fsdp2", "lora-rite", 3, False),
     ("fsdp2", "reflora-s", 4, True),
+    ("zero3", "balora", 3, True),
+    ("fsdp2", "balora", 3, False),
     ("fsdp2-hsdp", "reflora", 4, True),
     ("fsdp2-hsdp", "reflora", 4, False),
     ("zero2-round-robin", "reflora", 4, True),

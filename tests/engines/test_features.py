@@ -191,6 +191,7 @@ def _other_methods_with_sizes(rank: int, world_size: int, engine: str, sizes: st
 
 OTHER_METHODS = [
     (RefLoRAConfig(method="lora-pro", warmup_steps=0), Settings()),
+    (RefLoRAConfig(method="balora", warmup_steps=0, carry_moments=True), Settings()),
     (RefLoRAConfig(method="lora-rite"), Settings(rite={"apply_escape": True})),
 ]
 
@@ -204,7 +205,7 @@ OTHER_METHODS = [
     ),
 )
 def test_sizes_of_other_methods(engine: str, world_size: int, sizes: str) -> None:
-    """LoRA-Pro, which reads gradients too, and LoRA-RITE, whose second moment lies at the head of the pieces."""
+    """LoRA-Pro reads gradients, BaLoRA rewrites moments, LoRA-RITE's second moment lies at the head of the pieces."""
     workload = synthetic_workload(**SIZES[sizes])
     expected = [trained_in_float64(workload, settings, config)[1] for config, settings in OTHER_METHODS for _ in "12"]
     for trained in run_ranks(_other_methods_with_sizes, world_size, engine, sizes):

@@ -30,7 +30,7 @@ COSTS = {"skipped_pairs", "bytes_per_step", "step_ms"}
 
 def _config(method: str) -> RefLoRAConfig:
     """The method acts in the last step alone, so that its factors before are those of plain LoRA."""
-    warmup_steps = {"reflora-s": STEPS, "lora-rite": 0}.get(method, STEPS - 1)
+    warmup_steps = {"reflora-s": STEPS, "balora": STEPS, "lora-rite": 0}.get(method, STEPS - 1)
     return RefLoRAConfig(method=method, warmup_steps=warmup_steps)
 
 
@@ -57,7 +57,7 @@ def _train(rank: int, world_size: int, engine_name: str) -> dict[str, tuple[dict
 def _factors_before(method: str) -> Factors:
     """The whole factors when the method acted for the last time, in one process."""
     workload = synthetic_workload(steps=STEPS)
-    batches = workload.batches if method == "reflora-s" else workload.batches[:-1]
+    batches = workload.batches if method in ("reflora-s", "balora") else workload.batches[:-1]
     model, settings = build_model(workload), _settings(workload, method)
     if method == "lora-rite":
         return train_oracle(model, batches, settings, RefLoRAConfig(method=method))[1]

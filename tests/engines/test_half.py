@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from reflora_dist import LoRARite, RefLoRAConfig, attach, tall_adapters
 from reflora_dist.algebra.types import SIDE_A, SIDE_B
 from reflora_dist.methods.reference import refactored
 from reflora_dist.step.traffic import Traffic
+from tests.support import oracles
 from tests.support.cluster import run_ranks
 from tests.support.engines_under_test import ENGINES as LLAMA_ENGINES
 from tests.support.engines_under_test.zero import fp16_config
@@ -147,6 +149,26 @@ def _rescaled(config: RefLoRAConfig) -> tuple[Factors, int]:
     kinds = [_by_pair([optimizer.state[p][key] for p in parameters]) for key in ("exp_avg", "exp_avg_sq")]
     pairs = zip(_by_pair(parameters), *kinds, strict=True)
     return [[*factors, *first, *second] for factors, first, second in pairs], handle.report().skipped_pairs
+
+
+def test_a_pair_is_balanced_whole_or_not_at_all() -> None:
+    """BaLoRA: factors and the moments that go along with them, as float64 makes them of the same values."""
+    after, skipped = _rescaled(RefLoRAConfig(method="balora", carry_moments=True))
+    plain, _ = _rescaled(RefLoRAConfig(method="lora"))
+    left = 0
+    for new, old, scales in zip(after, plain, SWEEP, strict=True):
+        lora_a, lora_b, *moments = exact = [tensor.double() for tensor in old]
+        states = [{"exp_avg": moments[side], "exp_avg_sq": moments[2 + side]} for side in (SIDE_A, SIDE_B)]
+        optimizer: Any = SimpleNamespace(state=dict(zip((lora_a, lora_b), states, strict=True)))
+        unsolved = oracles.balanced(lora_a, lora_b) is None
+        oracles.balance_(lora_a, lora_b, optimizer, carry_moments=True)
+        if unsolved or max(float(tensor.abs().max()) for tensor in exact) > LARGEST:
+            assert _same_bits(new, old), scales
+            left += 1
+            continue
+        for tensor, expected in zip(new, exact, strict=True):
+            torch.testing.assert_close(tensor.double(), expected, rtol=2e-3, atol=1e-7)
+    assert skipped == left > 20
 
 
 def test_a_pair_is_rescaled_whole_or_not_at_all() -> None:

@@ -171,7 +171,7 @@ def test_autocast_and_compile() -> None:
     torch.testing.assert_close(compiled(batch), tall(batch))
 
 
-@pytest.mark.parametrize("method", ["reflora", "reflora-s", "scaled-gd", "lora-pro"])
+@pytest.mark.parametrize("method", ["reflora", "reflora-s", "balora", "scaled-gd", "lora-pro"])
 def test_training_is_that_of_flat_adapters(method: str) -> None:
     flat, tall = both()
     ends = []

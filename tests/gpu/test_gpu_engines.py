@@ -24,7 +24,7 @@ from tests.support.workloads import FACTOR_TOLERANCE, LOSS_TOLERANCE, reference_
 
 pytestmark = pytest.mark.gpu
 # oracles of methods without a published trajectory
-_METHODS = ("lora:scaled-gd", "lora:lora-pro")
+_METHODS = ("lora:scaled-gd", "lora:lora-pro", "lora:balora")
 _RANKS = {
     "ddp": (1, 2),
     "fsdp2": (1, 2, 3, 4),

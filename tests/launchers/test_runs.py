@@ -75,13 +75,15 @@ def test_adapters_stay_flat_if_asked_for(folder: Path, engine: str) -> None:
     "method, engine",
     [
         pytest.param(method, engine, marks=[] if (method, engine) in _SAMPLED else [pytest.mark.all_ranks])
-        for method in ("scaled-gd", "lora-pro", "lora-rite", "lora-sb", "lora-xs")
+        for method in ("scaled-gd", "lora-pro", "balora", "lora-rite", "lora-sb", "lora-xs")
         for engine in ENGINES
     ],
 )
 def test_every_method_trains_under_every_engine(folder: Path, method: str, engine: str) -> None:
     """The same options, data and start: only the method differs, and it is the one asked for."""
-    options: dict[str, Any] = {"method": method, "reflora_warmup_steps": 1 if method == "lora-pro" else 0}
+    options: dict[str, Any] = {"method": method, "reflora_warmup_steps": int(method in ("lora-pro", "balora"))}
+    if method == "balora":
+        options["balora_carry_moments"] = True
     if method == "lora-rite":
         options |= {"learning_rate": 3e-2, "optim_args": "update_capping=2.0"}
     if (method, engine) == ("lora-rite", "zero3_offload"):
@@ -99,7 +101,8 @@ def test_every_method_trains_under_every_engine(folder: Path, method: str, engin
     assert metrics["report"]["method"] == method
     assert engine.split("_")[0] in metrics["report"]["engine"]
     assert metrics["report"]["num_pairs"] == 14
-    assert metrics["report"]["applied_steps"] == 6 - (options["reflora_warmup_steps"] or 0)
+    plain_steps = 0 if method == "balora" else options["reflora_warmup_steps"] or 0  # balora acts after its last one
+    assert metrics["report"]["applied_steps"] == 6 - plain_steps
     held_out = [point["loss"] for point in metrics["held_out_loss"]]
     assert held_out[-1] < held_out[0]
     reference = _engine_run(folder, engine)["held_out_loss"]

@@ -1,8 +1,9 @@
-"""ScaledGD, LoRA-Pro and LoRA-RITE on whole factors in one process, as plainly as their papers state them.
+"""ScaledGD, LoRA-Pro, LoRA-RITE and BaLoRA on whole factors in one process, as plainly as their papers state them.
 
 The oracles of the sharded implementations: float64, a loop over pairs, and other algebra than theirs. ScaledGD solves
 with the damped Grams, LoRA-Pro takes its Sylvester equation apart with eigenvectors, LoRA-RITE goes by QR
-factorizations and keeps moments in the basis of the step before. RefLoRA's are in ``reflora_dist.methods.reference``.
+factorizations and keeps moments in the basis of the step before, and BaLoRA takes singular vectors of the factors'
+product. RefLoRA's are in ``reflora_dist.methods.reference``.
 """
 
 from __future__ import annotations
@@ -84,6 +85,60 @@ class GradientOracle:
                 lora_a.grad.copy_(grad_a)
                 lora_b.grad.copy_(grad_b)
         self._steps += 1
+
+
+def balanced(lora_a: Tensor, lora_b: Tensor) -> Pair | None:
+    """``Sigma^1/2 V^T`` and ``U Sigma^1/2`` of ``B A = U Sigma V^T``; None where a factor is rank-deficient.
+
+    The signs of the singular vectors keep every direction closest to the one before.
+    """
+    rank = lora_a.shape[0]
+    if min(torch.linalg.matrix_rank(lora_a), torch.linalg.matrix_rank(lora_b)) < rank:
+        return None
+    u, sigma, v_t = torch.linalg.svd(lora_b @ lora_a, full_matrices=False)
+    roots = sigma[:rank].sqrt()
+    new_a, new_b = roots[:, None] * v_t[:rank], u[:, :rank] * roots
+    signs = torch.where((new_a * lora_a).sum(dim=1) + (new_b * lora_b).sum(dim=0) < 0, -1.0, 1.0)
+    return signs[:, None] * new_a, new_b * signs
+
+
+@torch.no_grad()
+def balance_(lora_a: Tensor, lora_b: Tensor, optimizer: torch.optim.Optimizer, carry_moments: bool) -> None:
+    """Balance a pair in place.
+
+    The gradients of new factors ``N A`` and ``B N^-1`` are ``N^-T grad_A`` and ``grad_B N^T``.
+    """
+    found = balanced(lora_a.detach(), lora_b.detach())
+    if found is None:
+        return
+    new_a, new_b = found
+    of_grad_a = torch.linalg.lstsq(lora_b, new_b).solution.mT
+    of_grad_b = torch.linalg.lstsq(lora_a.mT, new_a.mT).solution
+    for tensor, new in ((lora_a, new_a), (lora_b, new_b)):
+        tensor.copy_(new)
+    for key, power in (("exp_avg", 1), ("exp_avg_sq", 2), ("max_exp_avg_sq", 2)):
+        if carry_moments and key in optimizer.state.get(lora_a, {}):
+            of_a, of_b = (optimizer.state[factor][key] for factor in (lora_a, lora_b))
+            of_a.copy_(of_grad_a**power @ of_a)
+            of_b.copy_(of_b @ of_grad_b**power)
+
+
+class BalanceOracle:
+    """BaLoRA as hooks of a torch optimizer that holds a PEFT model's whole factors."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: RefLoRAConfig) -> None:
+        self._pairs = find_pairs(model)
+        self._optimizer = optimizer
+        self._config = config
+        self._steps = -1
+        optimizer.register_step_post_hook(lambda *_: self._after())
+        self._after()
+
+    def _after(self) -> None:
+        self._steps += 1
+        if self._config.is_due(self._steps):
+            for pair in self._pairs:
+                balance_(pair.lora_a, pair.lora_b, self._optimizer, self._config.carry_moments)
 
 
 @dataclasses.dataclass
@@ -204,7 +259,8 @@ def train_oracle(
     if config.method == "lora-rite":
         optimizer = RiteOracle(factors_in_pairs(model), **settings.lora_rite())
         return train_single(model, batches, settings, optimizer=optimizer)
-    return train_single(model, batches, settings, lambda m, o: GradientOracle(m, o, config))
+    oracle = BalanceOracle if config.method == "balora" else GradientOracle
+    return train_single(model, batches, settings, lambda m, o: oracle(m, o, config))
 
 
 def trained_in_float64(

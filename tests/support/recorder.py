@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reflora_dist import Handle
+from reflora_dist.methods.registry import METHODS
 from reflora_dist.step.solver import shares_out
 
 _KINDS = {
@@ -98,16 +99,16 @@ def check_collectives(handle: Handle, steps: list[Step]) -> None:
 
     One all-reduce, for LoRA-Pro one per firing of the optimizer, where ranks share the factors; nothing at all where
     they hold them whole. An all-gather only where the solve is shared out. With lora_A stored tall no all-to-all: two
-    exchanges per firing (for LoRA-RITE in all) with neighbours, of rows that are cut; never where whole rows are
-    sharded. With lora_A flat two all-to-alls in their place, of at most 3 numel(A) / N elements per rank (weights and
-    gradients, and gradients back; LoRA-RITE its moments both ways, and weights back, too), give or take one lora_A and
-    the rows that are cut. Never another kind.
+    exchanges per firing (for LoRA-RITE and BaLoRA in all) with neighbours, of rows that are cut; never where whole rows
+    are sharded. With lora_A flat two all-to-alls in their place, of at most 3 numel(A) / N elements per rank (weights
+    and gradients, and gradients back; LoRA-RITE its moments both ways, and weights back, too; BaLoRA its weights and
+    the moments that it carries along both ways), give or take one lora_A and the rows that are cut. Never another kind.
     """
     report, engine, method = handle.report(), handle._engine, handle.config.method
     reported = dict(report.collectives_per_step)
     firings = len(getattr(engine, "_buffers", [])) if engine.name.startswith("zero") else 1
     firings = 1 if "BF16" in engine.name else firings
-    exchanges = 2 if method == "lora-rite" else 2 * firings
+    exchanges = 2 if method in ("lora-rite", "balora") else 2 * firings
     assert steps[-1].kinds == reported.keys(), (method, steps[-1], report)
     assert reported.pop("send_recv", 0) <= exchanges
     assert steps[-1].calls == reported, (method, steps[-1].calls, report)
@@ -130,7 +131,8 @@ def check_collectives(handle: Handle, steps: list[Step]) -> None:
         assert not step.peers or (may_cut_rows and len(step.peers) <= 2), step
     applied = [step for step in steps if step.calls]
     assert not allowed or len(applied) == report.applied_steps
-    _check_exchanged_elements(handle, report.world_size, steps, channels=5 if method == "lora-rite" else 3)
+    channels = sum(METHODS[method].channels(handle.config))
+    _check_exchanged_elements(handle, report.world_size, steps, channels)
 
 
 def _check_exchanged_elements(handle: Handle, world_size: int, steps: list[Step], channels: int) -> None:

@@ -243,6 +243,15 @@ def as_peft_names_them(factors: Factors) -> Factors:
     }
 
 
+def as_products(factors: Factors) -> Factors:
+    """``B A`` of every pair in float64, by the name of its lora_A."""
+    return {
+        name: factors[name.replace("lora_A", "lora_B")].double() @ lora_a.double()
+        for name, lora_a in factors.items()
+        if "lora_A" in name
+    }
+
+
 def plain_name(name: str) -> str:
     """PEFT's name of a parameter, without what DDP, FSDP1 and activation checkpointing insert."""
     for inserted in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):

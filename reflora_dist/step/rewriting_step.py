@@ -1,0 +1,186 @@
+"""The steps of methods that rewrite the factors after the update: by a scalar each, or by an r x r matrix each."""
+
+from __future__ import annotations
+
+import abc
+
+import torch
+from torch import Tensor
+
+from ..algebra.tall_blocks import BlockSet
+from ..algebra.tensor_lists import PerTensor
+from ..algebra.types import Matrices
+from ..collectives.communicator import Communicator
+from ..collectives.exchange import Channel
+from ..collectives.grams import reduce_grams
+from ..collectives.retile import Retiler
+from ..engines.base import Engine, Firing
+from ..methods.base import RescalingMethod
+from .base import Step
+from .figures import balance_figures, gram_figures
+from .half import HalfGuard
+from .solver import Solver
+
+# State keys of Adam's variants. Where X becomes X M, a gradient becomes grad M^-T: so do first moments, and second
+# moments are multiplied by the squares of that matrix's entries.
+_FIRST_MOMENT = "exp_avg"
+_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
+_NEEDED = {"exp_avg", "exp_avg_sq"}
+
+Moments = dict[str, list[Tensor | None]]
+"""By state key the local piece of every factor's moment, None where the optimizer has none."""
+
+
+class RewritingStep(Step, abc.ABC):
+    """Replaces factors by others with the same product and, if the method carries them along, Adam's moments to match.
+
+    A pair whose new factors or moments would leave the range of float16 stays as it is.
+
+    Communication per call: that of :meth:`_rewrite`; for float16 factors one all-reduce more of a flag per pair; none
+    if every rank holds the factors whole.
+
+    Args:
+        engine: the engine whose optimizer is stepped.
+        communicator: made for the engine's group.
+        carries_moments: whether Adam's moments are rewritten too.
+    """
+
+    def __init__(self, engine: Engine, communicator: Communicator, carries_moments: bool) -> None:
+        super().__init__(engine, communicator)
+        self._carries_moments = carries_moments
+        self._guard = HalfGuard(communicator) if engine.has_half_gradients() else None
+
+    @abc.abstractmethod
+    def _rewrite(self, weights: list[Tensor], moments: Moments) -> Tensor:
+        """Rewrite local pieces in place. Return ``[P]`` bool, False for a pair that has no solution and stays."""
+
+    def before_first_step(self, *, due: bool) -> Tensor | None:
+        return self._timed(in_step=False) if due else None
+
+    def after_update(self, firing: Firing, *, due: bool) -> Tensor | None:
+        return self._timed(in_step=True) if due else None
+
+    def _timed(self, in_step: bool) -> Tensor:
+        self.stopwatch.start(new_step=True)
+        skipped = self(in_step)
+        self.stopwatch.stop()
+        return skipped
+
+    def __call__(self, in_step: bool) -> Tensor:
+        """Rewrite the factors and moments. Every rank must call.
+
+        Args:
+            in_step: as in ``Engine.publish_weights``.
+
+        Returns:
+            The number of pairs left as they are, a 0-dim int64 tensor.
+        """
+        weights = self._engine.weights()
+        # before the first step of a new run no rank has moments
+        moments = self._moments() if self._carries_moments and in_step else {}
+        if self._guard is not None:
+            self._guard.keep([weights, *moments.values()])
+        solved = self._rewrite(weights, moments)
+        if self._guard is not None:
+            solved = solved & ~self._guard.restore()
+        self._engine.publish_weights(in_step)
+        return (~solved).sum()
+
+    def _moments(self) -> Moments:
+        """Return the moments of every factor, under the same keys on all ranks, also where a rank holds no element."""
+        states = self._engine.moments()
+        amsgrad = any(group.get("amsgrad", False) for group in self._engine.optimizer.param_groups)
+        for state in states:
+            if state and not state.keys() >= _NEEDED:
+                raise RuntimeError(f"the optimizer keeps {sorted(state)}, the method needs exp_avg and exp_avg_sq")
+        keys = [_FIRST_MOMENT, *_SECOND_MOMENTS[: 1 + amsgrad]]
+        return {key: [state.get(key) for state in states] for key in keys}
+
+
+class RescalingStep(RewritingStep):
+    """Applies a RescalingMethod to the factors and to Adam's moments.
+
+    Communication per call: one all-reduce of two float64 values per pair.
+
+    Attributes:
+        squared_norms: ``[2, P]`` float64, of lora_A and lora_B before the last rescaling; None before the first.
+    """
+
+    def __init__(self, method: RescalingMethod, engine: Engine, communicator: Communicator) -> None:
+        super().__init__(engine, communicator, carries_moments=True)
+        self._method = method
+        self._per_tensor = PerTensor(communicator.shard_device)
+        self.squared_norms: Tensor | None = None
+
+    def figures(self) -> dict[str, float]:
+        return {} if self.squared_norms is None else balance_figures(self.squared_norms)
+
+    def _rewrite(self, weights: list[Tensor], moments: Moments) -> Tensor:
+        squared_norms = self._per_tensor.squares(weights).to(self._comm.device)
+        (squared_norms,) = self._comm.all_reduce([squared_norms])
+        self.squared_norms = squared_norms.view(-1, 2).T
+        rescaling = self._method.solve(self.squared_norms)
+        factors = torch.stack([rescaling.factor_a, 1 / rescaling.factor_a], dim=1).flatten()
+        factors = factors.to(self._comm.shard_device)
+        self._per_tensor.scale_("weights", weights, factors)
+        inverse = factors.reciprocal()
+        for key, of_key in moments.items():
+            self._per_tensor.scale_(key, of_key, inverse if key == _FIRST_MOMENT else inverse.square())
+        return rescaling.solved
+
+
+class FactorStep(RewritingStep):
+    """Applies a FactorMethod to the factors and, if it carries them along, to Adam's moments.
+
+    Second moments change as if the gradient's r components in a row were uncorrelated, since Adam keeps no more of
+    them than a diagonal.
+
+    Communication per call: one all-reduce of the Gram matrices, the solver's all-gather, and two exchanges if factors
+    move.
+
+    Args:
+        engine, retiler, communicator: made for the same ranks.
+        solver: the solver of the method.
+        carries_moments: whether Adam's moments are rewritten too.
+
+    Attributes:
+        grams: ``{r: [2, P_r, r, r]}`` float64, Gram matrices of the factors before they were last rewritten; empty
+            before the first time.
+    """
+
+    def __init__(
+        self, engine: Engine, retiler: Retiler, communicator: Communicator, solver: Solver, carries_moments: bool
+    ) -> None:
+        super().__init__(engine, communicator, carries_moments)
+        self._retiler = retiler
+        self._solver = solver
+        self._blocks = BlockSet(retiler.specs, [pair.lora_rank for pair in engine.pairs], communicator.device)
+        self._everything = (True,) * (2 * len(engine.pairs))
+        device = communicator.device  # indexing with a list would make every step wait for the device
+        self._pairs = {r: torch.tensor(pairs, device=device) for r, pairs in self._blocks.pairs_by_rank.items()}
+        self.grams: Matrices = {}
+
+    def figures(self) -> dict[str, float]:
+        return gram_figures(self.grams) if self.grams else {}
+
+    def _rewrite(self, weights: list[Tensor], moments: Moments) -> Tensor:
+        self.grams = {}  # frees the old ones before new ones are made
+        channels: list[Channel] = [weights, *moments.values()]
+        present = [self._everything] * len(channels)
+        streams = self._retiler.to_blocks(channels, present)
+        self.grams = reduce_grams(self._blocks.grams(streams[0]), self._comm)
+        matrices, solved = self._solver(self.grams)
+        self._blocks.multiply_(streams[0], matrices)
+        inverse = {r: both.flip(0) for r, both in matrices.items()}  # of the transpose: M_A^-T is M_B
+        squares = {r: both.square() for r, both in inverse.items()}
+        for key, stream in zip(moments, streams[1:], strict=True):
+            self._blocks.multiply_(stream, inverse if key == _FIRST_MOMENT else squares)
+        self._retiler.from_blocks(streams, channels, present)
+        return self._by_pair(solved)
+
+    def _by_pair(self, flags: dict[int, Tensor]) -> Tensor:
+        """``[P]`` bool in the order of pairs, from flags by r."""
+        ordered = torch.empty(len(self._engine.pairs), dtype=torch.bool, device=self._comm.device)
+        for r, pairs in self._pairs.items():
+            ordered.index_copy_(0, pairs, flags[r])
+        return ordered

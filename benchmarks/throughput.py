@@ -139,10 +139,11 @@ def measure(arguments: Arguments, device: torch.device) -> dict[str, Any]:
         gradient_checkpointing=arguments.gradient_checkpointing,
         attn_implementation=arguments.attn_implementation,
     )
-    losses = check_first_losses(arguments.variants, workload, _LOSS_TOLERANCE[device.type])
+    # first, because BaLoRA balances the factors, and RefLoRA leaves balanced ones alone
     errors = variants.check_same_result(
         arguments.engine, arguments.variants, workload.trainee, lambda: run_step(workload)
     )
+    losses = check_first_losses(arguments.variants, workload, _LOSS_TOLERANCE[device.type])
     with timing.progress(arguments.blocks * len(arguments.variants), "blocks of steps") as advance:
         step_ms, peak_bytes = time_blocks(arguments, workload, device, advance)
     tokens = arguments.micro_batch_size * arguments.accumulation_steps * arguments.seq_len

@@ -36,11 +36,11 @@ class Foreign(NamedTuple):
 
     def holds(self) -> bool:
         """Return whether the installed version prints the line."""
-        from packaging.specifiers import SpecifierSet  # help is answered where no package is installed
-
         try:
+            from packaging.specifiers import SpecifierSet
+
             return importlib.metadata.version(self.library).split("+")[0] in SpecifierSet(self.versions)
-        except importlib.metadata.PackageNotFoundError:
+        except (ImportError, importlib.metadata.PackageNotFoundError):  # help is answered where nothing is installed
             return False
 
 

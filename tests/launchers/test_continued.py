@@ -168,7 +168,7 @@ def test_an_adapter_is_no_base(folder: Path, tmp_path: Path) -> None:
         convergence_data.prepare(adapter, [], [], **settings)
     chained = _edited(folder, tmp_path / "chained", base_model_name_or_path=adapter)
     with pytest.raises(ValueError, match="chained was trained on it; merge that one into its base first"):
-        ask.load(str(chained))
+        ask.load(generation.base_of(str(chained)), str(chained), "plain")
 
 
 def test_a_model_is_no_adapter(folder: Path, tmp_path: Path) -> None:

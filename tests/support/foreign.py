@@ -11,10 +11,10 @@ _OURS = re.compile(
             r"\w+\.py: ",  # say, show, and their like
             r"removed a lock that |DeepSpeed will wait for the build ",  # of another run on this machine
             r"starting \d+ process\(es\) with ",
-            r"===|python [\d.]+ at |records |held out |model |ready after|bytes: |plot: |Q: |A: |   reference: ",
+            r"===|python [\d.]+ at |records |held out |model |ready after|bytes: |plot: |Q: |A: |   [\w. -]+  ",
             r"Pre-training a LLaMA",
             r"attached \w|step \d+: refactored",
-            r"[\w-]+: \d+ steps, |adapter   |plot      |adapter: |merged model: |results ",
+            r"[\w-]+: \d+ steps, |adapter   |plot      |adapter: |merged model: |results |settings  ",
             r"\{'\w+': ",  # Trainer's figures
             r".*[┏┃┡│├└━]|\s+zero3 on \d+ process\(es\)$",  # tables
             r".*\d+%\|.*\|",  # a progress bar

@@ -124,7 +124,8 @@ def _engines_with_ranks() -> Iterator[Any]:
     for index, name in enumerate(OWN_LOOP):
         world_sizes = ENGINES[name.partition("+")[0]].world_sizes
         world_size = world_sizes[(index + 1) % len(world_sizes)]
-        methods = ["scaled-gd", "lora-pro", "balora", *([] if "cpu-adam" in name else ["lora-rite"])]
+        methods = ["scaled-gd", "lora-pro"] if "cpu-adam" in name else ["scaled-gd", "lora-pro", "lora-rite"]
+        methods += ["balora"] if name in default else []
         for method in methods:
             chosen = name in default if method == "lora-rite" else (name, method) in _CHOSEN_GRADIENT_METHODS
             marks = [] if chosen else [pytest.mark.all_ranks]

@@ -65,7 +65,7 @@ _RUN = {
         ({"settings": []}, r"settings is \[\]"),
         ({"report": {}}, "report is damaged .engine is missing"),
         ({"held_out_loss": [{"step": "x", "loss": 1.0}]}, "held_out_loss is damaged .step is 'x'"),
-        ({"step_seconds_median": None}, "step_seconds_median is None"),
+        ({"step_seconds_median": "x"}, "step_seconds_median is 'x'"),
     ],
 )
 def test_a_runs_metrics(change: dict[str, Any], message: str, tmp_path: Path) -> None:

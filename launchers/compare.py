@@ -47,8 +47,8 @@ _FIELDS: dict[str, Any] = {
     "train_loss": list,
     "held_out_loss": list,
     "world_size": int,
-    "step_seconds_median": int | float | None,  # None: resumed after the last step
-    "bytes_per_step": int | None,
+    "step_seconds_median": int | float,
+    "bytes_per_step": int,
     "peak_memory_bytes": int,
     "peak_memory_kind": str,
 }
@@ -63,7 +63,9 @@ def load_run(folder: Path) -> dict[str, Any]:
     """
     path, remedy = folder / METRICS_FILE, "give the output_dir of a finished run"
     run = read_json(path, remedy)
-    require_fields(run, _FIELDS, path, remedy)
+    # a run that was resumed after its last step has measured neither
+    measured = {name: 0 for name in ("step_seconds_median", "bytes_per_step") if name in run and run[name] is None}
+    require_fields(run | measured, _FIELDS, path, remedy)
     require_fields(run["report"], {"engine": str}, f"{path}, report", remedy)
     for name in ("train_loss", "held_out_loss"):
         for point in run[name]:

@@ -58,6 +58,7 @@ FOREIGN = (
     # one process reads and writes sharded checkpoints
     Foreign("torch", ">=2.11,<2.14", r"torch\.distributed is disabled, unavailable or uninitialized"),
     # the ranks' own line says what ended them
+    Foreign("torch", ">=2.11,<2.14", r"Received \d+ death signal, shutting down workers"),
     Foreign("torch", ">=2.11,<2.14", r"Sending process \d+ closing signal"),
     Foreign("deepspeed", ">=0.19,<0.20", r"\[.*\] exits with return code = -?\d+"),
     Foreign("torch", ">=2.11,<2.14", r"no error file defined for parent"),

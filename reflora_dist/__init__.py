@@ -14,6 +14,7 @@ from .methods.config import RefLoRAConfig
 from .starts.initialize import export_adapter, initialize_adapters, replay_initialization
 from .step.handle import Handle, attach
 from .step.report import Report
+from .step.muon_optimizer import LoRAMuon
 from .step.rite_optimizer import LoRARite
 
 # The names under which release 0.1 documented these modules.
@@ -23,6 +24,7 @@ sys.modules[f"{__name__}.completeness"] = complete
 __version__ = "0.1.0"
 __all__ = [
     "Handle",
+    "LoRAMuon",
     "LoRARite",
     "RefLoRACallback",
     "RefLoRAConfig",

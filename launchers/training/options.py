@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 import math
 import re
 import tempfile
@@ -20,12 +21,13 @@ from launchers.training.arguments import FinetuneArguments
 from launchers.training.evaluations import check_evaluations, shown
 from launchers.training.fields import option as _option
 from launchers.training.glue_tasks import ClassificationOptions
-from reflora_dist import LoRARite, RefLoRAConfig
+from reflora_dist import RefLoRAConfig
 from reflora_dist.checkpoints.complete import last_complete_checkpoint, require_complete
 from reflora_dist.collectives.ranks import is_first_rank, world_size
 from reflora_dist.lora_sb import METHODS as LATENT_METHODS
 from reflora_dist.methods.registry import METHODS
 from reflora_dist.starts.recipes import check_init
+from reflora_dist.step.method_optimizers import METHOD_OPTIMIZERS
 
 MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")
 # PEFT's own starts that leave the base alone; the others are reflora_dist.starts.initialize's.
@@ -57,8 +59,8 @@ class LoraOptions:
 
     method: str = _option(
         "reflora",
-        "lora trains plainly. lora-rite is an optimizer of its own: --optim_args sets its options, as in "
-        "update_capping=1.0,balance_param=True. lora-sb and lora-xs train an r x r matrix between frozen factors.",
+        "lora trains plainly. lora-rite and lora-muon are optimizers of their own: --optim_args sets their options, as in "
+        "update_capping=1.0,balance_param=True or momentum=0.9. lora-sb and lora-xs train an r x r matrix between frozen factors.",
         choices=(*METHODS, *LATENT_METHODS),
     )
     reflora_warmup_steps: int | None = _option(
@@ -249,19 +251,26 @@ class Options:
         Raises:
             ValueError: --optim_args names an unknown option, or a value that it cannot have.
         """
-        if self.lora.method != "lora-rite":
+        kind = METHOD_OPTIMIZERS.get(self.lora.method)
+        if kind is None:
             return None
         training = self.training
         plugin = getattr(training, "hf_deepspeed_config", None)  # exists under DeepSpeed only
         deepspeed_config = plugin.config if plugin is not None else {}
         if "optimizer" in deepspeed_config:
             raise ValueError(
-                f"deepspeed={training.deepspeed!r} has an optimizer of its own, which would replace LoRARite: take "
+                f"deepspeed={training.deepspeed!r} has an optimizer of its own, which would replace {kind.__name__}: take "
                 '"optimizer" out, and with offload_optimizer set "zero_force_ds_cpu_optimizer": false'
             )
-        for name, remedy in (("optim", "drop it"), ("adam_epsilon", "give --optim_args eps=...")):
+        has_eps = "eps" in inspect.signature(kind).parameters
+        for name, remedy in (
+            ("optim", "drop it"),
+            ("adam_epsilon", "give --optim_args eps=..." if has_eps else "drop it"),
+        ):
             if (value := getattr(training, name)) != getattr(FinetuneArguments, name):
-                raise ValueError(f"{name}={shown(value)} means nothing to --method lora-rite, an optimizer: {remedy}")
+                raise ValueError(
+                    f"{name}={shown(value)} means nothing to --method {kind.method}, an optimizer: {remedy}"
+                )
         arguments: dict[str, Any] = {
             "lr": training.learning_rate,
             "betas": (training.adam_beta1, training.adam_beta2),
@@ -274,10 +283,10 @@ class Options:
             except (ValueError, SyntaxError) as error:
                 raise ValueError(f"optim_args: {entry!r} must be name=value, a number or True or False") from error
         try:
-            LoRARite([torch.zeros(1)], **arguments)
+            kind([torch.zeros(1)], **arguments)
         except (TypeError, ValueError) as error:
             raise ValueError(f"optim_args={training.optim_args!r}: {error}") from error
-        return LoRARite, arguments
+        return kind, arguments
 
 
 def parse_options(argv: list[str] | None = None) -> Options:

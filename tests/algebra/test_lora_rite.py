@@ -11,9 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from reflora_dist import LoRARite, RefLoRAConfig, attach
-from tests.support.matrices import factor
 from tests.support.oracles import RiteOracle, factors_in_pairs, train_oracle
-from tests.support.small import backward, products, rite, small_batches, small_model, train_small, trainable
+from tests.support.small import (
+    backward,
+    product_distance,
+    rite,
+    small_batches,
+    small_model,
+    train_small,
+    trainable,
+)
 from tests.support.workloads import (
     FACTOR_TOLERANCE,
     LOSS_TOLERANCE,
@@ -119,40 +126,16 @@ def test_the_threshold_of_skipping(slack: float, skipped: int) -> None:
 # --- invariance ---
 
 
-def _mixed(model: nn.Module, condition: float) -> nn.Module:
-    """The same products from other factors, ``(M A, B M^-1)``."""
-    with torch.no_grad():
-        for seed, (lora_a, lora_b) in enumerate(zip(*[iter(factors_in_pairs(model))] * 2, strict=True)):
-            mix = 3.0 * factor(lora_a.shape[0], lora_a.shape[0], condition, seed)
-            lora_a.copy_(mix @ lora_a)
-            lora_b.copy_(lora_b @ torch.linalg.inv(mix))
-    return model
-
-
-def _distance(make: Callable[[nn.Module], torch.optim.Optimizer], condition: float) -> tuple[float, float]:
-    """How far the products of the two starts are apart after six steps, and how far they have moved."""
-    start = products(small_model())
-    ends = []
-    for model in (small_model(), _mixed(small_model(), condition)):
-        train_small(model, make(model), small_batches(6))
-        ends.append(products(model))
-
-    def largest(left: list[Tensor], right: list[Tensor]) -> float:
-        return max(float((a - b).norm() / b.norm()) for a, b in zip(left, right, strict=True))
-
-    return largest(ends[1], ends[0]), largest(ends[0], start)
-
-
 @pytest.mark.parametrize("options", [{}, {"apply_escape": True, "update_capping": 0.5, "weight_decay": 0.1}])
 @pytest.mark.parametrize("condition", [1.0, 30.0])
 def test_the_product_does_not_depend_on_the_factors(condition: float, options: dict[str, Any]) -> None:
     """Rotated, rescaled or mixed by any invertible M, the trajectory of B A is the same over a whole training."""
-    apart, moved = _distance(lambda model: rite(model, **options)[0], condition)
+    apart, moved = product_distance(lambda model: rite(model, **options)[0], condition)
     assert moved > 1e-2 and apart < 1e-6 * moved
 
 
 def test_under_adamw_the_product_depends_on_the_factors() -> None:
-    apart, moved = _distance(lambda model: torch.optim.AdamW(trainable(model), lr=0.02), 1.0)
+    apart, moved = product_distance(lambda model: torch.optim.AdamW(trainable(model), lr=0.02), 1.0)
     assert apart > 1e-2 * moved
 
 

@@ -45,7 +45,7 @@ _NEEDS_ADAM = ("zero2-offload-cpu-adam", "zero3-offload-cpu-adam")
 # Engines under which every rank holds the factors whole: how lora_A is stored makes no difference to what is sent.
 _WHOLE = ("single", "ddp", "ddp-accelerate", "ddp-trainer", "ddp-sft", "fsdp1-no-shard")
 # What runs by default: every method once, with the storage that users do not get by themselves,
-_SOME = ("lora", "reflora", "reflora-s", "lora-rite", "scaled-gd", "lora-pro accumulated clipped")
+_SOME = ("lora", "reflora", "reflora-s", "lora-rite", "scaled-gd", "lora-pro accumulated clipped", "lora-muon")
 # a schedule and accumulation too with the other one,
 _MORE = (*_SOME, "reflora-warmup2-interval2", "reflora accumulated", "reflora-clip")
 # and all runs with it under these engines.
@@ -85,6 +85,7 @@ def _runs_of_one_storage(engine_name: str) -> list[Run]:
         Run("lora-rite", accumulate=True),
         Run("lora", "scaled-gd"),
         Run("lora", "lora-pro"),
+        *([] if engine_name in _NEEDS_ADAM else [Run("lora", "lora-muon")]),
         Run("lora", "lora-pro", accumulate=True, clip=0.05),
     ]
     return [Run(case) for case in cases] + [run for run in extra if run.case in cases]

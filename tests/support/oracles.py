@@ -1,13 +1,14 @@
-"""ScaledGD, LoRA-Pro and LoRA-RITE on whole factors in one process, as plainly as their papers state them.
+"""ScaledGD, LoRA-Pro, LoRA-RITE and LoRA-Muon on whole factors in one process, as plainly as their papers state them.
 
 The oracles of the sharded implementations: float64, a loop over pairs, and other algebra than theirs. ScaledGD solves
 with the damped Grams, LoRA-Pro takes its Sylvester equation apart with eigenvectors, LoRA-RITE goes by QR
-factorizations and keeps moments in the basis of the step before. RefLoRA's are in ``reflora_dist.methods.reference``.
+factorizations and keeps moments in the basis of the step before, LoRA-Muon takes singular values. RefLoRA's are in ``reflora_dist.methods.reference``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -192,6 +193,65 @@ class RiteOracle(torch.optim.Optimizer):
         return side.moment / max(1.0, size / self._capping) if self._capping else side.moment
 
 
+class MuonOracle(torch.optim.Optimizer):
+    """LoRA-Muon, algorithm 1 on ``W = s B A``: parameters are lora_A, lora_B, lora_A, ... in every group."""
+
+    def __init__(
+        self,
+        params: Any,
+        scalings: Sequence[float],
+        lr: float,
+        momentum: float = 0.95,
+        *,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.skipped_pairs = 0
+        self._scalings = scalings
+        self._factors = [parameter for group in self.param_groups for parameter in group["params"]]
+        self.groups = [group for group in self.param_groups for _ in group["params"]]
+        self._moments = [torch.zeros_like(factor, dtype=torch.float64) for factor in self._factors]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for pair, scaling in enumerate(self._scalings):
+            numbers = (2 * pair, 2 * pair + 1)
+            talls = [_tall(number, self._factors[number].detach().double()) for number in numbers]
+            roots = [_inverse_root(tall) for tall in talls]
+            self.skipped_pairs += any(torch.linalg.matrix_rank(tall, rtol=1e-6) < tall.shape[1] for tall in talls)
+            for number, tall, root in zip(numbers, talls, reversed(roots), strict=True):
+                group, factor = self.groups[number], self._factors[number]
+                gradient = torch.zeros_like(factor) if factor.grad is None else factor.grad
+                moment = self._moments[number].lerp_(gradient.double(), 1 - group["momentum"])
+                step = -group["lr"] / 2 * _sign(_tall(number, moment) @ root) @ root / scaling
+                decay = (1 - group["lr"] * group["weight_decay"]) ** 0.5
+                factor.copy_(_tall(number, decay * tall + step / decay))
+
+
+def _tall(number: int, tensor: Tensor) -> Tensor:
+    """Something of lora_A, whose number is even, transposed, and of lora_B as it is."""
+    return tensor if number % 2 else tensor.mT
+
+
+def _inverse_root(tall: Tensor) -> Tensor:
+    """``(X^T X)^(-1/2)`` from the singular values of X, of which small ones count as infinite."""
+    _, values, vectors = torch.linalg.svd(tall, full_matrices=False)
+    inverse = torch.where(values > 1e-6 * values.norm(), 1 / values, 0.0)
+    return vectors.mT @ (inverse[:, None] * vectors)
+
+
+def _sign(matrix: Tensor) -> Tensor:
+    """``U V^T`` of the singular value decomposition, without the directions of small values."""
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    return (left * (values > 1e-6 * values.norm())) @ right
+
+
+def scalings_of(model: nn.Module) -> list[float]:
+    """s of every pair's ``s B A``."""
+    return [pair.scaling for pair in find_pairs(model)]
+
+
 def factors_in_pairs(model: nn.Module) -> list[Tensor]:
     """lora_A, lora_B, lora_A, ... as `RiteOracle` takes them."""
     return [factor for pair in find_pairs(model) for factor in (pair.lora_a, pair.lora_b)]
@@ -203,6 +263,9 @@ def train_oracle(
     """`train_single` under a method's oracle. Returns losses and final factors."""
     if config.method == "lora-rite":
         optimizer = RiteOracle(factors_in_pairs(model), **settings.lora_rite())
+        return train_single(model, batches, settings, optimizer=optimizer)
+    if config.method == "lora-muon":
+        optimizer = MuonOracle(factors_in_pairs(model), scalings_of(model), **settings.lora_muon())
         return train_single(model, batches, settings, optimizer=optimizer)
     return train_single(model, batches, settings, lambda m, o: GradientOracle(m, o, config))
 

@@ -13,8 +13,8 @@ from .export.convert import convert_adapter
 from .methods.config import RefLoRAConfig
 from .starts.initialize import export_adapter, initialize_adapters, replay_initialization
 from .step.handle import Handle, attach
-from .step.report import Report
 from .step.muon_optimizer import LoRAMuon
+from .step.report import Report
 from .step.rite_optimizer import LoRARite
 
 # The names under which release 0.1 documented these modules.

@@ -59,8 +59,9 @@ class LoraOptions:
 
     method: str = _option(
         "reflora",
-        "lora trains plainly. lora-rite and lora-muon are optimizers of their own: --optim_args sets their options, as in "
-        "update_capping=1.0,balance_param=True or momentum=0.9. lora-sb and lora-xs train an r x r matrix between frozen factors.",
+        "lora trains plainly. lora-rite and lora-muon are optimizers of their own: --optim_args sets their options, as "
+        "in update_capping=1.0,balance_param=True or momentum=0.9. lora-sb and lora-xs train an r x r matrix between "
+        "frozen factors.",
         choices=(*METHODS, *LATENT_METHODS),
     )
     reflora_warmup_steps: int | None = _option(
@@ -259,8 +260,8 @@ class Options:
         deepspeed_config = plugin.config if plugin is not None else {}
         if "optimizer" in deepspeed_config:
             raise ValueError(
-                f"deepspeed={training.deepspeed!r} has an optimizer of its own, which would replace {kind.__name__}: take "
-                '"optimizer" out, and with offload_optimizer set "zero_force_ds_cpu_optimizer": false'
+                f"deepspeed={training.deepspeed!r} has an optimizer of its own, which would replace {kind.__name__}: "
+                'take "optimizer" out, and with offload_optimizer set "zero_force_ds_cpu_optimizer": false'
             )
         has_eps = "eps" in inspect.signature(kind).parameters
         for name, remedy in (

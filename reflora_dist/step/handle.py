@@ -58,8 +58,8 @@ def attach(
             ``state_dict`` does not fit, or ranks disagree.
 
     Communication: one all-gather of a few numbers; for "lora-rite" and "lora-muon", and with ``state_dict``, each one
-    more of small objects; for "reflora-s" with ``warmup_steps=0`` the first rescaling. At the first step, if ranks hold the factors
-    whole, one all-reduce of two numbers.
+    more of small objects; for "reflora-s" with ``warmup_steps=0`` the first rescaling. At the first step, if ranks hold
+    the factors whole, one all-reduce of two numbers.
     """
     engine, error = None, None
     try:

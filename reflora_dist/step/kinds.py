@@ -20,7 +20,6 @@ from .rescaling_step import RescalingStep
 from .rite_step import RiteStep
 from .solver import Solver
 
-
 _OPTIMIZER_STEPS: dict[str, type[OptimizerStep]] = {"lora-muon": MuonStep, "lora-rite": RiteStep}
 
 

@@ -68,17 +68,16 @@ class LoRAMuon(FactorOptimizer):
         for name in ("lr", "weight_decay"):
             value = values[name]
             require(is_number(value) and value >= 0, name, value, "a finite number of at least 0")
-        require(is_number(values["momentum"]) and 0 <= values["momentum"] < 1, "momentum", values["momentum"], _PART)
-        betas = values["betas"]
+        momentum, betas = values["momentum"], values["betas"]
+        require(_is_rate(momentum), "momentum", momentum, "a number in [0, 1)")
         two = isinstance(betas, Sequence) and len(betas) == 2
-        require(
-            two and all(is_number(beta) and 0 <= beta < 1 for beta in betas), "betas", betas, "two numbers in [0, 1)"
-        )
+        require(two and all(map(_is_rate, betas)), "betas", betas, "two numbers in [0, 1)")
         decay_of(values["lr"], values["weight_decay"])
         super().add_param_group(param_group)
 
 
-_PART = "a number in [0, 1)"
+def _is_rate(value: Any) -> bool:
+    return is_number(value) and 0 <= value < 1
 
 
 def decay_of(lr: Any, weight_decay: Any) -> float:
@@ -90,7 +89,7 @@ def decay_of(lr: Any, weight_decay: Any) -> float:
     product = float(lr) * float(weight_decay)
     if not product < 1:
         raise ValueError(
-            f"weight_decay={weight_decay!r} with lr={lr!r}: LoRA-Muon multiplies factors by sqrt(1 - lr * weight_decay), "
-            "so their product must be below 1"
+            f"weight_decay={weight_decay!r} with lr={lr!r}: LoRA-Muon multiplies factors by "
+            "sqrt(1 - lr * weight_decay), so their product must be below 1"
         )
     return (1 - product) ** 0.5

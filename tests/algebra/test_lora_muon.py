@@ -230,7 +230,7 @@ def test_a_gradient_that_is_not_finite_shows(value: float) -> None:
 )
 def test_values_are_checked(settings: dict[str, Any]) -> None:
     """Also those of a group."""
-    name, value = next(iter(settings.items()))
+    name = next(iter(settings))
     parameter = nn.Parameter(torch.zeros(2, 2))
     with pytest.raises(ValueError, match=f"{name}="):
         LoRAMuon([parameter], **settings)
@@ -282,7 +282,7 @@ def test_the_state_of_another_optimizer_is_refused(other: str) -> None:
     for group in state["param_groups"]:
         group["momentum"] = 0.9
     mine.load_state_dict(state)
-    with pytest.raises(ValueError, match="that of another optimizer .* start LoRAMuon without it"):
+    with pytest.raises(ValueError, match=r"that of another optimizer .* start LoRAMuon without it"):
         attach(model, mine, RefLoRAConfig(method="lora-muon"))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from reflora_dist import LoRARite, RefLoRAConfig, attach
+from reflora_dist.step.factor_optimizer import FactorOptimizer
+from reflora_dist.step.method_optimizers import METHOD_OPTIMIZERS
 from tests.support.oracles import RiteOracle, factors_in_pairs, train_oracle
 from tests.support.small import (
     backward,
+    own_optimizer,
     product_distance,
     rite,
     small_batches,
@@ -172,14 +174,15 @@ class _Fixed:
             parameter.grad = gradient * (1 + step)
 
 
-def test_other_parameters_follow_adamw_exactly() -> None:
+@pytest.mark.parametrize("own", METHOD_OPTIMIZERS.values(), ids=METHOD_OPTIMIZERS)
+def test_other_parameters_follow_adamw_exactly(own: type[FactorOptimizer]) -> None:
     """A whole head and a norm's weights are bit-equal to torch's AdamW with the same settings."""
     ends = []
-    for make in (LoRARite, torch.optim.AdamW):
+    for make in (own, torch.optim.AdamW):
         model = _with_others()
         optimizer = make(trainable(model), lr=0.01, weight_decay=0.1, betas=(0.8, 0.95))
-        if make is LoRARite:
-            attach(model, optimizer, CONFIG)
+        if make is own:
+            attach(model, optimizer, RefLoRAConfig(method=own.method))
         gradients = _Fixed(model)
         for step in range(4):
             gradients.set(step)
@@ -219,13 +222,14 @@ def test_groups_of_their_own_learning_rate() -> None:
     assert worst_factor_error(trained, expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("method", METHOD_OPTIMIZERS)
 @pytest.mark.parametrize("missing", ["lora_A", "lora_B", "both"])
-def test_no_gradient_counts_as_zero(missing: str) -> None:
+def test_no_gradient_counts_as_zero(missing: str, method: str) -> None:
     """A pair that the loss does not reach gets what a gradient of zeros gives."""
     ends = []
     for absent in (True, False):
         model = small_model()
-        optimizer, _ = rite(model, weight_decay=0.1)
+        optimizer, _ = own_optimizer(method, model, weight_decay=0.1)
         for batch in small_batches(3):
             backward(model, batch)
             for name, parameter in named_factors(model).items():

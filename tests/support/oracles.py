@@ -2,7 +2,8 @@
 
 The oracles of the sharded implementations: float64, a loop over pairs, and other algebra than theirs. ScaledGD solves
 with the damped Grams, LoRA-Pro takes its Sylvester equation apart with eigenvectors, LoRA-RITE goes by QR
-factorizations and keeps moments in the basis of the step before, LoRA-Muon takes singular values. RefLoRA's are in ``reflora_dist.methods.reference``.
+factorizations and keeps moments in the basis of the step before, LoRA-Muon takes singular values. RefLoRA's are in
+``reflora_dist.methods.reference``.
 """
 
 from __future__ import annotations

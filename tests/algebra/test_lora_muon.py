@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from reflora_dist import LoRAMuon, RefLoRAConfig, attach
+from reflora_dist.algebra import roots
 from reflora_dist.engines.pairs import find_pairs
 from tests.support.oracles import MuonOracle, factors_in_pairs, scalings_of
 from tests.support.small import (
@@ -59,6 +60,23 @@ def test_every_option_follows_the_formula(options: dict[str, Any], from_zero: bo
     report = handle.report()
     assert report.skipped_pairs == oracle.skipped_pairs == (2 if from_zero else 0)
     assert report.applied_steps == report.steps == 8
+
+
+def test_a_gpus_iterations_follow_the_formula_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU takes no eigenvectors; from B = 0, where a moment and a factor are zero."""
+
+    def by_iteration(gram: Tensor) -> Tensor:
+        calls.append(gram.shape)
+        return roots._by_iteration(gram, torch.eye(gram.shape[-1], dtype=gram.dtype))
+
+    calls: list[Any] = []
+    monkeypatch.setattr(roots, "_by_eigenvectors", by_iteration)
+    ends = []
+    for make in (lambda model: muon(model)[0], _oracle):
+        model = small_model(from_zero=True)
+        ends.append(train_small(model, make(model), small_batches(8)))
+    assert worst_factor_error(*ends) < TOLERANCE
+    assert len(calls) == 2 * 8
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name != "defaults"])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from reflora_dist import RefLoRAConfig
 from reflora_dist.engines.pairs import find_pairs
 from reflora_dist.methods.reference import refactored
+from reflora_dist.step.method_optimizers import METHOD_OPTIMIZERS
 from tests.support.workloads import Factors, Settings, Workload, build_model, train_single
 
 Pair = tuple[Tensor, Tensor]
@@ -258,16 +259,20 @@ def factors_in_pairs(model: nn.Module) -> list[Tensor]:
     return [factor for pair in find_pairs(model) for factor in (pair.lora_a, pair.lora_b)]
 
 
+def oracle_of(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """The oracle of the method whose optimizer the settings name, over a model's whole factors."""
+    factors = factors_in_pairs(model)
+    if settings.muon is not None:
+        return MuonOracle(factors, scalings_of(model), **settings.lora_muon())
+    return RiteOracle(factors, **settings.lora_rite())
+
+
 def train_oracle(
     model: nn.Module, batches: Tensor, settings: Settings, config: RefLoRAConfig
 ) -> tuple[list[float], Factors]:
     """`train_single` under a method's oracle. Returns losses and final factors."""
-    if config.method == "lora-rite":
-        optimizer = RiteOracle(factors_in_pairs(model), **settings.lora_rite())
-        return train_single(model, batches, settings, optimizer=optimizer)
-    if config.method == "lora-muon":
-        optimizer = MuonOracle(factors_in_pairs(model), scalings_of(model), **settings.lora_muon())
-        return train_single(model, batches, settings, optimizer=optimizer)
+    if config.method in METHOD_OPTIMIZERS:
+        return train_single(model, batches, settings, optimizer=oracle_of(model, settings))
     return train_single(model, batches, settings, lambda m, o: GradientOracle(m, o, config))
 
 

@@ -134,12 +134,13 @@ def _started(request: dict[str, Any], options: DoctorOptions, output: str) -> Tr
         accelerator_config={"use_configured_state": bool(started)},
         **arguments,
     )
+    stand_in = _STAND_INS.get(options.method)
     trainer = _SmallBatches(
         model=_adapted(),
         args=training,
         train_dataset=_Rows(),
         callbacks=[_StopAfterOne()],
-        optimizer_cls_and_kwargs=(stand_in, {"lr": 1e-3}) if (stand_in := _STAND_INS.get(options.method)) else None,
+        optimizer_cls_and_kwargs=None if stand_in is None else (stand_in, {"lr": 1e-3}),
     )
     assert (trainer.accelerator.distributed_type == DistributedType.FSDP) == fsdp
     return trainer

@@ -65,7 +65,7 @@ def muon_update(
     for r, factors in factor_grams.items():
         roots = pseudo_inverse_root(factors)
         other = roots.flip(0)
-        # symmetric: an inverse root of what is symmetric up to rounding
+        # rounding leaves the product of three symmetric matrices not quite symmetric
         sign = pseudo_inverse_root(symmetric(other @ moment_grams[r] @ other))
         size = 0.5 * lr[r] * inverse_scaling[r] / decay[r]
         from_moment = -_matrix(size) * (other @ sign @ other)

@@ -174,8 +174,11 @@ def _updated(method: str, scales: Scales, gradients: list[Tensor]) -> tuple[Fact
     parameters = _trainable(model)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
-    limits = {"update_skipping": 0.0, "clip_unmagnified_grad": 0.0} if method == "lora-rite" else {}
-    optimizer = METHOD_OPTIMIZERS[method](parameters, lr=0.1, **limits)
+    options = {
+        "lora-rite": {"lr": 0.1, "update_skipping": 0.0, "clip_unmagnified_grad": 0.0},
+        "lora-muon": {"lr": 10.0},  # the norm of a step, whatever the gradient
+    }
+    optimizer = METHOD_OPTIMIZERS[method](parameters, **options[method])
     handle = attach(model, optimizer, RefLoRAConfig(method=method))
     pairs = []
     for step in (optimizer.step, lambda: None):

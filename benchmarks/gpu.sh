@@ -64,7 +64,7 @@ shared 7b-4ranks 4 45 --model 7b --num_layers 4 --flat --variants reflora gather
 benchmark 7b-lora-ranks 80 overhead --model 7b --lora_ranks 8 16 32 64 128 --variants reflora reflora-s \
     --blocks 3 --steps 20 --block_seconds 0.4 --breakdown
 benchmark 7b-methods 45 overhead --model 7b --lora_ranks 16 --steps 20 --block_seconds 0.5 --blocks 3 \
-    --variants reflora scaled-gd lora-pro lora-rite riemannian
+    --variants reflora scaled-gd lora-pro lora-rite lora-muon riemannian
 benchmark 8b 45 overhead --model 8b --lora_ranks 16 --steps 20 --block_seconds 0.5 --blocks 4 \
     --variants reflora reflora-s loop
 benchmark 70b 45 overhead --model 70b --lora_ranks 16 --steps 20 --block_seconds 0.5 --blocks 3 \

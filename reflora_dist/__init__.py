@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [  # noqa: F405
     "Handle",
+    "LoRAMuon",
     "LoRARite",
     "RefLoRACallback",
     "RefLoRAConfig",

@@ -9,11 +9,13 @@ from .export.convert import convert_adapter
 from .methods.config import RefLoRAConfig
 from .starts.initialize import export_adapter, initialize_adapters, replay_initialization
 from .step.handle import Handle, attach
+from .step.muon_optimizer import LoRAMuon
 from .step.report import Report
 from .step.rite_optimizer import LoRARite
 
 __all__ = [
     "Handle",
+    "LoRAMuon",
     "LoRARite",
     "RefLoRACallback",
     "RefLoRAConfig",

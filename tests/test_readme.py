@@ -147,6 +147,7 @@ def test_every_snippet_is_run() -> None:
         "checkpoint",
         "complete-checkpoints",
         "loop",
+        "lora-muon",
         "lora-rite",
         "lora-sb",
         "recognize",
@@ -179,11 +180,13 @@ def _run_loop_and_checkpoint_snippets(rank: int, world_size: int, folder: str) -
 
 
 def _run_method_snippets(names: dict) -> None:
-    exec(_snippet("lora-rite"), names)
     model, tokens = names["model"], torch.arange(32).view(1, 32)
-    model(input_ids=tokens, labels=tokens).loss.backward()
-    names["optimizer"].step()
-    assert names["handle"].report().applied_steps == 1
+    for method in ("lora-rite", "lora-muon"):
+        exec(_snippet(method), names)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        names["optimizer"].step()
+        assert names["handle"].report().method == method
+        assert names["handle"].report().applied_steps == 1
     names |= {"base_model": _model(), "batches": [{"input_ids": tokens, "labels": tokens}] * 8}
     exec(_snippet("lora-sb"), names)
     loaded = names["PeftModel"].from_pretrained(_model(), "adapter")

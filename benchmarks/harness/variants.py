@@ -18,11 +18,12 @@ from torch import Tensor
 
 from benchmarks.harness.baselines import Gather, Loop
 from benchmarks.harness.engines import Trainee
-from reflora_dist import Handle, LoRARite, RefLoRAConfig, attach
+from reflora_dist import Handle, RefLoRAConfig, attach
 from reflora_dist.engines.base import Engine
 from reflora_dist.engines.find import find_engine
 from reflora_dist.engines.pairs import find_pairs
 from reflora_dist.methods.registry import METHODS
+from reflora_dist.step.method_optimizers import METHOD_OPTIMIZERS
 
 FLAT = "-flat"
 _WHOLE = (*METHODS, "loop", "riemannian")
@@ -73,8 +74,8 @@ def installed(name: str, trainee: Trainee) -> Iterator[Any]:
     elif name == "riemannian":
         with _riemannian(trainee):
             yield None
-    elif name == "lora-rite":
-        with _lora_rite(trainee) as handle:
+    elif name in METHOD_OPTIMIZERS:
+        with _own_optimizer(name, trainee) as handle:
             yield handle
     elif name in _BASELINES:
         engine = innermost_engine(trainee)
@@ -204,18 +205,21 @@ def _riemannian_optimizer() -> Callable[..., torch.optim.Optimizer] | None:
 
 
 @contextlib.contextmanager
-def _lora_rite(trainee: Trainee) -> Iterator[Handle]:
-    """Replace the steps of the trainee's optimizer, which an engine may hold, by LoRARite's on the same parameters."""
+def _own_optimizer(name: str, trainee: Trainee) -> Iterator[Handle]:
+    """Replace the steps of the trainee's optimizer, which an engine may hold, by a method's on the same parameters."""
     outer, inner = trainee.optimizer, innermost_engine(trainee).optimizer
     # random gradients may be large, and no update may be skipped
-    rite = LoRARite([torch.zeros(1)], update_skipping=0.0)
-    rite.param_groups = inner.param_groups
+    own = METHOD_OPTIMIZERS[name]([torch.zeros(1)], **({"update_skipping": 0.0} if name == "lora-rite" else {}))
+    own.param_groups = inner.param_groups
+    for group in own.param_groups:
+        for key, value in own.defaults.items():
+            group.setdefault(key, value)
     if outer is inner:
-        outer.step = rite.step  # hides the method of the class
+        outer.step = own.step  # hides the method of the class
     else:
-        outer.optimizer = rite
+        outer.optimizer = own
     try:
-        handle = attach(trainee.model, rite if outer is inner else outer, RefLoRAConfig(method="lora-rite"))
+        handle = attach(trainee.model, own if outer is inner else outer, RefLoRAConfig(method=name))
         with _applied_everywhere(handle):
             yield handle
     finally:

@@ -14,6 +14,7 @@ COLOURS = {
     "lora-pro": "C4",
     "lora-rite": "C5",
     "balora": "C8",
+    "lora-muon": "C7",
     "lora-sb": "C6",
     "lora-xs": "C9",
 }
@@ -53,7 +54,8 @@ def markdown(record: dict[str, Any]) -> str:
 
 def _exceptions(arguments: dict[str, Any]) -> str:
     methods = set(arguments["methods"])
-    exceptions = " (lora-rite acts from the first step)" if "lora-rite" in methods else ""
+    own = [method for method in ("lora-muon", "lora-rite") if method in methods]
+    exceptions = f" ({' and '.join(own)} act{'s' if len(own) == 1 else ''} from the first step)" if own else ""
     if methods & {"lora-sb", "lora-xs"}:
         exceptions += f"; lora-sb and lora-xs train R of r = {arguments['latent_rank']} from their own start"
     return exceptions

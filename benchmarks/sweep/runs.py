@@ -26,9 +26,10 @@ from transformers import logging as transformers_logging
 from benchmarks.harness import recording, timing
 from benchmarks.sweep.data import Batch, Material
 from launchers.data.tokenization import IGNORE_INDEX
-from reflora_dist import Handle, LoRARite, RefLoRAConfig, attach
+from reflora_dist import Handle, RefLoRAConfig, attach
 from reflora_dist.lora_sb import LoRASBConfig, LoraXSConfig, initialize_lora_sb, initialize_lora_xs
 from reflora_dist.methods.names import LATENT_METHODS
+from reflora_dist.step.method_optimizers import METHOD_OPTIMIZERS
 
 # zero: PEFT's default, B = 0. drawn: B is drawn like A, and the product is subtracted from the base (the published
 # code's re_init). Then the model is the same, and S exists from the first step on.
@@ -120,8 +121,8 @@ class Workbench:
         for layer, weight in zip(self._layers, self._base_weights, strict=False):  # empty unless the start is drawn
             torch.nn.init.kaiming_uniform_(layer.lora_B["default"].weight, a=math.sqrt(5))
             _base_weight(layer).copy_(weight - layer.get_delta_weight("default").detach())
-        if method == "lora-rite":
-            return LoRARite(self.trained, lr=learning_rate)
+        if method in METHOD_OPTIMIZERS:
+            return METHOD_OPTIMIZERS[method](self.trained, lr=learning_rate)
         return torch.optim.AdamW(self.trained, lr=learning_rate, weight_decay=0.0, fused=True)
 
     def run(self, task: Task, *, stop_after: int | None = None) -> dict[str, Any]:
@@ -243,7 +244,7 @@ class Workbench:
 
 def plain_steps(method: str, warmup_steps: int) -> int:
     """Return the number of steps in which a method is still plain LoRA."""
-    return 0 if method == "lora-rite" else warmup_steps
+    return 0 if method in METHOD_OPTIMIZERS else warmup_steps
 
 
 def _config(method: str, warmup_steps: int) -> RefLoRAConfig:

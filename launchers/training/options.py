@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 import math
 import re
 import tempfile
@@ -60,8 +61,9 @@ class LoraOptions:
 
     method: str = _option(
         "reflora",
-        "lora trains plainly. lora-rite is an optimizer of its own: --optim_args sets its options, as in "
-        "update_capping=1.0,balance_param=True. lora-sb and lora-xs train an r x r matrix between frozen factors.",
+        "lora trains plainly. lora-rite and lora-muon are optimizers of their own: --optim_args sets their options, as "
+        "in update_capping=1.0,balance_param=True or momentum=0.9. lora-sb and lora-xs train an r x r matrix between "
+        "frozen factors.",
         choices=(*METHOD_NAMES, *LATENT_METHODS),
     )
     reflora_warmup_steps: int | None = _option(
@@ -276,12 +278,13 @@ class Options:
         Raises:
             ValueError: --optim_args names an unknown option, or a value that it cannot have.
         """
-        if self.lora.method != "lora-rite":
-            return None
         import torch
 
-        from reflora_dist import LoRARite
+        from reflora_dist.step.method_optimizers import METHOD_OPTIMIZERS
 
+        kind = METHOD_OPTIMIZERS.get(self.lora.method)
+        if kind is None:
+            return None
         from .arguments import FinetuneArguments
         from .evaluations import shown
 
@@ -290,12 +293,18 @@ class Options:
         deepspeed_config = plugin.config if plugin is not None else {}
         if "optimizer" in deepspeed_config:
             raise ValueError(
-                f"deepspeed={training.deepspeed!r} has an optimizer of its own, which would replace LoRARite: take "
-                '"optimizer" out, and with offload_optimizer set "zero_force_ds_cpu_optimizer": false'
+                f"deepspeed={training.deepspeed!r} has an optimizer of its own, which would replace {kind.__name__}: "
+                'take "optimizer" out, and with offload_optimizer set "zero_force_ds_cpu_optimizer": false'
             )
-        for name, remedy in (("optim", "drop it"), ("adam_epsilon", "give --optim_args eps=...")):
+        has_eps = "eps" in inspect.signature(kind).parameters
+        for name, remedy in (
+            ("optim", "drop it"),
+            ("adam_epsilon", "give --optim_args eps=..." if has_eps else "drop it"),
+        ):
             if (value := getattr(training, name)) != getattr(FinetuneArguments, name):
-                raise ValueError(f"{name}={shown(value)} means nothing to --method lora-rite, an optimizer: {remedy}")
+                raise ValueError(
+                    f"{name}={shown(value)} means nothing to --method {kind.method}, an optimizer: {remedy}"
+                )
         arguments: dict[str, Any] = {
             "lr": training.learning_rate,
             "betas": (training.adam_beta1, training.adam_beta2),
@@ -308,10 +317,10 @@ class Options:
             except (ValueError, SyntaxError) as error:
                 raise ValueError(f"optim_args: {entry!r} must be name=value, a number or True or False") from error
         try:
-            LoRARite([torch.zeros(1)], **arguments)
+            kind([torch.zeros(1)], **arguments)
         except (TypeError, ValueError) as error:
             raise ValueError(f"optim_args={training.optim_args!r}: {error}") from error
-        return LoRARite, arguments
+        return kind, arguments
 
 
 def parse_options(argv: list[str] | None = None) -> Options:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..methods.registry import METHODS
+from ..step.method_optimizers import METHOD_OPTIMIZERS
 from ..step.supported_optimizers import _ADAM_FAMILY, _ELEMENTWISE
 from .findings import Findings
 from .options import OPTIMIZERS, DoctorOptions
@@ -35,10 +36,11 @@ def check_optimizer(
                 '"zero_force_ds_cpu_optimizer": false',
             )
         return
-    if options.method == "lora-rite":
+    if options.method in METHOD_OPTIMIZERS:
+        kind = METHOD_OPTIMIZERS[options.method]
         findings.error(
             where,
-            f"the optimizer section ({name}) would replace LoRARite, which is the method",
+            f"the optimizer section ({name}) would replace {kind.__name__}, which is the method",
             'take "optimizer" out, and with offload_optimizer set "zero_force_ds_cpu_optimizer": false',
         )
         return

@@ -15,6 +15,7 @@ from ..collectives.tiling import Layout
 from ..engines.pairs import find_pairs
 from ..engines.tall import tall_adapters
 from ..methods.registry import METHODS
+from ..step.method_optimizers import METHOD_OPTIMIZERS
 from ..step.traffic import Traffic
 from .activations import activation_bytes
 from .base_model import MetaModel, build, describe, layer_classes, load_config, whole_layouts
@@ -196,7 +197,7 @@ def _estimate(result: Diagnosis, setup: Setup, model_config: Any, device: torch.
     lora_ranks = [pair.lora_rank for pair in model.pairs]
     matrices = method_bytes(config, lora_ranks, result.traffic, setup.shard_size)
     moments = setup.moments if setup.moments is not None else OPTIMIZERS[options.optim or "adamw"]
-    moments = 2 if options.method == "lora-rite" else moments
+    moments = 2 if options.method in METHOD_OPTIMIZERS else moments
     result.memory = memory(setup, model, moments, activations, matrices)
     _check_adapter(model, setup, options, findings)
     _check_memory(result, setup)

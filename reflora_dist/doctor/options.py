@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 OPTIMIZERS = {"adamw": 2, "sgd": 0, "sgd-momentum": 1}
-"""Number of state tensors of a factor's size, by optimizer. LoRA-RITE is missing: it is a method here."""
+"""Number of state tensors of a factor's size, by optimizer. LoRA-RITE and LoRA-Muon are missing: they are methods."""
 
 
 CONFIGS_HELP = (

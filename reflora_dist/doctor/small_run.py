@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from ..files.open_files import read_json
+from ..step.method_optimizers import METHOD_OPTIMIZERS
 from .base_model import load_config
 from .deepspeed_config import judge, knows_any
 from .findings import Findings
@@ -133,12 +134,13 @@ def _started(request: dict[str, Any], options: DoctorOptions, output: str) -> Tr
         accelerator_config={"use_configured_state": bool(started)},
         **arguments,
     )
+    stand_in = _STAND_INS.get(options.method)
     trainer = _SmallBatches(
         model=_adapted(),
         args=training,
         train_dataset=_Rows(),
         callbacks=[_StopAfterOne()],
-        optimizer_cls_and_kwargs=(LoRARite, {"lr": 1e-3}) if options.method == "lora-rite" else None,
+        optimizer_cls_and_kwargs=None if stand_in is None else (stand_in, {"lr": 1e-3}),
     )
     assert (trainer.accelerator.distributed_type == DistributedType.FSDP) == fsdp
     return trainer
@@ -233,8 +235,8 @@ class _StopAfterOne(TrainerCallback):
         control.should_training_stop = control.should_log = True
 
 
-class LoRARite(torch.optim.SGD):
-    """A stand-in for the package's LoRARite: to DeepSpeed both are optimizers that it does not know."""
+# Stand-ins for the package's optimizers of these names: to DeepSpeed both are optimizers that it does not know.
+_STAND_INS = {name: type(kind.__name__, (torch.optim.SGD,), {}) for name, kind in METHOD_OPTIMIZERS.items()}
 
 
 def _adapted() -> PeftModel:

@@ -191,3 +191,8 @@ class OptimizerMethod(Method):
     """A method that is an optimizer itself and acts in every step."""
 
     has_schedule = False
+
+    @classmethod
+    def packed_values(cls, lora_rank: int) -> int:
+        """Return how many numbers of its own the method keeps in the second moment's elements of a factor."""
+        return 0

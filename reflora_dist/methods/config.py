@@ -24,6 +24,7 @@ class RefLoRAConfig:
               preconditioning).
             - ``"lora-pro"`` replaces the gradients by those whose step is closest to full fine-tuning's.
             - ``"lora-rite"`` is an optimizer of its own, :class:`reflora_dist.LoRARite`; attach passes it the factors.
+            - ``"lora-muon"`` is one, too, :class:`reflora_dist.LoRAMuon`.
             - ``"balora"`` replaces the factors after every step by balanced ones with the same product.
             - ``"lora"`` leaves training unchanged, for comparisons.
         warmup_steps: optimizer steps of plain LoRA before the method's first. The default is 100 for "reflora",

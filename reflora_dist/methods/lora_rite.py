@@ -34,6 +34,11 @@ class LoRARiteMethod(OptimizerMethod):
         """Count the Grams, and for each of two factors the packed second moment and the number of steps."""
         return super().reduced_values(lora_rank) + 2 * (packed_size(lora_rank) + 1)
 
+    @classmethod
+    def packed_values(cls, lora_rank: int) -> int:
+        """Count the second moment and the escaped mass."""
+        return packed_size(lora_rank)
+
 
 def packed_size(lora_rank: int) -> int:
     """Return the number of elements of a factor's second moment (upper triangle) and escaped mass."""

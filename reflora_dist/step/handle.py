@@ -45,7 +45,8 @@ def attach(
         model: the PEFT model, bare or as DDP, fully_shard, FSDP, deepspeed.initialize or accelerator.prepare
             returned it.
         optimizer: the optimizer, bare or as one of these returned it: any elementwise torch optimizer; for "reflora-s",
-            and "balora" with ``carry_moments``, one of the Adam family, for "lora-rite" a LoRARite.
+            and "balora" with ``carry_moments``, one of the Adam family, for "lora-rite" a LoRARite, for "lora-muon" a
+            LoRAMuon.
         config: the method and its schedule, the same on all ranks.
         state_dict: a handle's saved state, to continue a run. Load its factors and optimizer state before.
 
@@ -57,9 +58,9 @@ def attach(
             pair, the optimizer or an option of the engine is not supported, the optimizer does not hold the factors,
             ``state_dict`` does not fit, or ranks disagree.
 
-    Communication: one all-gather of a few numbers; for "lora-rite" and with ``state_dict`` each one more of small
-    objects; for "reflora-s" and "balora" with ``warmup_steps=0`` those of a step. At the first step, if ranks hold
-    the factors whole, one all-reduce of two numbers.
+    Communication: one all-gather of a few numbers; for "lora-rite" and "lora-muon", and with ``state_dict``, each one
+    more of small objects; for "reflora-s" and "balora" with ``warmup_steps=0`` those of a step. At the first step, if
+    ranks hold the factors whole, one all-reduce of two numbers.
     """
     engine, error = None, None
     try:
@@ -145,7 +146,7 @@ class Handle:
             A dictionary of finite numbers, empty until the method has acted and for method="lora":
 
             - ``step_ms``: milliseconds that the method took on this rank, without work on a side stream; for
-              "lora-rite" the whole update.
+              "lora-rite" and "lora-muon" the whole update.
             - ``bytes_per_step``: bytes that this rank sent.
             - ``skipped_pairs``: as in the report.
             - ``balance_min``, ``balance_median``, ``balance_max``: ``|A| / |B|`` over the pairs, before the step.
@@ -185,7 +186,7 @@ class Handle:
     def detach(self) -> None:
         """Remove the hooks from the optimizer. Call it on every rank.
 
-        Training may continue as plain LoRA, except with LoRARite, whose ``step`` raises once it is detached.
+        Training may continue as plain LoRA, except with LoRARite and LoRAMuon, whose ``step`` raises once detached.
         """
         for hook in self._hooks:
             hook.remove()

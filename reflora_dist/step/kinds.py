@@ -14,9 +14,13 @@ from ..methods.config import RefLoRAConfig
 from ..methods.registry import METHODS
 from .base import Step
 from .gradient_step import GradientStep
+from .muon_step import MuonStep
+from .optimizer_step import OptimizerStep
 from .rewriting_step import FactorStep, RescalingStep
 from .rite_step import RiteStep
 from .solver import Solver
+
+_OPTIMIZER_STEPS: dict[str, type[OptimizerStep]] = {"lora-muon": MuonStep, "lora-rite": RiteStep}
 
 
 def make_step(engine: Engine, config: RefLoRAConfig, communicator: Communicator, hopeless: Sequence[int]) -> Step:
@@ -45,7 +49,7 @@ def make_step(engine: Engine, config: RefLoRAConfig, communicator: Communicator,
             return FactorStep(engine, retiler, communicator, solver, method.carries_moments(config))
         return GradientStep(engine, retiler, communicator, solver, method.uses_gradients, hopeless)
     if issubclass(method, OptimizerMethod):
-        return RiteStep.connected(engine, _retiler(engine, communicator), communicator)
+        return _OPTIMIZER_STEPS[config.method].connected(engine, _retiler(engine, communicator), communicator)
     return Step(engine, communicator)
 
 

@@ -25,7 +25,8 @@ class Report:
         steps: optimizer steps since the start of training.
         applied_steps: steps in which the method was applied.
         skipped_pairs: pairs left as plain LoRA because the method had no solution, or none that float16 factors can
-            hold; for "lora-rite" pairs whose gradient or update was too large. Summed over the applied steps.
+            hold; for "lora-rite" pairs whose gradient or update was too large; for "lora-muon" pairs with a factor of
+            less than full rank, or with too large an update. Summed over the applied steps.
     """
 
     method: str

@@ -10,9 +10,9 @@ import torch
 from ..engines.pairs import AdapterPair
 from ..methods.base import OptimizerMethod
 from ..methods.config import RefLoRAConfig
-from ..methods.lora_rite import packed_size
 from ..methods.registry import METHODS
-from .rite_optimizer import LoRARite
+from .factor_optimizer import FactorOptimizer
+from .method_optimizers import METHOD_OPTIMIZERS
 
 # Class names by package. These classes update elementwise in the gradient, with one step per backward.
 _ELEMENTWISE = {
@@ -35,18 +35,14 @@ def check_optimizer(optimizer: torch.optim.Optimizer, config: RefLoRAConfig, pai
     Raises:
         ValueError: the optimizer is not known to be elementwise (others cannot use a refactored gradient, of which they
             may hold a flat piece only); its class overrides ``step``; a method that carries moments without one of the
-            Adam family; "lora-rite" without LoRARite or LoRARite with another method; or, for "lora-rite", a tall
-            factor has too few rows for its r.
+            Adam family; "lora-rite" or "lora-muon" without its optimizer, or such an optimizer with another method; or,
+            for these two, a tall factor has too few rows for its r.
     """
     name = type(optimizer).__name__
     method = METHODS[config.method]
-    if issubclass(method, OptimizerMethod) != isinstance(optimizer, LoRARite):
-        raise ValueError(
-            f"method={config.method!r} with {name}: LoRA-RITE is an optimizer of its own, so RefLoRAConfig("
-            "method='lora-rite') and reflora_dist.LoRARite(params, ...) need each other: use both or neither"
-        )
-    if issubclass(method, OptimizerMethod):
-        _check_sizes(pairs)
+    if issubclass(method, OptimizerMethod) or isinstance(optimizer, FactorOptimizer):
+        _check_partner(optimizer, config.method)
+        _check_sizes(pairs, config.method)
         return
     if not method.acts:
         return
@@ -91,12 +87,26 @@ def pairs_without_solution(pairs: Sequence[AdapterPair], config: RefLoRAConfig) 
     return hopeless
 
 
-def _check_sizes(pairs: Sequence[AdapterPair]) -> None:
+def _check_partner(optimizer: torch.optim.Optimizer, method: str) -> None:
+    kind = METHOD_OPTIMIZERS.get(method)
+    if kind is not None and isinstance(optimizer, kind):
+        return
+    own = kind if kind is not None else type(optimizer)
+    assert issubclass(own, FactorOptimizer)
+    raise ValueError(
+        f"method={method!r} with {type(optimizer).__name__}: {own.title} is an optimizer of its own, so RefLoRAConfig("
+        f"method={own.method!r}) and reflora_dist.{own.__name__}(params, ...) need each other: use both or neither"
+    )
+
+
+def _check_sizes(pairs: Sequence[AdapterPair], method: str) -> None:
+    kind = METHODS[method]
+    assert issubclass(kind, OptimizerMethod)
     for pair in pairs:
         rows, least = min(pair.in_features, pair.out_features), pair.lora_rank
-        if rows < least or rows * least < packed_size(least):
+        if rows < least or rows * least < kind.packed_values(least):
             raise ValueError(
-                f"method='lora-rite' needs r orthonormal directions in each factor, and {pair.name} has r={least} with "
+                f"method={method!r} needs r orthonormal directions in each factor, and {pair.name} has r={least} with "
                 f"in={pair.in_features}, out={pair.out_features}: lower r there (rank_pattern) or leave it out"
             )
 

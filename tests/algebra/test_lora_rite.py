@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,9 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from reflora_dist import LoRARite, RefLoRAConfig, attach
-from tests.support.matrices import factor
+from reflora_dist.step.factor_optimizer import FactorOptimizer
+from reflora_dist.step.method_optimizers import METHOD_OPTIMIZERS
 from tests.support.oracles import RiteOracle, factors_in_pairs, train_oracle
-from tests.support.small import backward, products, rite, small_batches, small_model, train_small, trainable
+from tests.support.small import (
+    backward,
+    own_optimizer,
+    product_distance,
+    rite,
+    small_batches,
+    small_model,
+    train_small,
+    trainable,
+)
 from tests.support.workloads import (
     FACTOR_TOLERANCE,
     LOSS_TOLERANCE,
@@ -119,40 +128,16 @@ def test_the_threshold_of_skipping(slack: float, skipped: int) -> None:
 # --- invariance ---
 
 
-def _mixed(model: nn.Module, condition: float) -> nn.Module:
-    """The same products from other factors, ``(M A, B M^-1)``."""
-    with torch.no_grad():
-        for seed, (lora_a, lora_b) in enumerate(zip(*[iter(factors_in_pairs(model))] * 2, strict=True)):
-            mix = 3.0 * factor(lora_a.shape[0], lora_a.shape[0], condition, seed)
-            lora_a.copy_(mix @ lora_a)
-            lora_b.copy_(lora_b @ torch.linalg.inv(mix))
-    return model
-
-
-def _distance(make: Callable[[nn.Module], torch.optim.Optimizer], condition: float) -> tuple[float, float]:
-    """How far the products of the two starts are apart after six steps, and how far they have moved."""
-    start = products(small_model())
-    ends = []
-    for model in (small_model(), _mixed(small_model(), condition)):
-        train_small(model, make(model), small_batches(6))
-        ends.append(products(model))
-
-    def largest(left: list[Tensor], right: list[Tensor]) -> float:
-        return max(float((a - b).norm() / b.norm()) for a, b in zip(left, right, strict=True))
-
-    return largest(ends[1], ends[0]), largest(ends[0], start)
-
-
 @pytest.mark.parametrize("options", [{}, {"apply_escape": True, "update_capping": 0.5, "weight_decay": 0.1}])
 @pytest.mark.parametrize("condition", [1.0, 30.0])
 def test_the_product_does_not_depend_on_the_factors(condition: float, options: dict[str, Any]) -> None:
     """Rotated, rescaled or mixed by any invertible M, the trajectory of B A is the same over a whole training."""
-    apart, moved = _distance(lambda model: rite(model, **options)[0], condition)
+    apart, moved = product_distance(lambda model: rite(model, **options)[0], condition)
     assert moved > 1e-2 and apart < 1e-6 * moved
 
 
 def test_under_adamw_the_product_depends_on_the_factors() -> None:
-    apart, moved = _distance(lambda model: torch.optim.AdamW(trainable(model), lr=0.02), 1.0)
+    apart, moved = product_distance(lambda model: torch.optim.AdamW(trainable(model), lr=0.02), 1.0)
     assert apart > 1e-2 * moved
 
 
@@ -189,14 +174,15 @@ class _Fixed:
             parameter.grad = gradient * (1 + step)
 
 
-def test_other_parameters_follow_adamw_exactly() -> None:
+@pytest.mark.parametrize("own", METHOD_OPTIMIZERS.values(), ids=METHOD_OPTIMIZERS)
+def test_other_parameters_follow_adamw_exactly(own: type[FactorOptimizer]) -> None:
     """A whole head and a norm's weights are bit-equal to torch's AdamW with the same settings."""
     ends = []
-    for make in (LoRARite, torch.optim.AdamW):
+    for make in (own, torch.optim.AdamW):
         model = _with_others()
         optimizer = make(trainable(model), lr=0.01, weight_decay=0.1, betas=(0.8, 0.95))
-        if make is LoRARite:
-            attach(model, optimizer, CONFIG)
+        if make is own:
+            attach(model, optimizer, RefLoRAConfig(method=own.method))
         gradients = _Fixed(model)
         for step in range(4):
             gradients.set(step)
@@ -236,13 +222,14 @@ def test_groups_of_their_own_learning_rate() -> None:
     assert worst_factor_error(trained, expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("method", METHOD_OPTIMIZERS)
 @pytest.mark.parametrize("missing", ["lora_A", "lora_B", "both"])
-def test_no_gradient_counts_as_zero(missing: str) -> None:
+def test_no_gradient_counts_as_zero(missing: str, method: str) -> None:
     """A pair that the loss does not reach gets what a gradient of zeros gives."""
     ends = []
     for absent in (True, False):
         model = small_model()
-        optimizer, _ = rite(model, weight_decay=0.1)
+        optimizer, _ = own_optimizer(method, model, weight_decay=0.1)
         for batch in small_batches(3):
             backward(model, batch)
             for name, parameter in named_factors(model).items():

@@ -14,10 +14,10 @@ from reflora_dist.step import solver as solving
 from reflora_dist.step.traffic import Traffic
 from tests.support.cluster import run_ranks
 from tests.support.engines_under_test import ENGINES
-from tests.support.workloads import Settings, build_model, synthetic_workload
+from tests.support.workloads import build_model, synthetic_workload, with_method
 
 CPU = torch.device("cpu")
-METHODS = ("reflora", "lora-pro", "lora-rite", "reflora-s", "balora", "balora with moments")
+METHODS = ("reflora", "lora-pro", "lora-rite", "lora-muon", "reflora-s", "balora", "balora with moments")
 
 
 # of which every engine cuts a lora_A: those of ZeRO-2 and FSDP1 lie in few buffers, which are cut in few places
@@ -41,7 +41,7 @@ def _stepped(
         handles.append(attach(model, optimizer, config))
         return handles[0]
 
-    settings = Settings(weight_decay=0.0, rite={}) if method == "lora-rite" else workload.settings
+    settings = with_method(workload.settings, method)
     ENGINES[engine_name].train(model, workload.batches, settings, hook)
     handle = handles[0]
     engine, report = handle._engine, handle.report()
@@ -93,8 +93,8 @@ def test_a_step_sends_what_is_planned(engine_name: str, world_size: int) -> None
             assert (outcome["layouts"], outcome["planned"][1]) == (first["layouts"], first["planned"][1])
         there, back = (sum(outcome["exchanged"][way] for outcome in outcomes) for way in (0, 1))
         _, method, stored = label
-        # weights and gradients go there; LoRA-RITE's moments, too, which come back with the weights; BaLoRA's weights
-        # and what moments it carries along go both ways
+        # weights and gradients (LoRA-Muon: moments) go there; LoRA-RITE's moments, too, which return with the weights;
+        # BaLoRA's weights and what moments it carries along go both ways
         both_ways = {"reflora-s": (0, 0), "balora": (1, 1), "balora with moments": (3, 3)}
         channels = {"lora-rite": (3, 2), **both_ways}.get(method, (2, 1))
         assert there * channels[1] == back * channels[0]

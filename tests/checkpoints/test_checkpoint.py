@@ -105,7 +105,7 @@ def _refusals(rank: int, world_size: int, engine_name: str, method: str, folder:
     return [message_of(attempt) for attempt in attempts]
 
 
-_CHOSEN_GRADIENT_METHODS = {("fsdp2", "scaled-gd"), ("zero3", "lora-pro")}
+_CHOSEN_GRADIENT_METHODS = {("fsdp2", "scaled-gd"), ("zero3", "lora-pro"), ("fsdp2+tall", "lora-muon")}
 
 
 def _engines_with_ranks() -> Iterator[Any]:
@@ -124,8 +124,8 @@ def _engines_with_ranks() -> Iterator[Any]:
     for index, name in enumerate(OWN_LOOP):
         world_sizes = ENGINES[name.partition("+")[0]].world_sizes
         world_size = world_sizes[(index + 1) % len(world_sizes)]
-        methods = ["scaled-gd", "lora-pro"] if "cpu-adam" in name else ["scaled-gd", "lora-pro", "lora-rite"]
-        methods += ["balora"] if name in default else []
+        own_optimizers = [] if "cpu-adam" in name else ["lora-rite", "lora-muon"]
+        methods = ["scaled-gd", "lora-pro", *own_optimizers, *(["balora"] if name in default else [])]
         for method in methods:
             chosen = name in default if method == "lora-rite" else (name, method) in _CHOSEN_GRADIENT_METHODS
             marks = [] if chosen else [pytest.mark.all_ranks]

@@ -47,7 +47,7 @@ def _cases() -> Iterator[Any]:
         ("zero3-trainer", "lora-rite"),
     }
     for engine in ("ddp", "fsdp1", "fsdp2", "zero2", "zero3"):
-        for method in ("reflora", "reflora-s", "lora-pro", "lora-rite"):
+        for method in ("reflora", "reflora-s", "lora-pro", "lora-rite", "lora-muon"):
             name = f"{engine}-trainer"
             marks = [] if (name, method) in default else [pytest.mark.all_ranks]
             yield pytest.param(name, method, marks=marks, id=f"{name}-{method}")

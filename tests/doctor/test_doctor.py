@@ -66,6 +66,7 @@ WRONG = [
     (zero3(zero_hpz_partition_size=3), {}, "error", "zero_hpz_partition_size=3 does not divide the 4 ranks"),
     (zero3(zero_hpz_partition_size=4), {}, "warning", "a machine has 2 ranks"),
     (zero3({"optimizer": {"type": "AdamW"}}), {"method": "lora-rite"}, "error", "would replace LoRARite"),
+    (zero3({"optimizer": {"type": "AdamW"}}), {"method": "lora-muon"}, "error", "would replace LoRAMuon"),
     (zero3({"optimizer": {"type": "Lamb"}}), {}, "error", "optimizer.type='lamb'"),
     (zero3({"optimizer": {"type": "SGD"}}), {"method": "reflora-s"}, "error", "keep Adam's moments"),
     (

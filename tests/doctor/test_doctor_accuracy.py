@@ -24,9 +24,8 @@ from tests.support.cluster import run_ranks
 from tests.support.engines_under_test import ENGINES
 from tests.support.engines_under_test.zero import master_flats, zero_config
 from tests.support.four_bit import quantized_model, save_base
-from tests.support.workloads import Settings, build_model, is_factor, synthetic_workload
+from tests.support.workloads import Settings, build_model, is_factor, synthetic_workload, with_method
 
-RITE = Settings(weight_decay=0.0, rite={})
 # engine, method, ranks, whether lora_A is stored tall; the first ones run by default, all of them with --all-ranks
 CASES = [
     ("zero1", "reflora", 2, True),
@@ -44,6 +43,7 @@ CASES = [
     ("fsdp2", "reflora", 2, False),
     ("zero3-bf16-masters", "reflora", 2, True),
     ("zero3", "lora-rite", 3, True),
+    ("zero3", "lora-muon", 3, True),
     ("zero3", "lora-rite", 3, False),
     ("zero2", "lora-pro", 3, True),
     ("zero2", "lora-pro", 3, False),
@@ -200,7 +200,7 @@ def _train(
     # which by itself stores them tall
     callback = Callback(RefLoRAConfig(method=method, warmup_steps=0), tall=None if tall else False)
     hook = callback if engine.takes_callback else attached
-    settings = RITE if method == "lora-rite" else workload.settings
+    settings = with_method(workload.settings, method)
     model = build_model(workload, dtype=engine.model_dtype) if base is None else quantized_model(workload, base)
     if tall and not engine.takes_callback:
         tall_adapters(model)

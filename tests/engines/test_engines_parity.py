@@ -47,7 +47,7 @@ _WHOLE = ("single", "ddp", "ddp-accelerate", "ddp-trainer", "ddp-sft", "fsdp1-no
 # What runs by default: every method once, with the storage that users do not get by themselves,
 _SOME = (
     *("lora", "reflora", "reflora-s", "lora-rite", "scaled-gd"),
-    *("lora-pro accumulated clipped", "balora with moments"),
+    *("lora-pro accumulated clipped", "lora-muon", "balora with moments"),
 )
 # a schedule and accumulation too with the other one,
 _MORE = (*_SOME, "reflora-warmup2-interval2", "reflora accumulated", "reflora-clip")
@@ -88,6 +88,7 @@ def _runs_of_one_storage(engine_name: str) -> list[Run]:
         Run("lora-rite", accumulate=True),
         Run("lora", "scaled-gd"),
         Run("lora", "lora-pro"),
+        *([] if engine_name in _NEEDS_ADAM else [Run("lora", "lora-muon")]),
         Run("lora", "lora-pro", accumulate=True, clip=0.05),
         Run("lora", "balora"),
         Run("lora", "balora", carry_moments=True),

@@ -26,6 +26,7 @@ from tests.support.workloads import (
     build_model,
     named_factors,
     synthetic_workload,
+    with_method,
     worst_factor_error,
 )
 
@@ -193,6 +194,7 @@ OTHER_METHODS = [
     (RefLoRAConfig(method="lora-pro", warmup_steps=0), Settings()),
     (RefLoRAConfig(method="balora", warmup_steps=0, carry_moments=True), Settings()),
     (RefLoRAConfig(method="lora-rite"), Settings(rite={"apply_escape": True})),
+    (RefLoRAConfig(method="lora-muon"), Settings(muon={})),
 ]
 
 
@@ -321,7 +323,7 @@ def test_steps_that_deepspeed_leaves_out_are_not_counted(stage: int) -> None:
         assert error < (ENGINES[f"zero{stage}-fp16"].bf16_factor_tolerance or 0.0)
 
 
-_UNUSED = ("reflora", "lora-pro", "lora-rite")
+_UNUSED = ("reflora", "lora-pro", "lora-rite", "lora-muon")
 
 
 def _unused_adapter(rank: int, world_size: int, engine: str) -> dict[str, tuple[dict[str, torch.Tensor], int]]:
@@ -330,7 +332,7 @@ def _unused_adapter(rank: int, world_size: int, engine: str) -> dict[str, tuple[
     for method in _UNUSED:
         model = build_model(workload)
         model.base_model.model.model.layers[1] = Skipped(model.base_model.model.model.layers[1])
-        settings = Settings(weight_decay=0.0, rite={} if method == "lora-rite" else None)
+        settings = with_method(Settings(weight_decay=0.0), method)
         wrapped = ENGINES[engine].wrap(model, settings, 12 // world_size)
         handle = attach(wrapped.model, wrapped.optimizer, RefLoRAConfig(method=method, warmup_steps=0))
         for batch in workload.batches:

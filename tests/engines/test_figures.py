@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,20 @@ from transformers import TrainerCallback
 from reflora_dist import Handle, RefLoRACallback, RefLoRAConfig, attach
 from reflora_dist.methods.registry import METHODS
 from reflora_dist.step.figures import gram_figures
+from reflora_dist.step.method_optimizers import METHOD_OPTIMIZERS
 from tests.support.cluster import run_ranks
 from tests.support.engines_under_test import ENGINES
 from tests.support.oracles import train_oracle
 from tests.support.small import backward, small_batches, small_model, trainable
-from tests.support.workloads import Factors, Settings, Workload, build_model, synthetic_workload, train_single
+from tests.support.workloads import (
+    Factors,
+    Settings,
+    Workload,
+    build_model,
+    synthetic_workload,
+    train_single,
+    with_method,
+)
 
 STEPS = 3
 CONDITIONS = {"gram_condition_median", "gram_condition_max"}
@@ -30,12 +38,13 @@ COSTS = {"skipped_pairs", "bytes_per_step", "step_ms"}
 
 def _config(method: str) -> RefLoRAConfig:
     """The method acts in the last step alone, so that its factors before are those of plain LoRA."""
-    warmup_steps = {"reflora-s": STEPS, "balora": STEPS, "lora-rite": 0}.get(method, STEPS - 1)
+    after_steps = {"reflora-s": STEPS, "balora": STEPS}
+    warmup_steps = {**after_steps, **dict.fromkeys(METHOD_OPTIMIZERS, 0)}.get(method, STEPS - 1)
     return RefLoRAConfig(method=method, warmup_steps=warmup_steps)
 
 
 def _settings(workload: Workload, method: str) -> Settings:
-    return dataclasses.replace(workload.settings, rite={} if method == "lora-rite" else None)
+    return with_method(workload.settings, method)
 
 
 def _train(rank: int, world_size: int, engine_name: str) -> dict[str, tuple[dict[str, float], int]]:
@@ -59,7 +68,7 @@ def _factors_before(method: str) -> Factors:
     workload = synthetic_workload(steps=STEPS)
     batches = workload.batches if method in ("reflora-s", "balora") else workload.batches[:-1]
     model, settings = build_model(workload), _settings(workload, method)
-    if method == "lora-rite":
+    if method in METHOD_OPTIMIZERS:
         return train_oracle(model, batches, settings, RefLoRAConfig(method=method))[1]
     return train_single(model, batches, settings)[1]
 

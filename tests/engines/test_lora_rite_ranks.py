@@ -1,4 +1,4 @@
-"""LoRA-RITE on several ranks: the other parameters, groups, and moments that stay sharded."""
+"""LoRA-RITE and LoRA-Muon on several ranks: the other parameters, groups, and moments that stay sharded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reflora_dist.engines.pairs import find_pairs
 from tests.support.cluster import run_ranks
 from tests.support.engines_under_test import ENGINES, zero
 from tests.support.engines_under_test.common import copied, train_on
-from tests.support.oracles import RiteOracle, factors_in_pairs
+from tests.support.oracles import RiteOracle, factors_in_pairs, oracle_of
 from tests.support.small import trainable
 from tests.support.workloads import (
     FACTOR_TOLERANCE,
@@ -26,6 +26,7 @@ from tests.support.workloads import (
     plain_name,
     synthetic_workload,
     train_single,
+    with_method,
     worst_factor_error,
 )
 
@@ -40,7 +41,7 @@ class _Both:
         taken = {id(factor) for factor in factors}
         others = [parameter for parameter in trainable(model) if id(parameter) not in taken]
         adamw = torch.optim.AdamW(others, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
-        self._parts = [RiteOracle(factors, **settings.lora_rite()), adamw]
+        self._parts = [oracle_of(model, settings), adamw]
 
     def step(self) -> None:
         for part in self._parts:
@@ -51,7 +52,7 @@ class _Both:
             part.zero_grad()
 
 
-WITH_OTHERS = Settings(weight_decay=0.1, betas=(0.8, 0.95), rite={})
+WITH_OTHERS = Settings(weight_decay=0.1, betas=(0.8, 0.95))
 
 
 def _llama_with_others(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -67,10 +68,10 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {plain_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _with_others_on_ranks(rank: int, world_size: int, engine: str) -> Factors:
+def _with_others_on_ranks(rank: int, world_size: int, engine: str, method: str) -> Factors:
     zero.assert_zero_shards = lambda *_: None  # which counts factors only
-    wrapped = ENGINES[engine].wrap(_llama_with_others(), WITH_OTHERS, 12 // world_size)
-    attach(wrapped.model, wrapped.optimizer, CONFIG)
+    wrapped = ENGINES[engine].wrap(_llama_with_others(), with_method(WITH_OTHERS, method), 12 // world_size)
+    attach(wrapped.model, wrapped.optimizer, RefLoRAConfig(method=method))
     for batch in synthetic_workload().batches:
         train_on(wrapped, batch)
     parameters = _trained(getattr(wrapped.model, "module", wrapped.model))
@@ -82,15 +83,25 @@ def _with_others_on_ranks(rank: int, world_size: int, engine: str) -> Factors:
     return copied(parameters)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3-subgroups"])
-def test_other_parameters_on_ranks(engine: str) -> None:
+_WITH_OTHERS = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3-subgroups")
+
+
+@pytest.mark.parametrize(
+    ("engine", "method"),
+    [
+        *((engine, "lora-rite") for engine in _WITH_OTHERS),
+        ("zero2", "lora-muon"),
+        *(pytest.param(e, "lora-muon", marks=pytest.mark.all_ranks) for e in _WITH_OTHERS if e != "zero2"),
+    ],
+)
+def test_other_parameters_on_ranks(engine: str, method: str) -> None:
     """Norms and head end where AdamW takes them, factors where the oracle does, also in flat buffers they share."""
-    model = _llama_with_others(torch.float64)
-    train_single(model, synthetic_workload().batches, WITH_OTHERS, optimizer=_Both(model, WITH_OTHERS))
+    model, settings = _llama_with_others(torch.float64), with_method(WITH_OTHERS, method)
+    train_single(model, synthetic_workload().batches, settings, optimizer=_Both(model, settings))
     expected = copied(_trained(model))
     assert len(expected) == 28 + 4 + 1
     start = copied(_trained(_llama_with_others()))
-    for trained in run_ranks(_with_others_on_ranks, 2, engine):
+    for trained in run_ranks(_with_others_on_ranks, 2, engine, method):
         assert worst_factor_error(trained, expected) < FACTOR_TOLERANCE
         assert min(float((trained[n] - start[n]).norm() / start[n].norm()) for n in trained) > 1e-3
 

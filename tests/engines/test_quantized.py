@@ -20,6 +20,7 @@ from reflora_dist.checkpoints.adapter_files import save_adapter
 from reflora_dist.engines.pairs import find_pairs
 from reflora_dist.lora_sb import LoraXSConfig
 from reflora_dist.methods.reference import ReferenceRefLoRA
+from reflora_dist.step.method_optimizers import METHOD_OPTIMIZERS
 from tests.support.cluster import run_ranks
 from tests.support.engines_under_test import ENGINES
 from tests.support.four_bit import quantized_base, quantized_model, save_base
@@ -34,20 +35,21 @@ from tests.support.workloads import (
     named_factors,
     synthetic_workload,
     train_single,
+    with_method,
     worst_factor_error,
     worst_loss_error,
 )
 
-METHODS = ("reflora", "reflora-s", "scaled-gd", "lora-pro", "lora-rite")
+METHODS = ("reflora", "reflora-s", "scaled-gd", "lora-pro", "lora-rite", "lora-muon")
 SMALLEST_DIFFERENCE = 1e-3  # between runs that must not agree; FACTOR_TOLERANCE is 1e-4
 
 
 def _config(method: str) -> RefLoRAConfig:
-    return RefLoRAConfig(method=method, warmup_steps=0 if method == "lora-rite" else 1)
+    return RefLoRAConfig(method=method, warmup_steps=0 if method in METHOD_OPTIMIZERS else 1)
 
 
 def _settings(workload: Workload, method: str) -> Settings:
-    return dataclasses.replace(workload.settings, clip=0.5, rite={} if method == "lora-rite" else None)
+    return with_method(dataclasses.replace(workload.settings, clip=0.5), method)
 
 
 class Outcome(NamedTuple):

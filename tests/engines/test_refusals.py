@@ -46,7 +46,10 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "refflora"}, "method='refflora' is unknown; choose one of lora, balora, lora-pro, lora-rite"),
+        (
+            {"method": "refflora"},
+            "method='refflora' is unknown; choose one of lora, balora, lora-muon, lora-pro, lora-rite",
+        ),
         ({"interval": 0}, "interval=0 must be an integer of at least 1"),
         ({"interval": 1.5}, "interval=1.5"),
         ({"warmup_steps": -1}, "warmup_steps=-1"),

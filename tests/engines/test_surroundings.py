@@ -21,6 +21,7 @@ from reflora_dist import LoRARite, RefLoRAConfig, attach
 from reflora_dist.algebra.tall_blocks import BlockSet
 from reflora_dist.checkpoints.training_state import load_checkpoint, save_adapter, save_checkpoint
 from reflora_dist.export.consolidate import consolidate_adapter
+from reflora_dist.step.method_optimizers import METHOD_OPTIMIZERS
 from tests.support.cluster import run_ranks
 from tests.support.engines_under_test import ENGINES
 from tests.support.small import backward, small_batches, small_model, train_small, trainable
@@ -63,7 +64,7 @@ def _evaluate_before_the_step(rank: int, world_size: int, method: str) -> str:
     workload = synthetic_workload(steps=1)
     model = get_peft_model(LlamaForCausalLM(LlamaConfig(**workload.llama)), LoraConfig(**workload.lora))
     fully_shard(model)
-    kind = LoRARite if method == "lora-rite" else torch.optim.AdamW
+    kind = METHOD_OPTIMIZERS.get(method, torch.optim.AdamW)
     optimizer = kind(trainable(model), lr=1e-2)
     attach(model, optimizer, RefLoRAConfig(method=method, warmup_steps=0))
     model(input_ids=workload.batches[0], labels=workload.batches[0]).loss.backward()

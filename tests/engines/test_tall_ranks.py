@@ -22,7 +22,7 @@ from tests.support.cluster import run_ranks
 from tests.support.engines_under_test import ENGINES
 from tests.support.engines_under_test.common import Wrapped, train_on, trainable
 from tests.support.refusals import CONFIG, adamw, message_of
-from tests.support.workloads import Factors, Settings, build_model, synthetic_workload, worst_factor_error
+from tests.support.workloads import Factors, Settings, build_model, synthetic_workload, with_method, worst_factor_error
 
 # --- what comes too late ---
 
@@ -81,7 +81,7 @@ def _wrap(engine_name: str, tall: bool, method: str = "reflora") -> tuple[Any, W
     model = build_model(workload)
     if tall:
         tall_adapters(model)
-    settings = Settings(rite={} if method == "lora-rite" else None)
+    settings = with_method(Settings(), method)
     return workload, ENGINES[engine_name].wrap(model, settings, 12 // dist.get_world_size())
 
 

@@ -27,6 +27,7 @@ from reflora_dist import LoRARite, RefLoRAConfig, attach, initialize_adapters
 from reflora_dist.lora_sb import METHODS as LATENT_METHODS
 from reflora_dist.lora_sb import LoRASBConfig
 from reflora_dist.methods.registry import METHODS
+from reflora_dist.step.method_optimizers import METHOD_OPTIMIZERS
 from tests.support.oracles import GradientOracle
 from tests.support.small import small_batches, small_model, train_small, trainable
 from tests.support.tally import raised_by_us, tried
@@ -82,12 +83,12 @@ def test_the_methods_configuration(values: dict[str, Any]) -> None:
             assert _is_named(error, [*values, "method"]), error
             return
         model = small_model()
-        kind = LoRARite if config.method == "lora-rite" else torch.optim.AdamW
+        kind = METHOD_OPTIMIZERS.get(config.method, torch.optim.AdamW)
         optimizer = kind(trainable(model), lr=1e-2)
         handle = attach(model, optimizer, config)
         factors = train_small(model, optimizer, small_batches(3))
         assert all(bool(factor.isfinite().all()) for factor in factors.values())
-        # reflora-s and balora act after a step, and once before the first; lora-rite in each
+        # reflora-s and balora act after a step, and once before the first; lora-rite and lora-muon in each
         due = [config.is_due(step) for step in range(4)]
         acted = sum(due[1:]) if config.method in ("reflora-s", "balora") else sum(due[:3])
         assert handle.report().applied_steps == acted
@@ -228,7 +229,7 @@ def test_options_of_the_adapter(values: dict[str, str]) -> None:
             if lora.init_lora_weights not in (*PEFT_STARTS, "lora_ga"):
                 initialize_adapters(model, lora.init_lora_weights)
             finetune.method_callback(options)
-            kind = LoRARite if lora.method == "lora-rite" else torch.optim.AdamW
+            kind = METHOD_OPTIMIZERS.get(lora.method, torch.optim.AdamW)
             optimizer = kind(trainable(model), lr=1e-3)
             if not lora.latent:
                 attach(model, optimizer, lora.reflora_config())

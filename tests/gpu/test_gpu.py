@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reflora_dist import LoRARite, RefLoRAConfig, attach
+from reflora_dist import RefLoRAConfig, attach
 from reflora_dist.algebra.decompositions import inverted
 from reflora_dist.algebra.refactorization import solve_refactorization, solve_with_torch
 from reflora_dist.algebra.tall_blocks import BlockSet
@@ -22,6 +22,7 @@ from reflora_dist.engines.base import Firing
 from reflora_dist.methods.reference import ReferenceRefLoRA, refactorization
 from reflora_dist.methods.registry import METHODS
 from reflora_dist.step.gradient_step import GradientStep
+from reflora_dist.step.method_optimizers import METHOD_OPTIMIZERS
 from reflora_dist.step.solver import Solver
 from tests.support.kernels import blocks_of_all_sizes
 from tests.support.matrices import factor, relative
@@ -227,7 +228,7 @@ def test_sums_and_products_per_tensor_of_any_list() -> None:
         assert all(torch.equal(tensor.cpu(), copy) for tensor, copy in zip(tensors, copies, strict=True))
 
 
-@pytest.mark.parametrize("method", ["reflora-s", "scaled-gd", "lora-pro", "lora-rite"])
+@pytest.mark.parametrize("method", ["reflora-s", "scaled-gd", "lora-pro", "lora-rite", "lora-muon"])
 def test_the_relatives_train_as_on_the_cpu_and_never_wait(method: str) -> None:
     """On a CPU they take eigenvectors, here iterations."""
     workload = synthetic_workload(seed=2, lora={"r": 24, "lora_alpha": 24})
@@ -237,8 +238,8 @@ def test_the_relatives_train_as_on_the_cpu_and_never_wait(method: str) -> None:
         model = build_model(workload).to(device)
         factors = named_factors(model)
         optimizer: torch.optim.Optimizer
-        if method == "lora-rite":
-            optimizer = LoRARite(factors.values(), lr=1e-3)
+        if method in METHOD_OPTIMIZERS:
+            optimizer = METHOD_OPTIMIZERS[method](factors.values(), lr=1e-3)
         else:
             optimizer = torch.optim.AdamW(factors.values(), lr=1e-3, fused=True)
         handle = attach(model, optimizer, config)

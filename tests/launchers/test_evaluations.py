@@ -88,6 +88,9 @@ def test_evaluations_are_the_default_where_there_are_records(options: list[str],
         (["--load_in_4bit=True", "--bf16=True", "--fp16_full_eval=True"], "fp16_full_eval=True would cast the packed"),
         (["--method=lora-rite", "--optim=adafactor"], "optim=adafactor means nothing to --method lora-rite"),
         (["--method=lora-rite", "--adam_epsilon=1e-5"], r"adam_epsilon=1e-05 means .* give --optim_args eps="),
+        (["--method=lora-muon", "--optim=adafactor"], "optim=adafactor means nothing to --method lora-muon"),
+        (["--method=lora-muon", "--adam_epsilon=1e-5"], r"adam_epsilon=1e-05 means .*: drop it"),
+        (["--method=lora-muon", "--optim_args=eps=1"], "optim_args='eps=1': .*unexpected keyword argument 'eps'"),
     ],
 )
 def test_what_would_destroy_the_base_or_be_void_is_refused(options: list[str], message: str) -> None:

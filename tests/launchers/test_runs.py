@@ -18,6 +18,7 @@ from tests.support.finetune import HSDP_WORLD_SIZE, WORLD_SIZE, finetuned
 from tests.support.launchers import REPOSITORY, micro_model, write_records
 
 _SAMPLED = {("scaled-gd", "fsdp2"), ("lora-pro", "zero3"), ("lora-rite", "zero3_offload"), ("lora-rite", "fsdp1")}
+_SAMPLED |= {("lora-muon", "zero2")}
 _SAMPLED |= {("lora-sb", "zero3"), ("lora-sb", "fsdp2"), ("lora-xs", "fsdp1")}
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "zero3_hpz", "zero3_fp16", "zero3_offload", "fsdp1", "fsdp2", "fsdp2_hsdp")
 
@@ -75,7 +76,7 @@ def test_adapters_stay_flat_if_asked_for(folder: Path, engine: str) -> None:
     "method, engine",
     [
         pytest.param(method, engine, marks=[] if (method, engine) in _SAMPLED else [pytest.mark.all_ranks])
-        for method in ("scaled-gd", "lora-pro", "balora", "lora-rite", "lora-sb", "lora-xs")
+        for method in ("scaled-gd", "lora-pro", "balora", "lora-rite", "lora-muon", "lora-sb", "lora-xs")
         for engine in ENGINES
     ],
 )
@@ -86,7 +87,9 @@ def test_every_method_trains_under_every_engine(folder: Path, method: str, engin
         options["balora_carry_moments"] = True
     if method == "lora-rite":
         options |= {"learning_rate": 3e-2, "optim_args": "update_capping=2.0"}
-    if (method, engine) == ("lora-rite", "zero3_offload"):
+    if method == "lora-muon":
+        options |= {"learning_rate": 1e-1, "optim_args": "momentum=0.8"}
+    if method in ("lora-rite", "lora-muon") and engine == "zero3_offload":
         _refused_beside_another_optimizer(folder, options)
         options["deepspeed"] = folder / "zero3_offload_own_optimizer.json"
         config = json.loads((REPOSITORY / "ds_configs" / "zero3_offload.json").read_text())

@@ -12,6 +12,7 @@ import torch
 from deepspeed.checkpoint import ds_to_universal
 
 from reflora_dist import RefLoRAConfig, tall_adapters
+from reflora_dist.step.method_optimizers import METHOD_OPTIMIZERS
 from tests.support.cluster import run_ranks
 from tests.support.engines_under_test import ENGINES
 from tests.support.engines_under_test.common import Wrapped
@@ -21,6 +22,7 @@ from tests.support.workloads import (
     Workload,
     build_model,
     synthetic_workload,
+    with_method,
 )
 
 SAVED_AT, STEPS = 3, 5
@@ -33,8 +35,8 @@ def wrapped_workload(
     workload = synthetic_workload(steps=STEPS)
     engine_name, _, tall = engine_name.partition("+")
     engine = ENGINES[engine_name]
-    rite = {"apply_escape": True} if method == "lora-rite" else None
-    settings = dataclasses.replace(workload.settings, clip=0.5, rite=rite)
+    options = {"apply_escape": True} if method == "lora-rite" else {}
+    settings = with_method(dataclasses.replace(workload.settings, clip=0.5), method, **options)
     model = build_model(workload, dtype=engine.model_dtype)
     if tall:
         assert tall_adapters(model) == len(workload.initial_factors) // 2
@@ -47,7 +49,7 @@ def wrapped_workload(
 
 
 def method_config(method: str) -> RefLoRAConfig:
-    return RefLoRAConfig(method=method, **({} if method == "lora-rite" else SCHEDULE))
+    return RefLoRAConfig(method=method, **({} if method in METHOD_OPTIMIZERS else SCHEDULE))
 
 
 def assert_no_frozen_base(folder: Path) -> None:

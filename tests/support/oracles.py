@@ -1,14 +1,15 @@
-"""ScaledGD, LoRA-Pro, LoRA-RITE and BaLoRA on whole factors in one process, as plainly as their papers state them.
+"""ScaledGD, LoRA-Pro, LoRA-RITE, LoRA-Muon and BaLoRA on whole factors in one process, as plain as their papers.
 
 The oracles of the sharded implementations: float64, a loop over pairs, and other algebra than theirs. ScaledGD solves
 with the damped Grams, LoRA-Pro takes its Sylvester equation apart with eigenvectors, LoRA-RITE goes by QR
-factorizations and keeps moments in the basis of the step before, and BaLoRA takes singular vectors of the factors'
-product. RefLoRA's are in ``reflora_dist.methods.reference``.
+factorizations and keeps moments in the basis of the step before, LoRA-Muon takes singular values, and BaLoRA takes
+singular vectors of the factors' product. RefLoRA's are in ``reflora_dist.methods.reference``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from reflora_dist import RefLoRAConfig
 from reflora_dist.engines.pairs import find_pairs
 from reflora_dist.methods.reference import refactored
+from reflora_dist.step.method_optimizers import METHOD_OPTIMIZERS
 from tests.support.workloads import Factors, Settings, Workload, build_model, train_single
 
 Pair = tuple[Tensor, Tensor]
@@ -247,18 +249,84 @@ class RiteOracle(torch.optim.Optimizer):
         return side.moment / max(1.0, size / self._capping) if self._capping else side.moment
 
 
+class MuonOracle(torch.optim.Optimizer):
+    """LoRA-Muon, algorithm 1 on ``W = s B A``: parameters are lora_A, lora_B, lora_A, ... in every group."""
+
+    def __init__(
+        self,
+        params: Any,
+        scalings: Sequence[float],
+        lr: float,
+        momentum: float = 0.95,
+        *,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.skipped_pairs = 0
+        self._scalings = scalings
+        self._factors = [parameter for group in self.param_groups for parameter in group["params"]]
+        self.groups = [group for group in self.param_groups for _ in group["params"]]
+        self._moments = [torch.zeros_like(factor, dtype=torch.float64) for factor in self._factors]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for pair, scaling in enumerate(self._scalings):
+            numbers = (2 * pair, 2 * pair + 1)
+            talls = [_tall(number, self._factors[number].detach().double()) for number in numbers]
+            roots = [_inverse_root(tall) for tall in talls]
+            self.skipped_pairs += any(torch.linalg.matrix_rank(tall, rtol=1e-6) < tall.shape[1] for tall in talls)
+            for number, tall, root in zip(numbers, talls, reversed(roots), strict=True):
+                group, factor = self.groups[number], self._factors[number]
+                gradient = torch.zeros_like(factor) if factor.grad is None else factor.grad
+                moment = self._moments[number].lerp_(gradient.double(), 1 - group["momentum"])
+                step = -group["lr"] / 2 * _sign(_tall(number, moment) @ root) @ root / scaling
+                decay = (1 - group["lr"] * group["weight_decay"]) ** 0.5
+                factor.copy_(_tall(number, decay * tall + step / decay))
+
+
+def _tall(number: int, tensor: Tensor) -> Tensor:
+    """Something of lora_A, whose number is even, transposed, and of lora_B as it is."""
+    return tensor if number % 2 else tensor.mT
+
+
+def _inverse_root(tall: Tensor) -> Tensor:
+    """``(X^T X)^(-1/2)`` from the singular values of X, of which small ones count as infinite."""
+    _, values, vectors = torch.linalg.svd(tall, full_matrices=False)
+    inverse = torch.where(values > 1e-6 * values.norm(), 1 / values, 0.0)
+    return vectors.mT @ (inverse[:, None] * vectors)
+
+
+def _sign(matrix: Tensor) -> Tensor:
+    """``U V^T`` of the singular value decomposition, without the directions of small values."""
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    return (left * (values > 1e-6 * values.norm())) @ right
+
+
+def scalings_of(model: nn.Module) -> list[float]:
+    """s of every pair's ``s B A``."""
+    return [pair.scaling for pair in find_pairs(model)]
+
+
 def factors_in_pairs(model: nn.Module) -> list[Tensor]:
     """lora_A, lora_B, lora_A, ... as `RiteOracle` takes them."""
     return [factor for pair in find_pairs(model) for factor in (pair.lora_a, pair.lora_b)]
+
+
+def oracle_of(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """The oracle of the method whose optimizer the settings name, over a model's whole factors."""
+    factors = factors_in_pairs(model)
+    if settings.muon is not None:
+        return MuonOracle(factors, scalings_of(model), **settings.lora_muon())
+    return RiteOracle(factors, **settings.lora_rite())
 
 
 def train_oracle(
     model: nn.Module, batches: Tensor, settings: Settings, config: RefLoRAConfig
 ) -> tuple[list[float], Factors]:
     """`train_single` under a method's oracle. Returns losses and final factors."""
-    if config.method == "lora-rite":
-        optimizer = RiteOracle(factors_in_pairs(model), **settings.lora_rite())
-        return train_single(model, batches, settings, optimizer=optimizer)
+    if config.method in METHOD_OPTIMIZERS:
+        return train_single(model, batches, settings, optimizer=oracle_of(model, settings))
     oracle = BalanceOracle if config.method == "balora" else GradientOracle
     return train_single(model, batches, settings, lambda m, o: oracle(m, o, config))
 

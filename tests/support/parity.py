@@ -15,6 +15,7 @@ from tests.support.workloads import (
     build_model,
     load_reference,
     train_single,
+    with_method,
     worst_factor_error,
     worst_loss_error,
 )
@@ -108,6 +109,7 @@ def _train_one(reference: Reference, engine_name: str, world_size: int, run: Run
     )
     if run.method:
         case["method"] = run.method
+        settings = with_method(settings, run.method)
     expected_losses, expected_factors = case["losses"], reference.factors[run.case]
     attached = _Attached(case, run.tall, run.carry_moments)
     model = build_model(reference, dtype=engine.model_dtype)

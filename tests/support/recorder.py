@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from reflora_dist import Handle
 from reflora_dist.methods.registry import METHODS
+from reflora_dist.step.method_optimizers import METHOD_OPTIMIZERS
 from reflora_dist.step.solver import shares_out
 
 _KINDS = {
@@ -55,7 +56,7 @@ class CollectiveRecorder(TorchDispatchMode):
         pre_hooks, post_hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
         begin = optimizer.register_step_pre_hook(lambda *_: self._begin(engine, is_pre_hook=True))
         pre_hooks.move_to_end(begin.id, last=False)
-        if handle.config.method != "lora-rite":  # which acts in the step itself; the others in the hooks alone
+        if handle.config.method not in METHOD_OPTIMIZERS:  # these act in the step itself, the others in the hooks
             optimizer.register_step_pre_hook(lambda *_: self.__exit__(None, None, None))
             begin = optimizer.register_step_post_hook(lambda *_: self._begin(engine, is_pre_hook=False))
             post_hooks.move_to_end(begin.id, last=False)
@@ -99,16 +100,17 @@ def check_collectives(handle: Handle, steps: list[Step]) -> None:
 
     One all-reduce, for LoRA-Pro one per firing of the optimizer, where ranks share the factors; nothing at all where
     they hold them whole. An all-gather only where the solve is shared out. With lora_A stored tall no all-to-all: two
-    exchanges per firing (for LoRA-RITE and BaLoRA in all) with neighbours, of rows that are cut; never where whole rows
-    are sharded. With lora_A flat two all-to-alls in their place, of at most 3 numel(A) / N elements per rank (weights
-    and gradients, and gradients back; LoRA-RITE its moments both ways, and weights back, too; BaLoRA its weights and
-    the moments that it carries along both ways), give or take one lora_A and the rows that are cut. Never another kind.
+    exchanges per firing (for LoRA-RITE, LoRA-Muon and BaLoRA in all) with neighbours, of rows that are cut; never where
+    whole rows are sharded. With lora_A flat two all-to-alls in their place, of at most 3 numel(A) / N elements per rank
+    (weights and gradients, and gradients back; LoRA-RITE its moments both ways, and weights back, too; BaLoRA its
+    weights and the moments that it carries along both ways), give or take one lora_A and the rows that are cut. Never
+    another kind.
     """
     report, engine, method = handle.report(), handle._engine, handle.config.method
     reported = dict(report.collectives_per_step)
     firings = len(getattr(engine, "_buffers", [])) if engine.name.startswith("zero") else 1
     firings = 1 if "BF16" in engine.name else firings
-    exchanges = 2 if method in ("lora-rite", "balora") else 2 * firings
+    exchanges = 2 if method in (*METHOD_OPTIMIZERS, "balora") else 2 * firings
     assert steps[-1].kinds == reported.keys(), (method, steps[-1], report)
     assert reported.pop("send_recv", 0) <= exchanges
     assert steps[-1].calls == reported, (method, steps[-1].calls, report)
@@ -116,7 +118,7 @@ def check_collectives(handle: Handle, steps: list[Step]) -> None:
     allowed = {"all_reduce": firings if method == "lora-pro" else 1}
     if engine.group is None or report.world_size == 1:
         allowed = {}
-    elif method not in ("lora-rite", "reflora-s") and shares_out(
+    elif method not in (*METHOD_OPTIMIZERS, "reflora-s") and shares_out(
         [pair.lora_rank for pair in engine.pairs], handle._comm.world_size, handle._comm.device
     ):
         allowed["all_gather"] = allowed["all_reduce"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,8 +10,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from reflora_dist import LoRARite, RefLoRAConfig, attach
+from reflora_dist import RefLoRAConfig, attach
 from reflora_dist.engines.pairs import find_pairs
+from reflora_dist.step.method_optimizers import METHOD_OPTIMIZERS
+from tests.support.matrices import factor
+from tests.support.oracles import factors_in_pairs
 from tests.support.workloads import (
     Factors,
     named_factors,
@@ -41,8 +45,8 @@ def small_model(
         model = get_peft_model(SmallNet(), LoraConfig(**settings)).to(dtype)
         if not from_zero:
             with torch.no_grad():
-                for factor in named_factors(model).values():
-                    factor.normal_(std=0.4)
+                for each in named_factors(model).values():
+                    each.normal_(std=0.4)
     return model
 
 
@@ -71,7 +75,7 @@ def train_small(
         optimizer.step()
         optimizer.zero_grad()
         after_step()
-    return {name: factor.detach().clone() for name, factor in named_factors(model).items()}
+    return {name: each.detach().clone() for name, each in named_factors(model).items()}
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -83,7 +87,37 @@ def products(model: nn.Module) -> list[Tensor]:
     return [pair.scaling * (pair.lora_b @ pair.lora_a).detach() for pair in find_pairs(model)]
 
 
-def rite(model: nn.Module, **settings: Any) -> Any:
-    """An attached optimizer of all that is trainable, and its handle."""
-    optimizer = LoRARite(trainable(model), **{"lr": 0.02, **settings})
-    return optimizer, attach(model, optimizer, RefLoRAConfig(method="lora-rite"))
+def own_optimizer(method: str, model: nn.Module, **settings: Any) -> Any:
+    """An attached optimizer of a method that is one, of all that is trainable, and its handle."""
+    optimizer = METHOD_OPTIMIZERS[method](trainable(model), **{"lr": 0.02, **settings})
+    return optimizer, attach(model, optimizer, RefLoRAConfig(method=method))
+
+
+rite = functools.partial(own_optimizer, "lora-rite")
+muon = functools.partial(own_optimizer, "lora-muon")
+
+
+def mixed(model: nn.Module, condition: float) -> nn.Module:
+    """The same products from other factors, ``(M A, B M^-1)``."""
+    with torch.no_grad():
+        for seed, (lora_a, lora_b) in enumerate(zip(*[iter(factors_in_pairs(model))] * 2, strict=True)):
+            mix = 3.0 * factor(lora_a.shape[0], lora_a.shape[0], condition, seed)
+            lora_a.copy_(mix @ lora_a)
+            lora_b.copy_(lora_b @ torch.linalg.inv(mix))
+    return model
+
+
+def product_distance(
+    make: Callable[[nn.Module], torch.optim.Optimizer], condition: float, steps: int = 6
+) -> tuple[float, float]:
+    """How far the products of the two starts are apart after some steps, and how far they have moved."""
+    start = products(small_model())
+    ends = []
+    for model in (small_model(), mixed(small_model(), condition)):
+        train_small(model, make(model), small_batches(steps))
+        ends.append(products(model))
+
+    def largest(left: list[Tensor], right: list[Tensor]) -> float:
+        return max(float((a - b).norm() / b.norm()) for a, b in zip(left, right, strict=True))
+
+    return largest(ends[1], ends[0]), largest(ends[0], start)

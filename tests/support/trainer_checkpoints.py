@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from reflora_dist import RefLoRACallback, RefLoRAConfig
+from reflora_dist.step.method_optimizers import METHOD_OPTIMIZERS
 from tests.support.engines_under_test import ENGINES
 from tests.support.engines_under_test import trainer as trainer_engines
 from tests.support.engines_under_test.accelerated import gathered
@@ -19,6 +20,7 @@ from tests.support.workloads import (
     Factors,
     build_model,
     synthetic_workload,
+    with_method,
 )
 
 STEPS, SAVE_STEPS, WORLD_SIZE = 6, 2, 2
@@ -65,10 +67,9 @@ def train_with_checkpoints(
     for version in (1, 2):
         trainer_engines._FSDP_CONFIG[version]["state_dict_type"] = "SHARDED_STATE_DICT"
     workload = synthetic_workload(steps=STEPS)
-    is_rite = method == "lora-rite"
-    rite = {"apply_escape": True} if is_rite else None
-    settings = dataclasses.replace(workload.settings, clip=0.5, grad_accum=2, rite=rite)
-    config = RefLoRAConfig(method=method, **({} if is_rite else SCHEDULE))
+    options = {"apply_escape": True} if method == "lora-rite" else {}
+    settings = with_method(dataclasses.replace(workload.settings, clip=0.5, grad_accum=2), method, **options)
+    config = RefLoRAConfig(method=method, **({} if method in METHOD_OPTIMIZERS else SCHEDULE))
     callback, recorder = RefLoRACallback(config), _FactorsAtSave(kill_after)
     trainer = ENGINES[engine_name].trainer(build_model(workload), workload.batches, settings, [callback, recorder])
     recorder.trainer = trainer

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from reflora_dist import LoRARite
+from reflora_dist import LoRAMuon, LoRARite
 
 Factors = dict[str, Tensor]
 Attach = Callable[[Any, Any], Any]
@@ -49,7 +49,7 @@ TINY_LORA = {"r": 8, "lora_alpha": 16, "target_modules": list(LINEARS), "lora_dr
 class Settings:
     """How to train: AdamW's hyperparameters, the clipping norm (0: off), micro-batches per optimizer step.
 
-    ``rite`` are further hyperparameters of LoRARite, in place of AdamW; None for AdamW.
+    ``rite`` are further hyperparameters of LoRARite, in place of AdamW, and ``muon`` of LoRAMuon; both None for AdamW.
     """
 
     lr: float = 5e-3
@@ -59,12 +59,22 @@ class Settings:
     clip: float = 0.0
     grad_accum: int = 1
     rite: dict[str, Any] | None = None
+    muon: dict[str, Any] | None = None
 
     def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
         """Of parameters or groups of them."""
-        if self.rite is None:
-            return torch.optim.AdamW(parameters, **self.adamw())
-        return LoRARite(parameters, **self.lora_rite())
+        kind, arguments = self.own_optimizer() or (torch.optim.AdamW, self.adamw())
+        return kind(parameters, **arguments)
+
+    def own_optimizer(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+        """Class and arguments of a method's optimizer; None for AdamW."""
+        if self.muon is not None:
+            return LoRAMuon, self.lora_muon()
+        return None if self.rite is None else (LoRARite, self.lora_rite())
+
+    def lora_muon(self) -> dict[str, Any]:
+        """The keyword arguments of ``LoRAMuon``."""
+        return {"lr": self.lr, "weight_decay": self.weight_decay, "betas": self.betas, **(self.muon or {})}
 
     def lora_rite(self) -> dict[str, Any]:
         """The keyword arguments of ``LoRARite``."""
@@ -73,6 +83,12 @@ class Settings:
     def adamw(self) -> dict[str, Any]:
         """The keyword arguments of ``torch.optim.AdamW``."""
         return {"lr": self.lr, "weight_decay": self.weight_decay, "betas": self.betas, "eps": self.eps}
+
+
+def with_method(settings: Settings, method: str, **options: Any) -> Settings:
+    """Settings under which the optimizer is the method's own, with these options, if it has one."""
+    field = {"lora-rite": "rite", "lora-muon": "muon"}.get(method)
+    return dataclasses.replace(settings, **{field: options}) if field else settings
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,6 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from reflora_dist import LoRARite
 from tests.support.engines_under_test.accelerated import (
     forget_accelerate,
     fsdp_on_cpu,
@@ -117,7 +116,7 @@ class TrainerEngine(Engine):
                 train_dataset=Dataset.from_list(rows) if self.sft else rows,
                 data_collator=None if self.sft else default_data_collator,
                 callbacks=callbacks,
-                optimizer_cls_and_kwargs=None if settings.rite is None else (LoRARite, settings.lora_rite()),
+                optimizer_cls_and_kwargs=settings.own_optimizer(),
             )
         assert trainer.accelerator.num_processes == world_size()
         trainer.assert_sharded = self.assert_sharded

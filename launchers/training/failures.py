@@ -19,8 +19,10 @@ from torch.distributed.distributed_c10d import _get_default_store
 from ..screen.lines import LAUNCH_FOLDER, show_last
 
 _FIRST_KEY = "launchers/first_failure"
-# messages of gloo, NCCL and the store when another rank has gone
-_LOST_PEER = re.compile(r"connection|peer|broken pipe|socket|timed? ?out|NCCL", re.IGNORECASE)
+# messages of gloo, NCCL, the store and our cache when another rank has gone
+_LOST_PEER = re.compile(
+    r"connection|peer|broken pipe|socket|timed? ?out|NCCL|the rank that makes it failed", re.IGNORECASE
+)
 _SECONDS_TO_DIE = 3.0
 # messages of torch and safetensors about a failed write, mostly without the reason
 _FAILED_WRITE = re.compile(r"inline_container|PytorchStreamWriter|I/O error|No space|too large|quota", re.IGNORECASE)
@@ -44,7 +46,10 @@ def named_failures(output_dir: str, *, mistakes: tuple[type[Exception], ...] = (
     try:
         yield
     except mistakes as error:
-        raise SystemExit(f"finetune.py: error: {on_rank()}{_explain(str(error), peers)}") from error
+        line = _explain(str(error), peers)
+        if LAUNCH_FOLDER in os.environ and not line.startswith(str(error)):
+            raise SystemExit(1) from error  # the cause is another rank's, which shows it
+        raise SystemExit(f"finetune.py: error: {on_rank()}{line}") from error
     except (Exception, CheckpointException) as error:  # DCP's exception is no Exception
         text = " ".join(f"{type(error).__name__}: {error}".split())
         if _FAILED_WRITE.search(text):

@@ -93,6 +93,7 @@ def gather(model: nn.Module, owners: Mapping[str, Owner], wanted: Collection[str
 
     Communication: one gather per tensor, under FSDP1 one per unit that holds any; every rank must exhaust it.
     """
+    _end_prefetches(model)
     remaining = {name: owner for name, owner in owners.items() if name in wanted}
     for name, tensor in _in_fsdp1_units(model, remaining, writeback=False):
         del remaining[name]
@@ -112,6 +113,7 @@ def scatter(model: nn.Module, owners: Mapping[str, Owner], values: Mapping[str, 
     Communication: as :func:`gather`, but rank 0 sends out DTensors and ZeRO-3 parameters; every rank must call.
     """
     reshard(model)
+    _end_prefetches(model)
     remaining = {name: owners[name] for name in owners if name in values}
     for name, tensor in _in_fsdp1_units(model, remaining, writeback=True):
         del remaining[name]
@@ -127,6 +129,19 @@ def scatter(model: nn.Module, owners: Mapping[str, Owner], values: Mapping[str, 
             _copy(name, tensor.data.to_local(), value.to_local())
         else:
             _copy(name, tensor, values[name])
+
+
+def _end_prefetches(model: nn.Module) -> None:
+    """Wait for the parameters that ZeRO-3 gathers ahead, and partition them again.
+
+    An evaluation leaves such gathers to a backward that does not come. DeepSpeed itself ends them at the next forward.
+    """
+    for module in model.modules():
+        in_flight = getattr(module, "ds_inflight_param_registry", {})
+        while in_flight:
+            parameter, handle = in_flight.popitem()
+            handle.wait()
+            parameter.partition()
 
 
 def _in_fsdp1_units(model: nn.Module, wanted: Mapping[str, Owner], writeback: bool) -> Iterator[tuple[str, Tensor]]:

@@ -60,6 +60,20 @@ def test_every_shipped_configuration_trains_and_saves_the_adapter(folder: Path, 
     _check_adapter(folder, folder / output)
 
 
+def test_an_adapter_is_saved_after_an_evaluation_that_gathered_ahead(folder: Path) -> None:
+    """As for models of real size, no factor is small enough for ZeRO-3 to stay whole. A backward would use the rest."""
+    config = json.loads((REPOSITORY / "ds_configs" / "zero3.json").read_text())
+    config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 2000}
+    config["zero_optimization"]["stage3_max_reuse_distance"] = 0
+    (folder / "ahead.json").write_text(json.dumps(config))
+    changes = {"deepspeed": folder / "ahead.json", "save_strategy": "steps", "save_steps": 3}
+    metrics = finetuned(folder, "ahead", "zero3", **changes)
+    assert [point["step"] for point in metrics["held_out_loss"]] == [3, 6]
+    _check_adapter(folder, folder / "ahead")
+    first, last = (load_file(folder / "ahead" / part / "adapter_model.safetensors") for part in ("checkpoint-3", ""))
+    assert not any(torch.equal(first[name], last[name]) for name in last)
+
+
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
 def test_adapters_stay_flat_if_asked_for(folder: Path, engine: str) -> None:
     """The same training, but for the order of sums in the forward; more is sent."""

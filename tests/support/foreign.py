@@ -11,6 +11,7 @@ _OURS = re.compile(
             r"\w+\.py: |smollm2: ",  # say, show, and their like
             r"removed a lock that |DeepSpeed will wait for the build ",  # of another run on this machine
             r"starting \d+ process\(es\) with ",
+            r"Looking in |ERROR: (Could not find|No matching)",  # pip's, where the wheel of SmolLM2 cannot be had
             r"===|python [\d.]+ at |records |held out |model |ready after|bytes: |plot: |Q: |A: |   [\w. -]+  ",
             r"Pre-training a LLaMA",
             r"attached \w|step \d+: refactored",

@@ -14,6 +14,9 @@ detect_devices
 require_compiler
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 cd "$repository"
-# tests without processes of their own do not get in each other's way
-case " $* " in *" --fast "*) set -- --numprocesses auto --maxprocesses 4 --dist loadfile "$@" ;; esac
+# Files of tests run beside each other. Most start two ranks or more, so two at a time keep two cores busy.
+case "$*" in
+    "" | --all-ranks) set -- --numprocesses 2 --dist loadfile "$@" ;;
+    *--fast*) set -- --numprocesses logical --maxprocesses 4 --dist loadfile "$@" ;;
+esac
 exec "$PYTHON" -m pytest "$@"

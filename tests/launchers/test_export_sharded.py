@@ -227,9 +227,12 @@ def test_a_changed_base_gives_an_ordinary_adapter(engine_name: str, tmp_path: Pa
     base = base_model()
     base.save_pretrained(tmp_path / "base")
     trained = run_ranks(_train_changed, 2, engine_name, str(tmp_path / "checkpoint"))[0]
+    (tmp_path / "checkpoint" / "chat_template.jinja").write_text("{{ messages }}")
     options = ["--adapter", str(tmp_path / "checkpoint"), "--output_dir"]
     export.main([*options, str(tmp_path / "adapter")])
     export.main([*options, str(tmp_path / "merged"), "--merge", "--model", str(tmp_path / "base")])
+    for name in ("adapter", "merged"):  # the tokenizer goes along
+        assert (tmp_path / name / "chat_template.jinja").read_text() == "{{ messages }}"
     assert (logits_of(base) - trained).abs().max() > 1e-2, "nothing was trained"
     for model in (
         LlamaForCausalLM.from_pretrained(tmp_path / "merged"),

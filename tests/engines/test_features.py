@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
@@ -333,6 +334,8 @@ def _unused_adapter(rank: int, world_size: int, engine: str) -> dict[str, tuple[
         model = build_model(workload)
         model.base_model.model.model.layers[1] = Skipped(model.base_model.model.model.layers[1])
         settings = with_method(Settings(weight_decay=0.0), method)
+        if method == "lora-muon":  # its rate is the norm of the product's step, most of which is B's here
+            settings = dataclasses.replace(settings, lr=10 * settings.lr)
         wrapped = ENGINES[engine].wrap(model, settings, 12 // world_size)
         handle = attach(wrapped.model, wrapped.optimizer, RefLoRAConfig(method=method, warmup_steps=0))
         for batch in workload.batches:

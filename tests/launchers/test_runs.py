@@ -68,7 +68,7 @@ def test_an_adapter_is_saved_after_an_evaluation_that_gathered_ahead(folder: Pat
     (folder / "ahead.json").write_text(json.dumps(config))
     changes = {"deepspeed": folder / "ahead.json", "save_strategy": "steps", "save_steps": 3}
     metrics = finetuned(folder, "ahead", "zero3", **changes)
-    assert [point["step"] for point in metrics["held_out_loss"]] == [3, 6]
+    assert [point["step"] for point in metrics["held_out_loss"]] == [0, 3, 6]
     _check_adapter(folder, folder / "ahead")
     first, last = (load_file(folder / "ahead" / part / "adapter_model.safetensors") for part in ("checkpoint-3", ""))
     assert not any(torch.equal(first[name], last[name]) for name in last)

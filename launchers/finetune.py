@@ -103,9 +103,7 @@ def prepare(options: Options, saved: SavedRun | None = None) -> tuple[Trainer, r
         ValueError, RuntimeError: an option, a file or a record cannot be used; the message names it.
     """
     callback, has_warmup = method_callback(options)
-    run_settings = RunSettings(settings_of(options), callback if has_warmup else None, saved)
-    if saved:
-        tell_differences(run_settings, saved)
+    settings = settings_of(options)  # with the model's name as it was given
     arguments = options.training
     classifies = options.classification.active
     if options.model.model is not None:
@@ -113,6 +111,10 @@ def prepare(options: Options, saved: SavedRun | None = None) -> tuple[Trainer, r
         cache_dir = Path(options.data.cache_dir)
         options.model.model = resolve_together(options.model.model, cache_dir, arguments.local_process_index)
     records = (classification.choose_records if classifies else choose_records)(options)
+    settings["prompt_template"] = options.data.prompt_template  # the records decide on it if the user does not
+    run_settings = RunSettings(settings, callback if has_warmup else None, saved)
+    if saved:
+        tell_differences(run_settings, saved)
     with stage("looking for the model"):
         adapter = continued_adapter(options)
     if adapter is not None:

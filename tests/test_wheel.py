@@ -110,7 +110,7 @@ def test_a_command_prints_its_help_without_its_dependencies(command: str, alone:
 def test_a_command_names_the_extra_that_is_missing(command: str, alone: Path, tmp_path: Path) -> None:
     ended = subprocess.run([alone / "bin" / command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     (line,) = ended.stderr.splitlines()
-    assert ended.returncode == 1 and line.startswith(f"{command}: error: datasets, sentencepiece,")
+    assert ended.returncode == 1 and line.startswith(f"{command}: error: datasets, jinja2, sentencepiece,")
     assert line.endswith('pip install "reflora_dist[launchers]"')
 
 

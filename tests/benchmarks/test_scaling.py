@@ -287,6 +287,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str]:
     return json.loads(output.read_text()), printed
 
 
+@pytest.mark.all_ranks
 def test_record_holds_runs_model_and_predictions(record: tuple[dict, str]) -> None:
     results = record[0]["results"]
     assert record[0]["benchmark"] == "scaling"
@@ -305,6 +306,7 @@ def test_record_holds_runs_model_and_predictions(record: tuple[dict, str]) -> No
     assert len(results["predictions"]["rows"]) == 2 * 2 * 6  # clusters, numbers of GPUs, ways and layouts
 
 
+@pytest.mark.all_ranks
 def test_report_renders_the_record(record: tuple[dict, str], tmp_path: Path) -> None:
     text = report.markdown(record[0])
     assert text in record[1]
@@ -316,6 +318,7 @@ def test_report_renders_the_record(record: tuple[dict, str], tmp_path: Path) -> 
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
 
 
+@pytest.mark.all_ranks
 def test_report_renders_without_a_model(record: tuple[dict, str]) -> None:
     without = {**record[0], "results": {**record[0]["results"], "model": None}}
     assert "Held-out" not in report.markdown(without)

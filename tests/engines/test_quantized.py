@@ -49,7 +49,10 @@ def _config(method: str) -> RefLoRAConfig:
 
 
 def _settings(workload: Workload, method: str) -> Settings:
-    return with_method(dataclasses.replace(workload.settings, clip=0.5), method)
+    settings = dataclasses.replace(workload.settings, clip=0.5)
+    if method == "lora-muon":  # its rate is the norm of the product's step, and moves the factors by less
+        settings = dataclasses.replace(settings, lr=4 * settings.lr)
+    return with_method(settings, method)
 
 
 class Outcome(NamedTuple):
@@ -130,14 +133,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "engine_name",
     [
-        "ddp",
-        "zero2",
         "fsdp2",
         *(
             pytest.param(f"{engine}{suffix}", marks=pytest.mark.all_ranks)
             for engine in ("ddp", "fsdp1", "fsdp2", "zero1", "zero2", "zero3")
             for suffix in ("-full" if engine == "fsdp1" else "", "-trainer")
-            if f"{engine}{suffix}" not in ("ddp", "zero2", "fsdp2")
+            if f"{engine}{suffix}" != "fsdp2"
         ),
     ],
 )

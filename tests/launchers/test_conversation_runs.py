@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = "".join(json.dumps(record) + "\n" for record in RECORDS * 8)
     (folder / "records.jsonl").write_text(lines, encoding="utf-8")
     changes: dict[str, Any] = {"packing": True, "max_steps": 3, "save_strategy": "steps", "save_steps": 1}
-    changes |= {"max_length": 200, "use_cache": False}
+    changes |= {"max_length": 200, "use_cache": False, "save_total_limit": 3}
     options = finetune_options(folder, "run", **changes)
     run_ranks(finetune_rank, 1, "single", options, init_process_group=False, timeout=240)
     return folder
@@ -91,4 +92,4 @@ def test_questions_are_put_through_the_template(
     ]
     expected = [shown[0], shown[1], shown[1], "<s>The sum of 1 and 2 is", shown[2]]
     assert [prompt.replace(" ", "") for prompt in prompts] == [prompt.replace(" ", "") for prompt in expected]
-    assert "Q: And a set?\nA: yes\n   reference: A bag.\n" in capsys.readouterr().out
+    assert re.search(r"Q: And a set\?\nA: yes\n   reference +A bag\.\n", capsys.readouterr().out)

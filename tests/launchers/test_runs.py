@@ -38,7 +38,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine",
+    # DeepSpeed compiles its CPU Adam for one of them
+    [pytest.param(name, marks=pytest.mark.all_ranks) if name == "zero3_offload" else name for name in ENGINES],
+)
 def test_every_shipped_configuration_trains_and_saves_the_adapter(folder: Path, engine: str) -> None:
     output = f"engine-{engine}"
     metrics = _engine_run(folder, engine)

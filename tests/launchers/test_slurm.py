@@ -74,6 +74,7 @@ def test_a_batch_script_trains_on_two_nodes(folder: Path, launcher: str, config:
     assert not (folder / "requeued").exists()
 
 
+@pytest.mark.all_ranks
 @pytest.mark.timeout(900)
 def test_a_warned_job_is_queued_again_and_goes_on(folder: Path) -> None:
     """The warning ends the ranks, not the launchers; the second start resumes from a checkpoint and finishes."""

@@ -11,7 +11,6 @@ import gc
 import json
 import os
 import signal
-import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +21,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.state import AcceleratorState
 from accelerate.utils import str_to_bool
 from deepspeed.ops.op_builder.builder import OpBuilder
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -77,6 +77,7 @@ def _warm_up() -> None:
 
 def _run(path: Path, ranks: int) -> None:
     torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)  # what earlier tests of the process left
     gc.freeze()  # DeepSpeed collects garbage often: it need not walk through what was there before
     allow_fp16_on_cpu()
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(OpBuilder, "load", mock.MagicMock()):
@@ -121,7 +122,7 @@ def _launch(path: Path) -> tuple[int, dict[str, Any]]:
         return SimpleNamespace(wait=lambda: None, returncode=0)
 
     with mock.patch("torch.distributed.run.run", torchrun), mock.patch("subprocess.Popen", process):
-        launch_command(launch_command_parser().parse_args(["--config_file", str(path), sys.argv[0]]))
+        launch_command(launch_command_parser().parse_args(["--config_file", str(path), __file__]))
     os.environ.update(started["environment"])
     content = yaml.safe_load(path.read_text())
     section = content.get("deepspeed_config")

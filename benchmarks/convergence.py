@@ -3,8 +3,13 @@
     python benchmarks/convergence.py --output benchmarks/results/convergence/embedded_HARDWARE_YYYYMM.json
 
 Every method trains at every learning rate of one grid and with every seed. A seed fixes the initial factors and the
-order of the data, which all methods share. Finished runs are kept in a .jsonl file beside the output. An interrupted
-sweep, or one with further learning rates or seeds, continues with the missing runs.
+order of the data, which all methods share. Half of the held-out records choose a method's learning rate, and alpha where
+several are given; the other half is reported. Finished runs are kept in a .jsonl file beside the output. An interrupted
+sweep, or one with further learning rates or seeds, continues with the missing runs, and the record holds all whose seeds
+are complete.
+
+    ... --lora_rank 64 --tuned_in FILE.json                      what the rates of FILE's sweep lose at another r
+    ... --start drawn --start_scales 1 0.1 10 --only_tuned True --tuned_in FILE.json    badly scaled starts at these rates
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.harness.names import ALL_METHODS
 from benchmarks.harness.options import parse, require_known, require_positive
+from launchers.data.tokenization import TEMPLATE_NAMES
 from launchers.screen.foreign import filter_foreign
 from reflora_dist.command_line.help import answer_help
 
@@ -48,16 +54,22 @@ class Arguments:
     warmup_steps: int = _option(10, "steps of plain LoRA first; start=drawn needs none")
     lr_warmup_steps: int = _option(10, "steps over which the learning rate rises; a cosine follows")
     batch_size: int = _option(8, "records per step")
-    lora_rank: int = _option(8, "r; alpha is 2 r")
+    lora_rank: int = _option(8, "r of all methods but lora-sb and lora-xs")
+    alphas: list[float] = _list([2.0], "lora_alpha as a multiple of r; several are tuned with the learning rate")  # noqa: RUF009
+    start_scales: list[float] = _list([1.0], "c; start=drawn begins with c A and B / c, the same product")  # noqa: RUF009
     latent_rank: int = _option(32, "r of lora-sb and lora-xs, which train r * r numbers per layer")
     max_length: int = _option(128, "tokens of prompt and answer together")
     eval_every: int = _option(25, "steps between two evaluations on the held-out records")
     model: str | None = _option(None, "folder of a pre-trained model, or smollm2; default: the embedded one, made here")
     dataset: list[str] = _list([], "local JSON or JSONL instruction files; default: the embedded records")  # noqa: RUF009
     eval_dataset: list[str] = _list([], "held-out files; default: --eval_fraction of --dataset")  # noqa: RUF009
+    prompt_template: str | None = _option(None, f"one of {', '.join(TEMPLATE_NAMES)}; default: as in finetune.py")
     eval_fraction: float = _option(0.1, "share of --dataset held out if there is no --eval_dataset")
-    max_eval_records: int = _option(128, "evaluate on the first n held-out records")
+    max_eval_records: int = _option(256, "held-out records: every other one chooses the learning rate")
     cache_dir: str | None = _option(None, "folder of the embedded model and records; default: the launchers'")
+    tuned_in: str | None = _option(None, "record of a sweep whose chosen learning rates are tried here")
+    only_tuned: bool = _option(False, "train at the learning rates and alphas of --tuned_in alone")
+    timed_rounds: int = _option(6, "blocks of steps per method that time a step, after the sweep")
     workers: int | None = _option(None, "runs beside each other; default: one per CPU core, on a GPU at most 8")
     output: str | None = _option(None, "JSON file to write; finished runs go to .jsonl beside it")
 
@@ -65,17 +77,23 @@ class Arguments:
         for method in self.methods:
             if method not in ALL_METHODS:
                 raise ValueError(f"methods: {method!r} is unknown; choose from {', '.join(ALL_METHODS)}")
-        for name in ("methods", "learning_rates", "seeds"):
+        for name in ("methods", "learning_rates", "seeds", "alphas", "start_scales"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name}={values} must hold at least one value, and each only once")
-        if min(self.learning_rates) <= 0:
-            raise ValueError(f"learning_rates={self.learning_rates} must all be above 0")
-        require_known(self, start=STARTS)
+        for name in ("learning_rates", "alphas", "start_scales"):
+            if min(getattr(self, name)) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must all be above 0")
+        if self.start != "drawn" and self.start_scales != [1.0]:
+            raise ValueError(f"start_scales={self.start_scales} needs --start drawn; B = 0 has no scale")
+        if self.only_tuned and self.tuned_in is None:
+            raise ValueError("only_tuned=True needs --tuned_in, the record of a sweep")
+        require_known(self, start=STARTS, prompt_template=TEMPLATE_NAMES)
         for name in ("warmup_steps", "lr_warmup_steps"):
             if not 0 <= getattr(self, name) < self.steps:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below steps={self.steps}")
-        require_positive(self, "batch_size", "lora_rank", "latent_rank", "eval_every", "max_eval_records", "workers")
+        sizes = ("batch_size", "lora_rank", "latent_rank", "eval_every", "max_eval_records", "timed_rounds", "workers")
+        require_positive(self, *sizes)
         if self.eval_dataset and not self.dataset:
             raise ValueError(f"eval_dataset={self.eval_dataset} needs --dataset; the embedded records bring their own")
 
@@ -83,10 +101,26 @@ class Arguments:
         """Return what all runs share."""
         return Schedule(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Schedule)})
 
-    def tasks(self) -> list[Task]:
-        """Return all runs, seed by seed, so that an interrupted sweep holds whole comparisons."""
-        grid = itertools.product(self.seeds, self.learning_rates, self.methods)
-        return [Task(method, learning_rate, seed) for seed, learning_rate, method in grid]
+    def tasks(self, tuned: dict[str, Any] | None) -> list[Task]:
+        """Return all runs, seed by seed, so that an interrupted sweep holds whole comparisons.
+
+        Args:
+            tuned: ``results["methods"]`` of the sweep that ``tuned_in`` names.
+
+        Raises:
+            ValueError: ``only_tuned``, and that sweep lacks a method.
+        """
+        tasks = []
+        for seed, method in itertools.product(self.seeds, self.methods):
+            latent = method in LATENT_METHODS  # which have no alpha, and no scale of their start
+            scales, alphas = ([1.0], self.alphas[:1]) if latent else (self.start_scales, self.alphas)
+            settings = itertools.product(self.learning_rates, alphas)
+            if self.only_tuned:
+                if tuned is None or method not in tuned:
+                    raise ValueError(f"tuned_in={self.tuned_in!r} has no learning rate of {method}")
+                settings = iter([(tuned[method]["best_learning_rate"], tuned[method]["alpha"])])
+            tasks += [Task(method, rate, seed, alpha, scale) for rate, alpha in settings for scale in scales]
+        return sorted(tasks, key=lambda task: task.seed)
 
 
 if __name__ == "__main__":
@@ -98,20 +132,21 @@ import torch
 from benchmarks.harness import engines, recording, timing
 from benchmarks.reports.convergence import markdown
 from benchmarks.sweep.data import Material, prepare
-from benchmarks.sweep.runs import (
-    CHECKED_STEPS,
+from benchmarks.sweep.runs import Workbench, sweep
+from benchmarks.sweep.same_start import CHECKED_STEPS, assert_same_start
+from benchmarks.sweep.statistics import summarize
+from benchmarks.sweep.tasks import (
     STARTS,
     Schedule,
     Task,
-    Workbench,
     append_finished,
-    assert_same_start,
     load_finished,
     settings_digest,
-    sweep,
+    task_of,
 )
-from benchmarks.sweep.statistics import summarize
 from reflora_dist.files.cache import default_cache_dir
+from reflora_dist.files.open_files import read_json
+from reflora_dist.methods.names import LATENT_METHODS
 
 GPU_WORKERS = 8  # small models do not fill a GPU; each process takes about half a GiB of its memory
 
@@ -126,59 +161,73 @@ def main() -> None:
         arguments.dataset,
         arguments.eval_dataset,
         max_length=arguments.max_length,
+        prompt_template=arguments.prompt_template,
         max_eval_records=arguments.max_eval_records,
         eval_fraction=arguments.eval_fraction,
         cache_dir=Path(arguments.cache_dir).expanduser() if arguments.cache_dir else default_cache_dir(),
     )
     provenance = recording.provenance(device)
+    tuned = read_json(Path(arguments.tuned_in))["results"]["methods"] if arguments.tuned_in else None
+    tasks = arguments.tasks(tuned)
     bench = Workbench(material, arguments.schedule(), device)
-    check(arguments, bench)
-    step_ms = bench.time_steps(arguments.methods)
-    runs, description = run_all(arguments, bench, material, provenance["commit"])
+    runs, description = run_all(arguments, tasks, bench, material, provenance)
+    step_ms = bench.time_steps(arguments.methods, arguments.timed_rounds)
+    results = summarize(runs, step_ms, tuned)
     record = {
         "benchmark": "convergence",
         **provenance,
         "arguments": dataclasses.asdict(arguments),
-        "results": {"material": description, "step_ms": step_ms, **summarize(runs), "runs": [_short(r) for r in runs]},
+        "results": {"material": description, "step_ms": step_ms, **results, "runs": [_short(run) for run in runs]},
     }
     if arguments.output is not None:
         recording.write_json(arguments.output, record)
     print(markdown(record))
 
 
-def check(arguments: Arguments, bench: Workbench) -> None:
-    """Let every method take its first, still plain steps and assert that all of them do the same."""
-    middle = sorted(arguments.learning_rates)[len(arguments.learning_rates) // 2]
-    stop_after = min(arguments.warmup_steps, CHECKED_STEPS) + 1
-    for seed in arguments.seeds:
-        runs = [bench.run(Task(method, middle, seed), stop_after=stop_after) for method in arguments.methods]
-        assert_same_start(runs, arguments.warmup_steps)
-
-
 def run_all(
-    arguments: Arguments, bench: Workbench, material: Material, commit: str | None
+    arguments: Arguments, tasks: list[Task], bench: Workbench, material: Material, provenance: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Finish the sweep. Returns all of its runs, those of earlier calls included, and the text's description."""
+    """Finish the sweep. Returns its runs, with those of earlier calls, and the text's description."""
     description = material.describe()
     settings = settings_digest(description, bench.schedule, bench.device)
     path = Path(arguments.output).with_suffix(".jsonl") if arguments.output else None
     finished = load_finished(path, settings)
-    tasks = arguments.tasks()
     missing = [task for task in tasks if task not in finished]
     workers = arguments.workers or default_workers(bench.device)
     print(f"{len(tasks)} runs, {len(tasks) - len(missing)} finished before, {workers} at a time", flush=True)
+    if missing:
+        check(arguments, bench, missing[0].seed)
+    source = {"settings": settings, **{name: provenance[name] for name in ("commit", "hardware", "date")}}
     began = time.perf_counter()
     with timing.progress(len(missing), "runs") as advance:
         for done, run in enumerate(sweep(missing, bench, material, workers), start=1):
-            append_finished(path, {"settings": settings, "commit": commit, **run})
-            finished[Task(run["method"], run["learning_rate"], run["seed"])] = {"commit": commit, **run}
+            append_finished(path, {**source, **run})
+            finished[task_of(run)] = {**source, **run}
             advance()
             if done == min(2 * workers, len(missing)):  # the first runs of the workers include their start
                 minutes = (time.perf_counter() - began) / done * (len(missing) - done) / 60
                 print(f"{done} of {len(missing)} runs done, about {minutes:.1f} min left", flush=True)
-    runs = [finished[task] for task in tasks]
+    runs = complete(finished, arguments.methods, arguments.seeds)
     assert_same_start(runs, arguments.warmup_steps)
     return runs, description
+
+
+def check(arguments: Arguments, bench: Workbench, seed: int) -> None:
+    """Let every method take its first, still plain steps and assert that all of them do the same."""
+    middle = sorted(arguments.learning_rates)[len(arguments.learning_rates) // 2]
+    stop_after = min(arguments.warmup_steps, CHECKED_STEPS) + 1
+    runs = [bench.run(Task(method, middle, seed), stop_after=stop_after) for method in arguments.methods]
+    assert_same_start(runs, arguments.warmup_steps)
+
+
+def complete(finished: dict[Task, dict[str, Any]], methods: list[str], seeds: list[int]) -> list[dict[str, Any]]:
+    """Return the runs of the methods and seeds whose settings were run with all of these seeds."""
+    by_settings: dict[Task, dict[int, Any]] = {}
+    for task, run in finished.items():
+        if task.method in methods and task.seed in seeds:
+            by_settings.setdefault(dataclasses.replace(task, seed=0), {})[task.seed] = run
+    ordered = sorted(by_settings, key=lambda task: methods.index(task.method))  # sorting keeps the order of equals
+    return [by_settings[task][seed] for task in ordered if len(by_settings[task]) == len(seeds) for seed in seeds]
 
 
 def default_workers(device: torch.device) -> int:

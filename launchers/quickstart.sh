@@ -56,22 +56,19 @@ if [ "$model" = toy ]; then
     model_options=(--pretrain_steps "$pretrain_steps" --max_length 128 --learning_rate 1e-3
         --per_device_train_batch_size 8 --max_eval_records 200 --per_device_eval_batch_size 25)
 else
-    steps=${steps:-40}
-    model_options=(--model smollm2 --prompt_template chat --bf16 True --max_length 192 --learning_rate 4e-3
+    steps=${steps:-20}
+    model_options=(--model smollm2 --prompt_template chat --bf16 True --max_length 128 --learning_rate 4e-3
         --per_device_train_batch_size 4 --max_eval_records 64 --per_device_eval_batch_size 8)
 fi
 
-# The published default of 100 warm-up steps would leave a short run plain LoRA for most of its length.
-warmup=$((steps >= 40 ? 10 : 1))
 runs=()
 for method in $methods; do
     stage "3/5 fine-tuning with $method: $PROCESSES ranks of ZeRO-3, $steps steps"
     runs+=("$output_dir/$method")
-    case "$method" in reflora | reflora-s | lora-pro) plain=$warmup ;; balora) plain=1 ;; *) plain=0 ;; esac
     case "$method" in
         # r x r numbers per layer; the first step that LoRA-SB starts from is a tenth of the peak, as after a warm-up
         lora-sb | lora-xs) options=(--lora_r 32 --lora_sb_learning_rate 1e-4) ;;
-        *) options=(--lora_r 8 --lora_alpha 16 --reflora_warmup_steps "$plain") ;;
+        *) options=(--lora_r 8 --lora_alpha 16) ;;
     esac
     # in a shell of its own, because launch does not come back
     (launch deepspeed.launcher.launch --log_level warning --world_info "$(world_info 1)" --master_addr 127.0.0.1 \
@@ -80,7 +77,7 @@ for method in $methods; do
         --method "$method" --cache_dir "$cache_dir" --output_dir "$output_dir/$method" \
         "${model_options[@]}" "${options[@]}" --lr_scheduler_type cosine --max_steps "$steps" \
         --logging_steps $((steps >= 50 ? 10 : steps >= 20 ? 5 : 1)) --eval_on_start True \
-        --eval_steps $((steps >= 10 ? steps / 5 : steps / 2)) --save_strategy no --seed 0)
+        --eval_steps $((steps >= 50 ? steps / 5 : steps / 2)) --save_strategy no --seed 0)
 done
 
 stage "4/5 comparison"

@@ -22,33 +22,72 @@ COLOURS = {
 
 def markdown(record: dict[str, Any]) -> str:
     """Return the loss of each method at its best learning rate, the whole sweep, and the source of the figures."""
+    results = record["results"]
+    parts = [_setting(record), _tuned_table(results), _reading(results)]
+    if "start_scales" in results:
+        parts += [_scales_table(results), _SCALES]
+    if results.get("regret"):
+        parts += [_regret_table(results), _REGRET]
+    if any(len(tuned.get("alphas", ())) > 1 for tuned in results["methods"].values()):
+        parts += [
+            _alphas_table(results),
+            "alpha is given as a multiple of r. The records that choose the rate choose it too.",
+        ]
+    return "\n\n".join([*parts, _sweep_table(results), source_line(record)])
+
+
+_SCALES = (
+    "The drawn factors A and B begin as c A and B / c, whose product is the same; every method keeps its learning rate. "
+    "The movement is taken seed by seed against c = 1."
+)
+_REGRET = (
+    "What the learning rate chosen in the other sweep loses here beside the rate chosen here, seed by seed: 0 where both "
+    "are the same rate."
+)
+
+
+def _setting(record: dict[str, Any]) -> str:
     arguments, results = record["arguments"], record["results"]
     material = results["material"]
     text = ", ".join("/".join(name.split("/")[-2:]) for name in arguments["dataset"]) or "embedded records"
     model = (arguments["model"] or "embedded model").rstrip("/").rsplit("/", 1)[-1]
-    seeds, rates = len(arguments["seeds"]), len(arguments["learning_rates"])
+    rates = [len(tuned["learning_rates"]) for tuned in results["methods"].values()]
     start = {"zero": "B = 0 at the start", "drawn": "both factors drawn, their product taken off the base"}
-    return "\n".join(
-        [
-            f"{model} on {text}: {arguments['steps']} steps of {arguments['batch_size']} records, r = "
-            f"{arguments['lora_rank']}, {start[arguments['start']]}, {arguments['warmup_steps']} steps of plain LoRA "
-            f"first{_exceptions(arguments)}; AdamW without weight decay, cosine after "
-            f"{arguments['lr_warmup_steps']} rising steps. "
-            f"{material['train_records']:,} records to train on, {material['held_out_records']:,} held out. "
-            f"{seeds} seeds and {rates} learning rates for every method.",
-            "",
-            _tuned_table(results),
-            "",
-            "Final held-out loss, mean ± standard deviation over seeds. The differences are taken seed by seed, each "
-            "method at its own best learning rate, with 95% t intervals: one that contains 0 shows no difference. The "
-            "learning rate is chosen by the same held-out loss, with the same grid for every method. Ranges are "
-            "interpolated in log lr; ≥ marks those that reach an end of the grid. Steps are timed one method after the "
-            "other in one process, before the sweep.",
-            "",
-            _sweep_table(results),
-            "",
-            source_line(record),
-        ]
+    choosing = f"{material['choosing_records']:,} held out to choose the learning rate, " if _is_split(results) else ""
+    return (
+        f"{model} on {text}: {arguments['steps']} steps of {arguments['batch_size']} records, r = "
+        f"{arguments['lora_rank']}, {start[arguments['start']]}, {arguments['warmup_steps']} steps of plain LoRA "
+        f"first{_exceptions(arguments)}; AdamW without weight decay, cosine after "
+        f"{arguments['lr_warmup_steps']} rising steps. "
+        f"{material['train_records']:,} records to train on, {choosing}{material['held_out_records']:,} held out"
+        f"{' and reported' if choosing else ''}. "
+        f"{len(arguments['seeds'])} seeds and {_from_to(rates)} learning rates for every method."
+    )
+
+
+def _from_to(counts: list[int]) -> str:
+    return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+
+
+def _is_split(results: dict[str, Any]) -> bool:
+    """Return whether other held-out records chose the rates than those that are reported. In older records they did not."""
+    return "choosing_records" in results["material"]
+
+
+def _reading(results: dict[str, Any]) -> str:
+    chosen = "by other held-out records" if _is_split(results) else "by the same held-out loss"
+    equal_time = (
+        " At equal time a method ends at the step that it has reached when the baseline has finished; the rate's schedule "
+        "is then not at its end. Steps to the baseline's loss are read off the mean curve."
+        if _is_split(results)
+        else ""
+    )
+    return (
+        "Final held-out loss, mean ± standard deviation over seeds. The differences are taken seed by seed, each "
+        "method at its own best learning rate, with 95% t intervals: one that contains 0 shows no difference. The "
+        f"learning rate is chosen {chosen}, with the same grid for every method.{equal_time} Ranges are "
+        "interpolated in log lr; ≥ marks those that reach an end of the grid. Steps are timed one method after the "
+        f"other in one process, {'after' if _is_split(results) else 'before'} the sweep."
     )
 
 
@@ -62,30 +101,71 @@ def _exceptions(arguments: dict[str, Any]) -> str:
 
 
 def _tuned_table(results: dict[str, Any]) -> str:
-    baseline = results["baseline"]
-    header = ["", "best lr", "held-out loss", f"difference from {baseline}", "lr within 1%", "step, ms (quartiles)"]
+    baseline, split = results["baseline"], _is_split(results)
+    header = ["", "best lr", "held-out loss", f"difference from {baseline}"]
+    header += ["difference at equal time", f"steps to {baseline}'s loss"] if split else []
     rows = []
     for method, tuned in results["methods"].items():
         best = tuned["sweep"][tuned["learning_rates"].index(tuned["best_learning_rate"])]
-        edge = "" if tuned["best_inside_grid"] else " (at the grid's edge)"
+        edge = "" if tuned["best_inside_grid"] or len(tuned["learning_rates"]) == 1 else " (at the grid's edge)"
+        alpha = f", alpha {tuned['alpha']:g} r" if len(tuned.get("alphas", ())) > 1 else ""
+        row = [method, f"{tuned['best_learning_rate']:.3g}{alpha}{edge}", _loss(best)]
+        row += [_difference(results["paired"].get(method))]
+        if split:
+            reached = tuned["steps_to_baseline"]
+            row += [_difference(results["paired_at_equal_time"].get(method))]
+            row += ["not reached" if reached is None else f"{reached:.0f}"]
         step = results["step_ms"][method]
-        rows.append(
-            [
-                method,
-                f"{tuned['best_learning_rate']:.3g}{edge}",
-                _loss(best),
-                _difference(results["paired"].get(method)),
-                _range(tuned["good_range"]),
-                f"{step['median']:.1f} ({step['q1']:.1f} to {step['q3']:.1f})",
-            ]
-        )
+        row += [_range(tuned["good_range"]), f"{step['median']:.1f} ({step['q1']:.1f} to {step['q3']:.1f})"]
+        rows.append(row)
+    return table([*header, "lr within 1%", "step, ms (quartiles)"], rows)
+
+
+def _scales_table(results: dict[str, Any]) -> str:
+    scales = [entry["start_scale"] for entry in next(iter(results["start_scales"].values()))]
+    header = [
+        "",
+        *(f"c = {scale:g}" for scale in scales),
+        *(f"moved by c = {scale:g}" for scale in scales if scale != 1),
+    ]
+    rows = []
+    for method, entries in results["start_scales"].items():
+        moved = [_difference(entry["moved"]) for entry in entries if entry["start_scale"] != 1]
+        rows.append([method, *map(_loss, entries), *moved])
     return table(header, rows)
 
 
+def _regret_table(results: dict[str, Any]) -> str:
+    rows = []
+    for method, regret in results["regret"].items():
+        if regret is None:
+            rows.append([method, "not run here", "", ""])
+            continue
+        mean = "diverges" if regret["mean"] is None else f"{regret['mean']:.4f} ± {regret['sd']:.4f}"
+        rows.append([method, f"{regret['learning_rate']:.3g}", mean, _difference(regret["loss"])])
+    return table(["", "lr chosen elsewhere", "held-out loss", "above the best here"], rows)
+
+
+def _alphas_table(results: dict[str, Any]) -> str:
+    rows = []
+    for method, tuned in results["methods"].items():
+        for entry in tuned["alphas"]:
+            mean = "diverges" if entry["mean"] is None else f"{entry['mean']:.4f} ± {entry['sd']:.4f}"
+            rows.append([method, f"{entry['alpha']:g} r", f"{entry['best_learning_rate']:.3g}", mean])
+    return table(["", "alpha", "best lr", "held-out loss"], rows)
+
+
 def _sweep_table(results: dict[str, Any]) -> str:
+    """Return the losses at every rate; the methods need not have the same rates."""
     methods = results["methods"]
-    rates = next(iter(methods.values()))["learning_rates"]
-    rows = [[f"{rate:.3g}", *(_loss(tuned["sweep"][i]) for tuned in methods.values())] for i, rate in enumerate(rates)]
+    rates = sorted({rate for tuned in methods.values() for rate in tuned["learning_rates"]})
+    rows = []
+    for rate in rates:
+        cells = []
+        for tuned in methods.values():
+            known = tuned["learning_rates"]
+            cells.append(_loss(tuned["sweep"][known.index(rate)]) if rate in known else "")
+        rows.append([f"{rate:.3g}", *cells])
     return table(["lr", *methods], rows)
 
 

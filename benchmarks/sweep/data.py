@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from launchers.data.embedded import EmbeddedSettings, ensure_model, ensure_records
 from launchers.data.records import load_records, split_records
-from launchers.data.tokenization import IGNORE_INDEX, Collator, TokenizationSettings, tokenize
+from launchers.data.tokenization import IGNORE_INDEX, Collator, TokenizationSettings, choose_template, tokenize
 from reflora_dist.engines.bare_base import require_no_adapter
 from reflora_dist.files import smollm2
 from reflora_dist.files.stored_weights import find_model
@@ -28,10 +28,16 @@ Batch = dict[str, Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Material:
-    """Training and held-out data of every run of a sweep. It is small enough to be sent to worker processes."""
+    """Training and held-out data of every run of a sweep. It is small enough to be sent to worker processes.
+
+    Attributes:
+        choosing: held-out examples that choose the learning rate.
+        held_out: the other held-out examples, whose loss is reported.
+    """
 
     model: Path
     train: list[Example]
+    choosing: list[Example]
     held_out: list[Example]
     pad_token_id: int
 
@@ -44,9 +50,9 @@ class Material:
         starts = range(0, steps * batch_size, batch_size)
         return [self._collate([self.train[i] for i in order[s : s + batch_size]], device) for s in starts]
 
-    def held_out_batches(self, device: torch.device) -> list[Batch]:
-        """Return batches of all held-out examples, sorted by length."""
-        ordered = sorted(self.held_out, key=lambda example: len(example["input_ids"]))
+    def evaluation_batches(self, examples: list[Example], device: torch.device) -> list[Batch]:
+        """Return batches of all examples, sorted by length."""
+        ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
         starts = range(0, len(ordered), EVAL_BATCH_SIZE)
         return [self._collate(ordered[s : s + EVAL_BATCH_SIZE], device) for s in starts]
 
@@ -59,13 +65,14 @@ class Material:
 
     def describe(self) -> dict[str, Any]:
         """Return sizes, and a digest of model and text that identifies the runs of one sweep."""
-        digest = hashlib.sha256(json.dumps([self.train, self.held_out]).encode())
+        digest = hashlib.sha256(json.dumps([self.train, self.choosing, self.held_out]).encode())
         for path in sorted(self.model.glob("*.safetensors")):
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         labels = sum(label != IGNORE_INDEX for example in self.held_out for label in example["labels"])
         return {
             "train_records": len(self.train),
+            "choosing_records": len(self.choosing),
             "held_out_records": len(self.held_out),
             "held_out_tokens": labels,
             "digest": digest.hexdigest()[:16],
@@ -78,11 +85,12 @@ def prepare(
     eval_dataset: list[str],
     *,
     max_length: int,
+    prompt_template: str | None = None,
     max_eval_records: int,
     eval_fraction: float,
     cache_dir: Path,
 ) -> Material:
-    """Load or make the model, read the records and tokenize them.
+    """Load or make the model, read the records and tokenize them. Every other held-out record chooses the learning rate.
 
     Args:
         model: folder of a pre-trained causal language model, or smollm2; None for the embedded one.
@@ -106,10 +114,17 @@ def prepare(
         train, held_out = (load_records([str(path)]) for path in ensure_records(cache_dir))
     folder = Path(model) if model else ensure_model(cache_dir, EmbeddedSettings())
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    settings = TokenizationSettings(max_length=max_length)
+    template = choose_template(prompt_template, train + held_out)
+    settings = TokenizationSettings(max_length=max_length, prompt_template=template)
+    held_out_examples = tokenize(tokenizer, held_out[:max_eval_records], settings)
+    if len(held_out_examples) < 2:
+        raise ValueError(
+            f"{len(held_out_examples)} held-out records: one chooses the learning rate and another is reported"
+        )
     return Material(
         model=folder,
         train=tokenize(tokenizer, train, settings),
-        held_out=tokenize(tokenizer, held_out[:max_eval_records], settings),
+        choosing=held_out_examples[::2],
+        held_out=held_out_examples[1::2],
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )

@@ -1,19 +1,16 @@
-"""Runs of the convergence benchmark: one fine-tuning run, the checks and timings before a sweep, the sweep."""
+"""Runs of the convergence benchmark: one fine-tuning run, the timing of steps, the sweep."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
 import hashlib
-import json
 import math
 import multiprocessing
 import os
 import threading
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,56 +20,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 from transformers import logging as transformers_logging
 
-from benchmarks.harness import recording, timing
+from benchmarks.harness import timing
 from benchmarks.sweep.data import Batch, Material
+from benchmarks.sweep.same_start import plain_steps
+from benchmarks.sweep.tasks import Schedule, Task
 from launchers.data.tokenization import IGNORE_INDEX
 from reflora_dist import Handle, RefLoRAConfig, attach
 from reflora_dist.lora_sb import LoRASBConfig, LoraXSConfig, initialize_lora_sb, initialize_lora_xs
 from reflora_dist.methods.names import LATENT_METHODS
 from reflora_dist.step.method_optimizers import METHOD_OPTIMIZERS
 
-# zero: PEFT's default, B = 0. drawn: B is drawn like A, and the product is subtracted from the base (the published
-# code's re_init). Then the model is the same, and S exists from the first step on.
-STARTS = ("zero", "drawn")
-CHECKED_STEPS = 3
-# Runs of one seed compute the same up to the end of the warm-up, but some GPU kernels sum in any order.
-CHECK_TOLERANCE = 1e-4
-TIMED_ROUNDS, TIMED_STEPS, UNTIMED_STEPS = 6, 5, 3
+TIMED_STEPS, UNTIMED_STEPS = 5, 3
 _GRADIENT_BATCHES = 8  # the first batches of training, from which LoRA-SB takes its first step
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """The settings that all runs of a sweep share.
-
-    Attributes:
-        steps: optimizer steps of a run.
-        start: one of STARTS.
-        warmup_steps: steps of plain LoRA first.
-        lr_warmup_steps: steps over which the learning rate rises; a cosine follows.
-        batch_size: records per step.
-        lora_rank: r; alpha is 2 r, and every linear layer but the head gets an adapter.
-        latent_rank: r of LoRA-SB and LoRA-XS, which train r * r numbers per layer; s = 1, as published.
-        eval_every: steps between two evaluations.
-    """
-
-    steps: int
-    start: str
-    warmup_steps: int
-    lr_warmup_steps: int
-    batch_size: int
-    lora_rank: int
-    latent_rank: int
-    eval_every: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """One run of a sweep."""
-
-    method: str
-    learning_rate: float
-    seed: int
 
 
 class Workbench:
@@ -81,7 +40,7 @@ class Workbench:
     def __init__(self, material: Material, schedule: Schedule, device: torch.device) -> None:
         _be_quiet()
         self.schedule, self.device = schedule, device
-        lora = LoraConfig(r=schedule.lora_rank, lora_alpha=2 * schedule.lora_rank, target_modules="all-linear")
+        lora = LoraConfig(r=schedule.lora_rank, target_modules="all-linear")  # reset sets alpha
         self.model = get_peft_model(self._base(material.model), lora)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
@@ -89,7 +48,8 @@ class Workbench:
             [_base_weight(layer).clone() for layer in self._layers] if schedule.start == "drawn" else []
         )
         self._material = material
-        self._held_out = material.held_out_batches(device)
+        self._choosing = material.evaluation_batches(material.choosing, device)
+        self._held_out = material.evaluation_batches(material.held_out, device)
         self._latent_model: PeftModel | None = None
         self._batches: tuple[int, list[Batch]] | None = None
 
@@ -113,43 +73,49 @@ class Workbench:
             self._batches = (seed, made)
         return self._batches[1]
 
-    def reset(self, seed: int, learning_rate: float, method: str) -> torch.optim.Optimizer:
+    def reset(self, task: Task) -> torch.optim.Optimizer:
         """Draw the factors anew and return a new optimizer over them."""
-        torch.manual_seed(seed)
+        torch.manual_seed(task.seed)
         for layer in self._layers:
             layer.reset_lora_parameters("default", True)
+            layer.scaling["default"] = task.alpha
         for layer, weight in zip(self._layers, self._base_weights, strict=False):  # empty unless the start is drawn
-            torch.nn.init.kaiming_uniform_(layer.lora_B["default"].weight, a=math.sqrt(5))
+            lora_a, lora_b = (factors["default"].weight.detach() for factors in (layer.lora_A, layer.lora_B))
+            torch.nn.init.kaiming_uniform_(lora_b, a=math.sqrt(5))
             _base_weight(layer).copy_(weight - layer.get_delta_weight("default").detach())
-        if method in METHOD_OPTIMIZERS:
-            return METHOD_OPTIMIZERS[method](self.trained, lr=learning_rate)
-        return torch.optim.AdamW(self.trained, lr=learning_rate, weight_decay=0.0, fused=True)
+            lora_a.mul_(task.start_scale)
+            lora_b.div_(task.start_scale)
+        if task.method in METHOD_OPTIMIZERS:
+            return METHOD_OPTIMIZERS[task.method](self.trained, lr=task.learning_rate)
+        return torch.optim.AdamW(self.trained, lr=task.learning_rate, weight_decay=0.0, fused=True)
 
     def run(self, task: Task, *, stop_after: int | None = None) -> dict[str, Any]:
         """Fine-tune once.
 
         Args:
-            task: method, learning rate and seed.
+            task: method, learning rate, seed, alpha, and the scale of the start.
             stop_after: number of steps after which the run ends, on the same schedule; None for all.
 
         Returns:
-            ``method``, ``learning_rate``, ``seed``; ``start_digest``: digest of the factors and the training batches;
-            ``train_losses`` by step; ``held_out_steps`` and ``held_out_losses`` (per answer token, None if not
-            finite); ``skipped_pairs`` and ``applied_steps`` of the handle's report; ``wall_seconds``.
+            The task; ``start_digest``: digest of the factors and the training batches; ``train_losses`` by step;
+            ``held_out_steps`` and ``held_out_losses``: loss per answer token of the records that are reported, None if
+            not finite; ``choosing_loss``: that of the records that choose the learning rate, at the end;
+            ``skipped_pairs`` and ``applied_steps`` of the handle's report; ``wall_seconds``.
         """
         schedule, batches = self.schedule, self.batches(task.seed)
         began = timing.now(self.device)
         model, optimizer, handle = self._start(task, batches)
         decay = get_cosine_schedule_with_warmup(optimizer, schedule.lr_warmup_steps, schedule.steps)
         start_digest = self._digest(batches)
-        train_losses, held_out = [], [(0, self.evaluate(model))]
+        train_losses, held_out = [], [(0, self.evaluate(model, self._held_out))]
         for step, batch in enumerate(batches[:stop_after], start=1):
             train_losses.append(self._backward(model, batch))
             optimizer.step()
             decay.step()
             optimizer.zero_grad()
             if step % schedule.eval_every == 0 or step == schedule.steps:
-                held_out.append((step, self.evaluate(model)))
+                held_out.append((step, self.evaluate(model, self._held_out)))
+        choosing = self.evaluate(model, self._choosing)
         report = {"applied_steps": len(train_losses), "skipped_pairs": 0}
         if handle is not None:
             report = handle.report().as_dict()
@@ -160,6 +126,7 @@ class Workbench:
             "train_losses": [_finite(loss) for loss in torch.stack(train_losses).tolist()],
             "held_out_steps": [step for step, _ in held_out],
             "held_out_losses": [_finite(loss) for _, loss in held_out],
+            "choosing_loss": _finite(choosing),
             "applied_steps": report["applied_steps"],
             "skipped_pairs": report["skipped_pairs"],
             "wall_seconds": timing.now(self.device) - began,
@@ -170,7 +137,7 @@ class Workbench:
     ) -> tuple[PeftModel, torch.optim.Optimizer, Handle | None]:
         """Return the model, its optimizer, and the handle of the method, or None for LoRA-SB and LoRA-XS."""
         schedule = self.schedule
-        optimizer = self.reset(task.seed, task.learning_rate, task.method)
+        optimizer = self.reset(task)
         if task.method not in LATENT_METHODS:
             plain = schedule.warmup_steps if warmup_steps is None else warmup_steps
             return self.model, optimizer, attach(self.model, optimizer, _config(task.method, plain))
@@ -198,11 +165,11 @@ class Workbench:
         return loss.detach()
 
     @torch.no_grad()
-    def evaluate(self, model: PeftModel) -> float:
-        """Return the held-out loss per answer token."""
+    def evaluate(self, model: PeftModel, batches: Sequence[Batch]) -> float:
+        """Return the loss per answer token."""
         model.eval()
         total, tokens = torch.zeros((), dtype=torch.float64, device=self.device), 0
-        for batch in self._held_out:
+        for batch in batches:
             # a batch's loss is the mean over predicted labels, and no row's first position is predicted
             count = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
             total += model(**batch).loss.double() * count
@@ -215,11 +182,11 @@ class Workbench:
             digest.update(tensor.detach().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def time_steps(self, methods: Sequence[str]) -> dict[str, dict[str, float]]:
+    def time_steps(self, methods: Sequence[str], rounds: int) -> dict[str, dict[str, float]]:
         """Return milliseconds of a training step by method (median, quartiles), from interleaved blocks."""
         times: dict[str, list[float]] = {method: [] for method in methods}
         batches = self.batches(0)
-        for round_ in range(TIMED_ROUNDS):
+        for round_ in range(rounds):
             for turn in range(len(methods)):
                 # each round begins with another method
                 method = methods[(round_ + turn) % len(methods)]
@@ -242,11 +209,6 @@ class Workbench:
         return times
 
 
-def plain_steps(method: str, warmup_steps: int) -> int:
-    """Return the number of steps in which a method is still plain LoRA."""
-    return 0 if method in METHOD_OPTIMIZERS else warmup_steps
-
-
 def _config(method: str, warmup_steps: int) -> RefLoRAConfig:
     return RefLoRAConfig(method=method, warmup_steps=plain_steps(method, warmup_steps))
 
@@ -264,78 +226,6 @@ def _be_quiet() -> None:
 
 def _finite(value: float) -> float | None:
     return float(f"{value:.7g}") if math.isfinite(value) else None
-
-
-def assert_same_start(runs: Sequence[dict[str, Any]], warmup_steps: int) -> None:
-    """Check that all runs of a seed start with equal factors, batches and losses, and agree while they are plain LoRA.
-
-    LoRA-SB and LoRA-XS start from another model, and share only the batches.
-
-    Raises:
-        AssertionError: two runs differ; the message names them.
-    """
-    seeds, plain = defaultdict(list), defaultdict(list)
-    for run in runs:
-        seeds[run["seed"]].append(run)
-        plain[run["seed"], run["learning_rate"]].append(run)
-    for first, *others in seeds.values():
-        for other in others:
-            _assert_equal(first, other, "start_digest", first["start_digest"] == other["start_digest"])
-            if {first["method"], other["method"]} & set(LATENT_METHODS):
-                continue
-            start, other_start = first["held_out_losses"][0], other["held_out_losses"][0]
-            _assert_equal(first, other, "held_out_losses", _is_close(start, other_start))
-    for first, *others in plain.values():
-        for other in others:
-            if {first["method"], other["method"]} & set(LATENT_METHODS):
-                continue
-            # the loss at step w + 1 is the last that depends on w plain steps alone
-            shared = min(plain_steps(run["method"], warmup_steps) for run in (first, other))
-            count = min(shared, CHECKED_STEPS) + 1
-            pairs = zip(first["train_losses"][:count], other["train_losses"][:count], strict=True)
-            _assert_equal(first, other, "train_losses", all(_is_close(x, y) for x, y in pairs))
-
-
-def _assert_equal(first: dict[str, Any], other: dict[str, Any], key: str, equal: bool) -> None:
-    name, other_name = (f"{run['method']} (lr {run['learning_rate']:g}, seed {run['seed']})" for run in (first, other))
-    assert equal, f"{name} and {other_name} differ in {key} before any method acts"
-
-
-def _is_close(x: float | None, y: float | None) -> bool:
-    if x is None or y is None:
-        return x is y
-    return math.isclose(x, y, rel_tol=CHECK_TOLERANCE)
-
-
-def settings_digest(material: dict[str, Any], schedule: Schedule, device: torch.device) -> str:
-    """Return a digest of text, model, schedule, machine and torch. Only runs with equal digests are compared."""
-    settings = [material, dataclasses.asdict(schedule), recording.hardware(device), torch.__version__]
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def load_finished(path: Path | None, settings: str) -> dict[Task, dict[str, Any]]:
-    """Return the finished runs of earlier, perhaps interrupted sweeps with the same settings."""
-    if path is None or not path.exists():
-        return {}
-    finished = {}
-    for line in path.read_text().splitlines():
-        try:
-            run = json.loads(line)
-        except json.JSONDecodeError:  # the line was cut off while it was written
-            continue
-        if run["settings"] == settings:
-            finished[Task(run["method"], run["learning_rate"], run["seed"])] = run
-    return finished
-
-
-def append_finished(path: Path | None, run: dict[str, Any]) -> None:
-    """Append a run's line. If an interruption cut off the last line, end that line first."""
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
-    with open(path, "a") as file:
-        file.write(("" if whole else "\n") + json.dumps(run) + "\n")
 
 
 def sweep(tasks: Sequence[Task], bench: Workbench, material: Material, workers: int) -> Iterator[dict[str, Any]]:

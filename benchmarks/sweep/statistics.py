@@ -80,44 +80,145 @@ def paired(values: Sequence[float | None], baseline: Sequence[float | None]) -> 
     return {"differences": differences, "mean": mean, "standard_error": error, "interval": [mean - reach, mean + reach]}
 
 
-def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return a sweep's results from its runs, one per method, learning rate and seed (see ``Workbench.run``)."""
+def summarize(
+    runs: Sequence[dict[str, Any]],
+    step_ms: dict[str, dict[str, float]],
+    tuned_elsewhere: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return a sweep's results from its runs (see ``Workbench.run``).
+
+    Args:
+        runs: every combination of method, learning rate, alpha and scale of the start has the same seeds.
+        step_ms: milliseconds of a training step by method, with a ``median``.
+        tuned_elsewhere: ``methods`` of another sweep's results, whose learning rates are compared with those here.
+    """
     methods = list(dict.fromkeys(run["method"] for run in runs))
-    tuned = {method: _tune([run for run in runs if run["method"] == method]) for method in methods}
+    drawn_alike = [run for run in runs if run["start_scale"] == 1.0]
+    tuned = {method: _tune([run for run in drawn_alike if run["method"] == method]) for method in methods}
     baseline = "lora" if "lora" in methods else methods[0]
-    finals = {method: _at_best(tuned[method], "final_loss") for method in methods}
-    return {
+    finals = {method: tuned[method].pop("finals") for method in methods}
+    best_runs = {method: tuned[method].pop("best_runs") for method in methods}
+    seconds = max(best_runs[baseline][0]["held_out_steps"]) * step_ms[baseline]["median"]
+    at_time = {
+        method: [_at_step(run, seconds / step_ms[method]["median"]) for run in best_runs[method]] for method in methods
+    }
+    goal = tuned[baseline]["curves"]["held_out"][-1]["mean"]
+    for method, entry in tuned.items():
+        entry["steps_to_baseline"] = _first_step(entry["curves"], goal)
+    others = [method for method in methods if method != baseline]
+    results = {
         "methods": tuned,
         "baseline": baseline,
-        "paired": {method: paired(finals[method], finals[baseline]) for method in methods if method != baseline},
+        "paired": {method: paired(finals[method], finals[baseline]) for method in others},
+        "paired_at_equal_time": {method: paired(at_time[method], finals[baseline]) for method in others},
     }
-
-
-def _at_best(tuned: dict[str, Any], key: str) -> list[float | None]:
-    return tuned["sweep"][tuned["learning_rates"].index(tuned["best_learning_rate"])][key]
+    if tuned_elsewhere is not None:
+        results["regret"] = {method: _regret(tuned[method], tuned_elsewhere.get(method)) for method in methods}
+    if len(drawn_alike) < len(runs):
+        results["start_scales"] = {method: _scaled([r for r in runs if r["method"] == method]) for method in methods}
+    return results
 
 
 def _tune(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return one method's final held-out loss at every learning rate, its best rate, and the curves there."""
+    """Return one method's result at the alpha that its choosing loss prefers, and one line for each other alpha."""
+    by_alpha = [
+        _tune_rate([run for run in runs if run["alpha"] == alpha]) for alpha in sorted({r["alpha"] for r in runs})
+    ]
+    best = min(by_alpha, key=lambda tuned: _or_infinite(tuned["choosing"]))
+    keys = ("alpha", "best_learning_rate", "choosing", "mean", "sd")
+    return {**best, "alphas": [{key: tuned[key] for key in keys} for tuned in by_alpha]}
+
+
+def _tune_rate(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return one method's reported losses at every learning rate, the rate that the other records choose, and its curves.
+
+    ``finals`` and ``best_runs`` (by seed, at the chosen rate) are for the comparison with other methods.
+    """
     rates = sorted({run["learning_rate"] for run in runs})
     by_rate = [sorted((r for r in runs if r["learning_rate"] == rate), key=lambda r: r["seed"]) for rate in rates]
     sweep: list[dict[str, Any]] = []
     for at_rate in by_rate:
         final = [run["held_out_losses"][-1] for run in at_rate]
-        sweep.append({"final_loss": final, **mean_and_sd(final)})
+        choosing = mean_and_sd([run["choosing_loss"] for run in at_rate])["mean"]
+        sweep.append({"final_loss": final, "choosing": choosing, **mean_and_sd(final)})
     means = [entry["mean"] for entry in sweep]
-    best = min(range(len(rates)), key=lambda i: math.inf if means[i] is None else means[i])
+    best = min(range(len(rates)), key=lambda i: _or_infinite(sweep[i]["choosing"]))
     per_seed = zip(*(entry["final_loss"] for entry in sweep), strict=True)
     return {
+        "alpha": runs[0]["alpha"],
         "learning_rates": rates,
         "seeds": [run["seed"] for run in by_rate[best]],
         "sweep": sweep,
         "best_learning_rate": rates[best],
         "best_inside_grid": 0 < best < len(rates) - 1,
+        "choosing": sweep[best]["choosing"],
+        "mean": sweep[best]["mean"],
+        "sd": sweep[best]["sd"],
         "good_range": good_range(rates, means),
         "good_factor_per_seed": [good_range(rates, losses)["factor"] for losses in per_seed],
         "curves": _curves(by_rate[best]),
+        "finals": sweep[best]["final_loss"],
+        "best_runs": by_rate[best],
     }
+
+
+def _or_infinite(loss: float | None) -> float:
+    return math.inf if loss is None else loss
+
+
+def _at_step(run: dict[str, Any], step: float) -> float | None:
+    """Return a run's held-out loss at a step, between two evaluations on the line between them; at most its last."""
+    return _interpolated(run["held_out_steps"], run["held_out_losses"], step)
+
+
+def _interpolated(steps: Sequence[int], losses: Sequence[float | None], step: float) -> float | None:
+    if step >= steps[-1]:
+        return losses[-1]
+    after = next(index for index, known in enumerate(steps) if known > step)
+    low, high = losses[after - 1], losses[after]
+    if low is None or high is None:
+        return None
+    return low + (high - low) * (step - steps[after - 1]) / (steps[after] - steps[after - 1])
+
+
+def _first_step(curves: dict[str, Any], goal: float | None) -> float | None:
+    """Return the step at which the mean curve first reaches a loss, between two evaluations; None if it does not."""
+    steps, means = curves["held_out_steps"], [_or_infinite(entry["mean"]) for entry in curves["held_out"]]
+    if goal is None:
+        return None
+    for index, mean in enumerate(means):
+        if mean <= goal:
+            if index == 0 or math.isinf(means[index - 1]):
+                return float(steps[index])
+            share = (means[index - 1] - goal) / (means[index - 1] - mean)
+            return float(steps[index - 1] + share * (steps[index] - steps[index - 1]))
+    return None
+
+
+def _regret(tuned: dict[str, Any], elsewhere: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return what the rate of another sweep loses beside the rate chosen here, seed by seed; None if it was not run."""
+    if elsewhere is None:
+        return None
+    same_alpha = [entry for entry in elsewhere["alphas"] if entry["alpha"] == tuned["alpha"]]
+    if not same_alpha or same_alpha[0]["best_learning_rate"] not in tuned["learning_rates"]:
+        return None
+    rate = same_alpha[0]["best_learning_rate"]
+    here, there = (
+        tuned["sweep"][tuned["learning_rates"].index(value)]["final_loss"]
+        for value in (tuned["best_learning_rate"], rate)
+    )
+    return {"learning_rate": rate, **mean_and_sd(there), "loss": paired(there, here)}
+
+
+def _scaled(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one method's loss from scaled starts, at the rate and alpha that it has in every one of them."""
+    by_scale: dict[float, list[float | None]] = {}
+    for run in sorted(runs, key=lambda run: run["seed"]):
+        by_scale.setdefault(run["start_scale"], []).append(run["held_out_losses"][-1])
+    return [
+        {"start_scale": scale, "final_loss": losses, **mean_and_sd(losses), "moved": paired(losses, by_scale[1.0])}
+        for scale, losses in sorted(by_scale.items())
+    ]
 
 
 def _curves(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -15,10 +15,12 @@ import torch
 from benchmarks import convergence
 from benchmarks.harness.names import ALL_METHODS
 from benchmarks.reports.convergence import markdown, plot
-from benchmarks.sweep import runs as convergence_runs
+from benchmarks.sweep import tasks as sweep_tasks
 from benchmarks.sweep.data import Material, prepare
-from benchmarks.sweep.runs import Schedule, Task, Workbench, assert_same_start, load_finished
+from benchmarks.sweep.runs import Workbench
+from benchmarks.sweep.same_start import assert_same_start
 from benchmarks.sweep.statistics import good_range, mean_and_sd, paired, summarize
+from benchmarks.sweep.tasks import Schedule, Task, load_finished
 from launchers.data.tokenization import IGNORE_INDEX
 from tests.support.launchers import launch, micro_model, write_records
 
@@ -52,6 +54,7 @@ def options(model: Path, folder: Path) -> list[str]:
     records = write_records(folder / "records.jsonl")
     text = f"--model {model} --dataset {records} --eval_fraction 0.2 --max_eval_records 4 --max_length 96"
     sizes = "--steps 4 --warmup_steps 2 --lr_warmup_steps 1 --batch_size 2 --lora_rank 2 --latent_rank 3 --eval_every 2"
+    sizes += " --timed_rounds 2"
     return f"{text} {sizes} --seeds 0 1 --learning_rates 1e-3 1e-2".split()
 
 
@@ -78,21 +81,67 @@ def test_a_sweep_writes_a_record_and_continues_where_it_was_interrupted(model: P
     assert len(plot(again).axes) == 3
 
 
+def test_chosen_rates_are_tried_from_scaled_starts_and_at_another_rank(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [SCRIPT, *options(model, tmp_path), "--methods", "lora", "reflora", "--workers", "1"]
+
+    def record(name: str, *further: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", [*common, "--output", str(tmp_path / name), *further])
+        convergence.main()
+        found: dict[str, Any] = json.loads((tmp_path / name).read_text())["results"]
+        return found
+
+    tuned = record("tuned.json", "--alphas", "1", "2")
+    assert {run["alpha"] for run in tuned["runs"]} == {1.0, 2.0} and len(tuned["runs"]) == 16
+    assert "| lora | 1 r |" in capsys.readouterr().out
+    drawn = ["--start", "drawn", "--only_tuned", "True", "--tuned_in", str(tmp_path / "tuned.json")]
+    scaled = record("scaled.json", *drawn, "--start_scales", "1", "0.1")
+    assert len(scaled["runs"]) == 2 * 2 * 2
+    for method, entries in scaled["start_scales"].items():
+        assert [entry["start_scale"] for entry in entries] == [0.1, 1.0]
+        used = {(run["learning_rate"], run["alpha"]) for run in scaled["runs"] if run["method"] == method}
+        assert used == {(tuned["methods"][method]["best_learning_rate"], tuned["methods"][method]["alpha"])}
+        assert entries[0]["final_loss"] != entries[1]["final_loss"]
+    assert "moved by c = 0.1" in capsys.readouterr().out
+    wide = record("wide.json", "--lora_rank", "4", "--tuned_in", str(tmp_path / "tuned.json"), "--alphas", "2")
+    assert set(wide["regret"]) == {"lora", "reflora"} and None not in wide["regret"].values()
+    assert "lr chosen elsewhere" in capsys.readouterr().out
+
+
+def test_a_record_holds_what_all_of_its_seeds_have_finished() -> None:
+    runs = {
+        Task("lora", 1e-3, 0): "a",
+        Task("lora", 1e-3, 1): "b",
+        Task("lora", 2e-3, 0): "c",
+        Task("reflora", 1e-3, 0): "d",
+    }
+    finished: dict[Task, Any] = dict(runs)
+    assert convergence.complete(finished, ["lora", "reflora"], [0, 1]) == ["a", "b"]
+    assert convergence.complete(finished, ["reflora", "lora"], [0]) == ["d", "a", "c"]
+
+
+def test_one_half_of_the_held_out_records_chooses_and_the_other_is_reported(material: Material) -> None:
+    assert len(material.choosing) == len(material.held_out) == 2
+    parts = [{tuple(example["input_ids"]) for example in part} for part in (material.choosing, material.held_out)]
+    assert not parts[0] & parts[1]
+
+
 def test_runs_of_other_settings_are_not_taken_over(bench: Workbench, material: Material, tmp_path: Path) -> None:
     path = tmp_path / "sweep.jsonl"
     run = bench.run(Task("lora", 1e-2, 0))
     description = material.describe()
-    settings = convergence_runs.settings_digest(description, SCHEDULE, CPU)
-    convergence_runs.append_finished(path, {"settings": settings, **run})
+    settings = sweep_tasks.settings_digest(description, SCHEDULE, CPU)
+    sweep_tasks.append_finished(path, {"settings": settings, **run})
     assert list(load_finished(path, settings)) == [Task("lora", 1e-2, 0)]
     for other in (
-        convergence_runs.settings_digest(description, Schedule(**{**vars(SCHEDULE), "steps": 5}), CPU),
-        convergence_runs.settings_digest({**description, "digest": "other text"}, SCHEDULE, CPU),
+        sweep_tasks.settings_digest(description, Schedule(**{**vars(SCHEDULE), "steps": 5}), CPU),
+        sweep_tasks.settings_digest({**description, "digest": "other text"}, SCHEDULE, CPU),
     ):
         assert load_finished(path, other) == {}
 
 
-@pytest.mark.parametrize("start", convergence_runs.STARTS)
+@pytest.mark.parametrize("start", sweep_tasks.STARTS)
 def test_all_methods_start_alike_and_then_part(material: Material, start: str) -> None:
     bench = Workbench(material, Schedule(**{**vars(SCHEDULE), "start": start, "lr_warmup_steps": 0}), CPU)
     runs = [bench.run(Task(method, 1e-2, seed)) for seed in (0, 1) for method in ALL_METHODS]
@@ -129,8 +178,8 @@ def test_a_planted_different_start_is_caught(bench: Workbench, monkeypatch: pyte
     plain = bench.run(Task("lora", 1e-2, 0))
     original = Workbench.reset
 
-    def planted(self: Workbench, seed: int, learning_rate: float, method: str) -> torch.optim.Optimizer:
-        optimizer = original(self, seed, learning_rate, method)
+    def planted(self: Workbench, task: Task) -> torch.optim.Optimizer:
+        optimizer = original(self, task)
         with torch.no_grad():  # B is zero, so the loss does not show it
             self.trained[0].mul_(1.001)
         return optimizer
@@ -192,32 +241,83 @@ def test_paired_differences_and_their_interval() -> None:
     assert paired([1.0], [0.5])["interval"] is None and paired([1.0, None], [0.5, 0.5])["mean"] is None
 
 
-def made_up_runs(finals: dict[tuple[str, float], list[float | None]]) -> list[dict[str, Any]]:
+def made_up_runs(
+    finals: dict[tuple[str, float], list[float | None]], *, alpha: float = 2.0, start_scale: float = 1.0
+) -> list[dict[str, Any]]:
+    """Runs of two steps. The records that choose have the reported loss, and half a unit more."""
     return [
-        {"method": method, "learning_rate": rate, "seed": seed, "held_out_steps": [0, 1], "train_losses": [2.0]}
-        | {"held_out_losses": [2.0, final]}
+        {"method": method, "learning_rate": rate, "seed": seed, "alpha": alpha, "start_scale": start_scale}
+        | {"held_out_steps": [0, 1, 2], "held_out_losses": [2.0, 1.6, final], "train_losses": [2.0, 1.5]}
+        | {"choosing_loss": None if final is None else final + 0.5}
         for (method, rate), values in finals.items()
         for seed, final in enumerate(values)
     ]
 
 
+MADE_UP: dict[tuple[str, float], list[float | None]] = {
+    ("lora", 0.1): [1.0, 1.2],
+    ("lora", 0.2): [0.9, 1.1],
+    ("lora", 0.4): [0.5, None],  # one diverged seed rules a rate out
+    ("reflora", 0.1): [1.5, 1.5],
+    ("reflora", 0.2): [1.4, 1.4],
+    ("reflora", 0.4): [0.8, 1.1],
+}
+STEP_MS = {"lora": {"median": 10.0}, "reflora": {"median": 12.5}}
+
+
 def test_each_method_is_tuned_on_its_own_and_an_edge_is_said_to_be_one() -> None:
-    runs = made_up_runs(
-        {
-            ("lora", 0.1): [1.0, 1.2],
-            ("lora", 0.2): [0.9, 1.1],
-            ("lora", 0.4): [0.5, None],  # one diverged seed rules a rate out
-            ("reflora", 0.1): [1.5, 1.5],
-            ("reflora", 0.2): [1.4, 1.4],
-            ("reflora", 0.4): [0.8, 1.1],
-        }
-    )
-    results = summarize(runs)
+    results = summarize(made_up_runs(MADE_UP), STEP_MS)
     lora, reflora = results["methods"]["lora"], results["methods"]["reflora"]
     assert (lora["best_learning_rate"], lora["best_inside_grid"]) == (0.2, True)
     assert (reflora["best_learning_rate"], reflora["best_inside_grid"]) == (0.4, False)
     assert results["paired"]["reflora"]["differences"] == pytest.approx([-0.1, 0.0])
     assert lora["curves"]["held_out"][-1]["mean"] == pytest.approx(1.0)
+
+
+def test_records_that_are_not_reported_choose_the_rate() -> None:
+    runs = made_up_runs(MADE_UP)
+    for run in runs:
+        if run["method"] == "lora" and run["learning_rate"] == 0.1:
+            run["choosing_loss"] = 0.1
+    lora = summarize(runs, STEP_MS)["methods"]["lora"]
+    assert (lora["best_learning_rate"], lora["mean"]) == (0.1, pytest.approx(1.1))
+
+
+def test_loss_at_equal_time_and_steps_to_the_baseline_are_interpolated() -> None:
+    results = summarize(made_up_runs(MADE_UP), STEP_MS)
+    # plain LoRA's two steps take as long as 1.6 of RefLoRA's
+    at_time = [1.6 + 0.6 * (final - 1.6) for final in (0.8, 1.1)]
+    expected = [x - y for x, y in zip(at_time, (0.9, 1.1), strict=True)]
+    assert results["paired_at_equal_time"]["reflora"]["differences"] == pytest.approx(expected)
+    assert results["methods"]["lora"]["steps_to_baseline"] == pytest.approx(2.0)
+    assert results["methods"]["reflora"]["steps_to_baseline"] == pytest.approx(1 + (1.6 - 1.0) / (1.6 - 0.95))
+
+
+def test_alpha_is_tuned_with_the_rate() -> None:
+    runs = made_up_runs(MADE_UP) + made_up_runs({("lora", 0.1): [0.7, 0.7], ("lora", 0.2): [0.8, 0.8]}, alpha=4.0)
+    lora = summarize(runs, STEP_MS)["methods"]["lora"]
+    assert (lora["alpha"], lora["best_learning_rate"], lora["mean"]) == (4.0, 0.1, pytest.approx(0.7))
+    assert [(entry["alpha"], entry["best_learning_rate"]) for entry in lora["alphas"]] == [(2.0, 0.2), (4.0, 0.1)]
+
+
+def test_regret_is_what_a_rate_of_another_sweep_loses() -> None:
+    elsewhere = summarize(made_up_runs({**MADE_UP, ("lora", 0.1): [0.3, 0.3]}), STEP_MS)["methods"]
+    results = summarize(made_up_runs(MADE_UP), STEP_MS, elsewhere)
+    assert results["regret"]["lora"]["learning_rate"] == 0.1
+    assert results["regret"]["lora"]["loss"]["differences"] == pytest.approx([0.1, 0.1])
+    assert results["regret"]["reflora"]["loss"]["differences"] == [0.0, 0.0]
+    assert summarize(made_up_runs(MADE_UP), STEP_MS, {"lora": elsewhere["lora"]})["regret"]["reflora"] is None
+
+
+def test_scaled_starts_are_compared_with_the_start_as_drawn() -> None:
+    one = {("lora", 0.2): [0.9, 1.1], ("reflora", 0.4): [0.8, 1.1]}
+    scaled = made_up_runs({("lora", 0.2): [1.9, 2.2], ("reflora", 0.4): [0.8, 1.1]}, start_scale=0.1)
+    results = summarize(made_up_runs(one) + scaled, STEP_MS)
+    assert results["methods"]["lora"]["mean"] == pytest.approx(1.0)
+    lora, reflora = results["start_scales"]["lora"], results["start_scales"]["reflora"]
+    assert [entry["start_scale"] for entry in lora] == [0.1, 1.0]
+    assert lora[0]["moved"]["differences"] == pytest.approx([1.0, 1.1])
+    assert reflora[0]["moved"]["differences"] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -229,6 +329,9 @@ def test_each_method_is_tuned_on_its_own_and_an_edge_is_said_to_be_one() -> None
         ({"warmup_steps": 250}, "warmup_steps=250 must be .* below steps=250"),
         ({"start": "ones"}, "--start ones is unknown; choose one of zero, drawn"),
         ({"workers": 0}, "--workers 0 must be positive"),
+        ({"alphas": [2.0, -1.0]}, "alphas=.*above 0"),
+        ({"start_scales": [0.1, 1.0]}, "needs --start drawn"),
+        ({"only_tuned": True}, "needs --tuned_in"),
         ({"eval_dataset": ["x.json"]}, "needs --dataset"),
     ],
 )

@@ -3,13 +3,15 @@
     python benchmarks/convergence.py --output benchmarks/results/convergence/embedded_HARDWARE_YYYYMM.json
 
 Every method trains at every learning rate of one grid and with every seed. A seed fixes the initial factors and the
-order of the data, which all methods share. Half of the held-out records choose a method's learning rate, and alpha where
-several are given; the other half is reported. Finished runs are kept in a .jsonl file beside the output. An interrupted
-sweep, or one with further learning rates or seeds, continues with the missing runs, and the record holds all whose seeds
-are complete.
+order of the data, which all methods share. Half of the held-out records choose a method's learning rate, and alpha
+where several are given; the other half is reported. Finished runs are kept in a .jsonl file beside the output. An
+interrupted sweep, or one with further learning rates or seeds, continues with the missing runs. The record holds all
+settings whose seeds are complete.
 
-    ... --lora_rank 64 --tuned_in FILE.json                      what the rates of FILE's sweep lose at another r
-    ... --start drawn --start_scales 1 0.1 10 --only_tuned True --tuned_in FILE.json    badly scaled starts at these rates
+What the learning rates of another sweep lose at another r, and how they stand badly scaled starts:
+
+    ... --lora_rank 64 --tuned_in FILE.json
+    ... --start drawn --start_scales 1 0.1 10 --only_tuned True --tuned_in FILE.json
 """
 
 from __future__ import annotations

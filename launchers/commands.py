@@ -9,34 +9,39 @@ import sys
 from pathlib import Path
 
 from reflora_dist.command_line.help import HELP, HELP_ALL
+from reflora_dist.command_line.name import Command, started_as
 
 _EXTRA = "launchers"
-_LAUNCHERS = __name__.rpartition(".")[0]
+_PACKAGE = "reflora_dist"
+_LAUNCHERS = __name__.rpartition(".")[0]  # in a clone it is no part of the package
 
 
 def train() -> None:
     """``reflora-train``: finetune.py."""
     _require_extra()
-    _run(f"{_LAUNCHERS}.finetune")
+    _run(Command("reflora-train", "launchers.finetune", "launchers/finetune.py"))
 
 
 def evaluate() -> None:
     """``reflora-eval``: evaluate.py."""
     _require_extra()
-    _run(f"{_LAUNCHERS}.evaluate")
+    _run(Command("reflora-eval", "launchers.evaluate", "launchers/evaluate.py"))
 
 
 def export() -> None:
     """``reflora-export``: export.py."""
-    _run(f"{_LAUNCHERS}.export")
+    _run(Command("reflora-export", "launchers.export", "launchers/export.py"))
 
 
 def doctor() -> None:
     """``reflora-doctor``: ``python -m reflora_dist.doctor``."""
-    _run("reflora_dist.doctor")
+    _run(Command("reflora-doctor", "doctor"))
 
 
-def _run(module: str) -> None:
+def _run(command: Command) -> None:
+    started_as(command)
+    folder, _, name = command.module.rpartition(".")
+    module = f"{_LAUNCHERS if folder else _PACKAGE}.{name}"
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

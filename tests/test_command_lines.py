@@ -21,6 +21,7 @@ from launchers.evaluation.options import EvaluateOptions
 from launchers.options import ExportOptions
 from launchers.training.arguments import FinetuneArguments
 from launchers.training.options import HELP_GROUPS, trainers_options
+from reflora_dist.command_line import name as program_name
 from reflora_dist.command_line.help import answer_help, help_text
 from reflora_dist.doctor.options import DoctorOptions
 from tests.support.launchers import REPOSITORY
@@ -208,3 +209,33 @@ def test_a_mistake_of_a_small_script_is_one_line(
         main()
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"{message}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("finetune.py: error: --lr", "reflora-train: error: --lr"),
+        ("usage: finetune.py [options]", "usage: reflora-train [options]"),
+        ("    python launchers/finetune.py --model NAME", "    reflora-train --model NAME"),
+        (
+            "    torchrun --nproc_per_node 2 launchers/finetune.py --model NAME",
+            "    torchrun --nproc_per_node 2 -m reflora_dist.launchers.finetune --model NAME",
+        ),
+        (
+            "deepspeed --num_gpus 2 launchers/finetune.py --deepspeed zero3",
+            "deepspeed --num_gpus 2 --module reflora_dist.launchers.finetune --deepspeed zero3",
+        ),
+        ("give finetune.py a folder, not my/finetune.py", "give reflora-train a folder, not my/finetune.py"),
+    ],
+)
+def test_a_command_speaks_of_itself_by_its_name(text: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program_name, "_started", [])
+    assert program_name.in_own_words(text) == text
+    program_name.started_as(program_name.Command("reflora-train", "launchers.finetune", "launchers/finetune.py"))
+    assert program_name.in_own_words(text) == expected
+
+
+def test_the_doctors_command_speaks_of_itself_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program_name, "_started", [program_name.Command("reflora-doctor", "doctor")])
+    usage = program_name.in_own_words("usage: python -m reflora_dist.doctor [CONFIG ...]")
+    assert usage == "usage: reflora-doctor [CONFIG ...]"

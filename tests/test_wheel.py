@@ -103,7 +103,9 @@ COMMANDS["reflora-doctor"] = "--bandwidth_gbit"
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_prints_its_help_without_its_dependencies(command: str, alone: Path, tmp_path: Path) -> None:
-    assert COMMANDS[command] in _run(alone / "bin" / command, "--help", cwd=tmp_path)
+    text = _run(alone / "bin" / command, "--help", cwd=tmp_path)
+    assert COMMANDS[command] in text and text.startswith(f"usage: {command} ")
+    assert ".py " not in text.partition("\n\n")[2].partition("options:")[0], "a file that the wheel's users do not have"
 
 
 @pytest.mark.parametrize("command", ["reflora-train", "reflora-eval"])
@@ -130,6 +132,13 @@ def test_the_command_trains_where_there_is_no_repository(complete: Path, tmp_pat
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert (metrics["steps"], metrics["world_size"], metrics["report"]["applied_steps"]) == (2, 1, 1)
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_the_command_names_itself_where_it_refuses_an_option(complete: Path, tmp_path: Path) -> None:
+    command = [complete / "bin" / "reflora-train", "--lr", "1e-3"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    (line,) = ended.stderr.splitlines()
+    assert ended.returncode == 1 and line.startswith("reflora-train: error: there is no option --lr; did you mean")
 
 
 def test_what_the_package_imports_is_declared() -> None:

@@ -37,12 +37,12 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 _SCALES = (
-    "The drawn factors A and B begin as c A and B / c, whose product is the same; every method keeps its learning rate. "
-    "The movement is taken seed by seed against c = 1."
+    "The drawn factors A and B begin as c A and B / c, whose product is the same, at the same learning "
+    "rate. The movement is taken seed by seed against c = 1."
 )
 _REGRET = (
-    "What the learning rate chosen in the other sweep loses here beside the rate chosen here, seed by seed: 0 where both "
-    "are the same rate."
+    "What the learning rate chosen in the other sweep loses here beside the rate chosen here, seed by seed: 0 where "
+    "both are the same rate."
 )
 
 
@@ -70,15 +70,15 @@ def _from_to(counts: list[int]) -> str:
 
 
 def _is_split(results: dict[str, Any]) -> bool:
-    """Return whether other held-out records chose the rates than those that are reported. In older records they did not."""
+    """Return whether the rates were chosen by records that are not reported. In older records they were not."""
     return "choosing_records" in results["material"]
 
 
 def _reading(results: dict[str, Any]) -> str:
     chosen = "by other held-out records" if _is_split(results) else "by the same held-out loss"
     equal_time = (
-        " At equal time a method ends at the step that it has reached when the baseline has finished; the rate's schedule "
-        "is then not at its end. Steps to the baseline's loss are read off the mean curve."
+        " At equal time a method ends at the step that it has reached when the baseline has finished; the rate's "
+        "schedule is then not at its end. Steps to the baseline's loss are read off the mean curve."
         if _is_split(results)
         else ""
     )

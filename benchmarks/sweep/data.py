@@ -90,7 +90,7 @@ def prepare(
     eval_fraction: float,
     cache_dir: Path,
 ) -> Material:
-    """Load or make the model, read the records and tokenize them. Every other held-out record chooses the learning rate.
+    """Load or make the model, read the records and tokenize them. Every other held-out record chooses the rate.
 
     Args:
         model: folder of a pre-trained causal language model, or smollm2; None for the embedded one.

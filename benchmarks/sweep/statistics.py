@@ -103,7 +103,7 @@ def summarize(
         method: [_at_step(run, seconds / step_ms[method]["median"]) for run in best_runs[method]] for method in methods
     }
     goal = tuned[baseline]["curves"]["held_out"][-1]["mean"]
-    for method, entry in tuned.items():
+    for entry in tuned.values():
         entry["steps_to_baseline"] = _first_step(entry["curves"], goal)
     others = [method for method in methods if method != baseline]
     results = {
@@ -130,7 +130,7 @@ def _tune(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _tune_rate(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return one method's reported losses at every learning rate, the rate that the other records choose, and its curves.
+    """Return one method's reported loss at every learning rate, the chosen rate, and the curves there.
 
     ``finals`` and ``best_runs`` (by seed, at the chosen rate) are for the comparison with other methods.
     """

@@ -12,6 +12,8 @@ import os
 import sys
 from pathlib import Path
 
+from reflora_dist.command_line.name import in_own_words
+
 LAUNCH_FOLDER = "REFLORA_LAUNCH_FOLDER"
 _LAST_LINE = "last_line"
 _STYLES = {"error": "bold red", "warning": "yellow"}
@@ -40,6 +42,7 @@ def show_last(text: str, kind: str = "") -> bool:
     Returns:
         Whether it is, or will be, shown.
     """
+    text = in_own_words(text)
     folder = os.environ.get(LAUNCH_FOLDER)
     if folder is None:
         show(text, kind)

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .name import in_own_words
+
 HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 Groups = Mapping[str, type]
 
@@ -42,7 +44,8 @@ def answer_help(
         more = "" if further is None else f"{HELP_ALL} prints the options of transformers' TrainingArguments as well."
         if everything and further is not None:
             shown, more = shown | _further(further), ""
-        print(help_text(usage or f"{Path(sys.argv[0]).name} [options]", doc, shown, more), end="")
+        text = help_text(usage or f"{Path(sys.argv[0]).name} [options]", doc, shown, more)
+        print(in_own_words(text), end="")
     raise SystemExit(0)
 
 

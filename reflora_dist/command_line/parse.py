@@ -8,6 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from .name import in_own_words
+
 
 class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser that answers a mistake in one line, and not with the list of all options."""
@@ -19,7 +21,7 @@ class OneLineParser(argparse.ArgumentParser):
         return options
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        print(in_own_words(f"{self.prog}: error: {message}"), file=sys.stderr)
         raise SystemExit(2)
 
 

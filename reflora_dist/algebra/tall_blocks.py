@@ -3,6 +3,8 @@
 A *tall* factor X is ``A^T`` ``[in, r]`` or ``B`` ``[out, r]``. A *block* is a set of whole rows of a tall factor. In
 memory it is ``[rows, r]``, or ``[r, rows]`` if lora_A is stored as PEFT stores it. RefLoRA and its relatives need two
 operations only: ``X^T X`` over blocks (a sum over rows) and ``X M`` with an r x r matrix (local to a row).
+
+The factors of E experts lie side by side in one block, with rows of E r elements. They count as E pairs.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .types import BlockSpec, Matrices, stack_view
+from .types import SIDE_B, BlockSpec, Matrices, stack_view
 
 # Blocks of one shape are stacked for one batched product. The stack is temporary: its size bounds the peak memory that
 # a step adds. 2^16 elements stay in a CPU core's cache; 2^22 (32 MiB in float64) keep a GPU busy with few launches.
@@ -32,7 +34,28 @@ class _Batch:
     lora_rank: int
     shape: tuple[int, int]
     columns: bool
+    experts: int
+    alternating: bool  # whether the expert is the fastest index
     members: tuple[int, ...]  # positions in the list of blocks
+
+    def apart(self, stacked: Tensor) -> Tensor:
+        """Return ``[blocks E, rows, r]``, or ``[blocks E, r, rows]`` of columns, from ``[blocks, *shape]``."""
+        if self.experts == 1:
+            return stacked
+        if self.columns:
+            return stacked.unflatten(1, (self.experts, self.lora_rank)).flatten(0, 1)
+        if self.alternating:
+            return stacked.unflatten(2, (self.lora_rank, self.experts)).permute(0, 3, 1, 2).flatten(0, 1)
+        return stacked.unflatten(2, (self.experts, self.lora_rank)).permute(0, 2, 1, 3).flatten(0, 1)
+
+    def together(self, apart: Tensor) -> Tensor:
+        """Return ``[blocks, *shape]`` from what :meth:`apart` returned."""
+        if self.experts == 1:
+            return apart
+        by_block = apart.unflatten(0, (-1, self.experts))
+        if self.columns:
+            return by_block.flatten(1, 2)
+        return by_block.permute(0, 2, 3, 1).flatten(2) if self.alternating else by_block.transpose(1, 2).flatten(2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +64,9 @@ class _Plan:
 
     Attributes:
         batches: all batches, sorted by lora_rank.
-        slots: per lora_rank ``[blocks]`` int64, the place of each block's Gram in ``[2 P_r]``: lora_A's Grams come
-            first, then lora_B's.
-        sizes: per lora_rank the number of blocks in each batch.
+        slots: per lora_rank ``[blocks E]`` int64, the place of each Gram in ``[2 P_r]``: lora_A's Grams come first,
+            then lora_B's.
+        sizes: per lora_rank the number of Grams in each batch.
     """
 
     batches: tuple[_Batch, ...]
@@ -59,6 +82,11 @@ class BlockSet:
         lora_ranks: r of every pair, indexed by ``BlockSpec.pair``.
         device: the device of the products.
         use_kernels: whether Triton kernels compute them; by default wherever the kernels run.
+        experts: E of every pair; empty if all are 1.
+
+    Attributes:
+        pairs_by_rank: per r the number of the pair that each of the P_r Grams of one side belongs to; E times in a row
+            for a pair of E experts.
     """
 
     def __init__(
@@ -67,14 +95,17 @@ class BlockSet:
         lora_ranks: Sequence[int],
         device: torch.device,
         use_kernels: bool | None = None,
+        experts: Sequence[int] = (),
     ) -> None:
         self.device = device
         self.specs = tuple(specs)
         self.pairs_by_rank: dict[int, list[int]] = {}
-        for pair, lora_rank in enumerate(lora_ranks):
-            self.pairs_by_rank.setdefault(lora_rank, []).append(pair)
+        places = []  # of every pair's first Gram
+        for pair, (lora_rank, count) in enumerate(zip(lora_ranks, experts or [1] * len(lora_ranks), strict=True)):
+            of_rank = self.pairs_by_rank.setdefault(lora_rank, [])
+            places.append(len(of_rank))
+            of_rank += [pair] * count
         self._lora_ranks = tuple(lora_ranks)
-        places = {pair: place for pairs in self.pairs_by_rank.values() for place, pair in enumerate(pairs)}
         self._slots = [
             spec.side * len(self.pairs_by_rank[lora_ranks[spec.pair]]) + places[spec.pair] for spec in self.specs
         ]
@@ -82,7 +113,8 @@ class BlockSet:
         self._memory = torch.empty(0, dtype=torch.float64)
         self._rooms: dict[tuple[Any, ...], tuple[Tensor, list[Tensor]]] = {}
         self._tiled = None
-        if self.specs and (kernels.usable(device) if use_kernels is None else use_kernels):
+        plain = all(spec.experts == 1 for spec in self.specs)  # the kernels know no experts
+        if self.specs and plain and (kernels.usable(device) if use_kernels is None else use_kernels):
             from .kernels.launch import TiledBlocks  # imports Triton, which not every machine has
 
             if max(lora_ranks) <= kernels.LARGEST_LORA_RANK:
@@ -125,8 +157,12 @@ class BlockSet:
         for batch, factors in zip(plan.batches, _matrices(plan, matrices), strict=True):
             tensors = _tensors(batch, blocks)
             stacked = self._load(batch, tensors)
+            operands = (factors.mT, stacked) if batch.columns else (stacked, factors)
+            if batch.experts > 1:
+                self._store(batch.together(torch.bmm(*operands)), tensors)
+                continue
             product, parts = self._room(1, batch)
-            torch.bmm(*((factors.mT, stacked) if batch.columns else (stacked, factors)), out=product)
+            torch.bmm(*operands, out=product)
             self._store(product, tensors, parts)
 
     def stacked_grams(self, streams: Sequence[Sequence[Tensor | None]]) -> Matrices:
@@ -160,30 +196,32 @@ class BlockSet:
             product = factors.mT @ stacked if batch.columns else stacked @ factors
             parts = product.split(batch.lora_rank, dim=1 if batch.columns else 2)
             for output, part in zip(outputs, parts, strict=True):
-                self._store(part, _tensors(batch, streams[output]))
+                self._store(batch.together(part), _tensors(batch, streams[output]))
 
     def _side_by_side(self, streams: Sequence[Sequence[Tensor | None]], batch: _Batch) -> Tensor:
-        """Return the streams of a batch side by side: ``[blocks, k r, columns]`` or ``[blocks, rows, k r]`` float64."""
+        """Return the streams of a batch side by side: ``[blocks E, k r, rows]`` or ``[blocks E, rows, k r]`` float64."""
         shape = batch.shape
         dim = 1 if batch.columns else 2
-        whole = [len(batch.members), *shape]
-        whole[dim] *= len(streams)
+        rows = shape[1] if batch.columns else shape[0]
+        whole = [len(batch.members) * batch.experts, rows, rows]
+        whole[dim] = len(streams) * batch.lora_rank
         side_by_side = torch.empty(whole, dtype=torch.float64, device=self.device)
         for stream, part in zip(streams, side_by_side.split(batch.lora_rank, dim), strict=True):
             blocks = [stream[member] for member in batch.members]
             like = next((block for block in blocks if block is not None), torch.empty(0, device=self.device))
             zeros = like.new_zeros(shape) if any(block is None for block in blocks) else None
             tensors = [zeros if block is None else block.view(shape) for block in blocks]
-            part.copy_(_stack([tensor for tensor in tensors if tensor is not None]), non_blocking=True)
+            stacked = _stack([tensor for tensor in tensors if tensor is not None])
+            part.copy_(batch.apart(stacked), non_blocking=True)
         return side_by_side
 
     def _load(self, batch: _Batch, tensors: list[Tensor]) -> Tensor:
-        """Return a batch as ``[blocks, *shape]`` float64 on the device of the products."""
+        """Return a batch as ``[blocks E, rows, r]`` or ``[blocks E, r, rows]`` float64 on the device of the products."""
         if self.device.type != "cpu":
-            return _stack(tensors).to(self.device, non_blocking=True).to(torch.float64)
+            return batch.apart(_stack(tensors).to(self.device, non_blocking=True).to(torch.float64))
         stacked, parts = self._room(0, batch)
         torch._foreach_copy_(parts, tensors)
-        return stacked
+        return batch.apart(stacked)
 
     def _store(self, product: Tensor, tensors: list[Tensor], parts: list[Tensor] | None = None) -> None:
         """Write a product into its blocks.
@@ -243,8 +281,10 @@ class BlockSet:
             slots: dict[int, list[int]] = {}
             sizes: dict[int, list[int]] = {}
             for batch in batches:
-                slots.setdefault(batch.lora_rank, []).extend(self._slots[member] for member in batch.members)
-                sizes.setdefault(batch.lora_rank, []).append(len(batch.members))
+                firsts = [self._slots[member] for member in batch.members]
+                places = [first + expert for first in firsts for expert in range(batch.experts)]
+                slots.setdefault(batch.lora_rank, []).extend(places)
+                sizes.setdefault(batch.lora_rank, []).append(len(places))
             on_device = {lora_rank: torch.tensor(places).to(self.device) for lora_rank, places in slots.items()}
             self._plans[devices] = _Plan(tuple(batches), on_device, sizes)
         return self._plans[devices]
@@ -253,13 +293,16 @@ class BlockSet:
         by_shape: dict[tuple[Any, ...], list[int]] = {}
         for position, spec in enumerate(self.specs):
             if devices[position] is not None:
-                key = (self._lora_ranks[spec.pair], spec.shape, spec.columns, devices[position])
+                alternating = spec.experts > 1 and spec.side == SIDE_B
+                lora_rank = self._lora_ranks[spec.pair]
+                key = (lora_rank, spec.shape, spec.columns, spec.experts, alternating, devices[position])
                 by_shape.setdefault(key, []).append(position)
         elements = _STACKED_ELEMENTS.get(self.device.type, _STACKED_ELEMENTS_ELSEWHERE)
-        for (lora_rank, shape, columns, _), positions in by_shape.items():
+        for (lora_rank, shape, columns, experts, alternating, _), positions in by_shape.items():
             size = max(1, elements // (shape[0] * shape[1]))
             for start in range(0, len(positions), size):
-                yield _Batch(lora_rank, shape, columns, tuple(positions[start : start + size]))
+                members = tuple(positions[start : start + size])
+                yield _Batch(lora_rank, shape, columns, experts, alternating, members)
 
 
 def _tensors(batch: _Batch, blocks: Sequence[Tensor | None]) -> list[Tensor]:

@@ -39,12 +39,15 @@ class BlockSpec(NamedTuple):
         side: SIDE_A for lora_A, SIDE_B for lora_B.
         shape: shape in memory.
         columns: True if the block is ``[r, rows]``, with the tall factor's rows as columns; False if ``[rows, r]``.
+        experts: E, the number of factors that lie side by side in the block, whose rows are then E r long. Those of
+            lora_A follow each other; those of lora_B alternate, the expert being the fastest index.
     """
 
     pair: int
     side: int
     shape: tuple[int, int]
     columns: bool
+    experts: int = 1
 
     @property
     def rows(self) -> int:

@@ -73,7 +73,10 @@ class Retiler:
             (factor, shape) for factor in self._order if (shape := self._tilings[factor].received) is not None
         ]
         placed = [(place.factor, place.shape) for place in self._direct] + self._received
-        self.specs = [BlockSpec(factor // 2, factor % 2, shape, layouts[factor].columns) for factor, shape in placed]
+        self.specs = [
+            BlockSpec(factor // 2, factor % 2, shape, layouts[factor].columns, layouts[factor].experts)
+            for factor, shape in placed
+        ]
         self._exchanges: dict[tuple[tuple[bool, ...], ...], Exchange] = {}
 
     def to_blocks(self, channels: Sequence[Channel], present: Sequence[Sequence[bool]]) -> list[list[Tensor | None]]:

@@ -40,6 +40,7 @@ class Layout(NamedTuple):
         chunk: number of elements per rank.
         offset: place of the factor's first element in the flat buffer that is cut; other parameters may precede it.
         by_rows: whether pieces are whole rows of the tall factor, in either storage.
+        experts: E, the number of r columns wide factors that are stored side by side, as one.
     """
 
     rows: int
@@ -48,16 +49,22 @@ class Layout(NamedTuple):
     chunk: int
     offset: int = 0
     by_rows: bool = False
+    experts: int = 1
+
+    @property
+    def width(self) -> int:
+        """Number of columns of the tall factor, E r."""
+        return self.lora_rank * self.experts
 
     @property
     def numel(self) -> int:
         """Number of elements of the factor."""
-        return self.rows * self.lora_rank
+        return self.rows * self.width
 
     @property
     def shape(self) -> Shape:
         """Shape of the stored factor."""
-        return (self.lora_rank, self.rows) if self.columns else (self.rows, self.lora_rank)
+        return (self.width, self.rows) if self.columns else (self.rows, self.width)
 
     def piece(self, rank: int) -> Piece:
         """Return the elements that a rank holds."""
@@ -84,7 +91,7 @@ class Layout(NamedTuple):
         bounds = self._inner_bounds()
         if self.columns:
             return bool(bounds)
-        return any(bound % self.lora_rank for bound in bounds)
+        return any(bound % self.width for bound in bounds)
 
     def _inner_bounds(self) -> list[int]:
         """Return the first two places inside the factor at which it is cut; chunks are equal, so two suffice."""
@@ -143,8 +150,8 @@ def tile(layout: Layout, rank: int, owner: int) -> Tiling:
     if layout.columns and not layout.by_rows:
         return _tile_columns(layout, piece, rank, owner)
     if layout.columns:
-        rows = piece.numel // layout.lora_rank
-        return Tiling(direct=(0, (layout.lora_rank, rows)) if rows else None)
+        rows = piece.numel // layout.width
+        return Tiling(direct=(0, (layout.width, rows)) if rows else None)
     return _tile_rows(layout, piece, rank)
 
 
@@ -160,7 +167,7 @@ def _tile_columns(layout: Layout, piece: Piece, rank: int, owner: int) -> Tiling
 def _tile_rows(layout: Layout, piece: Piece, rank: int) -> Tiling:
     if not piece.numel:
         return Tiling()
-    width = layout.lora_rank
+    width = layout.width
     first = min(-(-piece.start // width) * width, piece.stop)
     last = max(piece.stop // width * width, first)
     direct = (first - piece.start, ((last - first) // width, width)) if last > first else None
@@ -189,7 +196,7 @@ def head(layout: Layout, rank: int, count: int) -> list[tuple[int, int, int]]:
     if not (layout.columns and layout.by_rows):
         numel = min(piece.stop, count) - piece.start
         return [(0, piece.start, numel)] if numel > 0 and piece.numel else []
-    width, first = piece.numel // layout.lora_rank, piece.start // layout.lora_rank
+    width, first = piece.numel // layout.width, piece.start // layout.width
     runs = []
     for row in range(-(-count // layout.rows)):
         numel = min(row * layout.rows + first + width, count) - (row * layout.rows + first)

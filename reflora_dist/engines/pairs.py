@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -32,14 +32,19 @@ class AdapterPair:
     A convolution's ``lora_A`` ``[r, channels, *kernel]`` counts as ``[r, channels * prod(kernel)]``, and its 1 x 1
     ``lora_B`` as ``[out, r]``: its update is their product, too. An embedding's update is ``(B A)^T``.
 
+    An adapter of E experts (PEFT's ``target_parameters``) counts as E pairs. Its lora_A is ``[E r, in]``, one expert
+    after the other. Its lora_B is ``[out, r E]``, with the expert as the fastest index. Expert e's update is
+    ``B_e A_e``, or its transpose, depending on the order of the base parameter.
+
     Parameters are looked up on every access, since accelerate and FSDP2 replace them when they shard.
 
     Attributes:
         name: path of the layer without wrappers, then the adapter's name.
-        lora_rank: r.
+        lora_rank: r, of one expert.
         in_features, out_features: in and out, sizes of the whole factors.
         layer: PEFT's LoRA layer.
         adapter: PEFT's name of the adapter.
+        experts: E; 1 for every other adapter.
     """
 
     name: str
@@ -48,6 +53,7 @@ class AdapterPair:
     out_features: int
     layer: LoraLayer
     adapter: str
+    experts: int = 1
 
     @property
     def lora_a(self) -> torch.Tensor:
@@ -63,14 +69,19 @@ class AdapterPair:
         return float(self.layer.scaling[self.adapter])
 
     @property
+    def width(self) -> int:
+        """Number of columns of both tall factors, E r."""
+        return self.lora_rank * self.experts
+
+    @property
     def shape_a(self) -> tuple[int, int]:
-        """Whole shape of lora_A as PEFT stores it, ``(r, in)``."""
-        return (self.lora_rank, self.in_features)
+        """Whole shape of lora_A as PEFT stores it, ``(E r, in)``."""
+        return (self.width, self.in_features)
 
     @property
     def shape_b(self) -> tuple[int, int]:
-        """Whole shape of lora_B, ``(out, r)``."""
-        return (self.out_features, self.lora_rank)
+        """Whole shape of lora_B, ``(out, E r)``."""
+        return (self.out_features, self.width)
 
     @property
     def stored_tall(self) -> bool:
@@ -81,7 +92,7 @@ class AdapterPair:
         """Return the layout of a side's factor (SIDE_A or SIDE_B) in one piece, not cut."""
         columns = side == SIDE_A and not self.stored_tall
         rows = self.in_features if side == SIDE_A else self.out_features
-        return Layout(rows, self.lora_rank, columns, chunk=rows * self.lora_rank)
+        return Layout(rows, self.lora_rank, columns, chunk=rows * self.width, experts=self.experts)
 
     def _factor(self, side: int) -> torch.Tensor:
         module, name = self.owners()[side]
@@ -129,6 +140,11 @@ def find_pairs(model: nn.Module) -> list[AdapterPair]:
     return pairs
 
 
+def by_expert(pairs: Iterable[AdapterPair]) -> list[AdapterPair]:
+    """Return each adapter as often as it has experts: as often as a method finds a pair in it."""
+    return [pair for pair in pairs for _ in range(pair.experts)]
+
+
 def _identity(factor: torch.Tensor) -> int:
     """Return an identity of a factor: the address of its memory, or ``id`` if it has no memory.
 
@@ -170,7 +186,8 @@ def _pairs_of(name: str, module: nn.Module) -> Iterator[AdapterPair]:
                 sizes = (module.r[adapter], module.in_features, module.out_features)
                 yield AdapterPair(full_name, *sizes, module, adapter)
         elif adapter in module.lora_A:
-            yield AdapterPair(full_name, *_sizes(full_name, module, adapter), module, adapter)
+            experts = module.num_experts if isinstance(module, ParamWrapper) else 1
+            yield AdapterPair(full_name, *_sizes(full_name, module, adapter), module, adapter, experts)
 
 
 def _sizes(name: str, layer: LoraLayer, adapter: str) -> tuple[int, int, int]:
@@ -181,14 +198,15 @@ def _sizes(name: str, layer: LoraLayer, adapter: str) -> tuple[int, int, int]:
     if hasattr(factor_a, "kernel_size"):
         in_features = factor_a.in_channels * math.prod(factor_a.kernel_size)
         return factor_a.out_channels, in_features, factor_b.out_channels
-    return factor_a.out_features, factor_a.in_features, factor_b.out_features
+    experts = layer.num_experts if isinstance(layer, ParamWrapper) else 1
+    return factor_a.out_features // experts, factor_a.in_features, factor_b.out_features
 
 
 def _refuse_unsupported(name: str, layer: LoraLayer, adapter: str) -> None:
-    if isinstance(layer, (MultiheadAttention, ParamWrapper)):
+    if isinstance(layer, MultiheadAttention):
         raise ValueError(
             f"adapter {name} is a {type(layer).__name__} LoRA layer, which is not supported; leave its "
-            "module out of target_modules / target_parameters"
+            "module out of target_modules"
         )
     if isinstance(layer.lora_A[adapter], torch.Tensor):  # as in AdaLoRA
         raise ValueError(f"adapter {name} is a {type(layer).__name__}, which is not supported; use peft.LoraConfig")

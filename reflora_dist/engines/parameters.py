@@ -72,5 +72,5 @@ class ParameterEngine(Engine):
     def _check_whole(self) -> None:
         for pair in self.pairs:
             numel = pair.lora_a.numel() + pair.lora_b.numel()
-            if numel != pair.lora_rank * (pair.in_features + pair.out_features):
+            if numel != pair.width * (pair.in_features + pair.out_features):
                 raise ValueError(f"{pair.name} is sharded, but not the model given: pass the wrapped model")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper
+from peft.tuners.lora.layer import Embedding, MultiheadAttention
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -144,7 +144,7 @@ def in_peft_form(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _convertible(layer: LoraLayer) -> Iterator[tuple[str, nn.Linear]]:
-    if isinstance(layer, (Embedding, MultiheadAttention, ParamWrapper)):
+    if isinstance(layer, (Embedding, MultiheadAttention)):
         return
     modules: Any = layer.lora_A
     for adapter, module in modules.items():

@@ -7,7 +7,6 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from ..algebra.tall_blocks import BlockSet
 from ..algebra.types import Matrices
 from ..collectives.communicator import Communicator
 from ..collectives.exchange import Channel
@@ -18,6 +17,7 @@ from ..methods.base import Transform
 from .base import Step
 from .figures import gram_figures
 from .half import HalfGuard
+from .own_blocks import block_set
 from .solver import Solver, count_unsolved
 
 
@@ -59,7 +59,7 @@ class GradientStep(Step):
         self._retiler = retiler
         self._solver = solver
         self._uses_gradients = uses_gradients
-        self._blocks = BlockSet(retiler.specs, [pair.lora_rank for pair in engine.pairs], communicator.device)
+        self._blocks = block_set(engine, retiler.specs, communicator.device)
         self._everything = (True,) * (2 * len(engine.pairs))
         self._acts_on = tuple(factor // 2 not in hopeless for factor in range(2 * len(engine.pairs)))
         self._transform: Transform | None = None

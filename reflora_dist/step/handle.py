@@ -18,7 +18,7 @@ from ..collectives.communicator import Communicator
 from ..collectives.ranks import raise_on_all_ranks
 from ..engines.base import Engine
 from ..engines.find import find_engine
-from ..engines.pairs import active_adapters, find_pairs, lora_layers
+from ..engines.pairs import active_adapters, by_expert, find_pairs, lora_layers
 from ..methods.config import RefLoRAConfig
 from ..methods.registry import METHODS
 from .handle_state import changed_settings, check_state, handle_state
@@ -121,14 +121,15 @@ class Handle:
     def report(self) -> Report:
         """Return this rank's figures so far. Waits for the device; local, no communication."""
         lora_ranks: dict[int, int] = {}
-        for pair in self._engine.pairs:
+        pairs = by_expert(self._engine.pairs)
+        for pair in pairs:
             lora_ranks[pair.lora_rank] = lora_ranks.get(pair.lora_rank, 0) + 1
         return Report(
             method=self.config.method,
             engine=self._engine.name,
             layout=self._engine.layout,
             world_size=dist.get_world_size() if dist.is_initialized() else 1,
-            num_pairs=len(self._engine.pairs),
+            num_pairs=len(pairs),
             lora_ranks=lora_ranks,
             collectives_per_step=dict(self._comm.calls),
             bytes_per_step=self._comm.bytes,

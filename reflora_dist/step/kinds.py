@@ -9,6 +9,7 @@ import torch
 from ..collectives.communicator import Communicator
 from ..collectives.retile import Retiler
 from ..engines.base import Engine
+from ..engines.pairs import by_expert
 from ..methods.base import FactorMethod, MatrixMethod, OptimizerMethod, RescalingMethod
 from ..methods.config import RefLoRAConfig
 from ..methods.registry import METHODS
@@ -41,9 +42,11 @@ def make_step(engine: Engine, config: RefLoRAConfig, communicator: Communicator,
     if issubclass(method, RescalingMethod):
         return RescalingStep(method(), engine, communicator)
     if issubclass(method, MatrixMethod):
-        scalings = [pair.scaling for pair in engine.pairs]
-        lora_ranks = [pair.lora_rank for pair in engine.pairs]
-        solver = Solver(method, config, scalings, lora_ranks, communicator, hopeless)
+        pairs = by_expert(engine.pairs)
+        numbers = [number for number, pair in enumerate(engine.pairs) for _ in range(pair.experts)]
+        unsolvable = [place for place, number in enumerate(numbers) if number in hopeless]
+        scalings, lora_ranks = [pair.scaling for pair in pairs], [pair.lora_rank for pair in pairs]
+        solver = Solver(method, config, scalings, lora_ranks, communicator, unsolvable)
         retiler = _retiler(engine, communicator)
         if issubclass(method, FactorMethod):
             return FactorStep(engine, retiler, communicator, solver, method.carries_moments(config))

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.tall_blocks import BlockSet
 from ..collectives.communicator import Communicator
 from ..collectives.grams import reduce_grams
 from ..collectives.retile import Retiler
@@ -16,6 +15,7 @@ from ..engines.base import Engine, Firing
 from ..methods.lora_muon import muon_update
 from .muon_optimizer import LoRAMuon, decay_of
 from .optimizer_step import OptimizerStep
+from .own_blocks import block_set
 
 
 class MuonStep(OptimizerStep):
@@ -27,9 +27,8 @@ class MuonStep(OptimizerStep):
 
     def __init__(self, optimizer: LoRAMuon, engine: Engine, retiler: Retiler, communicator: Communicator) -> None:
         super().__init__(optimizer, engine, retiler, communicator)
-        lora_ranks = [pair.lora_rank for pair in engine.pairs]
         # on a GPU a set remembers the addresses of one list of blocks
-        self._moment_blocks = BlockSet(retiler.specs, lora_ranks, communicator.device)
+        self._moment_blocks = block_set(engine, retiler.specs, communicator.device)
         self._scalings = [pair.scaling for pair in engine.pairs]
         inverses = [1 / abs(scaling) if scaling else 0.0 for scaling in self._scalings]
         self._inverse_scaling = {

@@ -9,7 +9,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..algebra.tall_blocks import BlockSet
 from ..algebra.types import Matrices
 from ..collectives.communicator import Communicator
 from ..collectives.ranks import raise_on_all_ranks
@@ -19,6 +18,7 @@ from .base import Step
 from .factor_optimizer import FactorOptimizer
 from .figures import gram_figures
 from .half import HalfGuard
+from .own_blocks import block_set
 
 
 class OptimizerStep(Step, abc.ABC):
@@ -46,7 +46,7 @@ class OptimizerStep(Step, abc.ABC):
         super().__init__(engine, communicator)
         self._optimizer = optimizer
         self._retiler = retiler
-        self._blocks = BlockSet(retiler.specs, [pair.lora_rank for pair in engine.pairs], communicator.device)
+        self._blocks = block_set(engine, retiler.specs, communicator.device)
         self._everything = (True,) * (2 * len(engine.pairs))
         device = communicator.device  # indexing with a list would make every step wait for the device
         self._pairs = {r: torch.tensor(pairs, device=device) for r, pairs in self._blocks.pairs_by_rank.items()}
@@ -176,12 +176,12 @@ class OptimizerStep(Step, abc.ABC):
         """
         if self._guard is None:
             return skipped
-        broken = torch.zeros(len(self._engine.pairs), dtype=torch.bool, device=self._comm.device)
+        broken = torch.zeros(len(self._engine.pairs), dtype=torch.int64, device=self._comm.device)
         for of_one in grams:
             for r, both in of_one.items():
                 flags = ~torch.isfinite(both).flatten(2).all(dim=2).all(dim=0)
-                broken.index_copy_(0, self._pairs[r], broken.index_select(0, self._pairs[r]) | flags)
-        left = self._guard.restore(never=broken)
+                broken.index_add_(0, self._pairs[r], flags.to(broken.dtype))  # several experts may be broken
+        left = self._guard.restore(never=broken > 0)
         return {r: flags | left.index_select(0, self._pairs[r]) for r, flags in skipped.items()}
 
     def _read_groups(self, present: Sequence[bool]) -> None:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..algebra.tall_blocks import BlockSet
 from ..algebra.tensor_lists import PerTensor
 from ..algebra.types import Matrices
 from ..collectives.communicator import Communicator
 from ..collectives.exchange import Channel
+from ..collectives.expert_views import ExpertViews
 from ..collectives.grams import reduce_grams
 from ..collectives.retile import Retiler
 from ..engines.base import Engine, Firing
+from ..engines.pairs import by_expert
 from ..methods.base import RescalingMethod
 from .base import Step
 from .figures import balance_figures, gram_figures
 from .half import HalfGuard
+from .own_blocks import block_set
 from .solver import Solver
 
 # State keys of Adam's variants. Where X becomes X M, a gradient becomes grad M^-T: so do first moments, and second
@@ -49,10 +52,16 @@ class RewritingStep(Step, abc.ABC):
         super().__init__(engine, communicator)
         self._carries_moments = carries_moments
         self._guard = HalfGuard(communicator) if engine.has_half_gradients() else None
+        adapters = [number for number, pair in enumerate(engine.pairs) for _ in range(pair.experts)]
+        self._adapters = torch.tensor(adapters, device=communicator.device)  # of every pair
 
     @abc.abstractmethod
     def _rewrite(self, weights: list[Tensor], moments: Moments) -> Tensor:
-        """Rewrite local pieces in place. Return ``[P]`` bool, False for a pair that has no solution and stays."""
+        """Rewrite local pieces in place.
+
+        Returns:
+            ``[P]`` bool, False for a pair that has no solution and stays; an adapter of E experts has E pairs.
+        """
 
     def before_first_step(self, *, due: bool) -> Tensor | None:
         return self._timed(in_step=False) if due else None
@@ -82,7 +91,7 @@ class RewritingStep(Step, abc.ABC):
             self._guard.keep([weights, *moments.values()])
         solved = self._rewrite(weights, moments)
         if self._guard is not None:
-            solved = solved & ~self._guard.restore()
+            solved = solved & ~self._guard.restore().index_select(0, self._adapters)
         self._engine.publish_weights(in_step)
         return (~solved).sum()
 
@@ -110,23 +119,38 @@ class RescalingStep(RewritingStep):
         super().__init__(engine, communicator, carries_moments=True)
         self._method = method
         self._per_tensor = PerTensor(communicator.shard_device)
+        self._experts = ExpertViews(engine.layouts(), communicator.rank, communicator.shard_device)
         self.squared_norms: Tensor | None = None
 
     def figures(self) -> dict[str, float]:
         return {} if self.squared_norms is None else balance_figures(self.squared_norms)
 
     def _rewrite(self, weights: list[Tensor], moments: Moments) -> Tensor:
-        squared_norms = self._per_tensor.squares(weights).to(self._comm.device)
+        squared_norms = self._squares(weights).to(self._comm.device)
         (squared_norms,) = self._comm.all_reduce([squared_norms])
         self.squared_norms = squared_norms.view(-1, 2).T
         rescaling = self._method.solve(self.squared_norms)
         factors = torch.stack([rescaling.factor_a, 1 / rescaling.factor_a], dim=1).flatten()
         factors = factors.to(self._comm.shard_device)
-        self._per_tensor.scale_("weights", weights, factors)
+        self._scale("weights", weights, factors)
         inverse = factors.reciprocal()
         for key, of_key in moments.items():
-            self._per_tensor.scale_(key, of_key, inverse if key == _FIRST_MOMENT else inverse.square())
+            self._scale(key, of_key, inverse if key == _FIRST_MOMENT else inverse.square())
         return rescaling.solved
+
+    def _squares(self, weights: list[Tensor]) -> Tensor:
+        """Return the sum of squares of this rank's elements of every factor, ``[2 P]`` float64."""
+        owners = self._experts.owners
+        if owners is None:
+            return self._per_tensor.squares(weights)
+        views = [view for view in self._experts.of(weights) if view is not None]
+        squares = self._per_tensor.squares(views)
+        return squares.new_zeros(2 * self._experts.num_pairs).index_add_(0, owners, squares)
+
+    def _scale(self, name: str, tensors: Sequence[Tensor | None], factors: Tensor) -> None:
+        owners = self._experts.owners
+        scales = factors if owners is None else factors.index_select(0, owners)
+        self._per_tensor.scale_(name, self._experts.of(tensors), scales)
 
 
 class FactorStep(RewritingStep):
@@ -154,10 +178,13 @@ class FactorStep(RewritingStep):
         super().__init__(engine, communicator, carries_moments)
         self._retiler = retiler
         self._solver = solver
-        self._blocks = BlockSet(retiler.specs, [pair.lora_rank for pair in engine.pairs], communicator.device)
+        self._blocks = block_set(engine, retiler.specs, communicator.device)
         self._everything = (True,) * (2 * len(engine.pairs))
+        places: dict[int, list[int]] = {}
+        for place, pair in enumerate(by_expert(engine.pairs)):
+            places.setdefault(pair.lora_rank, []).append(place)
         device = communicator.device  # indexing with a list would make every step wait for the device
-        self._pairs = {r: torch.tensor(pairs, device=device) for r, pairs in self._blocks.pairs_by_rank.items()}
+        self._places = {r: torch.tensor(of_rank, device=device) for r, of_rank in places.items()}
         self.grams: Matrices = {}
 
     def figures(self) -> dict[str, float]:
@@ -180,7 +207,7 @@ class FactorStep(RewritingStep):
 
     def _by_pair(self, flags: dict[int, Tensor]) -> Tensor:
         """``[P]`` bool in the order of pairs, from flags by r."""
-        ordered = torch.empty(len(self._engine.pairs), dtype=torch.bool, device=self._comm.device)
-        for r, pairs in self._pairs.items():
-            ordered.index_copy_(0, pairs, flags[r])
+        ordered = torch.empty(len(self._adapters), dtype=torch.bool, device=self._comm.device)
+        for r, places in self._places.items():
+            ordered.index_copy_(0, places, flags[r])
         return ordered

@@ -101,7 +101,7 @@ class _Packed:
         self._starts: list[int] = []
         size = 0
         for factor, layout in enumerate(engine.layouts()):
-            count = packed_size(layout.lora_rank)
+            count = layout.experts * packed_size(layout.lora_rank)
             self._starts.append(size)
             for start, position, numel in head(layout, communicator.rank, count):
                 self._runs.append((factor, start, size + position, numel))
@@ -114,8 +114,11 @@ class _Packed:
 
     def _index(self, lora_rank: int, pairs: Sequence[int]) -> Tensor:
         """Positions of each pair's numbers in the vector, ``[2, P_r, r (r + 1) / 2 + 1]`` int64."""
+        size = packed_size(lora_rank)
+        first = {pair: place for place, pair in reversed(list(enumerate(pairs)))}
+        experts = torch.tensor([place - first[pair] for place, pair in enumerate(pairs)])
         starts = torch.tensor([[self._starts[2 * pair + side] for pair in pairs] for side in (0, 1)])
-        return starts[..., None] + torch.arange(packed_size(lora_rank))
+        return starts[..., None] + size * experts[:, None] + torch.arange(size)
 
     def heads(self) -> dict[int, list[slice]]:
         """Return, by factor, the slices of this rank's shard that hold the numbers; factors without any are absent."""

@@ -49,10 +49,10 @@ class Traffic:
         self._element_bytes = element_bytes
         self._method = METHODS[config.method]
         acts = self._method.acts and ranks > 1 and bool(layouts)
-        lora_ranks = [layout.lora_rank for layout in layouts[::2]]
+        lora_ranks = [layout.lora_rank for layout in layouts[::2] for _ in range(layout.experts)]
         self._there, self._back = self._method.channels(config)
         self.reduced = _FLOAT64 * sum(map(self._method.reduced_values, lora_ranks)) if acts else 0
-        self.flags = FLAG_BYTES * len(lora_ranks) if half and acts else 0
+        self.flags = FLAG_BYTES * (len(layouts) // 2) if half and acts else 0
         self.gathered = 0
         if acts and shares_out(lora_ranks, ranks, device):
             self.gathered = self._gathered(lora_ranks)

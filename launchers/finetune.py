@@ -61,7 +61,7 @@ from .training.options import PEFT_STARTS, Options, parse_options
 from .training.quantized import keep_weight_layout, quantization_config
 from .training.settings import RUN_FILE, LearningRateStays, RunSettings, settings_of, tell_differences
 from .training.starts import start_adapter
-from .training.targets import adapter_targets, require_layers
+from .training.targets import adapter_targets
 from .training.used_folder import SavedRun, earlier_run, results_are_there, steps_are_done, tell, train
 
 
@@ -267,15 +267,13 @@ def add_adapter(model: Any, options: Options) -> Any:
     Raises:
         ValueError: no layer has one of the target names, or PEFT cannot adapt it.
     """
-    targets = adapter_targets(model, options.lora.target_modules)
+    targets = adapter_targets(model, options.lora.target_modules, options.lora.target_parameters)
     try:
-        adapted = _with_adapter(model, targets, options)
+        return _with_adapter(model, targets, options)
     except Exception as error:  # PEFT prints the whole model, over many lines
-        names = ("lora_r", "lora_alpha", "target_modules", "init_lora_weights")
+        names = ("lora_r", "lora_alpha", "target_modules", "target_parameters", "init_lora_weights")
         asked = ", ".join(f"{name}={getattr(options.lora, name)!r}" for name in names)
         raise ValueError(f"PEFT makes no adapter of {asked} ({cause_of(error)}): correct these options") from error
-    require_layers(adapted)
-    return adapted
 
 
 def _with_adapter(model: Any, targets: dict[str, Any], options: Options) -> Any:

@@ -88,6 +88,11 @@ class LoraOptions:
         ["all-linear"],
         "Names of the layers that get an adapter; all-linear: every linear layer but the head.",
     )
+    target_parameters: list[str] = _option(  # noqa: RUF009
+        [],
+        "Names of parameters that get an adapter, as mlp.experts.down_proj of stacked experts. all-linear reaches "
+        "those of the models that PEFT knows, as Mixtral and Qwen3-MoE.",
+    )
     rslora: bool = _option(False, "Rank-stabilised scaling: alpha / sqrt(r).")
     dora: bool = _option(False, "DoRA: a trained magnitude beside the factors.")
     init_lora_weights: str = _option(
@@ -140,6 +145,7 @@ class LoraOptions:
         for name, default in (
             ("rslora", False),
             ("dora", False),
+            ("target_parameters", []),
             ("init_lora_weights", "default"),
             ("reflora_warmup_steps", None),
             ("reflora_interval", 1),

@@ -1,10 +1,11 @@
-"""Choose the layers that get an adapter: ``--target_modules``, checked against the model's layers."""
+"""Choose the layers and parameters that get an adapter, checked against the model's own."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
-from peft.tuners.lora import ParamWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -14,19 +15,31 @@ MAMBA_TYPES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotr
 NOT_IN_MAMBA = ["conv1d", "out_proj"]
 
 
-def adapter_targets(model: Any, names: list[str]) -> dict[str, Any]:
-    """Return ``target_modules``, and ``exclude_modules`` for all-linear, of a PEFT configuration.
+def adapter_targets(model: Any, names: list[str], parameters: Sequence[str] = ()) -> dict[str, Any]:
+    """Return ``target_modules``, ``exclude_modules`` for all-linear, and ``target_parameters`` of a PEFT configuration.
 
     Args:
         model: the model as transformers made it.
         names: names of layers, or all-linear alone.
+        parameters: names of parameters, as those of stacked experts.
 
     Raises:
-        ValueError: no layer has one of the names. PEFT itself refuses only if no name fits.
+        ValueError: no layer, or no parameter, has one of the names. PEFT itself refuses only if no name fits.
     """
+    further = {"target_parameters": list(parameters)} if parameters else {}
+    known = [path for path, parameter in model.named_parameters() if len(_shape(parameter)) in (2, 3)]
+    missing = [name for name in parameters if not any(f".{path}".endswith(f".{name}") for path in known)]
+    if missing:
+        stacked = sorted(
+            {re.sub(r".*\.\d+\.", "", p) for p, value in model.named_parameters() if len(_shape(value)) == 3}
+        )
+        raise ValueError(
+            f"target_parameters: {type(model).__name__} has no parameter {', '.join(map(repr, missing))} of two or three "
+            f"dimensions; {'its stacked experts are ' + ', '.join(stacked) if stacked else 'it has no stacked experts'}"
+        )
     if names == [ALL_LINEAR]:
         mamba = model.config.model_type in MAMBA_TYPES
-        return {"target_modules": ALL_LINEAR, "exclude_modules": NOT_IN_MAMBA if mamba else None}
+        return {"target_modules": ALL_LINEAR, "exclude_modules": NOT_IN_MAMBA if mamba else None, **further}
     layers = [path for path, _ in model.named_modules()]
     missing = [name for name in names if not any(f".{layer}".endswith(f".{name}") for layer in layers)]
     if missing:
@@ -34,25 +47,11 @@ def adapter_targets(model: Any, names: list[str]) -> dict[str, Any]:
             f"target_modules: {type(model).__name__} has no layer {', '.join(map(repr, missing))}; give {ALL_LINEAR}, "
             f"or some of its linear layers: {linear_names(model)}"
         )
-    return {"target_modules": names}
+    return {"target_modules": names, **further}
 
 
-def require_layers(model: Any) -> None:
-    """Refuse adapters of stacked experts, which PEFT makes for all-linear and for the names of their former layers.
-
-    Args:
-        model: the PEFT model.
-
-    Raises:
-        ValueError: the model has such an adapter.
-    """
-    experts = [path for path, layer in model.named_modules() if isinstance(layer, ParamWrapper)]
-    if experts:
-        raise ValueError(
-            f"target_modules reach the stacked experts or the router of {type(model.get_base_model()).__name__} "
-            f"({experts[0]}, ...), for whose adapters no method is made; name some of its other linear layers: "
-            f"{linear_names(model)}"
-        )
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 has cut it already
 
 
 def linear_names(model: Any) -> str:

@@ -62,7 +62,9 @@ class ExpertViews:
             return [[None] * len(views) for views in self._views(factor, template)]
         flat = tensor.view(-1)
         if factor % 2 == SIDE_B:  # the expert is the fastest index
-            return [[flat[(expert - piece.start) % layout.experts :: layout.experts]] for expert in range(layout.experts)]
+            return [
+                [flat[(expert - piece.start) % layout.experts :: layout.experts]] for expert in range(layout.experts)
+            ]
         if layout.columns:
             return [[flat[start:stop]] for start, stop in _runs_of_rows(layout, piece)]
         return [list(_runs_of_columns(layout, piece, flat, expert)) for expert in range(layout.experts)]

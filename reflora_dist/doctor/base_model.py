@@ -111,7 +111,12 @@ def build(config: Any, options: DoctorOptions, dtype: torch.dtype, tall: bool = 
     arguments = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **arguments)
-        lora = LoraConfig(task_type=TaskType.CAUSAL_LM, r=options.lora_r, target_modules=targets)
+        lora = LoraConfig(
+            task_type=TaskType.CAUSAL_LM,
+            r=options.lora_r,
+            target_modules=targets,
+            target_parameters=options.target_parameters or None,
+        )
         model = get_peft_model(model, lora)
         if tall:
             tall_adapters(model)

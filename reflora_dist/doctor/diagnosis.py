@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..collectives.tiling import Layout
-from ..engines.pairs import find_pairs
+from ..engines.pairs import by_expert, find_pairs
 from ..engines.tall import tall_adapters
 from ..methods.registry import METHODS
 from ..step.method_optimizers import METHOD_OPTIMIZERS
@@ -194,7 +194,7 @@ def _estimate(result: Diagnosis, setup: Setup, model_config: Any, device: torch.
     except ValueError as error:
         activations = 0
         findings.warning("activations", f"not estimated: {error}", "leave room for them")
-    lora_ranks = [pair.lora_rank for pair in model.pairs]
+    lora_ranks = [pair.lora_rank for pair in by_expert(model.pairs)]
     matrices = method_bytes(config, lora_ranks, result.traffic, setup.shard_size)
     moments = setup.moments if setup.moments is not None else OPTIMIZERS[options.optim or "adamw"]
     moments = 2 if options.method in METHOD_OPTIMIZERS else moments
@@ -237,6 +237,13 @@ def _check_adapter(model: MetaModel, setup: Setup, options: DoctorOptions, findi
             "optimizer fires several times per step, and the method's exchanges are repeated each time; the number of "
             "collectives reported here is that of one firing",
             f"sub_group_size of at least {part}",
+        )
+    of_parameters = [pair for pair in model.pairs if pair.of_a_parameter]
+    if of_parameters and setup.engine.startswith("fsdp1"):
+        findings.error(
+            "fsdp_version",
+            f"{of_parameters[0].name} adapts a parameter (target_parameters), which PEFT cannot do under FSDP1",
+            "fsdp_version: 2, or name --target_modules without the stacked experts",
         )
     deficient = [pair for pair in model.pairs if pair.lora_rank > min(pair.in_features, pair.out_features)]
     if deficient and options.method not in ("lora", "reflora-s"):

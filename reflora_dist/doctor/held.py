@@ -209,7 +209,7 @@ def pair_rows(setup: Setup, model: MetaModel, layouts: list[Layout]) -> list[dic
             _layout(layouts[factor], setup, whole[factor]) if layouts else "whole"
             for factor in (2 * index, 2 * index + 1)
         ]
-        rows[pair.lora_rank, pair.in_features, pair.out_features, *texts] += 1
+        rows[pair.lora_rank, pair.in_features, pair.out_features, *texts] += pair.experts
     names = ("lora_rank", "in_features", "out_features", "lora_A", "lora_B")
     return [{"pairs": count, **dict(zip(names, row, strict=True))} for row, count in rows.items()]
 

@@ -42,6 +42,7 @@ class DoctorOptions:
     load_in_4bit: bool = _option(False, "The base is kept in 4 bits, as by finetune.py --load_in_4bit.")
     lora_r: int = _option(16, "LoRA rank r.")
     target_modules: list[str] = _option(["all-linear"], "Layers that get an adapter.")  # noqa: RUF009
+    target_parameters: list[str] = _option([], "Parameters of stacked experts that get one.")  # noqa: RUF009
     optim: str | None = _option(None, "Optimizer. Default: DeepSpeed's file's, or adamw.", choices=tuple(OPTIMIZERS))
     mixed_precision: str | None = _option(
         None, "Where the configuration leaves it to the trainer. Default: bf16.", choices=tuple(PRECISIONS)

@@ -68,6 +68,12 @@ def recognize(model: nn.Module, optimizer: Any, pairs: Sequence[AdapterPair]) ->
     units = [module for module in model.modules() if isinstance(module, FullyShardedDataParallel)]
     if not units:
         return None
+    wrapped = [pair.name for pair in pairs if pair.of_a_parameter]
+    if wrapped:
+        raise ValueError(
+            f"{wrapped[0]} adapts a parameter (target_parameters), which PEFT's forward cannot do under FSDP1, not even "
+            "with plain LoRA: autograd refuses its change of a view of FSDP1's flat buffer; use FSDP2 (fully_shard)"
+        )
     groups = {id(unit.process_group): unit.process_group for unit in units if unit._handle is not None}
     sharded = any(unit._handle is not None and unit._handle.uses_sharded_strategy for unit in units)
     if sharded and len({tuple(dist.get_process_group_ranks(group)) for group in groups.values()}) > 1:

@@ -69,6 +69,11 @@ class AdapterPair:
         return float(self.layer.scaling[self.adapter])
 
     @property
+    def of_a_parameter(self) -> bool:
+        """Whether the adapter changes a parameter (``target_parameters``) and not a layer."""
+        return isinstance(self.layer, ParamWrapper)
+
+    @property
     def width(self) -> int:
         """Number of columns of both tall factors, E r."""
         return self.lora_rank * self.experts

@@ -59,7 +59,7 @@ def empty_base(
     labels = [tensors[key].shape[0] for key in tensors if key.endswith(_HEADS)]
     if config.task_type in ("SEQ_CLS", "TOKEN_CLS") and labels and settings.num_labels != labels[0]:
         settings.num_labels = labels[0]
-    chosen = _model_class(source, config, settings)
+    chosen = model_class(source, config, settings)
     remedy = "correct it, or name the base that the adapter was trained on"
     make = chosen.from_config if hasattr(chosen, "from_config") else chosen._from_config
     kind = {"dtype": dtype or settings.dtype or torch.float32}
@@ -72,7 +72,17 @@ def empty_base(
         return make(settings, **kind)
 
 
-def _model_class(source: Path, config: PeftConfig, settings: Any) -> Any:
+def model_class(source: Path, config: PeftConfig, settings: Any) -> Any:
+    """Return the class of transformers that the adapter was trained on.
+
+    Args:
+        source: the adapter's folder, for messages.
+        config: the adapter's configuration.
+        settings: the base's configuration.
+
+    Raises:
+        ValueError: the configurations name no class of transformers.
+    """
     if config.task_type in list(_AUTO_CLASSES):
         return getattr(transformers, _AUTO_CLASSES[str(config.task_type)])
     mapping: Any = config.auto_mapping or {}
@@ -87,14 +97,17 @@ def _model_class(source: Path, config: PeftConfig, settings: Any) -> Any:
         raise ValueError("neither its task_type nor the base's architectures name the model's class")
 
 
-def with_adapter(base: Any, config: PeftConfig, tensors: dict[str, Tensor], source: Path) -> PeftModel:
-    """Return the PEFT model of an empty base, with the adapter's parameters in the dtypes that PEFT gives them.
+def with_adapter(
+    base: Any, config: PeftConfig, tensors: dict[str, Tensor], source: Path, *, by_weight: bool = True
+) -> PeftModel:
+    """Return the PEFT model of a base, with the adapter's parameters in the dtypes that PEFT gives them.
 
     Args:
-        base: the base on the meta device.
+        base: the base, on the meta device or not.
         config: the adapter's configuration.
         tensors: the adapter's tensors by PEFT's names.
         source: the adapter's folder, for messages.
+        by_weight: refuse kinds of adapters that cannot be merged weight by weight.
 
     Raises:
         ValueError: the adapter does not fit the base, is damaged, or is of a kind that cannot be merged.
@@ -105,7 +118,8 @@ def with_adapter(base: Any, config: PeftConfig, tensors: dict[str, Tensor], sour
             model = PeftModel(base, config, ADAPTER)
     except Exception as error:  # no module has one of the target names, or PEFT rejects the configuration
         raise ValueError(f"the adapter in {source} does not fit the base in {folder}: {cause_of(error)}") from error
-    _refuse_unsupported(model)
+    if by_weight:
+        _refuse_unsupported(model)
     own = {name for name, _ in model.named_parameters(remove_duplicate=False) if _is_adapters(model, name)}
     _make_room(model, own | tensors.keys())
     try:

@@ -37,6 +37,7 @@ from ..files.stored_weights import INDEX_NAME, Entry, StoredWeights, find_model,
 from ..lora_sb.config import LoraXSConfig
 from ..starts.convert import convert_changed_base
 from .empty_model import ADAPTER, empty_base, with_adapter
+from .merge_in_memory import merge_in_memory
 
 
 def merge_adapter(
@@ -51,7 +52,8 @@ def merge_adapter(
     """Merge an adapter into a base and write the result of PEFT's ``merge_and_unload()``. One process, no ranks.
 
     Files, names and order of the weights are the base's; ``from_pretrained(output_dir)`` loads them. Memory holds the
-    adapter, one weight of the base and its change; input files are memory-mapped.
+    adapter, one weight of the base and its change; input files are memory-mapped. An adapter of parameters
+    (``target_parameters``) needs the whole model in memory.
 
     The result equals PEFT's result on a CPU to the last bit, with one exception. If the adapter changes an embedding
     that is tied to the head, PEFT changes the head too, so its merged model differs from the trained one. Here the two
@@ -82,10 +84,15 @@ def merge_adapter(
         folder = find_model(name, None if base else config.revision)
         require_no_adapter(str(folder), "merge it into the base that it names first, and give the merged model as base")
         refuse_merged_twice(folder, adapter_dir)
+        tokenizer = Path(tokenizer_dir or adapter_dir)
+        if getattr(config, "target_parameters", None):
+            tensors = read_peft_weights(source)
+            merge_in_memory(source, config, tensors, folder, target, dtype=dtype, tokenizer=tokenizer)
+            return
         stored, merged = StoredWeights(folder), merged_header(folder, Path(adapter_dir))
         merge = _Merge(source, config, stored, dtype)
         files = merge.files()
-        copied = other_files(stored.folder, Path(tokenizer_dir or adapter_dir))
+        copied = other_files(stored.folder, tokenizer)
         require_fitting_tokenizer(copied.values(), stored.folder, merge.vocabulary)
         total = sum(entry.num_bytes for entries in files.values() for entry in entries)
         require_space(target, total + sum(path.stat().st_size for path in copied.values()))

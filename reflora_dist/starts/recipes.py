@@ -52,6 +52,11 @@ def refuse_layers(pair: AdapterPair, init: str) -> None:
         ValueError: the layer is not linear, or smaller than the number of singular vectors; the message names the
             adapter.
     """
+    if pair.of_a_parameter:
+        raise ValueError(
+            f"init={init!r} changes the weights of layers, and {pair.name} adapts a parameter (target_parameters); keep "
+            "PEFT's start, lora_B = 0"
+        )
     if init == KAIMING_BOTH:
         return
     if not isinstance(pair.layer.get_base_layer(), (nn.Linear, Conv1D)):

@@ -230,8 +230,14 @@ def test_methods_for_plain_linear_layers_say_so(tmp_path: Path) -> None:
         finetune.add_adapter(small_architecture("gpt2"), options)
 
 
-def test_adapters_of_stacked_experts_are_refused_with_the_layers_to_name(tmp_path: Path) -> None:
-    saved_architecture("mixtral", tmp_path / "model")
-    options = finetune.parse_options(finetune_options(tmp_path, "out"))
-    with pytest.raises(ValueError, match=r"reach the stacked experts.*linear layers: k_proj, o_proj, q_proj, v_proj$"):
-        finetune.add_adapter(small_architecture("mixtral"), options)
+def test_every_name_must_fit_a_parameter() -> None:
+    model = small_architecture("mixtral")
+    names = ["mlp.experts.down_proj"]
+    assert adapter_targets(model, ["q_proj"], names) == {"target_modules": ["q_proj"], "target_parameters": names}
+    message = (
+        r"no parameter 'experts.w1' of two .*; its stacked experts are mlp.experts.down_proj, mlp.experts.gate_up_"
+    )
+    with pytest.raises(ValueError, match=message):
+        adapter_targets(model, ["q_proj"], ["experts.w1"])
+    with pytest.raises(ValueError, match="it has no stacked experts"):
+        adapter_targets(small_architecture("llama"), ["q_proj"], names)

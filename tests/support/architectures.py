@@ -24,6 +24,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen2MoeConfig",
         {**_GROUPED, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 8},
     ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {**_GROUPED, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "gpt_oss": ("GptOssConfig", {**_GROUPED, "head_dim": 8, "num_local_experts": 4}),
     "mixtral": ("MixtralConfig", {**_GROUPED, "num_local_experts": 4}),
     "phi": ("PhiConfig", _USUAL),
     "phi3": ("Phi3Config", _GROUPED),

@@ -28,15 +28,6 @@ _OF_ONE_METHOD = {
 _ADAPTER_SETTINGS = (
     "lora_r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "rslora", "dora", "init_lora_weights"
 )  # fmt: skip
-    "lora_r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "target_parameters",
-    "rslora",
-    "dora",
-    "init_lora_weights",
-)
 _DATA_SETTINGS = ("prompt_template", "max_length", "packing", "train_on_prompt")
 _TRAINING_SETTINGS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "optim_args", "weight_decay", "max_grad_norm",

@@ -24,9 +24,10 @@ from .options import Options
 _OPTIONS = {"r": "lora_r", "lora_alpha": "lora_alpha", "use_rslora": "rslora", "use_dora": "dora"}
 # layers are compared by their tensors, when the adapter is loaded; the other fields do not change the function
 _OTHERS = {"target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"} | {
-    "modules_to_save", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
+    "modules_to_save", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
     "lora_dropout", "init_lora_weights", "fan_in_fan_out", "ensure_weight_tying", "megatron_config", "megatron_core",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config", "qalora_group_size",
+    "peft_version",
 }  # fmt: skip
 
 

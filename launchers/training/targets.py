@@ -30,12 +30,11 @@ def adapter_targets(model: Any, names: list[str], parameters: Sequence[str] = ()
     known = [path for path, parameter in model.named_parameters() if len(_shape(parameter)) in (2, 3)]
     missing = [name for name in parameters if not any(f".{path}".endswith(f".{name}") for path in known)]
     if missing:
-        stacked = sorted(
-            {re.sub(r".*\.\d+\.", "", p) for p, value in model.named_parameters() if len(_shape(value)) == 3}
-        )
+        three_dimensional = [path for path, parameter in model.named_parameters() if len(_shape(parameter)) == 3]
+        stacked = ", ".join(sorted({re.sub(r".*\.\d+\.", "", path) for path in three_dimensional}))
         raise ValueError(
-            f"target_parameters: {type(model).__name__} has no parameter {', '.join(map(repr, missing))} of two or three "
-            f"dimensions; {'its stacked experts are ' + ', '.join(stacked) if stacked else 'it has no stacked experts'}"
+            f"target_parameters: {type(model).__name__} has no parameter {', '.join(map(repr, missing))} of two or "
+            f"three dimensions; {'its stacked experts are ' + stacked if stacked else 'it has no stacked experts'}"
         )
     if names == [ALL_LINEAR]:
         mamba = model.config.model_type in MAMBA_TYPES

@@ -199,7 +199,7 @@ class BlockSet:
                 self._store(batch.together(part), _tensors(batch, streams[output]))
 
     def _side_by_side(self, streams: Sequence[Sequence[Tensor | None]], batch: _Batch) -> Tensor:
-        """Return the streams of a batch side by side: ``[blocks E, k r, rows]`` or ``[blocks E, rows, k r]`` float64."""
+        """Return a batch's streams side by side: ``[blocks E, k r, rows]`` or ``[blocks E, rows, k r]`` float64."""
         shape = batch.shape
         dim = 1 if batch.columns else 2
         rows = shape[1] if batch.columns else shape[0]
@@ -216,7 +216,7 @@ class BlockSet:
         return side_by_side
 
     def _load(self, batch: _Batch, tensors: list[Tensor]) -> Tensor:
-        """Return a batch as ``[blocks E, rows, r]`` or ``[blocks E, r, rows]`` float64 on the device of the products."""
+        """Return a batch as ``[blocks E, rows, r]`` or ``[blocks E, r, rows]`` float64, on the products' device."""
         if self.device.type != "cpu":
             return batch.apart(_stack(tensors).to(self.device, non_blocking=True).to(torch.float64))
         stacked, parts = self._room(0, batch)

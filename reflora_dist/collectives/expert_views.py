@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -77,7 +78,7 @@ def _runs_of_rows(layout: Layout, piece: Piece) -> list[tuple[int, int]]:
         return [(expert * size, (expert + 1) * size) for expert in range(layout.experts)]
     size = layout.lora_rank * layout.rows
     bounds = [min(max(expert * size, piece.start), piece.stop) - piece.start for expert in range(layout.experts + 1)]
-    return list(zip(bounds, bounds[1:], strict=False))
+    return list(itertools.pairwise(bounds))
 
 
 def _runs_of_columns(layout: Layout, piece: Piece, flat: Tensor, expert: int) -> Iterator[Tensor]:

@@ -71,8 +71,8 @@ def recognize(model: nn.Module, optimizer: Any, pairs: Sequence[AdapterPair]) ->
     wrapped = [pair.name for pair in pairs if pair.of_a_parameter]
     if wrapped:
         raise ValueError(
-            f"{wrapped[0]} adapts a parameter (target_parameters), which PEFT's forward cannot do under FSDP1, not even "
-            "with plain LoRA: autograd refuses its change of a view of FSDP1's flat buffer; use FSDP2 (fully_shard)"
+            f"{wrapped[0]} adapts a parameter (target_parameters), which PEFT's forward cannot do under FSDP1, not "
+            "even with plain LoRA: autograd refuses its change of a view of FSDP1's buffer; use FSDP2 (fully_shard)"
         )
     groups = {id(unit.process_group): unit.process_group for unit in units if unit._handle is not None}
     sharded = any(unit._handle is not None and unit._handle.uses_sharded_strategy for unit in units)

@@ -54,8 +54,8 @@ def refuse_layers(pair: AdapterPair, init: str) -> None:
     """
     if pair.of_a_parameter:
         raise ValueError(
-            f"init={init!r} changes the weights of layers, and {pair.name} adapts a parameter (target_parameters); keep "
-            "PEFT's start, lora_B = 0"
+            f"init={init!r} changes the weights of layers, and {pair.name} adapts a parameter (target_parameters); "
+            "keep PEFT's start, lora_B = 0"
         )
     if init == KAIMING_BOTH:
         return

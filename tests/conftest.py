@@ -13,6 +13,8 @@ from benchmarks.harness.two_hosts import SYSTEM_PATH
 from tests.support import tally
 from tests.support.selection import starts_processes
 
+_LONGEST_FIRST = ("launchers", "engines", "checkpoints", "benchmarks", "doctor")  # folders of tests
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -71,4 +73,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     further = set(items) - set(kept)
     if further:
         config.hook.pytest_deselected(items=further)
-        items[:] = kept
+    # Two workers take whole files in this order: the longest first, so that neither waits for the other at the end.
+    items[:] = sorted(kept, key=_folder_order)
+
+
+def _folder_order(item: pytest.Item) -> int:
+    folder = item.path.parent.name
+    return _LONGEST_FIRST.index(folder) if folder in _LONGEST_FIRST else len(_LONGEST_FIRST)

@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 cd "$repository"
 # Files of tests run beside each other. Most start two ranks or more, so two at a time keep two cores busy.
 case "$*" in
-    "" | --all-ranks) set -- --numprocesses 2 --dist loadfile "$@" ;;
+    "" | --all-ranks) set -- --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@" ;;
     *--fast*) set -- --numprocesses logical --maxprocesses 4 --dist loadfile "$@" ;;
 esac
 exec "$PYTHON" -m pytest "$@"

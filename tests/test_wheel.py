@@ -137,7 +137,7 @@ def test_the_command_trains_where_there_is_no_repository(complete: Path, tmp_pat
 def test_the_command_names_itself_where_it_refuses_an_option(complete: Path, tmp_path: Path) -> None:
     command = [complete / "bin" / "reflora-train", "--lr", "1e-3"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    (line,) = ended.stderr.splitlines()
+    *_, line = ended.stderr.splitlines()
     assert ended.returncode == 1 and line.startswith("reflora-train: error: there is no option --lr; did you mean")
 
 

@@ -63,8 +63,7 @@ def test_one_process_writes_a_record(step_record: dict[str, Any]) -> None:
         ("ddp", "step"),
         ("fsdp2", "step"),
         ("fsdp2-flat", "step"),
-        ("zero3", "training"),
-        pytest.param("fsdp2", "training", marks=pytest.mark.all_ranks),
+        *(pytest.param(engine, "training", marks=pytest.mark.all_ranks) for engine in ("zero3", "fsdp2")),
     ],
 )
 def test_two_ranks_write_a_record(tmp_path: Path, engine: str, scope: str) -> None:

@@ -221,7 +221,7 @@ def _save_and_resume(rank: int, world_size: int, engine: str, kind: str, base: P
 
 
 def _engine_cases() -> Any:
-    default = {("zero3", "attention"), ("fsdp2", "attention"), ("fsdp1", "attention"), ("zero3+tall", "embedding")}
+    default = {("zero3", "attention"), ("fsdp1", "attention"), ("zero3+tall", "embedding")}
     for engine in (*ENGINES, "fsdp2+tall", "zero3+tall"):
         for kind in ("attention", "embedding", "head-saved"):
             if engine == "fsdp1" and kind != "attention":

@@ -308,7 +308,10 @@ def _on_rank(rank: int, world_size: int, configs: list[str], arguments: list[str
     return code, printed.getvalue()
 
 
-@pytest.mark.parametrize(("same", "tall"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("same", "tall"),
+    [(True, True), *(pytest.param(*case, marks=pytest.mark.all_ranks) for case in ((True, False), (False, True)))],
+)
 def test_under_a_launcher(same: bool, tall: bool, tmp_path: Path, small_model: str) -> None:
     """One answer, with the collectives timed; or the rank and the key that differ."""
     first = written(tmp_path, zero3(stage3_param_persistence_threshold=0), "first")

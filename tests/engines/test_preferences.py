@@ -26,7 +26,10 @@ STEPS = 4
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 PROMPTS = [f"Count to {number}:" for number in range(8)]
 PAIRS = [{"prompt": p, "chosen": f" one, two, {i}", "rejected": " I do not count"} for i, p in enumerate(PROMPTS)]
-ENGINES = ("single", "ddp", "zero2", "zero3", "fsdp2")
+
+
+def further(*engines: str) -> list[Any]:
+    return [pytest.param(engine, marks=pytest.mark.all_ranks) for engine in engines]
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +134,7 @@ def one_process(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return found
 
 
-@pytest.mark.parametrize("engine", ENGINES[1:])
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2", *further("ddp", "zero2")])
 def test_dpo_is_that_of_one_process(
     engine: str, folder: Path, one_process: dict[str, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
@@ -147,7 +150,7 @@ def test_dpo_is_that_of_one_process(
     assert found["log"][0]["loss"] == pytest.approx(0.693147, abs=1e-3)
 
 
-@pytest.mark.parametrize("engine", ["single", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["zero3", *further("single", "zero2", "fsdp2")])
 def test_grpo_generates_with_the_trained_adapter(engine: str, folder: Path, tmp_path: Path) -> None:
     found = _run("grpo", engine, "reflora", folder, tmp_path)
     assert found["report"]["applied_steps"] == STEPS - 1
@@ -177,7 +180,7 @@ def _resumed(rank: int, world_size: int, engine: str, base: Path, output: Path) 
         trainer.save_model(str(output / name / "adapter"))
 
 
-@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["fsdp2", *further("zero2", "zero3")])
 def test_dpo_resumes(engine: str, folder: Path, tmp_path: Path) -> None:
     run_ranks(_resumed, 2, engine, folder, tmp_path)
     assert _distance(_factors(tmp_path / "parts"), _factors(tmp_path / "whole")) < 1e-5

@@ -125,7 +125,9 @@ def _ending(rank: int, world_size: int, engine: str, argv: list[str]) -> str:
 
 
 @pytest.mark.parametrize("name", ["opt", "llama"])
-@pytest.mark.parametrize("engine", ["zero3", "fsdp1", "fsdp2"])
+@pytest.mark.parametrize(
+    "engine", ["fsdp2", *(pytest.param(e, marks=pytest.mark.all_ranks) for e in ("zero3", "fsdp1"))]
+)
 def test_sharded_models_are_asked_on_all_ranks(tmp_path: Path, engine: str, name: str) -> None:
     """OPT is refused in one line on every rank, before the first step; LLaMA trains."""
     saved_architecture(name, tmp_path / "model")

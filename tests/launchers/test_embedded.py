@@ -85,6 +85,7 @@ def test_records_are_cached_as_files_that_the_launcher_reads(
     assert ensure_records(tmp_path, build=False) == (train_path, held_out_path)
 
 
+@pytest.mark.all_ranks
 def test_the_model_is_built_in_a_process_of_its_own_and_is_deterministic(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,7 +29,10 @@ EXPERTS = 4
 TOKENS = torch.arange(20)[None]
 
 
-@pytest.fixture(scope="module", params=TARGETS)
+@pytest.fixture(
+    scope="module",
+    params=["mixtral", *(pytest.param(name, marks=pytest.mark.all_ranks) for name in ("qwen3_moe", "gpt_oss"))],
+)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Named as the architecture."""
     folder = tmp_path_factory.mktemp("experts") / request.param

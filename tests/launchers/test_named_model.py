@@ -91,6 +91,6 @@ def test_the_doctor_and_the_benchmarks_know_it(cache: Path, tmp_path: Path) -> N
     records = write_records(tmp_path / "records.jsonl")
     limits = {"max_length": 64, "max_eval_records": 4, "eval_fraction": 0.2}
     material = prepare("smollm2", [str(records)], [], cache_dir=cache, **limits)
-    assert material.model == Path(smollm2.resolve_model("smollm2", cache)) and len(material.held_out) == 4
+    assert material.model == Path(smollm2.resolve_model("smollm2", cache)) and len(material.held_out) == 2
     shape = shape_of("smollm2", None)
     assert "smollm2" in SHAPES and shape.hidden_size == shape.num_heads * 64

@@ -35,6 +35,7 @@ def _commonsense_files(root: Path) -> None:
 
 
 @needs_data
+@pytest.mark.all_ranks
 def test_commonsense_trains_and_evaluates(tmp_path: Path) -> None:
     """The whole script on two ranks of ZeRO-3, with data "downloaded" from files; then started once more."""
     micro_model(tmp_path / "model")

@@ -17,7 +17,7 @@ from reflora_dist import convert_adapter
 from tests.support.finetune import HSDP_WORLD_SIZE, WORLD_SIZE, finetuned
 from tests.support.launchers import REPOSITORY, micro_model, write_records
 
-_SAMPLED = {("scaled-gd", "fsdp2"), ("lora-pro", "zero3"), ("lora-rite", "zero3_offload"), ("lora-rite", "fsdp1")}
+_SAMPLED = {("scaled-gd", "fsdp2"), ("lora-pro", "zero3"), ("lora-rite", "fsdp1")}
 _SAMPLED |= {("lora-muon", "zero2")}
 _SAMPLED |= {("lora-sb", "zero3"), ("lora-sb", "fsdp2"), ("lora-xs", "fsdp1")}
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "zero3_hpz", "zero3_fp16", "zero3_offload", "fsdp1", "fsdp2", "fsdp2_hsdp")

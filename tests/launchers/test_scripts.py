@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("script", "engine"),
     [
         (["run_torchrun.sh"], "ddp"),
-        (["run_deepspeed.sh"], "zero3"),
+        pytest.param(["run_deepspeed.sh"], "zero3", marks=pytest.mark.all_ranks),  # as the quickstart
         pytest.param(["run_accelerate.sh"], "zero3", marks=pytest.mark.all_ranks),
         pytest.param(
             ["run_deepspeed.sh", REPOSITORY / "ds_configs" / "zero2.json"], "zero2", marks=pytest.mark.all_ranks

@@ -124,6 +124,7 @@ def test_a_job_that_fails_is_not_queued_again(folder: Path) -> None:
     assert "again" not in printed and not (folder / "requeued").exists()
 
 
+@pytest.mark.all_ranks
 def test_a_batch_script_starts_a_benchmark(folder: Path) -> None:
     record = folder / "overhead.json"
     command = ["sbatch", "--nodes=2", SLURM / "torchrun.sbatch", "benchmarks/overhead.py", "--engine", "fsdp2"]

@@ -343,6 +343,7 @@ def finish(trainer: Trainer, run_recorder: recorder.RunRecorder, run_settings: R
     if trainer.is_world_process_zero():
         recorder.write_metrics(metrics, output_dir)
         plot_path = plots.plot_run(metrics, Path(output_dir))
+        plots.plot_method(metrics, Path(output_dir))
         card.write_card(metrics, options, Path(output_dir))
         print(summary(metrics, output_dir, plot_path), flush=True)
 

@@ -114,6 +114,14 @@ class RefLoRACallback(TrainerCallback, ExportableState):
             )
         return self.handle.report()
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        step = state.global_step + 1
+        logged = step % state.logging_steps == 0 if state.logging_steps else False
+        if self.handle is not None and (logged or step == state.max_steps or (step == 1 and args.logging_first_step)):
+            self.handle.watch_next_step()
+
     def on_log(
         self,
         args: TrainingArguments,

@@ -1,4 +1,4 @@
-"""Plots of the loss: of one run, and of several runs beside each other."""
+"""Plots of the loss, of one run and of several runs beside each other, and of what the method does in a run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,47 @@ matplotlib.use("Agg")  # no display on a compute node
 from matplotlib import pyplot
 
 PLOT_FILE = "loss.png"
+METHOD_PLOT_FILE = "method.png"
+# panels of the method's plot: axis label, and the figures in it, which docs/settings.md explains
+_PANELS = (
+    ("change of the gradients", ("gradient_change",)),
+    ("balance |A| / |B|", ("balance_min", "balance_median", "balance_max", "balance_after_median")),
+    ("condition of the Grams", ("gram_condition_median", "gram_condition_max")),
+    ("pairs skipped, share", ("skipped_share",)),
+    ("ms per step", ("step_ms",)),
+    ("bytes per step", ("bytes_per_step",)),
+)
+_LOGARITHMIC = ("balance |A| / |B|", "condition of the Grams")
 
 
 def plot_run(metrics: dict[str, Any], output_dir: Path) -> Path | None:
     """Plot training and held-out loss by optimizer step. Return ``loss.png``'s path, or None if no loss was logged."""
     return plot_comparison([metrics], output_dir / PLOT_FILE)
+
+
+def plot_method(metrics: dict[str, Any], output_dir: Path) -> Path | None:
+    """Plot the method's figures by optimizer step. Return ``method.png``'s path, or None if none was logged."""
+    path, points = output_dir / METHOD_PLOT_FILE, metrics["figures"]
+    if not points:
+        path.unlink(missing_ok=True)
+        return None
+    figure, panels = pyplot.subplots(2, 3, figsize=(12, 6), layout="constrained", sharex=True)
+    for axes, (label, names) in zip(panels.flat, _PANELS, strict=True):
+        for name in names:
+            found = [(point["step"], point[name]) for point in points if name in point]
+            if found:
+                axes.plot(*zip(*found, strict=True), marker=".", label=name)
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        if label in _LOGARITHMIC and axes.lines:
+            axes.set_yscale("log")
+        if len(axes.lines) > 1:
+            axes.legend(fontsize="small")
+    for axes in panels[-1]:
+        axes.set_xlabel("optimizer step")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path
 
 
 def plot_comparison(runs: Sequence[dict[str, Any]], path: Path) -> Path | None:

@@ -128,6 +128,7 @@ def collect_metrics(trainer: Any, recorder: RunRecorder, settings: dict[str, Any
         "method": settings["method"],
         "held_out_loss": [{"step": e["step"], "loss": e["eval_loss"]} for e in history if "eval_loss" in e],
         "train_loss": [{"step": e["step"], "loss": float(e["loss"])} for e in history if "loss" in e],
+        "figures": [figures for entry in history if "loss" in entry and (figures := figures_of(entry))],
         "steps": trainer.state.global_step,
         "world_size": trainer.args.world_size,
         "step_seconds_median": statistics.median(recorder.step_seconds) if recorder.step_seconds else None,
@@ -138,6 +139,13 @@ def collect_metrics(trainer: Any, recorder: RunRecorder, settings: dict[str, Any
         "settings": settings,
         "versions": installed_versions(),
     }
+
+
+def figures_of(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return step and figures of the method in an entry of Trainer's log; empty if it has none."""
+    prefix = "reflora/"
+    found = {name.removeprefix(prefix): float(value) for name, value in entry.items() if name.startswith(prefix)}
+    return {"step": entry["step"], **found} if found else {}
 
 
 def write_metrics(metrics: dict[str, Any], output_dir: str) -> Path:

@@ -22,12 +22,14 @@ class Step:
 
     Attributes:
         stopwatch: times what the method does in a step.
+        watched: whether the coming step also measures what it changes, for a log. That takes time, but no message.
     """
 
     def __init__(self, engine: Engine, communicator: Communicator) -> None:
         self._engine = engine
         self._comm = communicator
         self.stopwatch = Stopwatch(communicator.device)
+        self.watched = False
 
     def before_first_step(self, *, due: bool) -> Tensor | None:
         """Act when a new run is attached. Called on every rank.

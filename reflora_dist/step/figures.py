@@ -79,6 +79,27 @@ def gram_figures(grams: Matrices) -> dict[str, float]:
     return figures | balance_figures(torch.cat(squared_norms, dim=1))
 
 
+def change_of_gradients(grams: Matrices, matrices: Matrices) -> Tensor:
+    """Return the squared norms of all gradients and of their changes, ``[2]`` float64 on the device.
+
+    With ``X = [X_1, ..., grad]`` and the new gradient ``X M``, the change is ``X D``, where D is M without the matrix
+    that leaves the gradient as it is. Its squared norm is the trace of ``D^T X^T X D``.
+
+    Args:
+        grams: ``{r: [2, P_r, k r, k r]}`` float64, ``X^T X`` over any rows.
+        matrices: M, ``{r: [2, P_r, k r, r]}`` float64.
+    """
+    totals = []
+    for r, factors in matrices.items():
+        difference = factors.clone()
+        diagonal = torch.diagonal(difference[..., -r:, :], dim1=-2, dim2=-1)
+        diagonal -= 1
+        changed = (difference * (grams[r] @ difference)).sum()
+        gradients = torch.diagonal(grams[r][..., -r:, -r:], dim1=-2, dim2=-1).sum()
+        totals.append(torch.stack([gradients, changed]))
+    return torch.stack(totals).sum(dim=0)
+
+
 def balance_figures(squared_norms: Tensor) -> dict[str, float]:
     """Return the balance of the factors. Waits for the device.
 
@@ -95,3 +116,9 @@ def balance_figures(squared_norms: Tensor) -> dict[str, float]:
         return {}
     values = {"min": balance.min(), "median": balance.median(), "max": balance.max()}
     return {f"balance_{name}": float(value) for name, value in values.items()}
+
+
+def balance_after(squared_norms: Tensor) -> dict[str, float]:
+    """Return ``balance_after_median`` of factors with these squared norms, as :func:`balance_figures` does."""
+    found = balance_figures(squared_norms)
+    return {"balance_after_median": found["balance_median"]} if found else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 import torch
@@ -15,7 +16,7 @@ from ..collectives.retile import Retiler
 from ..engines.base import Engine, Firing
 from ..methods.base import Transform
 from .base import Step
-from .figures import gram_figures
+from .figures import change_of_gradients, gram_figures
 from .half import HalfGuard
 from .own_blocks import block_set
 from .solver import Solver, count_unsolved
@@ -69,6 +70,7 @@ class GradientStep(Step):
         by_rank = self._blocks.pairs_by_rank if self._guard is not None else {}
         self._pairs = {r: torch.tensor(pairs, device=communicator.device) for r, pairs in by_rank.items()}
         self.grams: Matrices = {}
+        self._change: Tensor | None = None  # of the last step that was watched, see change_of_gradients
         self._scalings = [pair.scaling for pair in engine.pairs] if uses_gradients else []
 
     def before_update(self, firing: Firing, *, due: bool) -> Tensor | None:
@@ -82,7 +84,20 @@ class GradientStep(Step):
         return skipped
 
     def figures(self) -> dict[str, float]:
-        return gram_figures(self.grams) if self.grams else {}
+        if not self.grams:
+            return {}
+        figures = gram_figures(self.grams)
+        if self._change is not None:
+            gradients, changed = self._change.tolist()
+            if 0 < gradients < math.inf and changed < math.inf:
+                figures["gradient_change"] = math.sqrt(max(0.0, changed) / gradients)
+        return figures
+
+    def _watch(self, firing: Firing, grams: Matrices, matrices: Matrices) -> None:
+        """Keep how much this firing changes the gradients."""
+        change = change_of_gradients(grams, matrices)
+        self._change = change if firing.first or self._change is None else self._change + change
+        self.watched = self.watched and not firing.last
 
     def __call__(self, firing: Firing) -> Tensor | None:
         """Replace the gradients of this firing.
@@ -120,6 +135,8 @@ class GradientStep(Step):
             (blocks,) = self._retiler.to_blocks([gradients], [firing.present])
         transform = self._transform
         assert transform is not None
+        if self.watched:
+            self._watch(firing, self._blocks.grams(blocks), transform.matrices)
         self._blocks.multiply_(blocks, transform.matrices)
         self._retiler.from_blocks([blocks], [gradients], [firing.present])
         if firing.last:
@@ -137,6 +154,8 @@ class GradientStep(Step):
         for r, both in grams.items():
             both[..., :r, :r] = self.grams[r]
         transform = self._solver(grams)
+        if self.watched:
+            self._watch(firing, grams, transform.matrices)
         self._blocks.combine_(streams, [1], transform.matrices)
         self._retiler.from_blocks(streams[1:], [gradients], [firing.present])
         return transform

@@ -149,19 +149,30 @@ class Handle:
             - ``step_ms``: milliseconds that the method took on this rank, without work on a side stream; for
               "lora-rite" and "lora-muon" the whole update.
             - ``bytes_per_step``: bytes that this rank sent.
-            - ``skipped_pairs``: as in the report.
-            - ``balance_min``, ``balance_median``, ``balance_max``: ``|A| / |B|`` over the pairs, before the step.
+            - ``skipped_pairs``: as in the report; ``skipped_share``: their share of all pairs in all steps so far.
+            - ``balance_min``, ``balance_median``, ``balance_max``: ``|A| / |B|`` over the pairs, before the step;
+              ``balance_after_median`` after it, if the method rewrites the factors.
+            - ``gradient_change``: norm of the change that the method made to the gradients by the norm of these, for a
+              method that changes them, in the last step that :meth:`watch_next_step` announced. It counts the rows of
+              this rank, or, for "lora-pro", all rows.
             - ``gram_condition_median``, ``gram_condition_max``: condition numbers of the Gram matrices, if the method
               forms any.
         """
         figures = self._step.figures()
         if not figures:
             return {}
+        skipped = int(self._skipped_pairs)
+        pairs = self._applied_steps * len(by_expert(self._engine.pairs))
         return figures | {
-            "skipped_pairs": int(self._skipped_pairs),
+            "skipped_pairs": skipped,
+            "skipped_share": skipped / pairs if pairs else 0.0,
             "bytes_per_step": self._sent_bytes,
             "step_ms": self._step.stopwatch.milliseconds(),
         }
+
+    def watch_next_step(self) -> None:
+        """Have the coming step measure ``gradient_change`` for :meth:`figures`. It sends no more, and does not wait."""
+        self._step.watched = True
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a checkpoint keeps, JSON-ready and the same on all ranks. Waits for the device."""

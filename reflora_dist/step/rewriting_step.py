@@ -19,7 +19,7 @@ from ..engines.base import Engine, Firing
 from ..engines.pairs import by_expert
 from ..methods.base import RescalingMethod
 from .base import Step
-from .figures import balance_figures, gram_figures
+from .figures import balance_after, balance_figures, gram_figures
 from .half import HalfGuard
 from .own_blocks import block_set
 from .solver import Solver
@@ -121,16 +121,20 @@ class RescalingStep(RewritingStep):
         self._per_tensor = PerTensor(communicator.shard_device)
         self._experts = ExpertViews(engine.layouts(), communicator.rank, communicator.shard_device)
         self.squared_norms: Tensor | None = None
+        self._factors: Tensor | None = None  # ``[2, P]``, by which the factors were multiplied
 
     def figures(self) -> dict[str, float]:
-        return {} if self.squared_norms is None else balance_figures(self.squared_norms)
+        if self.squared_norms is None or self._factors is None:
+            return {}
+        return balance_figures(self.squared_norms) | balance_after(self.squared_norms * self._factors.square())
 
     def _rewrite(self, weights: list[Tensor], moments: Moments) -> Tensor:
         squared_norms = self._squares(weights).to(self._comm.device)
         (squared_norms,) = self._comm.all_reduce([squared_norms])
         self.squared_norms = squared_norms.view(-1, 2).T
         rescaling = self._method.solve(self.squared_norms)
-        factors = torch.stack([rescaling.factor_a, 1 / rescaling.factor_a], dim=1).flatten()
+        self._factors = torch.stack([rescaling.factor_a, 1 / rescaling.factor_a])
+        factors = self._factors.T.flatten()
         factors = factors.to(self._comm.shard_device)
         self._scale("weights", weights, factors)
         inverse = factors.reciprocal()
@@ -186,9 +190,14 @@ class FactorStep(RewritingStep):
         device = communicator.device  # indexing with a list would make every step wait for the device
         self._places = {r: torch.tensor(of_rank, device=device) for r, of_rank in places.items()}
         self.grams: Matrices = {}
+        self._matrices: Matrices = {}
 
     def figures(self) -> dict[str, float]:
-        return gram_figures(self.grams) if self.grams else {}
+        if not self.grams:
+            return {}
+        products = [self._matrices[r].mT @ both @ self._matrices[r] for r, both in self.grams.items()]
+        after = [torch.diagonal(product, dim1=-2, dim2=-1).sum(dim=-1) for product in products]
+        return gram_figures(self.grams) | balance_after(torch.cat(after, dim=1))
 
     def _rewrite(self, weights: list[Tensor], moments: Moments) -> Tensor:
         self.grams = {}  # frees the old ones before new ones are made
@@ -197,6 +206,7 @@ class FactorStep(RewritingStep):
         streams = self._retiler.to_blocks(channels, present)
         self.grams = reduce_grams(self._blocks.grams(streams[0]), self._comm)
         matrices, solved = self._solver(self.grams)
+        self._matrices = matrices
         self._blocks.multiply_(streams[0], matrices)
         inverse = {r: both.flip(0) for r, both in matrices.items()}  # of the transpose: M_A^-T is M_B
         squares = {r: both.square() for r, both in inverse.items()}

@@ -33,7 +33,8 @@ from tests.support.workloads import (
 STEPS = 3
 CONDITIONS = {"gram_condition_median", "gram_condition_max"}
 BALANCES = {"balance_min", "balance_median", "balance_max"}
-COSTS = {"skipped_pairs", "bytes_per_step", "step_ms"}
+COSTS = {"skipped_pairs", "skipped_share", "bytes_per_step", "step_ms"}
+REWRITING = ("reflora-s", "balora")  # which know the balance after their step
 
 
 def _config(method: str) -> RefLoRAConfig:
@@ -107,7 +108,10 @@ def test_figures_are_those_of_the_whole_factors(engine_name: str) -> None:
             if method == "lora":
                 assert not figures
                 continue
-            assert figures.keys() == (BALANCES if method == "reflora-s" else CONDITIONS | BALANCES) | COSTS
+            after = {"balance_after_median"} if method in REWRITING else set()
+            assert figures.keys() == (BALANCES if method == "reflora-s" else CONDITIONS | BALANCES) | COSTS | after
+            if after:
+                assert figures["balance_after_median"] == pytest.approx(1.0, rel=1e-6)
             for name in figures.keys() & expected.keys():
                 # fp32 training in another order of sums; a step earlier or later differs by 2e-3
                 assert figures[name] == pytest.approx(expected[name], rel=1e-4), (method, name)
@@ -115,6 +119,29 @@ def test_figures_are_those_of_the_whole_factors(engine_name: str) -> None:
             assert (sent_bytes > 0) == (engine_name != "ddp")
             assert 0.01 < figures["step_ms"] < 60_000
             assert figures["skipped_pairs"] == 0
+
+
+@pytest.mark.parametrize("method", ["reflora", "scaled-gd", "lora-pro"])
+def test_the_change_of_the_gradients_is_measured_where_it_is_watched(method: str) -> None:
+    model = small_model()
+    optimizer = torch.optim.SGD(trainable(model), lr=1e-3)
+    handle = attach(model, optimizer, RefLoRAConfig(method=method, warmup_steps=0))
+    first, second, third = small_batches(3)
+    backward(model, first)
+    optimizer.step()
+    assert "gradient_change" not in handle.figures()
+    optimizer.zero_grad()
+    backward(model, second)
+    before = [parameter.grad.clone() for parameter in trainable(model)]
+    handle.watch_next_step()
+    optimizer.step()
+    changed = sum((p.grad - old).square().sum() for p, old in zip(trainable(model), before, strict=True))
+    expected = math.sqrt(changed / sum(old.square().sum() for old in before))
+    assert handle.figures()["gradient_change"] == pytest.approx(expected, rel=1e-9) and expected > 1e-2
+    optimizer.zero_grad()
+    backward(model, third)
+    optimizer.step()
+    assert handle.figures()["gradient_change"] == pytest.approx(expected, rel=1e-9), "the last one that was watched"
 
 
 def test_pairs_without_full_rank_are_left_out() -> None:
@@ -229,7 +256,7 @@ def _train_and_log(rank: int, world_size: int, engine_name: str, output_dir: str
 def test_figures_are_among_what_trainer_reports(engine_name: str, tmp_path: Path) -> None:
     """In the history, in the logs of callbacks and in TensorBoard's files: at logging steps, with the training loss."""
     outcomes = run_ranks(_train_and_log, 2, engine_name, str(tmp_path))
-    names = {f"reflora/{name}" for name in CONDITIONS | BALANCES | COSTS}
+    names = {f"reflora/{name}" for name in CONDITIONS | BALANCES | COSTS | {"gradient_change"}}
     for outcome in outcomes:
         assert outcome["asked"] == [2, 4]
         for entries in (outcome["history"], [logs for _, logs in outcome["seen"]]):

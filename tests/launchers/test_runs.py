@@ -60,7 +60,8 @@ def test_every_shipped_configuration_trains_and_saves_the_adapter(folder: Path, 
     assert held_out[-1]["loss"] < held_out[0]["loss"]
     assert len(metrics["train_loss"]) == 6
     assert metrics["peak_memory_bytes"] > 2**26
-    assert (folder / output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    for plot in ("loss.png", "method.png"):
+        assert (folder / output / plot).read_bytes().startswith(b"\x89PNG")
     _check_adapter(folder, folder / output)
 
 

@@ -135,7 +135,7 @@ from benchmarks.harness import engines, recording, timing
 from benchmarks.reports.convergence import markdown
 from benchmarks.sweep.data import Material, prepare
 from benchmarks.sweep.runs import Workbench, sweep
-from benchmarks.sweep.same_start import CHECKED_STEPS, assert_same_start
+from benchmarks.sweep.same_start import assert_same_start
 from benchmarks.sweep.statistics import summarize
 from benchmarks.sweep.tasks import (
     STARTS,
@@ -197,12 +197,12 @@ def run_all(
     missing = [task for task in tasks if task not in finished]
     workers = arguments.workers or default_workers(bench.device)
     print(f"{len(tasks)} runs, {len(tasks) - len(missing)} finished before, {workers} at a time", flush=True)
-    if missing:
-        check(arguments, bench, missing[0].seed)
     source = {"settings": settings, **{name: provenance[name] for name in ("commit", "hardware", "date")}}
     began = time.perf_counter()
     with timing.progress(len(missing), "runs") as advance:
         for done, run in enumerate(sweep(missing, bench, material, workers), start=1):
+            alike = [other for other in finished.values() if other["seed"] == run["seed"]]
+            assert_same_start([*alike, run], arguments.warmup_steps)
             append_finished(path, {**source, **run})
             finished[task_of(run)] = {**source, **run}
             advance()
@@ -212,14 +212,6 @@ def run_all(
     runs = complete(finished, arguments.methods, arguments.seeds)
     assert_same_start(runs, arguments.warmup_steps)
     return runs, description
-
-
-def check(arguments: Arguments, bench: Workbench, seed: int) -> None:
-    """Let every method take its first, still plain steps and assert that all of them do the same."""
-    middle = sorted(arguments.learning_rates)[len(arguments.learning_rates) // 2]
-    stop_after = min(arguments.warmup_steps, CHECKED_STEPS) + 1
-    runs = [bench.run(Task(method, middle, seed), stop_after=stop_after) for method in arguments.methods]
-    assert_same_start(runs, arguments.warmup_steps)
 
 
 def complete(finished: dict[Task, dict[str, Any]], methods: list[str], seeds: list[int]) -> list[dict[str, Any]]:

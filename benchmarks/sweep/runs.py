@@ -89,12 +89,11 @@ class Workbench:
             return METHOD_OPTIMIZERS[task.method](self.trained, lr=task.learning_rate)
         return torch.optim.AdamW(self.trained, lr=task.learning_rate, weight_decay=0.0, fused=True)
 
-    def run(self, task: Task, *, stop_after: int | None = None) -> dict[str, Any]:
+    def run(self, task: Task) -> dict[str, Any]:
         """Fine-tune once.
 
         Args:
             task: method, learning rate, seed, alpha, and the scale of the start.
-            stop_after: number of steps after which the run ends, on the same schedule; None for all.
 
         Returns:
             The task; ``start_digest``: digest of the factors and the training batches; ``train_losses`` by step;
@@ -108,7 +107,7 @@ class Workbench:
         decay = get_cosine_schedule_with_warmup(optimizer, schedule.lr_warmup_steps, schedule.steps)
         start_digest = self._digest(batches)
         train_losses, held_out = [], [(0, self.evaluate(model, self._held_out))]
-        for step, batch in enumerate(batches[:stop_after], start=1):
+        for step, batch in enumerate(batches, start=1):
             train_losses.append(self._backward(model, batch))
             optimizer.step()
             decay.step()

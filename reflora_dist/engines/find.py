@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
 from .base import Engine
@@ -48,6 +50,7 @@ def find_engine(model: nn.Module, optimizer: Any, pairs: Sequence[AdapterPair]) 
     _refuse_double_wrapping(model)
     reshard(model)
     _refuse_frozen(pairs)
+    refuse_tensor_parallelism(model, pairs)
     innermost = _unwrap(optimizer)
     for recognize in _recognizers():
         engine = recognize(model, innermost, pairs)
@@ -80,6 +83,38 @@ def _refuse_double_wrapping(model: nn.Module) -> None:
     ]
     if len(wrappers) > 1:
         raise ValueError(f"the model is wrapped more than once ({' in '.join(reversed(wrappers))}); wrap it once")
+
+
+def refuse_tensor_parallelism(model: nn.Module, pairs: Sequence[AdapterPair]) -> None:
+    """Refuse adapters on layers that tensor parallelism cuts, in whatever way it was asked for.
+
+    Raises:
+        ValueError: a base layer is cut by transformers (``tp_plan``), torch (``parallelize_module``) or DeepSpeed
+            (AutoTP), alone or together with FSDP2.
+    """
+    fully_sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+    for pair in pairs:
+        by = _cut_by(pair.layer.get_base_layer(), fully_sharded)
+        if by:
+            raise ValueError(
+                f"{pair.name} is on a layer that tensor parallelism cuts ({by}): a rank has the gradients of its part "
+                "alone, and Gram matrices would have to be summed over these ranks too, which is not done; shard the "
+                "model with FSDP2 or ZeRO instead"
+            )
+
+
+def _cut_by(base: nn.Module, fully_sharded: bool) -> str:
+    """Return who cuts a base layer, in words; empty if tensor parallelism does not."""
+    if type(base).__module__.startswith("deepspeed.module_inject"):
+        return "DeepSpeed's tensor_parallel.autotp_size"
+    if getattr(base, "_hf_tp_plan", None):
+        return "transformers' tp_plan"
+    weights = [parameter.data for parameter in base.parameters(recurse=False) if isinstance(parameter.data, DTensor)]
+    for weight in weights:
+        cuts = sum(not isinstance(placement, Replicate) for placement in weight.placements)
+        if cuts > int(fully_sharded) or "tp" in (weight.device_mesh.mesh_dim_names or ()):
+            return f"its weight has the placements {weight.placements}"
+    return ""
 
 
 def _refuse_frozen(pairs: Sequence[AdapterPair]) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
 
 from reflora_dist import RefLoRAConfig, attach
 from reflora_dist.engines.pairs import find_pairs
@@ -20,6 +25,7 @@ from reflora_dist.engines.zero import _refuse_unsupported
 from tests.support.cluster import run_ranks
 from tests.support.engines_under_test import ENGINES
 from tests.support.engines_under_test.common import train_on, trainable
+from tests.support.launchers import micro_model
 from tests.support.refusals import CONFIG, adamw, message_of
 from tests.support.workloads import Settings, build_model, named_factors, synthetic_workload
 
@@ -174,6 +180,41 @@ def _tensor_parallel(rank: int, world_size: int) -> str:
 def test_tensor_parallel_adapters() -> None:
     for message in run_ranks(_tensor_parallel, 4):
         assert "Tensor parallelism of adapters is not" in message
+
+
+def _tensor_parallel_base(rank: int, world_size: int, way: str, folder: Path) -> str:
+    lora = LoraConfig(r=2, target_modules=["q_proj", "o_proj"])
+    if way == "tp_plan":
+        os.environ["LOCAL_RANK"] = str(rank)  # which its launcher would set
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto"), lora)
+        return message_of(lambda: attach(model, adamw(model), CONFIG))
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    shape, names = {"torch": ((2,), ("model",)), "with-fsdp2": ((2, 2), ("data", "model"))}[way]
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    for layer in base.model.layers:
+        parallelize_module(layer.self_attn, mesh["model"], {"q_proj": ColwiseParallel(), "o_proj": RowwiseParallel()})
+    model = get_peft_model(base, lora)
+    if way == "with-fsdp2":
+        fully_shard(model, mesh=mesh["data"])
+    return message_of(lambda: attach(model, adamw(model), CONFIG))
+
+
+@pytest.mark.parametrize("way", ["tp_plan", "torch", pytest.param("with-fsdp2", marks=pytest.mark.all_ranks)])
+def test_layers_that_tensor_parallelism_cuts(way: str, tmp_path: Path) -> None:
+    """As accelerate's tp_size does, which takes a model that transformers has cut."""
+    micro_model(tmp_path)
+    for message in run_ranks(_tensor_parallel_base, 4 if way == "with-fsdp2" else 2, way, tmp_path):
+        assert "is on a layer that tensor parallelism cuts" in message and "FSDP2 or ZeRO" in message
+
+
+def test_layers_that_autotp_has_replaced() -> None:
+    """A stand-in of DeepSpeed's layer; its initialize refuses PEFT's layers where this was written."""
+    model = build_model(synthetic_workload())
+    layer = next(iter(find_pairs(model))).layer
+    replaced = type("LinearAllreduce", (nn.Linear,), {"__module__": "deepspeed.module_inject.layers"})
+    layer.base_layer = replaced(layer.in_features, layer.out_features)
+    with pytest.raises(ValueError, match=r"tensor parallelism cuts \(DeepSpeed's tensor_parallel.autotp_size\)"):
+        attach(model, adamw(model), CONFIG)
 
 
 def _plain_optimizer_under_zero3(rank: int, world_size: int) -> str:

@@ -158,6 +158,36 @@ def test_training_on_a_quantized_base_follows_the_plain_methods(engine_name: str
     assert worst_factor_error(named_factors(loaded), outcomes["reflora"].factors) == 0.0
 
 
+def _sft(rank: int, world_size: int, engine_name: str, folder: Path) -> dict[str, tuple[Factors, dict[str, Any]]]:
+    workload, found = synthetic_workload(), {}
+    # before the first of them makes transformers load in ZeRO-3's way
+    models = {method: quantized_model(workload, folder) for method in ("lora", "reflora")}
+    for method, model in models.items():
+        callback = RefLoRACallback(RefLoRAConfig(method=method, warmup_steps=1))
+        settings = _settings(workload, method)
+        factors = ENGINES[engine_name].train(model, workload.batches, settings, callback)[1]
+        found[method] = factors, callback.report().as_dict()
+    return found
+
+
+@pytest.mark.parametrize("engine_name", ["fsdp2-sft", pytest.param("zero3-sft", marks=pytest.mark.all_ranks)])
+def test_sft_trainer_on_a_quantized_base(engine_name: str, folder: Path) -> None:
+    """It casts the factors to bf16, whose rounding is as large as what the method changes. So the change is held by
+    its direction.
+    """
+    expected = _difference(*(_expected(method, folder)[1] for method in ("reflora", "lora")))
+    for found in run_ranks(_sft, 2, engine_name, folder):
+        report = found["reflora"][1]
+        assert (report["layout"], report["applied_steps"]) == ("tall", len(synthetic_workload().batches) - 1)
+        assert report["skipped_pairs"] == 0
+        changed = _difference(found["reflora"][0], found["lora"][0])
+        assert torch.nn.functional.cosine_similarity(changed, expected, dim=0) > 0.7
+
+
+def _difference(one: Factors, other: Factors) -> torch.Tensor:
+    return torch.cat([(one[name].float() - other[name].float()).flatten() for name in sorted(one)])
+
+
 @pytest.mark.parametrize(
     ("changes", "dtype"),
     [

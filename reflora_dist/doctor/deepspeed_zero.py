@@ -78,11 +78,17 @@ def _check_parallelism(where: str, filled: dict[str, Any], loaded: Any, ranks: i
         findings.error(where, f"tensor_parallel.autotp_size={tensor}: attach refuses tensor parallelism", "remove it")
     sequence = count(where, filled, "sequence_parallel_size", findings)
     data = count(where, filled, "data_parallel_size", findings)
-    if sequence is not None and sequence > 1:
+    if sequence is None:
+        return
+    if ranks % max(1, sequence) or (data is not None and data * sequence != ranks):
+        of_data = "" if data is None else f"data_parallel_size={data} x "
         findings.error(
-            where, f"sequence_parallel_size={sequence}: sequence parallelism is not supported", "remove it, or set 1"
+            where, f"{of_data}sequence_parallel_size={sequence}, but there are {ranks} ranks", "remove it, or set 1"
         )
-    elif sequence == 1 and data not in (None, ranks):
-        findings.error(
-            where, f"data_parallel_size={data} x sequence_parallel_size=1, but there are {ranks} ranks", "remove both"
+    elif sequence > 1:
+        findings.note(
+            where,
+            f"sequence_parallel_size={sequence}: the method is the same, since gradients are summed over the ranks of "
+            "a sequence before the step. The memory of activations is estimated for whole sequences",
+            "give deepspeed.initialize the mpu of UlyssesSPAttentionHF.register_with_transformers",
         )

@@ -139,7 +139,10 @@ def _refuse_unsupported(kind: str, zero: Any) -> None:
         raise ValueError(f"offload_optimizer.ratio={ratio} is not supported: two optimizers share the step; set 1.0")
     if getattr(zero, "zenflow", False):
         raise ValueError("zenflow is not supported: it updates outside the optimizer's step; remove it")
-    if getattr(zero, "model_parallel_group", None) is not None or getattr(zero, "mpu", None) is not None:
+    # Ulysses' mpu cuts sequences, not weights: gradients are summed over its ranks before the step.
+    mpu = getattr(zero, "mpu", None)
+    of_sequences = hasattr(mpu, "initialize_sequence_parallel")
+    if getattr(zero, "model_parallel_group", None) is not None or (mpu is not None and not of_sequences):
         raise ValueError("tensor or pipeline parallelism (mpu) is not supported; use data parallelism with ZeRO")
     if not isinstance(zero.optimizer, torch.optim.Optimizer):
         raise ValueError(f"DeepSpeed has no optimizer of its own here ({type(zero.optimizer).__name__}); configure one")

@@ -32,6 +32,7 @@ _DEFAULT = {
     "zero2-two-groups": 2,
     "zero3": 3,
     "zero3-subgroups": 2,
+    "zero3-ulysses": 2,
     "fsdp2-trainer": 2,
     "zero3-trainer": 2,
     "zero3-sft": 2,

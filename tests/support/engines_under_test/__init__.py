@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
-from tests.support.engines_under_test import accelerated, fsdp, replicated, trainer, zero
+from tests.support.engines_under_test import accelerated, fsdp, replicated, trainer, ulysses, zero
 from tests.support.engines_under_test.common import Engine
 
 ENGINES: dict[str, Engine] = {
-    engine.name: engine for module in (replicated, fsdp, zero, accelerated, trainer) for engine in module.ENGINES
+    engine.name: engine
+    for module in (replicated, fsdp, zero, ulysses, accelerated, trainer)
+    for engine in module.ENGINES
 }
 
 # Their lora_A is sharded by columns, which one that is stored tall has not.

@@ -38,6 +38,14 @@ class Wrapped:
         """Around forward and backward of one micro-batch; may put off the reduction until the last one."""
         return contextlib.nullcontext()
 
+    def local(self, batch: Tensor) -> Tensor:
+        """This rank's part of a global batch ``[rows, seq]``."""
+        return batch.chunk(world_size())[rank()]
+
+    def loss(self, rows: Tensor) -> Tensor:
+        """The mean loss of a micro-batch."""
+        return self.model(input_ids=rows, labels=rows).loss
+
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of one micro-batch."""
         (loss / self.settings.grad_accum).backward()
@@ -102,12 +110,11 @@ class Engine:
 
 def train_on(wrapped: Wrapped, batch: Tensor) -> float:
     """One optimizer step on this rank's part of a global batch. Returns its mean loss."""
-    local = batch.chunk(world_size())[rank()]
-    micro_batches = local.chunk(wrapped.settings.grad_accum)
+    micro_batches = wrapped.local(batch).chunk(wrapped.settings.grad_accum)
     total = 0.0
     for index, micro_batch in enumerate(micro_batches):
         with wrapped.accumulation_context(is_last=index == len(micro_batches) - 1):
-            loss = wrapped.model(input_ids=micro_batch, labels=micro_batch).loss
+            loss = wrapped.loss(micro_batch)
             wrapped.backward(loss)
         total += loss.item()
     wrapped.step()

@@ -100,6 +100,7 @@ def _zero(
     cpu_adam: bool = False,
     sharded_base: bool = False,
     more: dict[str, Any] | None = None,
+    mpu: Any = None,
     **zero: Any,
 ) -> Wrapped:
     """``more`` are further top-level settings, ``zero`` those of the ZeRO section.
@@ -108,6 +109,7 @@ def _zero(
         two_groups: lora_A and lora_B in param groups of their own (as LoRA+ needs).
         cpu_adam: DeepSpeedCPUAdam instead of torch's AdamW.
         sharded_base: partition the model before ``deepspeed.initialize``, as building it under ``zero.Init``.
+        mpu: the groups of sequence parallelism.
     """
     config = {**zero_config(settings, micro_batch_size, stage, **zero), **(more or {})}
     if "fp16" in config:
@@ -116,7 +118,7 @@ def _zero(
         deepspeed.zero.Init(module=model, config_dict_or_path=config)
         assert all(parameter.numel() == 0 for parameter in model.parameters())
     optimizer = _optimizer(model, settings, two_groups, cpu_adam)
-    engine, returned_optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    engine, returned_optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)
     factor_elements = max(getattr(p, "ds_numel", p.numel()) for p in named_factors(model).values())
     persistent = zero.get("stage3_param_persistence_threshold", 100_000) > factor_elements
     assert_zero_shards(engine, stage)

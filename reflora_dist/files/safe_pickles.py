@@ -18,9 +18,11 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
+    ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     StorageMeta,
+    TensorProperties,
     TensorStorageMetadata,
 )
 
@@ -118,14 +120,10 @@ def _require_places(metadata: Metadata, path: Path) -> None:
     """
     specs, places = (getattr(metadata, name, None) for name in ("state_dict_metadata", "storage_data"))
     if isinstance(specs, dict) and isinstance(places, dict):
-        kinds = (TensorStorageMetadata, BytesStorageMetadata)
-        of_specs = all(isinstance(key, str) and isinstance(spec, kinds) for key, spec in specs.items())
+        of_specs = all(isinstance(key, str) and _is_spec(spec) for key, spec in specs.items())
         of_places = all(
-            isinstance(index, MetadataIndex)
-            and isinstance(place, _StorageInfo)
-            and isinstance(getattr(place, "relative_path", None), str)
-            and isinstance(getattr(place, "offset", None), int)
-            and isinstance(getattr(place, "length", None), int)
+            _has(index, MetadataIndex, fqn=str, offset=(torch.Size, type(None)), index=(int, type(None)))
+            and _has(place, _StorageInfo, relative_path=str, offset=int, length=int)
             for index, place in places.items()
         )
         if of_specs and of_places:
@@ -135,6 +133,22 @@ def _require_places(metadata: Metadata, path: Path) -> None:
     raise ValueError(
         f"{path} is damaged (a field of its metadata is missing or of another type): take another checkpoint"
     )
+
+
+def _is_spec(spec: object) -> bool:
+    """Return whether an entry of a state dictionary's metadata has all fields that reading it takes."""
+    if isinstance(spec, BytesStorageMetadata):
+        return True
+    return (
+        _has(spec, TensorStorageMetadata, properties=TensorProperties, size=torch.Size, chunks=list)
+        and _has(spec.properties, TensorProperties, dtype=torch.dtype)  # type: ignore[attr-defined]
+        and all(_has(chunk, ChunkStorageMetadata, offsets=torch.Size, sizes=torch.Size) for chunk in spec.chunks)  # type: ignore[attr-defined]
+    )
+
+
+def _has(value: object, kind: type, **fields: type | tuple[type, ...]) -> bool:
+    """Return whether a value is of a class, and its fields of theirs."""
+    return isinstance(value, kind) and all(isinstance(getattr(value, n, None), types) for n, types in fields.items())
 
 
 def load_states(path: Path, trust_pickles: bool = False) -> Any:

@@ -1,0 +1,160 @@
+"""PEFT's variants, starts and optimizers beside a method: those that go together, and those that are refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import (
+    AdaLoraConfig,
+    EvaConfig,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    initialize_lora_eva_weights,
+)
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from reflora_dist import RefLoRAConfig, attach, tall_adapters
+from reflora_dist.checkpoints.training_state import save_adapter
+from reflora_dist.engines.pairs import find_pairs
+from reflora_dist.methods.reference import refactored
+from tests.support.cluster import run_ranks
+from tests.support.small import trainable
+from tests.support.workloads import synthetic_workload
+
+CONFIG = RefLoRAConfig(warmup_steps=0)
+LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+TOGETHER: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "velora": {"velora_config": {"num_groups": 8}},
+    "alora": {"alora_invocation_tokens": [5, 7]},
+    "pissa": {"init_lora_weights": "pissa"},
+    "eva": {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=1.0)},
+}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "kasa": ({"kasa_config": {}}, "uses KasaLinearVariant, which is not supported"),
+    "bdlora": ({"use_bdlora": {"target_modules_bd_a": ["q_proj"], "nblocks": 2}}, "not supported"),
+    "monteclora": ({"monteclora_config": {}}, "uses MontecloraLinearVariant, which is not supported"),
+    "mica": ({"init_lora_weights": "mica"}, "uses MiCALinearVariant, which is not supported"),
+}
+
+
+def _base() -> LlamaForCausalLM:
+    workload = synthetic_workload(steps=1)
+    base = LlamaForCausalLM(LlamaConfig(**workload.llama))
+    base.load_state_dict(workload.base_weights)
+    return base
+
+
+def _batches(steps: int) -> Tensor:
+    batches = synthetic_workload(steps=steps).batches.clone()
+    batches[:, :, 2:4] = torch.tensor([5, 7])  # what switches aLoRA on
+    return batches
+
+
+def _model(name: str) -> PeftModel:
+    torch.manual_seed(0)
+    model: Any = get_peft_model(_base(), LoraConfig(**{**LORA, **TOGETHER[name]}))
+    if name == "eva":
+        rows = [{"input_ids": row} for row in _batches(2)[0].unbind()]
+        loader = torch.utils.data.DataLoader(rows, batch_size=4)  # type: ignore[arg-type]
+        initialize_lora_eva_weights(model, loader)
+    with torch.no_grad():
+        for pair in find_pairs(model):
+            if not pair.lora_b.any():
+                pair.lora_b.normal_(std=0.2)
+    return model.train()
+
+
+def _backward(model: nn.Module, batch: Tensor) -> None:
+    model(input_ids=batch, labels=batch).loss.backward()
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_the_variants_gradients_are_refactored(name: str) -> None:
+    """Whatever gradients a variant makes: these are what S multiplies."""
+    model = _model(name)
+    optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
+    attach(model, optimizer, CONFIG)
+    _backward(model, _batches(1)[0])
+    pairs = find_pairs(model)
+    before = [tuple(f.detach().double() for f in (p.lora_a, p.lora_b, p.lora_a.grad, p.lora_b.grad)) for p in pairs]  # type: ignore[union-attr]
+    optimizer.step()
+    for pair, tensors in zip(pairs, before, strict=True):
+        for factor, expected in zip((pair.lora_a, pair.lora_b), refactored(*tensors), strict=True):
+            assert factor.grad is not None and factor.grad.any()
+            torch.testing.assert_close(factor.grad.double(), expected, rtol=1e-4, atol=1e-7)
+
+
+def _train(model: Any, folder: Path) -> None:
+    optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
+    attach(model, optimizer, CONFIG)
+    for batch in _batches(3):
+        _backward(model, batch)
+        optimizer.step()
+        optimizer.zero_grad()
+    save_adapter(model, folder)
+
+
+def _sharded(rank: int, world_size: int, name: str, folder: Path) -> None:
+    model = _model(name)
+    tall_adapters(model)
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    _train(model, folder)
+
+
+@pytest.mark.parametrize("name", ["alora", *(pytest.param(n, marks=pytest.mark.all_ranks) for n in ("velora", "eva"))])
+def test_shards_follow_one_process(name: str, tmp_path: Path) -> None:
+    run_ranks(_sharded, 2, name, tmp_path / "sharded")
+    _train(_model(name), tmp_path / "whole")
+    whole, sharded = (load_file(tmp_path / part / "adapter_model.safetensors") for part in ("whole", "sharded"))
+    for key, factor in whole.items():
+        torch.testing.assert_close(sharded[key], factor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_variant_that_is_no_product_of_two_factors_is_refused(name: str) -> None:
+    settings, message = REFUSED[name]
+    model = get_peft_model(_base(), LoraConfig(**{**LORA, **settings}))
+    with pytest.raises(ValueError, match=message):
+        attach(model, torch.optim.SGD(trainable(model), lr=1e-2), CONFIG)
+
+
+def test_adalora_is_refused() -> None:
+    model = get_peft_model(_base(), AdaLoraConfig(total_step=10, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="which is not supported; use peft.LoraConfig"):
+        attach(model, torch.optim.SGD(trainable(model), lr=1e-2), CONFIG)
+
+
+def test_loraplus_has_its_own_rate_for_lora_b() -> None:
+    model = _model("plain")
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
+    handle = attach(model, optimizer, CONFIG)
+    _backward(model, _batches(1)[0])
+    optimizer.step()
+    assert handle.report().applied_steps == 1 and {group["lr"] for group in optimizer.param_groups} == {1e-3, 16e-3}
+
+
+def _refused_optimizers() -> Iterator[Any]:
+    lorafa: Callable[[Any], Any] = lambda model: create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-3)  # noqa: E731
+    riemannian: Callable[[Any], Any] = lambda model: create_riemannian_optimizer(model, torch.optim.AdamW, lr=1e-3)  # noqa: E731
+    yield pytest.param(lorafa, "lora_A of .* is frozen", id="lora-fa")
+    yield pytest.param(riemannian, r"method='scaled-gd' replaces PEFT's create_riemannian_optimizer", id="riemannian")
+
+
+@pytest.mark.parametrize(("make", "message"), _refused_optimizers())
+def test_an_optimizer_of_peft_is_refused(make: Callable[[Any], Any], message: str) -> None:
+    model = _model("plain")
+    optimizer = make(model)
+    with pytest.raises(ValueError, match=message):
+        attach(model, optimizer, CONFIG)

@@ -21,8 +21,12 @@ from .tall import TALL_NAME, is_tall
 # Wrappers insert these attributes into a module's path. Names without them agree between engines.
 WRAPPER_ATTRIBUTES = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
 
-# In these variants the layer's function depends on the factors only through the product B A.
-_SUPPORTED_VARIANTS = ("DoraLinearVariant", "DoraEmbeddingVariant", "DoraConv", "ALoraLinearVariant")
+# In these variants the layer's function depends on the factors only through the product B A. VeLoRA computes lora_A's
+# gradient from compressed activations, and S multiplies that.
+_SUPPORTED_VARIANTS = (
+    *("DoraLinearVariant", "DoraEmbeddingVariant", "DoraConv"),
+    *("ALoraLinearVariant", "VeloraLinearVariant"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

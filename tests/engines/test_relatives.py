@@ -1,4 +1,4 @@
-"""PEFT's variants, starts and optimizers beside a method: those that go together, and those that are refused by name."""
+"""PEFT's variants, starts and optimizers beside a method: what goes together, and what is refused by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from peft import (
     LoraConfig,
     PeftModel,
     get_peft_model,
+    get_peft_model_state_dict,
     initialize_lora_eva_weights,
+    set_peft_model_state_dict,
 )
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 from safetensors.torch import load_file
@@ -39,9 +41,13 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "pissa": {"init_lora_weights": "pissa"},
     "eva": {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=1.0)},
 }
+_BLOCKS = {"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": ["down_proj"], "nblocks": 2}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "kasa": ({"kasa_config": {}}, "uses KasaLinearVariant, which is not supported"),
-    "bdlora": ({"use_bdlora": {"target_modules_bd_a": ["q_proj"], "nblocks": 2}}, "not supported"),
+    "bdlora": (
+        {"use_bdlora": _BLOCKS},
+        "not supported",
+    ),
     "monteclora": ({"monteclora_config": {}}, "uses MontecloraLinearVariant, which is not supported"),
     "mica": ({"init_lora_weights": "mica"}, "uses MiCALinearVariant, which is not supported"),
 }
@@ -94,6 +100,11 @@ def test_the_variants_gradients_are_refactored(name: str) -> None:
             torch.testing.assert_close(factor.grad.double(), expected, rtol=1e-4, atol=1e-7)
 
 
+def _load(model: PeftModel, factors: dict[str, Tensor]) -> PeftModel:
+    set_peft_model_state_dict(model, factors)
+    return model
+
+
 def _train(model: Any, folder: Path) -> None:
     optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
     attach(model, optimizer, CONFIG)
@@ -104,8 +115,8 @@ def _train(model: Any, folder: Path) -> None:
     save_adapter(model, folder)
 
 
-def _sharded(rank: int, world_size: int, name: str, folder: Path) -> None:
-    model = _model(name)
+def _sharded(rank: int, world_size: int, name: str, factors: dict[str, Tensor], folder: Path) -> None:
+    model = _load(_model(name), factors)
     tall_adapters(model)
     for layer in model.get_base_model().model.layers:
         fully_shard(layer)
@@ -115,8 +126,9 @@ def _sharded(rank: int, world_size: int, name: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["alora", *(pytest.param(n, marks=pytest.mark.all_ranks) for n in ("velora", "eva"))])
 def test_shards_follow_one_process(name: str, tmp_path: Path) -> None:
-    run_ranks(_sharded, 2, name, tmp_path / "sharded")
-    _train(_model(name), tmp_path / "whole")
+    start = {key: factor.clone() for key, factor in get_peft_model_state_dict(_model(name)).items()}
+    run_ranks(_sharded, 2, name, start, tmp_path / "sharded")
+    _train(_load(_model(name), start), tmp_path / "whole")
     whole, sharded = (load_file(tmp_path / part / "adapter_model.safetensors") for part in ("whole", "sharded"))
     for key, factor in whole.items():
         torch.testing.assert_close(sharded[key], factor, rtol=1e-3, atol=1e-5)
@@ -132,7 +144,7 @@ def test_a_variant_that_is_no_product_of_two_factors_is_refused(name: str) -> No
 
 def test_adalora_is_refused() -> None:
     model = get_peft_model(_base(), AdaLoraConfig(total_step=10, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match="which is not supported; use peft.LoraConfig"):
+    with pytest.raises(ValueError, match=r"which is not supported; use peft\.LoraConfig"):
         attach(model, torch.optim.SGD(trainable(model), lr=1e-2), CONFIG)
 
 
@@ -142,7 +154,7 @@ def test_loraplus_has_its_own_rate_for_lora_b() -> None:
     handle = attach(model, optimizer, CONFIG)
     _backward(model, _batches(1)[0])
     optimizer.step()
-    assert handle.report().applied_steps == 1 and {group["lr"] for group in optimizer.param_groups} == {1e-3, 16e-3}
+    assert handle.report().applied_steps == 1 and {group["lr"] for group in optimizer.param_groups} >= {1e-3, 16e-3}
 
 
 def _refused_optimizers() -> Iterator[Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from tests.support.foreign import foreign_lines
 from tests.support.launchers import REPOSITORY, micro_model, short_training, write_records
 
 # distributions whose modules have another name
@@ -128,7 +129,8 @@ def test_the_command_trains_where_there_is_no_repository(complete: Path, tmp_pat
     micro_model(tmp_path / "model")
     write_records(tmp_path / "records.jsonl")
     options = [*short_training(tmp_path, "out"), "--max_steps=2"]
-    _run(complete / "bin" / "reflora-train", *options, cwd=tmp_path)
+    printed = _run(complete / "bin" / "reflora-train", *options, cwd=tmp_path, with_errors=True)
+    assert foreign_lines(printed) == []
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert (metrics["steps"], metrics["world_size"], metrics["report"]["applied_steps"]) == (2, 1, 1)
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
@@ -154,10 +156,10 @@ def test_what_the_package_imports_is_declared() -> None:
     assert imported - sys.stdlib_module_names - _OPTIONAL - {"reflora_dist"} == declared
 
 
-def _run(*command: str | Path, cwd: Path | None = None) -> str:
+def _run(*command: str | Path, cwd: Path | None = None, with_errors: bool = False) -> str:
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(Path.home()), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
+    return done.stdout + (done.stderr if with_errors else "")

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from reflora_dist.command_line.name import in_own_words
+
 FIRST_WORD_SECONDS = 3.0
 NEXT_WORD_SECONDS = 60.0
 _LONGEST_PAUSE = 0.5  # between two looks
@@ -51,7 +53,7 @@ def stage(what: str) -> contextlib.AbstractContextManager[None]:
 def say(text: str) -> None:
     """Print one line on stderr, with the program and the rank."""
     rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-    print(f"{Path(sys.argv[0]).name}: {rank}{text}", file=sys.stderr, flush=True)
+    print(in_own_words(f"{Path(sys.argv[0]).name}: {rank}{text}"), file=sys.stderr, flush=True)
 
 
 def wait_for_ranks(what: str) -> None:

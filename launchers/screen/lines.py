@@ -26,6 +26,7 @@ def show(text: str, kind: str = "") -> None:
         text: the text; a line, as a rule.
         kind: "error" or "warning" for the colour; empty for none.
     """
+    text = in_own_words(text)
     if kind in _STYLES and sys.stderr.isatty():
         from rich.console import Console  # not before a terminal needs it
 

@@ -8,7 +8,7 @@ import re
 _OURS = re.compile(
     "|".join(
         (
-            r"\w+\.py: |smollm2: ",  # say, show, and their like
+            r"(\w+\.py|reflora-\w+): |smollm2: ",  # say, show, and their like
             r"removed a lock that |DeepSpeed will wait for the build ",  # of another run on this machine
             r"starting \d+ process\(es\) with ",
             r"Looking in |ERROR: (Could not find|No matching)",  # pip's, where the wheel of SmolLM2 cannot be had

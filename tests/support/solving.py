@@ -53,7 +53,7 @@ def stepped(
     def run(comm: ThreadRank) -> Any:
         own_weights, own_gradients = pieces(weights, comm.rank), pieces(gradients, comm.rank)
         engine: Any = SimpleNamespace(
-            pairs=[SimpleNamespace(lora_rank=r, scaling=2.0) for r in lora_ranks],
+            pairs=[SimpleNamespace(lora_rank=r, scaling=2.0, experts=1) for r in lora_ranks],
             weights=lambda: own_weights,
             gradients=lambda: own_gradients,
             has_half_gradients=lambda: False,

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 
 from ..engines.tall import TALL_NAME, is_tall, transposed
+from ..files.safe_pickles import load_states
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
@@ -59,7 +60,7 @@ def keep_parameters_names(folder: Path, model: nn.Module) -> None:
     names = [name for name, module in model.named_modules() if is_tall(module)]
     if not names or not path.is_file():
         return
-    state = torch.load(path, weights_only=True)
+    state = load_states(path)
     for name in names:
         weight = state.pop(f"{name}.weight", None)
         if weight is not None:

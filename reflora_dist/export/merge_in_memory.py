@@ -6,16 +6,18 @@ cannot be merged file by file.
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import torch
 from peft import PeftConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoints.merged_record import merged_header
 from ..files.base_files import load_base, read_model_config, require_no_missing
+from ..files.open_files import read_tensors
 from ..files.other_files import other_files, require_fitting_tokenizer
 from ..files.output_folder import new_folder, require_space
 from .empty_model import model_class, with_adapter
@@ -61,4 +63,6 @@ def merge_in_memory(
             shutil.copyfile(path, part / file)
         merged.save_pretrained(part)
         for path in part.glob("*.safetensors"):
-            save_file(load_file(path), path, {"format": "pt", **merged_header(base, source)})
+            marked = path.with_name(f".{path.name}.part")  # the tensors may still be read from the first file
+            save_file(read_tensors(path), marked, {"format": "pt", **merged_header(base, source)})
+            os.replace(marked, path)

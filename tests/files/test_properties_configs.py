@@ -235,7 +235,7 @@ def test_options_of_the_adapter(values: dict[str, str]) -> None:
                 attach(model, optimizer, lora.reflora_config())
         except ValueError as error:
             outcome.refused = True
-            named = ("r=", "target_modules: ")  # r= of attach, or lora_r= and others
+            named = ("r=", "target_modules: ", "target_parameters: ")  # r= of attach, or lora_r= and others
             assert raised_by_us(error) and any(name in str(error) for name in named), error
             return
         ids = torch.arange(8)[None]

@@ -119,7 +119,7 @@ def with_adapter(
     except Exception as error:  # no module has one of the target names, or PEFT rejects the configuration
         raise ValueError(f"the adapter in {source} does not fit the base in {folder}: {cause_of(error)}") from error
     if by_weight:
-        _refuse_unsupported(model)
+        _refuse_unsupported(model, source)
     own = {name for name, _ in model.named_parameters(remove_duplicate=False) if _is_adapters(model, name)}
     _make_room(model, own | tensors.keys())
     try:
@@ -155,13 +155,18 @@ def _is_adapters(model: PeftModel, name: str) -> bool:
     return layer is not None and not inside.startswith(("base_layer.", "original_module."))
 
 
-def _refuse_unsupported(model: PeftModel) -> None:
+def _refuse_unsupported(model: PeftModel, source: Path) -> None:
     for name, module in model.named_modules():
-        kind = type(module).__name__
-        if isinstance(module, BaseTunerLayer) and type(module) not in _LAYERS:
-            raise ValueError(f"{name} is adapted as {kind}, which cannot be merged weight by weight: use PEFT's merge")
-        if isinstance(module, AuxiliaryTrainingWrapper) and not isinstance(module, ModulesToSaveWrapper):
-            raise ValueError(f"{name} is a {kind}, which cannot be merged weight by weight: use PEFT's merge")
+        other_layer = isinstance(module, BaseTunerLayer) and type(module) not in _LAYERS
+        other_wrapper = isinstance(module, AuxiliaryTrainingWrapper) and not isinstance(module, ModulesToSaveWrapper)
+        if other_layer or other_wrapper:
+            raise ValueError(
+                f"the adapter in {source} makes {name} a {type(module).__name__}, which cannot be merged weight by "
+                "weight: use PEFT's merge"
+            )
         for variant in getattr(module, "lora_variant", {}).values():
             if not isinstance(variant, _VARIANTS):
-                raise ValueError(f"{name} has the LoRA variant {type(variant).__name__}, which is not supported")
+                raise ValueError(
+                    f"the adapter in {source} has the LoRA variant {type(variant).__name__} at {name}, which is not "
+                    "supported: use PEFT's merge"
+                )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..checkpoints.merged_record import merged_header
 from ..files.base_files import load_base, read_model_config, require_no_missing
-from ..files.open_files import read_tensors
+from ..files.open_files import read_tensors, readable
 from ..files.other_files import other_files, require_fitting_tokenizer
 from ..files.output_folder import new_folder, require_space
 from .empty_model import model_class, with_adapter
@@ -57,7 +57,9 @@ def merge_in_memory(
     require_fitting_tokenizer(copied.values(), base, model.get_input_embeddings().weight.shape[0])
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     require_space(target, weights + sum(path.stat().st_size for path in copied.values()))
-    merged = with_adapter(model, config, tensors, source, by_weight=False).merge_and_unload(safe_merge=True)
+    adapted = with_adapter(model, config, tensors, source, by_weight=False)
+    with readable(source, "it is damaged, or belongs to another base"):
+        merged = adapted.merge_and_unload(safe_merge=True)
     with new_folder(target) as part:
         for file, path in copied.items():
             shutil.copyfile(path, part / file)

@@ -25,12 +25,12 @@ class Foreign(NamedTuple):
     """A line of a library.
 
     Attributes:
-        library: the distribution that prints it.
+        distribution: the package that prints it.
         versions: the versions that do.
         message: its beginning, as a regular expression.
     """
 
-    library: str
+    distribution: str
     versions: str
     message: str
 
@@ -39,7 +39,7 @@ class Foreign(NamedTuple):
         try:
             from packaging.specifiers import SpecifierSet
 
-            return importlib.metadata.version(self.library).split("+")[0] in SpecifierSet(self.versions)
+            return importlib.metadata.version(self.distribution).split("+")[0] in SpecifierSet(self.versions)
         except (ImportError, importlib.metadata.PackageNotFoundError):  # help is answered where nothing is installed
             return False
 

@@ -44,7 +44,7 @@ def filtered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_what_is_foreign_is_left_out_by_message_and_version(filtered: None, capsys: pytest.CaptureFixture[str]) -> None:
     for text in ("noise 7", "noise of another kind", "news"):
         warnings.warn(text, FutureWarning, stacklevel=1)
-        logging.getLogger("some.library").warning("%s, logged", text)
+        logging.getLogger("some.package").warning("%s, logged", text)
         print(f"{text}, printed")
     printed = capsys.readouterr()
     assert printed.out.splitlines() == ["noise of another kind, printed", "news, printed"]
@@ -76,7 +76,7 @@ def test_ranks_show_what_they_share_once(
 
 
 def test_what_is_no_warning_passes(filtered: None, capsys: pytest.CaptureFixture[str]) -> None:
-    logger = logging.getLogger("some.library")
+    logger = logging.getLogger("some.package")
     seen: list[str] = []
     handler = logging.Handler(logging.INFO)
     handler.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
@@ -93,7 +93,7 @@ def test_what_is_no_warning_passes(filtered: None, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("line", FOREIGN, ids=lambda line: line.message[:30])
 def test_every_entry_names_a_message_and_an_end_of_its_versions(line: Foreign) -> None:
     assert re.compile(line.message) and "<" in line.versions
-    assert importlib.metadata.version(line.library)
+    assert importlib.metadata.version(line.distribution)
 
 
 def test_a_library_that_is_not_installed_prints_nothing() -> None:

@@ -116,13 +116,13 @@ class Arguments:
         for seed, method in itertools.product(self.seeds, self.methods):
             latent = method in LATENT_METHODS  # which have no alpha, and no scale of their start
             scales, alphas = ([1.0], self.alphas[:1]) if latent else (self.start_scales, self.alphas)
-            settings = itertools.product(self.learning_rates, alphas)
+            settings = list(itertools.product(self.learning_rates, alphas))
             if self.only_tuned:
                 if tuned is None or method not in tuned:
                     raise ValueError(f"tuned_in={self.tuned_in!r} has no learning rate of {method}")
-                settings = iter([(tuned[method]["best_learning_rate"], tuned[method]["alpha"])])
+                settings = [(tuned[method]["best_learning_rate"], tuned[method]["alpha"])]
             tasks += [Task(method, rate, seed, alpha, scale) for rate, alpha in settings for scale in scales]
-        return sorted(tasks, key=lambda task: task.seed)
+        return tasks
 
 
 if __name__ == "__main__":

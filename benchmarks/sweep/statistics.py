@@ -98,9 +98,10 @@ def summarize(
     baseline = "lora" if "lora" in methods else methods[0]
     finals = {method: tuned[method].pop("finals") for method in methods}
     best_runs = {method: tuned[method].pop("best_runs") for method in methods}
-    seconds = max(best_runs[baseline][0]["held_out_steps"]) * step_ms[baseline]["median"]
+    milliseconds = max(best_runs[baseline][0]["held_out_steps"]) * step_ms[baseline]["median"]
     at_time = {
-        method: [_at_step(run, seconds / step_ms[method]["median"]) for run in best_runs[method]] for method in methods
+        method: [_at_step(run, milliseconds / step_ms[method]["median"]) for run in best_runs[method]]
+        for method in methods
     }
     goal = tuned[baseline]["curves"]["held_out"][-1]["mean"]
     for entry in tuned.values():
@@ -168,10 +169,7 @@ def _or_infinite(loss: float | None) -> float:
 
 def _at_step(run: dict[str, Any], step: float) -> float | None:
     """Return a run's held-out loss at a step, between two evaluations on the line between them; at most its last."""
-    return _interpolated(run["held_out_steps"], run["held_out_losses"], step)
-
-
-def _interpolated(steps: Sequence[int], losses: Sequence[float | None], step: float) -> float | None:
+    steps, losses = run["held_out_steps"], run["held_out_losses"]
     if step >= steps[-1]:
         return losses[-1]
     after = next(index for index, known in enumerate(steps) if known > step)

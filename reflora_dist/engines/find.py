@@ -50,7 +50,7 @@ def find_engine(model: nn.Module, optimizer: Any, pairs: Sequence[AdapterPair]) 
     _refuse_double_wrapping(model)
     reshard(model)
     _refuse_frozen(pairs)
-    refuse_tensor_parallelism(model, pairs)
+    _refuse_tensor_parallelism(model, pairs)
     innermost = _unwrap(optimizer)
     for recognize in _recognizers():
         engine = recognize(model, innermost, pairs)
@@ -85,7 +85,7 @@ def _refuse_double_wrapping(model: nn.Module) -> None:
         raise ValueError(f"the model is wrapped more than once ({' in '.join(reversed(wrappers))}); wrap it once")
 
 
-def refuse_tensor_parallelism(model: nn.Module, pairs: Sequence[AdapterPair]) -> None:
+def _refuse_tensor_parallelism(model: nn.Module, pairs: Sequence[AdapterPair]) -> None:
     """Refuse adapters on layers that tensor parallelism cuts, in whatever way it was asked for.
 
     Raises:

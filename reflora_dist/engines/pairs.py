@@ -154,6 +154,11 @@ def by_expert(pairs: Iterable[AdapterPair]) -> list[AdapterPair]:
     return [pair for pair in pairs for _ in range(pair.experts)]
 
 
+def numbers_by_expert(pairs: Iterable[AdapterPair]) -> list[int]:
+    """Return the number of the adapter of each pair that :func:`by_expert` lists."""
+    return [number for number, pair in enumerate(pairs) for _ in range(pair.experts)]
+
+
 def _identity(factor: torch.Tensor) -> int:
     """Return an identity of a factor: the address of its memory, or ``id`` if it has no memory.
 
@@ -195,8 +200,8 @@ def _pairs_of(name: str, module: nn.Module) -> Iterator[AdapterPair]:
                 sizes = (module.r[adapter], module.in_features, module.out_features)
                 yield AdapterPair(full_name, *sizes, module, adapter)
         elif adapter in module.lora_A:
-            experts = module.num_experts if isinstance(module, ParamWrapper) else 1
-            yield AdapterPair(full_name, *_sizes(full_name, module, adapter), module, adapter, experts)
+            sizes = _sizes(full_name, module, adapter)
+            yield AdapterPair(full_name, *sizes, module, adapter, _experts(module))
 
 
 def _sizes(name: str, layer: LoraLayer, adapter: str) -> tuple[int, int, int]:
@@ -207,8 +212,11 @@ def _sizes(name: str, layer: LoraLayer, adapter: str) -> tuple[int, int, int]:
     if hasattr(factor_a, "kernel_size"):
         in_features = factor_a.in_channels * math.prod(factor_a.kernel_size)
         return factor_a.out_channels, in_features, factor_b.out_channels
-    experts = layer.num_experts if isinstance(layer, ParamWrapper) else 1
-    return factor_a.out_features // experts, factor_a.in_features, factor_b.out_features
+    return factor_a.out_features // _experts(layer), factor_a.in_features, factor_b.out_features
+
+
+def _experts(layer: LoraLayer) -> int:
+    return layer.num_experts if isinstance(layer, ParamWrapper) else 1
 
 
 def _refuse_unsupported(name: str, layer: LoraLayer, adapter: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from ..collectives.communicator import Communicator
 from ..collectives.retile import Retiler
 from ..engines.base import Engine
-from ..engines.pairs import by_expert
+from ..engines.pairs import by_expert, numbers_by_expert
 from ..methods.base import FactorMethod, MatrixMethod, OptimizerMethod, RescalingMethod
 from ..methods.config import RefLoRAConfig
 from ..methods.registry import METHODS
@@ -43,7 +43,7 @@ def make_step(engine: Engine, config: RefLoRAConfig, communicator: Communicator,
         return RescalingStep(method(), engine, communicator)
     if issubclass(method, MatrixMethod):
         pairs = by_expert(engine.pairs)
-        numbers = [number for number, pair in enumerate(engine.pairs) for _ in range(pair.experts)]
+        numbers = numbers_by_expert(engine.pairs)
         unsolvable = [place for place, number in enumerate(numbers) if number in hopeless]
         scalings, lora_ranks = [pair.scaling for pair in pairs], [pair.lora_rank for pair in pairs]
         solver = Solver(method, config, scalings, lora_ranks, communicator, unsolvable)

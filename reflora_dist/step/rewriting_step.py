@@ -16,7 +16,7 @@ from ..collectives.expert_views import ExpertViews
 from ..collectives.grams import reduce_grams
 from ..collectives.retile import Retiler
 from ..engines.base import Engine, Firing
-from ..engines.pairs import by_expert
+from ..engines.pairs import by_expert, numbers_by_expert
 from ..methods.base import RescalingMethod
 from .base import Step
 from .figures import balance_after, balance_figures, gram_figures
@@ -52,8 +52,7 @@ class RewritingStep(Step, abc.ABC):
         super().__init__(engine, communicator)
         self._carries_moments = carries_moments
         self._guard = HalfGuard(communicator) if engine.has_half_gradients() else None
-        adapters = [number for number, pair in enumerate(engine.pairs) for _ in range(pair.experts)]
-        self._adapters = torch.tensor(adapters, device=communicator.device)  # of every pair
+        self._adapters = torch.tensor(numbers_by_expert(engine.pairs), device=communicator.device)  # of every pair
 
     @abc.abstractmethod
     def _rewrite(self, weights: list[Tensor], moments: Moments) -> Tensor:

@@ -101,7 +101,7 @@ _DEFAULT = {
 
 
 def _cases() -> Iterator[Any]:
-    for engine in ("ddp", "fsdp2", "fsdp2+tall", "zero2+tall", "zero3", "zero3+tall"):
+    for engine in ("ddp", "fsdp2", "fsdp2+tall", "zero1+tall", "zero2+tall", "zero3", "zero3+tall"):
         for method in ("reflora", "reflora-s", "lora-pro", "balora", "lora-rite", "lora-muon"):
             marks = [] if (engine, method) in _DEFAULT else [pytest.mark.all_ranks]
             yield pytest.param(engine, method, marks=marks, id=f"{engine}-{method}")

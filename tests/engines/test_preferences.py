@@ -63,7 +63,7 @@ def _arguments(engine: str, world_size: int, folder: Path, **changes: Any) -> di
     }
 
 
-def _starts_with_a(completions: list[str], **_: Any) -> list[float]:
+def _share_of_vowels(completions: list[str], **_: Any) -> list[float]:
     return [sum(letter in "aeiou" for letter in text) / 8 for text in completions]
 
 
@@ -91,7 +91,7 @@ def _trainer(
             return DPOTrainer(args=config, train_dataset=Dataset.from_list(PAIRS), **common), callback
         config = GRPOConfig(**arguments, num_generations=GLOBAL_BATCH, max_completion_length=8, beta=0.04)
         data = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
-        return GRPOTrainer(args=config, reward_funcs=_starts_with_a, train_dataset=data, **common), callback
+        return GRPOTrainer(args=config, reward_funcs=_share_of_vowels, train_dataset=data, **common), callback
 
 
 def _train(

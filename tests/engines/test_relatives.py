@@ -22,12 +22,12 @@ from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, 
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from reflora_dist import RefLoRAConfig, attach, tall_adapters
 from reflora_dist.checkpoints.training_state import save_adapter
 from reflora_dist.engines.pairs import find_pairs
 from reflora_dist.methods.reference import refactored
+from tests.support.adapters import variant_base
 from tests.support.cluster import run_ranks
 from tests.support.small import trainable
 from tests.support.workloads import synthetic_workload
@@ -53,13 +53,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def _base() -> LlamaForCausalLM:
-    workload = synthetic_workload(steps=1)
-    base = LlamaForCausalLM(LlamaConfig(**workload.llama))
-    base.load_state_dict(workload.base_weights)
-    return base
-
-
 def _batches(steps: int) -> Tensor:
     batches = synthetic_workload(steps=steps).batches.clone()
     batches[:, :, 2:4] = torch.tensor([5, 7])  # what switches aLoRA on
@@ -68,7 +61,7 @@ def _batches(steps: int) -> Tensor:
 
 def _model(name: str) -> PeftModel:
     torch.manual_seed(0)
-    model: Any = get_peft_model(_base(), LoraConfig(**{**LORA, **TOGETHER[name]}))
+    model: Any = get_peft_model(variant_base(), LoraConfig(**{**LORA, **TOGETHER[name]}))
     if name == "eva":
         rows = [{"input_ids": row} for row in _batches(2)[0].unbind()]
         loader = torch.utils.data.DataLoader(rows, batch_size=4)  # type: ignore[arg-type]
@@ -137,13 +130,15 @@ def test_shards_follow_one_process(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_variant_that_is_no_product_of_two_factors_is_refused(name: str) -> None:
     settings, message = REFUSED[name]
-    model = get_peft_model(_base(), LoraConfig(**{**LORA, **settings}))
+    model = get_peft_model(variant_base(), LoraConfig(**{**LORA, **settings}))
     with pytest.raises(ValueError, match=message):
         attach(model, torch.optim.SGD(trainable(model), lr=1e-2), CONFIG)
 
 
 def test_adalora_is_refused() -> None:
-    model = get_peft_model(_base(), AdaLoraConfig(total_step=10, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        variant_base(), AdaLoraConfig(total_step=10, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
     with pytest.raises(ValueError, match=r"which is not supported; use peft\.LoraConfig"):
         attach(model, torch.optim.SGD(trainable(model), lr=1e-2), CONFIG)
 

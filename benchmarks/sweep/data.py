@@ -20,6 +20,7 @@ from reflora_dist.files import smollm2
 from reflora_dist.files.stored_weights import find_model
 
 EVAL_BATCH_SIZE = 16
+SORTED_BATCHES = 8  # batches whose records are sorted together
 SPLIT_SEED = 0  # the held-out records do not depend on a run's seed
 
 Example = dict[str, list[int]]
@@ -42,13 +43,22 @@ class Material:
     pad_token_id: int
 
     def batches(self, seed: int, steps: int, batch_size: int, device: torch.device) -> list[Batch]:
-        """Return the training batches of one seed in order, on the device. Every epoch is shuffled anew."""
+        """Return the training batches of one seed in order, on the device. Every epoch is shuffled anew.
+
+        Records that follow each other are sorted by length into batches of little padding, which are shuffled again.
+        """
         generator = torch.Generator().manual_seed(seed)
         order: list[int] = []
         while len(order) < steps * batch_size:
             order += torch.randperm(len(self.train), generator=generator).tolist()
-        starts = range(0, steps * batch_size, batch_size)
-        return [self._collate([self.train[i] for i in order[s : s + batch_size]], device) for s in starts]
+        batches: list[list[int]] = []
+        for first in range(0, steps, SORTED_BATCHES):
+            count = min(SORTED_BATCHES, steps - first)
+            group = order[first * batch_size : (first + count) * batch_size]
+            group.sort(key=lambda index: len(self.train[index]["input_ids"]))
+            shuffled = torch.randperm(count, generator=generator).tolist()
+            batches += [group[i * batch_size : (i + 1) * batch_size] for i in shuffled]
+        return [self._collate([self.train[i] for i in batch], device) for batch in batches]
 
     def evaluation_batches(self, examples: list[Example], device: torch.device) -> list[Batch]:
         """Return batches of all examples, sorted by length."""
@@ -61,6 +71,10 @@ class Material:
         # Padding is on the right and has no label. Under a causal mask no real token sees it, and without a mask
         # attention takes its fast path.
         del batch["attention_mask"]
+        # Logits of a prompt enter no loss, and cost a quarter of a step of a small model with many tokens.
+        shifted = batch["labels"][:, 1:]
+        kept = (shifted != IGNORE_INDEX).any(dim=0).nonzero().flatten()
+        batch |= {"logits_to_keep": kept, "shift_labels": shifted[:, kept].contiguous()}
         return {name: tensor.to(device) for name, tensor in batch.items()}
 
     def describe(self) -> dict[str, Any]:

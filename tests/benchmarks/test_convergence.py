@@ -211,6 +211,13 @@ def test_every_seed_sees_each_record_once_per_epoch(material: Material) -> None:
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
 
 
+def test_logits_of_answers_alone_give_the_loss_of_all_logits(bench: Workbench, material: Material) -> None:
+    for batch in material.batches(0, 3, 2, CPU):
+        assert batch["shift_labels"].shape[1] < batch["labels"].shape[1] - 1  # prompts are left out
+        whole = bench.model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+        torch.testing.assert_close(bench.model(**batch).loss, whole)
+
+
 def test_mean_and_spread() -> None:
     assert mean_and_sd([1.0, 3.0]) == {"mean": 2.0, "sd": pytest.approx(math.sqrt(2))}
     assert mean_and_sd([1.0]) == {"mean": 1.0, "sd": 0.0}

@@ -183,7 +183,7 @@ def answer_settings(options: EvaluateOptions, questions: dict[str, list[Question
 def answer_share(options: EvaluateOptions, ranks: Ranks, remaining: dict[Key, Question]) -> None:
     """Generate this rank's share of the remaining answers and write each as soon as its batch is done."""
     template = str(options.prompt_template)
-    with stage(f"loading the model {options.model}"):
+    with stage("loading the model", str(options.model)):
         tokenizer = load_tokenizer(options.tokenizer or generation.tokenizer_of(str(options.model), options.adapter))
         model = generation.load_model(
             str(options.model),

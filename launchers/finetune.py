@@ -115,17 +115,18 @@ def prepare(options: Options, saved: SavedRun | None = None) -> tuple[Trainer, r
     run_settings = RunSettings(settings, callback if has_warmup else None, saved)
     if saved:
         tell_differences(run_settings, saved)
-    with stage("looking for the model"):
+    with stage("looking for the model", options.model.model):
         adapter = continued_adapter(options)
     if adapter is not None:
         model_path = adapter.base
     else:
         model_path = options.model.model or shared_once(arguments, "pre-training the model", embedded_model, options)
-    with stage("loading the tokenizer"):
-        tokenizer = load_tokenizer(options.model.tokenizer or (adapter.tokenizer if adapter else model_path))
+    tokenizer_path = options.model.tokenizer or (adapter.tokenizer if adapter else model_path)
+    with stage("loading the tokenizer", tokenizer_path):
+        tokenizer = load_tokenizer(tokenizer_path)
     data = examples(options, tokenizer, *records)
     set_seed(arguments.seed)
-    with stage(f"loading the model {model_path}"):
+    with stage("loading the model", model_path):
         base = load_model(model_path, options)
     if adapter is not None:
         adapter.resize(base)

@@ -45,9 +45,22 @@ def told(what: str | Callable[[], str]) -> Iterator[None]:
         _open.remove(done)
 
 
-def stage(what: str) -> contextlib.AbstractContextManager[None]:
-    """Say on stderr what the code inside does, as :func:`told`; on the first rank only, for all do the same."""
-    return told(what) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext()
+def stage(what: str, name: str | None = None) -> contextlib.AbstractContextManager[None]:
+    """Say on stderr what the code inside does, as :func:`told`; on the first rank only, for all do the same.
+
+    Args:
+        what: the work, "loading the model".
+        name: what it is done with, a local path or a name of the hub. A hub that does not answer is waited for by
+            minutes, so its address is said.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return contextlib.nullcontext()
+    if name is None:
+        return told(what)
+    if Path(name).exists() or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        return told(f"{what} {name}")
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    return told(f"{what} {name}, from {hub} or the cache (HF_HUB_OFFLINE=1: from the cache alone)")
 
 
 def say(text: str) -> None:

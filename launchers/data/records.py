@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from launchers.cluster.waiting import stage
 from reflora_dist.files.local_names import no_such_path
 
 from .forms import EXPECTED, Record, checked
@@ -100,7 +101,8 @@ def load_hub(name: str, split: str, config: str | None = None, revision: str | N
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, config, split=split, revision=revision)
+        with stage("loading the data set", name):
+            rows = datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as error:  # the hub client raises many kinds; all mean that there is no data
         part = f"{split!r} of {config!r}" if config else repr(split)
         cause = error.__cause__ or error  # a DatasetGenerationError says only that there was an error

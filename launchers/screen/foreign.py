@@ -109,6 +109,11 @@ class _Shown(logging.Handler):
     """A handler for our loggers, and for libraries that have none of their own."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        logger: logging.Logger | None = logging.getLogger(record.name)
+        while logger is not None and logger is not logging.root:
+            if logger.handlers:  # it has shown the record, and passes it on all the same
+                return
+            logger = logger.parent
         _show_warning(_library(record.pathname), record.getMessage())
 
 

@@ -29,12 +29,10 @@ _DEFAULT = {
     "fsdp1-flat": 2,
     "zero1-bf16": 2,
     "zero2": 2,
-    "zero2-two-groups": 2,
     "zero3": 3,
     "zero3-subgroups": 2,
     "zero3-ulysses": 2,
     "fsdp2-trainer": 2,
-    "zero3-trainer": 2,
     "zero3-sft": 2,
 }
 
@@ -52,8 +50,10 @@ _SOME = (
 )
 # a schedule and accumulation too with the other one,
 _MORE = (*_SOME, "reflora-warmup2-interval2", "reflora accumulated", "reflora-clip")
-# and all runs with it under these engines.
+# all runs with it under these engines,
 _IN_FULL = ("single", "ddp", "fsdp2", "fsdp1-full", "zero2")
+# and each method once, with that storage alone, under these, which differ from others by a driver or in one setting.
+_IN_SHORT = ("zero1-bf16", "zero3-subgroups", "zero3-ulysses", "fsdp2-trainer", "zero3-sft")
 
 
 def _runs(engine_name: str, all_of_them: bool) -> list[Run]:
@@ -66,6 +66,8 @@ def _runs(engine_name: str, all_of_them: bool) -> list[Run]:
     most, fewer = (runs, tall) if engine_name in (*_WHOLE, *WITHOUT_TALL) else (tall, runs)
     if all_of_them:
         return most + fewer
+    if engine_name in _IN_SHORT:
+        return _among(most, _SOME)
     most = most if engine_name in _IN_FULL else _among(most, _MORE)
     return most + _among(fewer, _SOME)
 

@@ -55,6 +55,14 @@ def test_what_is_foreign_is_left_out_by_message_and_version(filtered: None, caps
     ]
 
 
+def test_a_library_that_shows_its_warnings_itself_is_not_repeated(
+    filtered: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("some"), "handlers", [logging.StreamHandler(sys.stdout)])
+    logging.getLogger("some.package").warning("a slow hub")
+    assert capsys.readouterr() == ("a slow hub\n", "")
+
+
 def test_a_warning_of_a_library_is_one_line_that_names_it(filtered: None, capsys: pytest.CaptureFixture[str]) -> None:
     warnings.showwarning("two\n  lines", UserWarning, "/env/site-packages/peft/utils/other.py", 3)
     assert capsys.readouterr().err == "finetune.py: warning: peft: two lines\n"

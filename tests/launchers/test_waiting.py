@@ -118,6 +118,21 @@ def test_a_stage_is_told_by_the_first_rank_until_it_ends(
     assert said == (["loading the model", engine] if says else [])
 
 
+def test_a_stage_names_the_hub_that_may_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(waiting, "FIRST_WORD_SECONDS", 0.2)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    for offline, name in (("0", "some/llama"), ("0", str(tmp_path)), ("1", "some/llama")):
+        monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+        with stage("loading the model", name):
+            time.sleep(0.5)
+    said = [line.partition(" since ")[2][9:] for line in capsys.readouterr().err.splitlines()]
+    from_hub = ", from http://127.0.0.1:1 or the cache (HF_HUB_OFFLINE=1: from the cache alone)"
+    assert said == [f"loading the model {name}" for name in (f"some/llama{from_hub}", tmp_path, "some/llama")]
+
+
 @pytest.mark.parametrize(("world_size", "says"), [("1", True), ("2", False)])
 def test_who_works_first_says_so_where_nobody_waits(
     world_size: str, says: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from launchers.cluster.waiting import stage
 from reflora_dist.files.local_names import no_such_path
 
+from ..cluster.waiting import stage
 from .forms import EXPECTED, Record, checked
 
 # The first bytes of files that users give as JSON by mistake.

@@ -10,15 +10,20 @@ import pytest
 import torch
 from peft import (
     AdaLoraConfig,
+    ArrowConfig,
     EvaConfig,
     LoraConfig,
     PeftModel,
+    create_arrow_model,
     get_peft_model,
     get_peft_model_state_dict,
     initialize_lora_eva_weights,
     set_peft_model_state_dict,
 )
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.variants import QALoraLinearVariant
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -40,7 +45,10 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "alora": {"alora_invocation_tokens": [5, 7]},
     "pissa": {"init_lora_weights": "pissa"},
     "eva": {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=1.0)},
+    "corda": {"init_lora_weights": "corda", "corda_config": CordaConfig(corda_method="kpm")},
+    "loftq": {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
 }
+_ON_GPUS = ("loftq",)  # PEFT computes this start on "cuda", whatever the model is on
 _BLOCKS = {"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": ["down_proj"], "nblocks": 2}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "kasa": ({"kasa_config": {}}, "uses KasaLinearVariant, which is not supported"),
@@ -61,7 +69,11 @@ def _batches(steps: int) -> Tensor:
 
 def _model(name: str) -> PeftModel:
     torch.manual_seed(0)
-    model: Any = get_peft_model(variant_base(), LoraConfig(**{**LORA, **TOGETHER[name]}))
+    base, config = variant_base(), LoraConfig(**{**LORA, **TOGETHER[name]})
+    if name == "corda":
+        rows = _batches(2).flatten(0, 1).unsqueeze(1)  # it reads one sequence at a time
+        preprocess_corda(base, config, run_model=lambda: [base(row) for row in rows])  # type: ignore[arg-type]
+    model: Any = get_peft_model(base, config)
     if name == "eva":
         rows = [{"input_ids": row} for row in _batches(2)[0].unbind()]
         loader = torch.utils.data.DataLoader(rows, batch_size=4)  # type: ignore[arg-type]
@@ -77,7 +89,7 @@ def _backward(model: nn.Module, batch: Tensor) -> None:
     model(input_ids=batch, labels=batch).loss.backward()
 
 
-@pytest.mark.parametrize("name", TOGETHER)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.gpu] * (n in _ON_GPUS)) for n in TOGETHER])
 def test_the_variants_gradients_are_refactored(name: str) -> None:
     """Whatever gradients a variant makes: these are what S multiplies."""
     model = _model(name)
@@ -117,7 +129,9 @@ def _sharded(rank: int, world_size: int, name: str, factors: dict[str, Tensor], 
     _train(model, folder)
 
 
-@pytest.mark.parametrize("name", ["alora", *(pytest.param(n, marks=pytest.mark.all_ranks) for n in ("velora", "eva"))])
+@pytest.mark.parametrize(
+    "name", ["alora", *(pytest.param(n, marks=pytest.mark.all_ranks) for n in ("velora", "eva", "corda"))]
+)
 def test_shards_follow_one_process(name: str, tmp_path: Path) -> None:
     start = {key: factor.clone() for key, factor in get_peft_model_state_dict(_model(name)).items()}
     run_ranks(_sharded, 2, name, start, tmp_path / "sharded")
@@ -133,6 +147,26 @@ def test_a_variant_that_is_no_product_of_two_factors_is_refused(name: str) -> No
     model = get_peft_model(variant_base(), LoraConfig(**{**LORA, **settings}))
     with pytest.raises(ValueError, match=message):
         attach(model, torch.optim.SGD(trainable(model), lr=1e-2), CONFIG)
+
+
+def test_qalora_is_refused() -> None:
+    """PEFT uses it on GPTQ layers alone, where it pools the inputs of lora_A, ``[r, in / group]``."""
+    config = LoraConfig(**LORA, use_qalora=True, qalora_group_size=4)
+    model = get_peft_model(variant_base(), config)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    layer.lora_variant["default"] = QALoraLinearVariant()
+    QALoraLinearVariant.init(layer, "default", config)
+    with pytest.raises(ValueError, match="uses QALoraLinearVariant, which is not supported"):
+        attach(model, torch.optim.SGD(trainable(model), lr=1e-2), CONFIG)
+
+
+def test_arrow_is_refused(tmp_path: Path) -> None:
+    """Its router adds adapters that were trained before; its own factors take no part."""
+    for part in ("a", "b"):
+        get_peft_model(variant_base(), LoraConfig(**LORA)).save_pretrained(tmp_path / part)
+    model = create_arrow_model(variant_base(), [str(tmp_path / part) for part in ("a", "b")], ArrowConfig(top_k=1))
+    with pytest.raises(ValueError, match="uses ArrowLinearVariant, which is not supported"):
+        attach(model, torch.optim.SGD(model.parameters(), lr=1e-2), CONFIG)
 
 
 def test_adalora_is_refused() -> None:

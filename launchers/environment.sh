@@ -170,14 +170,21 @@ free_port() {
     "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
 
-# Sets mesh_options: what accelerate needs for a configuration with a mesh, one copy per machine or, on one, two.
-# Arguments: accelerate's configuration, number of machines.
+# Sets mesh_options: what accelerate needs for a configuration with a mesh. Of context parallelism, the ranks besides
+# those that share a sequence; else one copy per machine or, on one, two. Arguments: the configuration, number of machines.
 set_mesh_options() {
     local copies=$(($2 > 1 ? $2 : 2)) ranks=$(($2 * PROCESSES))
     mesh_options=()
     local sizes
     sizes=$(accelerate_setting "$1" parallelism_config) || exit 1
     [ -n "$sizes" ] || return 0
+    local sequence
+    sequence=$(sed -n 's/^ *parallelism_config_cp_size: *\([0-9]*\).*/\1/p' "$1")
+    if [ "${sequence:-1}" -gt 1 ]; then
+        [ $((ranks % sequence)) -eq 0 ] || die "$1: $ranks process(es) cannot share sequences by $sequence"
+        mesh_options=(--parallelism_config_dp_shard_size "$((ranks / sequence))")
+        return
+    fi
     [ $((ranks % copies)) -eq 0 ] && [ $((ranks / copies)) -gt 1 ] \
         || die "$1: $ranks process(es) do not make $copies copies of at least two shards each; use fsdp2.yaml"
     mesh_options=(--parallelism_config_dp_replicate_size "$copies")

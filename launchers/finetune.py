@@ -59,6 +59,7 @@ from .training.failures import named_failures
 from .training.interruptions import StopOnSignal
 from .training.options import PEFT_STARTS, Options, parse_options
 from .training.quantized import keep_weight_layout, quantization_config
+from .training.sequences import check_shared_sequences, ranks_of_a_sequence
 from .training.settings import RUN_FILE, LearningRateStays, RunSettings, settings_of, tell_differences
 from .training.starts import start_adapter
 from .training.targets import adapter_targets
@@ -102,6 +103,7 @@ def prepare(options: Options, saved: SavedRun | None = None) -> tuple[Trainer, r
     Raises:
         ValueError, RuntimeError: an option, a file or a record cannot be used; the message names it.
     """
+    check_shared_sequences(options)
     callback, has_warmup = method_callback(options)
     settings = settings_of(options)  # with the model's name as it was given
     arguments = options.training
@@ -134,7 +136,8 @@ def prepare(options: Options, saved: SavedRun | None = None) -> tuple[Trainer, r
     if options.data.packing:
         require_position_ids(base)
     multiple = limits.padded_multiple()
-    collator: Any = Collator(pad_token_id=padding_token(tokenizer), multiple_of=multiple)
+    shared = ranks_of_a_sequence(arguments) > 1
+    collator: Any = Collator(pad_token_id=padding_token(tokenizer), multiple_of=multiple, positions=shared)
     if classifies:
         collator = classification.collator(tokenizer, base, multiple)
     model = add_adapter(base, options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import hashlib
+import logging
 import math
 import multiprocessing
 import os
@@ -220,6 +221,7 @@ def _be_quiet() -> None:
     """Switch off progress bars and warnings, which every worker would show as it loads the model."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels for 4-bit bases, which is none here
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 

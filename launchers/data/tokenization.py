@@ -280,12 +280,14 @@ class Collator:
     Returns, for a batch of b rows padded to t tokens:
         input_ids       [b, t]  padded with ``pad_token_id``
         labels          [b, t]  padded with -100
-        attention_mask  [b, t]  1 on real tokens; only for rows that are not packed
-        position_ids    [b, t]  only for packed rows; padding counts from 0 like a further example
+        attention_mask  [b, t]  1 on real tokens, where there are no positions
+        position_ids    [b, t]  for packed rows, whose padding counts from 0 like a further example; with ``positions``
+                                for all rows. Padding is on the right, where a causal mask hides it
     """
 
     pad_token_id: int
     multiple_of: int = 8
+    positions: bool = False  # for ranks that share a sequence, and do not know where their part begins
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
         import torch  # not above: options are named from this module before torch is there
@@ -303,6 +305,8 @@ class Collator:
         }
         if "position_ids" in rows[0]:
             batch["position_ids"] = padded("position_ids", range)
+        elif self.positions:
+            batch["position_ids"] = torch.arange(length).repeat(len(rows), 1)
         else:
             batch["attention_mask"] = torch.tensor([[1] * (length - n) + [0] * n for n in missing])
         return batch

@@ -157,10 +157,11 @@ def _line(text: str) -> str:
 def _shield_workers(dataloader: Any) -> None:
     """Make the data loader's workers ignore SIGTERM. Schedulers signal them too, and their end would be an error.
 
-    Workers end with their parent. Workers of evaluations are not covered, because Trainer makes them anew each time.
+    Workers end with their parent. Workers of evaluations are not covered, because Trainer makes them anew each time;
+    nor are those under Ulysses, whose loader has started them before.
     """
     loader = getattr(dataloader, "base_dataloader", dataloader)
-    if loader.num_workers:
+    if getattr(loader, "num_workers", 0):
         loader.worker_init_fn = _IgnoringSigterm(loader.worker_init_fn)
 
 

@@ -16,7 +16,10 @@ _FSDP2_STRATEGIES = {
     "HYBRID_SHARD": "parallelism_config with dp_replicate_size and dp_shard_size",
     "HYBRID_SHARD_ZERO2": "parallelism_config with both sizes, and fsdp_reshard_after_forward: false",
 }
-_OTHER_PARALLELISM = {"tp": "tensor", "cp": "context", "sp": "sequence"}
+_REFUSED_PARALLELISM = {
+    "tp": "tensor parallelism is not supported",
+    "sp": "sequence parallelism is DeepSpeed's (Ulysses), and accelerate launch does not hand it on",
+}
 
 
 def _strategy(arguments: Any) -> str:
@@ -94,37 +97,43 @@ def _wrap(path: str, arguments: Any, setup: Setup, findings: Findings) -> None:
 def _mesh(path: str, arguments: Any, setup: Setup, findings: Findings) -> None:
     sizes = {
         name: count(path, vars(arguments), f"parallelism_config_{name}_size", findings) or 1
-        for name in ("dp_replicate", "dp_shard", *_OTHER_PARALLELISM)
+        for name in ("dp_replicate", "dp_shard", "cp", *_REFUSED_PARALLELISM)
     }
-    for name, kind in _OTHER_PARALLELISM.items():
+    for name, why in _REFUSED_PARALLELISM.items():
         if sizes[name] > 1:
-            findings.error(
-                path,
-                f"parallelism_config_{name}_size={sizes[name]}: {kind} parallelism is not supported",
-                "leave it out, or set 1",
-            )
-    if sizes["dp_shard"] == 1 and setup.world_size > 1:
+            findings.error(path, f"parallelism_config_{name}_size={sizes[name]}: {why}", "leave it out, or set 1")
+    shards = sizes["dp_shard"] * sizes["cp"]  # FSDP2 shards over the ranks of a sequence too
+    if shards == 1 and setup.world_size > 1:
         findings.error(
             path,
             "dp_shard_size is 1, which leaves FSDP nothing to shard across: accelerate refuses it",
             "a dp_shard_size above 1, or distributed_type: MULTI_GPU",
         )
         return
-    total = sizes["dp_replicate"] * sizes["dp_shard"]
+    total = sizes["dp_replicate"] * shards
     if total != setup.world_size:
+        of_sequences = f" x cp_size {sizes['cp']}" if sizes["cp"] > 1 else ""
         findings.error(
             path,
-            f"dp_replicate_size {sizes['dp_replicate']} x dp_shard_size {sizes['dp_shard']} is {total}, but there are "
-            f"{setup.world_size} ranks",
+            f"dp_replicate_size {sizes['dp_replicate']} x dp_shard_size {sizes['dp_shard']}{of_sequences} is {total}, "
+            f"but there are {setup.world_size} ranks",
             f"dp_shard_size: the ranks of a machine, {setup.ranks_per_node}; dp_replicate_size: the machines, "
             f"{setup.num_nodes}; or --world_size {total}",
         )
-    elif sizes["dp_replicate"] > 1:
-        setup.shard_size = sizes["dp_shard"]
-        if setup.ranks_per_node % sizes["dp_shard"]:
+        return
+    if sizes["cp"] > 1:
+        findings.note(
+            path,
+            f"parallelism_config_cp_size={sizes['cp']}: the method is the same, since gradients are summed over the "
+            "ranks of a sequence before the step. The memory of activations is estimated for whole sequences",
+            "it needs attn_implementation: sdpa and CUDA devices",
+        )
+    if sizes["dp_replicate"] > 1:
+        setup.shard_size = shards
+        if setup.ranks_per_node % shards:
             findings.warning(
                 path,
-                f"dp_shard_size {sizes['dp_shard']} does not divide the {setup.ranks_per_node} ranks of a machine: "
+                f"copies of {shards} ranks do not divide the {setup.ranks_per_node} ranks of a machine: "
                 "parameters are gathered between machines",
                 f"dp_shard_size: {setup.ranks_per_node}",
             )

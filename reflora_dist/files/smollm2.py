@@ -8,6 +8,7 @@ bf16, as the hub has them.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import subprocess
 import sys
 import tempfile
@@ -168,4 +169,5 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels for 4-bit bases, which is none here
     _convert(Path(sys.argv[1]), Path(sys.argv[2]))

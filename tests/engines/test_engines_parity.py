@@ -32,6 +32,7 @@ _DEFAULT = {
     "zero3": 3,
     "zero3-subgroups": 2,
     "zero3-ulysses": 2,
+    "fsdp2-context-parallel": 2,
     "fsdp2-trainer": 2,
     "zero3-sft": 2,
 }
@@ -53,7 +54,10 @@ _MORE = (*_SOME, "reflora-warmup2-interval2", "reflora accumulated", "reflora-cl
 # all runs with it under these engines,
 _IN_FULL = ("single", "ddp", "fsdp2", "fsdp1-full", "zero2")
 # and each method once, with that storage alone, under these, which differ from others by a driver or in one setting.
-_IN_SHORT = ("zero1-bf16", "zero3-subgroups", "zero3-ulysses", "fsdp2-trainer", "zero3-sft")
+_IN_SHORT = (
+    *("zero1-bf16", "zero3-subgroups", "zero3-ulysses"),
+    *("fsdp2-context-parallel", "fsdp2-trainer", "zero3-sft"),
+)
 
 
 def _runs(engine_name: str, all_of_them: bool) -> list[Run]:

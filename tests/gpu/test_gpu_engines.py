@@ -46,6 +46,8 @@ _RANKS = {
     "fsdp2-trainer": (2,),
     "zero3-trainer": (2,),
     "fsdp2-sft": (1,),
+    # torch's ring attention passes keys between GPUs; written, and not run yet
+    **({"fsdp2-context-parallel": (2,)} if torch.cuda.device_count() > 1 else {}),
 }
 
 # in place of what keeps a job on the CPU

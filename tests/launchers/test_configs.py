@@ -49,7 +49,9 @@ def _filled(value: Any, name: str = "") -> Any:
 
 def test_all_configurations_are_there() -> None:
     assert [path.stem for path in DEEPSPEED] == sorted(STAGES)
-    assert [path.stem for path in ACCELERATE] == ["deepspeed_zero3", "fsdp1", "fsdp2", "fsdp2_hsdp"]
+    assert [path.stem for path in ACCELERATE] == [
+        *("deepspeed_zero3", "fsdp1", "fsdp2", "fsdp2_context_parallel", "fsdp2_hsdp")
+    ]
 
 
 class _Recording(dict[str, Any]):
@@ -191,6 +193,8 @@ def test_the_command_line_makes_it_one_of_several_machines(path: Path) -> None:
     """What accelerate then hands torch's launcher on the second of two machines."""
     several = ["--num_machines=2", "--machine_rank=1", "--num_processes=16"]
     several += ["--main_process_ip=10.0.0.1", "--main_process_port=29500"]
+    if path.stem == "fsdp2_context_parallel":
+        several += ["--parallelism_config_dp_shard_size=8"]
     if path.stem == "fsdp2_hsdp":
         several += ["--parallelism_config_dp_replicate_size=2", "--parallelism_config_dp_shard_size=8"]
     arguments, environment = accelerate_launch(path.stem, *several)
@@ -201,9 +205,10 @@ def test_the_command_line_makes_it_one_of_several_machines(path: Path) -> None:
         assert environment["PARALLELISM_CONFIG_DP_SHARD_SIZE"] == "8"
 
 
-def test_hsdp_has_as_many_ranks_as_its_mesh() -> None:
-    config = yaml.safe_load((REPOSITORY / "launchers" / "accelerate" / "fsdp2_hsdp.yaml").read_text())
-    sizes = config["parallelism_config"].values()
+@pytest.mark.parametrize("name", ["fsdp2_hsdp", "fsdp2_context_parallel"])
+def test_there_are_as_many_ranks_as_in_the_mesh(name: str) -> None:
+    config = yaml.safe_load((REPOSITORY / "launchers" / "accelerate" / f"{name}.yaml").read_text())
+    sizes = [size for key, size in config["parallelism_config"].items() if key.endswith("_size")]
     assert math.prod(sizes) == config["num_processes"]
 
 
@@ -239,6 +244,9 @@ def test_the_shell_reads_it(path: Path) -> None:
         ("fsdp2_hsdp", 4, 8, "4 8"),
         ("fsdp2_hsdp", 1, 2, "do not make 2 copies"),
         ("fsdp2_hsdp", 2, 1, "do not make 2 copies"),
+        ("fsdp2_context_parallel", 1, 8, "4"),
+        ("fsdp2_context_parallel", 4, 8, "16"),
+        ("fsdp2_context_parallel", 1, 3, "cannot share sequences by 2"),
         ("fsdp2", 1, 3, ""),
     ],
 )
@@ -253,7 +261,7 @@ def test_the_mesh_follows_the_number_of_machines(config: str, machines: int, pro
         text=True,
         timeout=20,
     )
-    if "copies" in expected:
+    if expected and not expected.replace(" ", "").isdigit():
         assert done.returncode and expected in done.stderr
     else:
         assert " ".join(re.findall(r"_size (\d+)", done.stdout)) == expected

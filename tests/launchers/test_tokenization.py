@@ -156,6 +156,9 @@ def test_the_collator_pads_to_a_multiple_and_masks_the_padding() -> None:
     assert batch["input_ids"].tolist() == [[1, 2, 3, 9, 9, 9, 9, 9], [4, 9, 9, 9, 9, 9, 9, 9]]
     assert batch["labels"].tolist() == [[-100, 2, 3] + [-100] * 5, [4] + [-100] * 7]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0]]
+    for_cut_rows = Collator(pad_token_id=9, positions=True)([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}])
+    assert for_cut_rows["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
+    assert "attention_mask" not in for_cut_rows
     packed = Collator(pad_token_id=9)([{"input_ids": [1, 2, 3], "labels": [1, 2, 3], "position_ids": [0, 1, 0]}])
     assert packed["position_ids"].tolist() == [[0, 1, 0, 0, 1, 2, 3, 4]]
     assert "attention_mask" not in packed

@@ -5,12 +5,20 @@
 
 from __future__ import annotations
 
-from tests.support.engines_under_test import accelerated, fsdp, replicated, trainer, ulysses, zero
+from tests.support.engines_under_test import (
+    accelerated,
+    context_parallel,
+    fsdp,
+    replicated,
+    trainer,
+    ulysses,
+    zero,
+)
 from tests.support.engines_under_test.common import Engine
 
 ENGINES: dict[str, Engine] = {
     engine.name: engine
-    for module in (replicated, fsdp, zero, ulysses, accelerated, trainer)
+    for module in (replicated, fsdp, zero, ulysses, accelerated, context_parallel, trainer)
     for engine in module.ENGINES
 }
 

@@ -121,6 +121,20 @@ def train_on(wrapped: Wrapped, batch: Tensor) -> float:
     return total / len(micro_batches)
 
 
+def cut_sequences(rows: Tensor, parts: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Tokens, positions and next tokens of rows ``[rows, seq]``, as the ranks of a sequence share them."""
+    positions = torch.arange(rows.shape[1], device=rows.device).repeat(rows.shape[0], 1)
+    wanted = nn.functional.pad(rows[:, 1:], (0, 1), value=-100)  # the next token, also across the cut
+    cut = [[part.contiguous() for part in whole.chunk(parts, dim=1)] for whole in (rows, positions, wanted)]
+    return list(zip(*cut, strict=True))
+
+
+def summed_loss(model: Any, tokens: Tensor, positions: Tensor, wanted: Tensor) -> Tensor:
+    """The loss summed over the tokens of one part."""
+    logits = model(input_ids=tokens, position_ids=positions).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum")
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

@@ -6,7 +6,6 @@ import functools
 from typing import Any
 
 import deepspeed
-import torch
 import torch.distributed as dist
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tests.support.engines_under_test.common import Engine, Wrapped, rank, world_size
+from tests.support.engines_under_test.common import Engine, Wrapped, cut_sequences, rank, summed_loss, world_size
 from tests.support.engines_under_test.zero import Zero, _zero
 from tests.support.workloads import Settings
 
@@ -30,12 +29,8 @@ class _Ulysses(Zero):
         return batch.chunk(world_size() // SEQUENCE_RANKS)[rank() // SEQUENCE_RANKS]
 
     def loss(self, rows: Tensor) -> Tensor:
-        positions = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
-        labels = nn.functional.pad(rows[:, 1:], (0, 1), value=-100)  # the next token, also across the cut
-        half = rank() % SEQUENCE_RANKS
-        tokens, places, wanted = (whole.chunk(SEQUENCE_RANKS, dim=1)[half] for whole in (rows, positions, labels))
-        logits = self.model(input_ids=tokens.contiguous(), position_ids=places).logits
-        own = nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum")
+        part = cut_sequences(rows, SEQUENCE_RANKS)[rank() % SEQUENCE_RANKS]
+        own = summed_loss(self.model, *part)
         total = all_reduce(own, group=parallel_state_sp.get_sequence_parallel_group())
         return total / (rows.shape[0] * (rows.shape[1] - 1))
 

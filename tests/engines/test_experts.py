@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from reflora_dist import RefLoRAConfig, attach
+from reflora_dist import Handle, RefLoRAConfig, attach
 from reflora_dist.checkpoints.training_state import load_checkpoint, save_adapter, save_checkpoint
 from reflora_dist.methods.registry import METHODS
 from reflora_dist.step.method_optimizers import METHOD_OPTIMIZERS
+from tests.support.checkpoints import convert_to_universal
 from tests.support.cluster import run_ranks
 from tests.support.experts import (
     EXPERTS,
@@ -93,6 +94,17 @@ def _on_ranks(rank: int, world_size: int, engine_name: str, method: str, folder:
     return handle.report().as_dict()
 
 
+def _trained_in_one_process(method: str) -> tuple[Any, Handle]:
+    model = expert_model(dtype=torch.float32)
+    optimizer = _settings(method).optimizer(trainable(model))
+    handle = attach(model, optimizer, RefLoRAConfig(method=method, warmup_steps=0))
+    for batch in expert_batches(STEPS, torch.float32):
+        backward(model, batch)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, handle
+
+
 _DEFAULT = {
     *(("fsdp2+tall", method) for method in ("reflora", "lora-rite")),
     *(("zero3+tall", method) for method in ("reflora", "lora-muon")),
@@ -110,13 +122,7 @@ def _cases() -> Iterator[Any]:
 @pytest.mark.parametrize(("engine_name", "method"), _cases())
 def test_engines_follow_one_process(engine_name: str, method: str, tmp_path: Path) -> None:
     reports = run_ranks(_on_ranks, 2, engine_name, method, tmp_path)
-    model = expert_model(dtype=torch.float32)
-    optimizer = _settings(method).optimizer(trainable(model))
-    handle = attach(model, optimizer, RefLoRAConfig(method=method, warmup_steps=0))
-    for batch in expert_batches(STEPS, torch.float32):
-        backward(model, batch)
-        optimizer.step()
-        optimizer.zero_grad()
+    model, handle = _trained_in_one_process(method)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     for name, factor in named_factors(model).items():
         found = saved[name.replace(".default", "")]
@@ -156,6 +162,42 @@ def test_training_resumes(engine_name: str, method: str, tmp_path: Path) -> None
     whole, resumed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "resumed"))
     for name, factor in whole.items():
         torch.testing.assert_close(resumed[name], factor, rtol=1e-6, atol=1e-7)
+
+
+def _until_or_from(rank: int, world_size: int, engine_name: str, method: str, folder: Path, load: bool) -> None:
+    more = {"checkpoint": {"load_universal": True}} if load and engine_name.startswith("zero") else None
+    wrapped = wrap_experts(engine_name, expert_model(dtype=torch.float32), _settings(method), more)
+    state = load_checkpoint(folder / "checkpoint", wrapped.model, wrapped.optimizer) if load else None
+    config = RefLoRAConfig(method=method, warmup_steps=0)
+    handle = attach(wrapped.model, wrapped.optimizer, config, state_dict=state)
+    batches = expert_batches(STEPS, torch.float32)
+    for batch in batches[3:] if load else batches[:3]:
+        wrapped.backward(expert_loss(wrapped.model, batch))
+        wrapped.step()
+    if load:
+        save_adapter(wrapped.model, folder)
+    else:
+        save_checkpoint(folder / "checkpoint", wrapped.model, wrapped.optimizer, handle)
+
+
+def _on_other_ranks() -> Iterator[Any]:
+    for engine in ("fsdp2+tall", "zero3+tall", "zero2+tall", "zero1+tall", "zero3"):
+        for method in ("reflora", "lora-rite"):
+            marks = [] if (engine, method) == ("zero3+tall", "reflora") else [pytest.mark.all_ranks]
+            yield pytest.param(engine, method, marks=marks)
+
+
+@pytest.mark.parametrize(("engine_name", "method"), _on_other_ranks())
+def test_training_resumes_on_another_number_of_ranks(engine_name: str, method: str, tmp_path: Path) -> None:
+    """Under ZeRO from DeepSpeed's universal checkpoint."""
+    run_ranks(_until_or_from, 2, engine_name, method, tmp_path, False)
+    if engine_name.startswith("zero"):
+        convert_to_universal(tmp_path / "checkpoint")
+    run_ranks(_until_or_from, 3, engine_name, method, tmp_path, True)
+    model, _ = _trained_in_one_process(method)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    for name, factor in named_factors(model).items():
+        assert (saved[name.replace(".default", "")] - factor).norm() <= 1e-4 * factor.norm(), name
 
 
 def _fsdp1(rank: int, world_size: int) -> list[str]:

@@ -119,8 +119,8 @@ def backward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
     expert_loss(model, batch).backward()
 
 
-def wrap_experts(engine_name: str, model: PeftModel, settings: Settings) -> Wrapped:
-    """The model as an engine returns it; ``+tall`` stores lora_A tall before."""
+def wrap_experts(engine_name: str, model: PeftModel, settings: Settings, more: dict[str, Any] | None = None) -> Wrapped:
+    """The model as an engine returns it; ``+tall`` stores lora_A tall before, ``more`` are settings of DeepSpeed."""
     engine_name, _, tall = engine_name.partition("+")
     if tall:
         assert tall_adapters(model) == len(_SIZES)
@@ -139,6 +139,6 @@ def wrap_experts(engine_name: str, model: PeftModel, settings: Settings) -> Wrap
             model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
         )
         return Wrapped(fsdp1, optimizer_of(fsdp1, settings), settings)
-    config = zero_config(settings, 24, int(engine_name[4]))
+    config = zero_config(settings, 24, int(engine_name[4])) | (more or {})
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer_of(model, settings), config=config)
     return Zero(engine, optimizer, settings)

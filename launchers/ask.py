@@ -70,7 +70,7 @@ def answers(options: argparse.Namespace, records: Sequence[Record]) -> dict[str,
         for name, adapter in asked:
             like = adapter or options.adapter[0]
             template = recorded_template(like) or "plain"
-            with stage("loading", adapter or base or base_of(like)):
+            with stage(f"loading {name} on" if adapter else "loading", base or base_of(like)):
                 model, tokenizer = load(base or base_of(like), adapter, template)
             given[name] = []
             for record in records:

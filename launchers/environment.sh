@@ -170,19 +170,21 @@ free_port() {
     "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
 
-# Sets mesh_options: what accelerate needs for a configuration with a mesh. Of context parallelism, the ranks besides
-# those that share a sequence; else one copy per machine or, on one, two. Arguments: the configuration, number of machines.
+# Sets mesh_options, the sizes that accelerate needs for a configuration with a mesh. Ranks that share sequences make
+# groups. Otherwise each machine holds a copy, and a single machine holds two. Arguments: the configuration, number of
+# machines.
 set_mesh_options() {
-    local copies=$(($2 > 1 ? $2 : 2)) ranks=$(($2 * PROCESSES))
+    local copies=$(($2 > 1 ? $2 : 2)) ranks=$(($2 * PROCESSES)) sizes context sequence
     mesh_options=()
-    local sizes
     sizes=$(accelerate_setting "$1" parallelism_config) || exit 1
     [ -n "$sizes" ] || return 0
-    local sequence
-    sequence=$(sed -n 's/^ *parallelism_config_cp_size: *\([0-9]*\).*/\1/p' "$1")
-    if [ "${sequence:-1}" -gt 1 ]; then
-        [ $((ranks % sequence)) -eq 0 ] || die "$1: $ranks process(es) cannot share sequences by $sequence"
-        mesh_options=(--parallelism_config_dp_shard_size "$((ranks / sequence))")
+    context=$(sed -n "s/.*_CP_SIZE': *'\{0,1\}\([0-9]*\).*/\1/p" <<< "$sizes")
+    sequence=$(sed -n "s/.*_SP_SIZE': *'\{0,1\}\([0-9]*\).*/\1/p" <<< "$sizes")
+    if [ "${context:-1}" -gt 1 ] || [ "${sequence:-1}" -gt 1 ]; then
+        local group=$((${context:-1} * ${sequence:-1}))
+        [ $((ranks % group)) -eq 0 ] || die "$1: $ranks process(es) cannot share sequences by $group"
+        mesh_options=(--parallelism_config_dp_shard_size "$((ranks / group))")
+        [ "${sequence:-1}" -eq 1 ] || mesh_options=(--parallelism_config_dp_replicate_size "$((ranks / group))")
         return
     fi
     [ $((ranks % copies)) -eq 0 ] && [ $((ranks / copies)) -gt 1 ] \

@@ -12,6 +12,7 @@ Every option of transformers' TrainingArguments works too.
 from __future__ import annotations
 
 import contextlib
+import math
 import runpy
 import sys
 from pathlib import Path
@@ -135,9 +136,11 @@ def prepare(options: Options, saved: SavedRun | None = None) -> tuple[Trainer, r
     limits = check_examples(base, tokenizer, data)
     if options.data.packing:
         require_position_ids(base)
-    multiple = limits.padded_multiple()
-    shared = ranks_of_a_sequence(arguments) > 1
-    collator: Any = Collator(pad_token_id=padding_token(tokenizer), multiple_of=multiple, positions=shared)
+    shared = ranks_of_a_sequence(arguments)
+    multiple = limits.padded_multiple(math.lcm(8, shared))
+    if shared > 1 and multiple == 1:
+        raise ValueError(f"{shared} ranks share each sequence, but {limits.positions} positions do not divide by them")
+    collator: Any = Collator(pad_token_id=padding_token(tokenizer), multiple_of=multiple, positions=shared > 1)
     if classifies:
         collator = classification.collator(tokenizer, base, multiple)
     model = add_adapter(base, options)

@@ -123,6 +123,7 @@ PY
         cat "$HOME/.deepspeed_env" .deepspeed_env 2> /dev/null || true
         env | grep -E '^(PATH|OMP_NUM_THREADS|DS_ACCELERATOR|(GLOO|NCCL|REFLORA)_[A-Z_]+|TOKENIZERS_PARALLELISM)=' || true
         env | grep -E '^(HF_HOME|HF_HUB_OFFLINE|TORCH_EXTENSIONS_DIR)=' || true
+        env | grep -E '^(ACCELERATE_USE_PARALLELISM_CONFIG|PARALLELISM_CONFIG_[A-Z_]+)=' || true
     )
     DS_ENV_FILE=/dev/fd/9 exec "$PYTHON" -m deepspeed.launcher.runner --log_level warning --hostfile "$hostfile" \
         --launcher pdsh --no_local_rank --master_addr "$head" --master_port "$port" "$script" "${arguments[@]}"

@@ -221,7 +221,8 @@ def _be_quiet() -> None:
     """Switch off progress bars and warnings, which every worker would show as it loads the model."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels for 4-bit bases, which is none here
+    # it warns of missing kernels for 4-bit bases; there is none here
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 

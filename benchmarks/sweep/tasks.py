@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.sweep.data import SORTED_BATCHES
+
 # zero: PEFT's default, B = 0. drawn: B is drawn like A, and the product is subtracted from the base (the published
 # code's re_init). Then the model is the same, and S exists from the first step on.
 STARTS = ("zero", "drawn")
@@ -61,7 +63,7 @@ def settings_digest(material: dict[str, Any], schedule: Schedule, device: torch.
 
     Machines of one kind may share a sweep: they draw the same factors, and differ by rounding only.
     """
-    settings = [material, dataclasses.asdict(schedule), device.type]
+    settings = [material, dataclasses.asdict(schedule), device.type, f"sorted by {SORTED_BATCHES}"]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -15,6 +15,7 @@ from reflora_dist.command_line.name import in_own_words
 
 FIRST_WORD_SECONDS = 3.0
 NEXT_WORD_SECONDS = 60.0
+_YES = ("1", "ON", "YES", "TRUE")  # as the hub's client reads its variables, which would have to be imported
 _LONGEST_PAUSE = 0.5  # between two looks
 _open: list[threading.Event] = []
 _meetings = itertools.count()
@@ -50,14 +51,17 @@ def stage(what: str, name: str | None = None) -> contextlib.AbstractContextManag
 
     Args:
         what: the work, "loading the model".
-        name: what it is done with, a local path or a name of the hub. A hub that does not answer is waited for by
-            minutes, so its address is said.
+        name: what it is done with, a local path or a name of the hub. The hub may take minutes to answer, so the line
+            names its address.
     """
     if os.environ.get("RANK", "0") != "0":
         return contextlib.nullcontext()
     if name is None:
         return told(what)
-    if Path(name).exists() or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+    offline = any(
+        os.environ.get(variable, "").upper() in _YES for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    )
+    if offline or Path(name).exists():
         return told(f"{what} {name}")
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     return told(f"{what} {name}, from {hub} or the cache (HF_HUB_OFFLINE=1: from the cache alone)")

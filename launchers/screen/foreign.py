@@ -111,10 +111,14 @@ class _Shown(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         logger: logging.Logger | None = logging.getLogger(record.name)
         while logger is not None and logger is not logging.root:
-            if logger.handlers:  # it has shown the record, and passes it on all the same
+            if any(_shows(handler, record) for handler in logger.handlers):  # it passes the record on all the same
                 return
             logger = logger.parent
         _show_warning(_library(record.pathname), record.getMessage())
+
+
+def _shows(handler: logging.Handler, record: logging.LogRecord) -> bool:
+    return record.levelno >= handler.level and not isinstance(handler, logging.NullHandler)
 
 
 def _show_warning(source: str, text: str) -> None:

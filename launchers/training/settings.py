@@ -16,6 +16,7 @@ from reflora_dist.collectives.ranks import is_first_rank
 from .arguments import FinetuneArguments
 from .recorder import jsonable
 from .run_file import run_file_text
+from .sequences import ranks_of_a_sequence
 from .used_folder import SETTINGS_ENTRY, SavedRun
 
 if TYPE_CHECKING:
@@ -142,7 +143,8 @@ def settings_of(options: Options) -> dict[str, Any]:
         settings |= jsonable(part)
     settings |= {name: getattr(training, name) for name in RECORDED_ARGUMENTS}
     settings |= training.changed_from_defaults()
-    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    groups = training.world_size // ranks_of_a_sequence(training)  # ranks of a sequence see the same examples
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * groups
     return settings | {GLOBAL_BATCH: batch}
 
 

@@ -61,6 +61,34 @@ def deepspeed_contents(arguments: Any) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
 
 
+def check_ulysses(path: str, arguments: Any, ranks: int, findings: Findings) -> None:
+    """Check ``parallelism_config`` beside DeepSpeed: ``sp_size`` ranks share each sequence.
+
+    Args:
+        path: the file, for findings.
+        arguments: what :func:`launch_arguments` returned.
+        ranks: number of ranks.
+        findings: receives the problems.
+    """
+    if not arguments.use_parallelism_config:
+        return
+    sizes = {
+        name: count(path, vars(arguments), f"parallelism_config_{name}_size", findings) or 1
+        for name in ("dp_replicate", "sp", "dp_shard", "cp", "tp")
+    }
+    for name in ("dp_shard", "cp", "tp"):
+        if sizes[name] > 1:
+            findings.error(
+                path, f"parallelism_config_{name}_size={sizes[name]}: not beside DeepSpeed", "leave it out, or set 1"
+            )
+    if sizes["dp_replicate"] * sizes["sp"] != ranks:
+        findings.error(
+            path,
+            f"dp_replicate_size {sizes['dp_replicate']} x sp_size {sizes['sp']} is not {ranks}, the number of ranks",
+            f"dp_replicate_size: {max(1, ranks // sizes['sp'])}",
+        )
+
+
 def accelerate_setup(
     path: str, arguments: Any, precision: str, options: DoctorOptions, size: tuple[int, int], findings: Findings
 ) -> Setup:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..checkpoints.deepspeed_universal import is_round_robin
-from .findings import Findings
+from .findings import SHARED_SEQUENCES, Findings
 from .values import count
 
 
@@ -88,7 +88,6 @@ def _check_parallelism(where: str, filled: dict[str, Any], loaded: Any, ranks: i
     elif sequence > 1:
         findings.note(
             where,
-            f"sequence_parallel_size={sequence}: the method is the same, since gradients are summed over the ranks of "
-            "a sequence before the step. The memory of activations is estimated for whole sequences",
+            SHARED_SEQUENCES.format(f"sequence_parallel_size={sequence}"),
             "give deepspeed.initialize the mpu of UlyssesSPAttentionHF.register_with_transformers",
         )

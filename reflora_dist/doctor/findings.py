@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 LEVELS = ("error", "warning", "note")
+SHARED_SEQUENCES = (
+    "{}: the method is the same, since gradients are summed over the ranks of a sequence before the step. The memory "
+    "of activations is estimated for whole sequences"
+)
 
 
 class Finding(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .findings import Findings
+from .findings import SHARED_SEQUENCES, Findings
 from .setup import Setup
 from .values import count, truth
 
@@ -18,7 +18,7 @@ _FSDP2_STRATEGIES = {
 }
 _REFUSED_PARALLELISM = {
     "tp": "tensor parallelism is not supported",
-    "sp": "sequence parallelism is DeepSpeed's (Ulysses), and accelerate launch does not hand it on",
+    "sp": "sequence parallelism is DeepSpeed's (Ulysses), and FSDP has none",
 }
 
 
@@ -103,6 +103,7 @@ def _mesh(path: str, arguments: Any, setup: Setup, findings: Findings) -> None:
         if sizes[name] > 1:
             findings.error(path, f"parallelism_config_{name}_size={sizes[name]}: {why}", "leave it out, or set 1")
     shards = sizes["dp_shard"] * sizes["cp"]  # FSDP2 shards over the ranks of a sequence too
+    own = max(1, setup.ranks_per_node // sizes["cp"])
     if shards == 1 and setup.world_size > 1:
         findings.error(
             path,
@@ -117,15 +118,14 @@ def _mesh(path: str, arguments: Any, setup: Setup, findings: Findings) -> None:
             path,
             f"dp_replicate_size {sizes['dp_replicate']} x dp_shard_size {sizes['dp_shard']}{of_sequences} is {total}, "
             f"but there are {setup.world_size} ranks",
-            f"dp_shard_size: the ranks of a machine, {setup.ranks_per_node}; dp_replicate_size: the machines, "
-            f"{setup.num_nodes}; or --world_size {total}",
+            f"dp_shard_size: the ranks of a machine{' by cp_size' if sizes['cp'] > 1 else ''}, {own}; "
+            f"dp_replicate_size: the machines, {setup.num_nodes}; or --world_size {total}",
         )
         return
     if sizes["cp"] > 1:
         findings.note(
             path,
-            f"parallelism_config_cp_size={sizes['cp']}: the method is the same, since gradients are summed over the "
-            "ranks of a sequence before the step. The memory of activations is estimated for whole sequences",
+            SHARED_SEQUENCES.format(f"parallelism_config_cp_size={sizes['cp']}"),
             "it needs attn_implementation: sdpa and CUDA devices",
         )
     if sizes["dp_replicate"] > 1:
@@ -135,5 +135,5 @@ def _mesh(path: str, arguments: Any, setup: Setup, findings: Findings) -> None:
                 path,
                 f"copies of {shards} ranks do not divide the {setup.ranks_per_node} ranks of a machine: "
                 "parameters are gathered between machines",
-                f"dp_shard_size: {setup.ranks_per_node}",
+                f"dp_shard_size: {own}",
             )

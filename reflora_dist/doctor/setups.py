@@ -79,6 +79,7 @@ def _launched_setup(
         )
         return None
     if arguments.use_deepspeed:
+        accelerate_config.check_ulysses(path, arguments, size[0], findings)
         own = for_deepspeed[0] if for_deepspeed else None
         try:
             contents = files[own] if own else accelerate_config.deepspeed_contents(arguments)

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,8 +106,8 @@ def _run(request: dict[str, Any], output: str) -> dict[str, Any]:
     except NeedsDeviceError as error:
         came["beyond"] = f"{error} needs a GPU"
     except Exception as error:  # every kind
-        if _RING_ATTENTION in str(error):
-            came["beyond"] = "context parallelism needs a GPU"
+        if _shares_sequences(error):
+            came["beyond"] = "ranks that share sequences are needed"
         else:
             came["refusal"] = refusal(error)
     if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -114,6 +115,12 @@ def _run(request: dict[str, Any], output: str) -> dict[str, Any]:
         with contextlib.suppress(*(Exception,) if "refusal" in came else ()):
             came |= _judged(request, options, trainer)
     return came
+
+
+def _shares_sequences(error: BaseException) -> bool:
+    """Return whether a run ended where it needed torch's ring attention, or the other ranks of Ulysses."""
+    raised_in = [Path(frame.filename).name for frame in traceback.extract_tb(error.__traceback__)]
+    return "ulysses_sp.py" in raised_in or _RING_ATTENTION in str(error)
 
 
 def _started(request: dict[str, Any], options: DoctorOptions, output: str) -> Trainer:
@@ -153,7 +160,10 @@ def _started(request: dict[str, Any], options: DoctorOptions, output: str) -> Tr
 def _judged(request: dict[str, Any], options: DoctorOptions, trainer: Trainer) -> dict[str, Any]:
     findings = Findings()
     where, size = request["deepspeed"] or request["accelerate"], (request["world_size"], request["num_nodes"])
-    setup = judge(where, trainer.accelerator.state.deepspeed_plugin.deepspeed_config, options, size, findings)
+    config, mesh = trainer.accelerator.state.deepspeed_plugin.deepspeed_config, trainer.accelerator.parallelism_config
+    if mesh is not None and mesh.sp_size > 1:  # accelerate gives DeepSpeed the groups of ranks in its stead
+        config = {**config, "sequence_parallel_size": mesh.sp_size}
+    setup = judge(where, config, options, size, findings)
     if setup.accumulation != trainer.args.gradient_accumulation_steps:
         findings.error(
             where,

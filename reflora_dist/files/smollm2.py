@@ -169,5 +169,6 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels for 4-bit bases, which is none here
+    # it warns of missing kernels for 4-bit bases; there is none here
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     _convert(Path(sys.argv[1]), Path(sys.argv[2]))

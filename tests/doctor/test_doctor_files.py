@@ -70,6 +70,11 @@ def _mesh(**sizes: int) -> dict[str, Any]:
     return {**FSDP2, "parallelism_config": {f"parallelism_config_{name}": size for name, size in sizes.items()}}
 
 
+def _ulysses(**sizes: int) -> dict[str, Any]:
+    config = {"distributed_type": "DEEPSPEED", "num_processes": 4, "deepspeed_config": {"zero_stage": 3}}
+    return config | {"parallelism_config": {f"parallelism_config_{name}": size for name, size in sizes.items()}}
+
+
 NO_POLICY = "every rank gathers the whole model"
 FOUND: list[tuple[dict[str, Any], str, str, str]] = [
     (_fsdp2(), "warning", NO_POLICY, "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"),
@@ -101,7 +106,10 @@ FOUND: list[tuple[dict[str, Any], str, str, str]] = [
     (_mesh(dp_replicate_size=4), "error", "dp_shard_size is 1", "MULTI_GPU"),
     (_mesh(dp_replicate_size=4, dp_shard_size=1), "error", "dp_shard_size is 1", "a dp_shard_size above 1"),
     (_mesh(dp_shard_size=2, cp_size=2), "note", "cp_size=2: the method is the same", "attn_implementation: sdpa"),
-    (_mesh(dp_shard_size=4, cp_size=2), "error", "x cp_size 2 is 8, but there are 4 ranks", "--world_size 8"),
+    (_mesh(dp_shard_size=4, cp_size=2), "error", "x cp_size 2 is 8, but there are 4 ranks", "by cp_size, 2; "),
+    (_ulysses(dp_replicate_size=2, sp_size=2), "note", "sequence_parallel_size=2: the method is the same", ""),
+    (_ulysses(sp_size=2), "error", "dp_replicate_size 1 x sp_size 2 is not 4", "dp_replicate_size: 2"),
+    (_ulysses(dp_shard_size=2, sp_size=2), "error", "dp_shard_size=2: not beside DeepSpeed", "set 1"),
     (_mesh(dp_shard_size=4, sp_size=2), "error", "sp_size=2: sequence parallelism is DeepSpeed's", "set 1"),
     ({"distributed_type": "NO", "num_processes": 4}, "error", "starts one process, not 4", "MULTI_GPU"),
     ({"distributed_type": "MULTI_CPU", "num_processes": 4}, "warning", "only mpirun makes it 4", "mpirun_hostfile"),

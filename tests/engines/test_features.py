@@ -140,7 +140,7 @@ def _with_sizes(rank: int, world_size: int, engine: str, sizes: str, method: str
 
 
 def _cases(default: dict[str, int], further: dict[str, int], methods: list[str]) -> Iterator[Any]:
-    """Engines with their ranks, and sizes: by default one for each engine and method, each size at least once."""
+    """Engines with their ranks, and sizes: by default one for each engine and method."""
     for index, (engine, world_size) in enumerate({**default, **further}.items()):
         for (number, sizes), (turn, method) in itertools.product(enumerate(SIZES), enumerate(methods)):
             # where FSDP1 does not keep the original parameters, trained ones cannot share a module with frozen ones

@@ -50,7 +50,8 @@ def _filled(value: Any, name: str = "") -> Any:
 def test_all_configurations_are_there() -> None:
     assert [path.stem for path in DEEPSPEED] == sorted(STAGES)
     assert [path.stem for path in ACCELERATE] == [
-        *("deepspeed_zero3", "fsdp1", "fsdp2", "fsdp2_context_parallel", "fsdp2_hsdp")
+        *("deepspeed_zero3", "deepspeed_zero3_ulysses"),
+        *("fsdp1", "fsdp2", "fsdp2_context_parallel", "fsdp2_hsdp"),
     ]
 
 
@@ -193,19 +194,24 @@ def test_the_command_line_makes_it_one_of_several_machines(path: Path) -> None:
     """What accelerate then hands torch's launcher on the second of two machines."""
     several = ["--num_machines=2", "--machine_rank=1", "--num_processes=16"]
     several += ["--main_process_ip=10.0.0.1", "--main_process_port=29500"]
-    if path.stem == "fsdp2_context_parallel":
-        several += ["--parallelism_config_dp_shard_size=8"]
+    sizes = {"fsdp2_context_parallel": "dp_shard", "deepspeed_zero3_ulysses": "dp_replicate"}
+    if path.stem in sizes:
+        several += [f"--parallelism_config_{sizes[path.stem]}_size=8"]
     if path.stem == "fsdp2_hsdp":
         several += ["--parallelism_config_dp_replicate_size=2", "--parallelism_config_dp_shard_size=8"]
     arguments, environment = accelerate_launch(path.stem, *several)
     assert (arguments.nnodes, arguments.nproc_per_node, arguments.node_rank) == ("2", "8", 1)
     assert (arguments.rdzv_backend, arguments.rdzv_endpoint) == ("static", "10.0.0.1:29500")
+    if path.stem in sizes:
+        assert environment[f"PARALLELISM_CONFIG_{sizes[path.stem].upper()}_SIZE"] == "8"
+        shared = environment["PARALLELISM_CONFIG_CP_SIZE"], environment["PARALLELISM_CONFIG_SP_SIZE"]
+        assert shared == (("2", "1") if "context" in path.stem else ("1", "2"))
     if path.stem == "fsdp2_hsdp":
         assert environment["PARALLELISM_CONFIG_DP_REPLICATE_SIZE"] == "2"
         assert environment["PARALLELISM_CONFIG_DP_SHARD_SIZE"] == "8"
 
 
-@pytest.mark.parametrize("name", ["fsdp2_hsdp", "fsdp2_context_parallel"])
+@pytest.mark.parametrize("name", ["fsdp2_hsdp", "fsdp2_context_parallel", "deepspeed_zero3_ulysses"])
 def test_there_are_as_many_ranks_as_in_the_mesh(name: str) -> None:
     config = yaml.safe_load((REPOSITORY / "launchers" / "accelerate" / f"{name}.yaml").read_text())
     sizes = [size for key, size in config["parallelism_config"].items() if key.endswith("_size")]
@@ -246,6 +252,8 @@ def test_the_shell_reads_it(path: Path) -> None:
         ("fsdp2_hsdp", 2, 1, "do not make 2 copies"),
         ("fsdp2_context_parallel", 1, 8, "4"),
         ("fsdp2_context_parallel", 4, 8, "16"),
+        ("deepspeed_zero3_ulysses", 4, 8, "16"),
+        ("deepspeed_zero3_ulysses", 1, 3, "cannot share sequences by 2"),
         ("fsdp2_context_parallel", 1, 3, "cannot share sequences by 2"),
         ("fsdp2", 1, 3, ""),
     ],

@@ -59,8 +59,10 @@ def test_a_library_that_shows_its_warnings_itself_is_not_repeated(
     filtered: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("some"), "handlers", [logging.StreamHandler(sys.stdout)])
+    monkeypatch.setattr(logging.getLogger("silent"), "handlers", [logging.NullHandler()])
     logging.getLogger("some.package").warning("a slow hub")
-    assert capsys.readouterr() == ("a slow hub\n", "")
+    logging.getLogger("silent.package").warning("shown by none")
+    assert capsys.readouterr() == ("a slow hub\n", "finetune.py: warning: shown by none\n")
 
 
 def test_a_warning_of_a_library_is_one_line_that_names_it(filtered: None, capsys: pytest.CaptureFixture[str]) -> None:

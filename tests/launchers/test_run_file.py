@@ -156,7 +156,5 @@ def test_an_example_is_found_by_name_and_says_how_to_start_it(path: Path, monkey
 
 def test_the_examples_are_shipped() -> None:
     assert (
-        [path.stem for path in EXAMPLES]
-        == shipped_names("launchers/examples")
-        == [*("fsdp2", "one_gpu_4bit", "zero3", "zero3_ulysses")]
+        [path.stem for path in EXAMPLES] == shipped_names("launchers/examples") == [*("fsdp2", "one_gpu_4bit", "zero3")]
     )

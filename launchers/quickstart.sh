@@ -54,7 +54,7 @@ if [ "$model" = toy ]; then
     prepare toy
     steps=${steps:-150}
     model_options=(--pretrain_steps "$pretrain_steps" --max_length 128 --learning_rate 1e-3
-        --per_device_train_batch_size 8 --max_eval_records 200 --per_device_eval_batch_size 25)
+        --per_device_train_batch_size 8 --max_eval_records $((steps >= 50 ? 200 : 50)) --per_device_eval_batch_size 25)
 else
     steps=${steps:-20}
     model_options=(--model smollm2 --prompt_template chat --bf16 True --max_length 128 --learning_rate 4e-3

@@ -52,7 +52,7 @@ def test_one_process_writes_a_record(record: dict[str, Any]) -> None:
     assert results["peak_resident_bytes"] > 2**20
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
+@pytest.mark.parametrize("engine", ["fsdp2", *(pytest.param(e, marks=pytest.mark.all_ranks) for e in ("ddp", "zero3"))])
 def test_two_ranks_write_a_record(tmp_path: Path, engine: str) -> None:
     results = _record(tmp_path, 2, "--engine", engine)["results"]
     losses = list(results["first_loss"].values())

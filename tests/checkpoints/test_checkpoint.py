@@ -105,7 +105,7 @@ def _refusals(rank: int, world_size: int, engine_name: str, method: str, folder:
     return [message_of(attempt) for attempt in attempts]
 
 
-_CHOSEN_GRADIENT_METHODS = {("fsdp2", "scaled-gd"), ("zero3", "lora-pro"), ("fsdp2+tall", "lora-muon")}
+_CHOSEN_GRADIENT_METHODS = {("fsdp2", "scaled-gd"), ("zero2", "lora-pro"), ("fsdp2+tall", "lora-muon")}
 
 
 def _engines_with_ranks() -> Iterator[Any]:
@@ -119,7 +119,7 @@ def _engines_with_ranks() -> Iterator[Any]:
             world_sizes = ENGINES[name.partition("+")[0]].world_sizes
             world_size = world_sizes[index % len(world_sizes)]
             yield pytest.param(name, method, world_size, saved_at, marks=marks, id=f"{name}-{method}-after{saved_at}")
-    default = {"fsdp1-flat", "zero2-two-groups", "zero3-subgroups", "fsdp2+tall"}
+    default = {"zero2-two-groups", "zero3-subgroups", "fsdp2+tall"}
     for index, name in enumerate(OWN_LOOP):
         world_sizes = ENGINES[name.partition("+")[0]].world_sizes
         world_size = world_sizes[(index + 1) % len(world_sizes)]
@@ -173,7 +173,7 @@ def test_the_search_for_the_base_finds_it(dtype: torch.dtype, tmp_path: Path) ->
 
 
 def _other_numbers_of_ranks() -> Iterator[Any]:
-    default = {("zero3", 4, 2), ("fsdp2+tall", 2, 3), ("zero3+tall", 4, 2), ("zero2+tall", 2, 3)}
+    default = {("fsdp2+tall", 2, 3), ("zero3+tall", 4, 2), ("zero2+tall", 2, 3)}
     tall = [f"{name}+tall" for name in ("fsdp2", *ZERO)]
     for name in ("fsdp2", "fsdp2-offload", "ddp", *ZERO, *tall):
         for index, (before, after) in enumerate(((2, 3), (4, 2))):

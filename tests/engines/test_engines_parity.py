@@ -44,19 +44,21 @@ _NEEDS_ADAM = ("zero2-offload-cpu-adam", "zero3-offload-cpu-adam")
 
 # Engines under which every rank holds the factors whole: how lora_A is stored makes no difference to what is sent.
 _WHOLE = ("single", "ddp", "ddp-accelerate", "ddp-trainer", "ddp-sft", "fsdp1-no-shard")
-# What runs by default: every method once, with the storage that users do not get by themselves,
+# What runs by default: every method once,
 _SOME = (
     *("lora", "reflora", "reflora-s", "lora-rite", "scaled-gd"),
     *("lora-pro accumulated clipped", "lora-muon", "balora with moments"),
 )
-# a schedule and accumulation too with the other one,
+# some of them with the other storage,
+_FEW = ("lora", "reflora", "lora-rite", "lora-muon")
+# a schedule and accumulation too with the storage that users get by themselves,
 _MORE = (*_SOME, "reflora-warmup2-interval2", "reflora accumulated", "reflora-clip")
 # all runs with it under these engines,
 _IN_FULL = ("single", "ddp", "fsdp2", "fsdp1-full", "zero2")
 # and each method once, with that storage alone, under these, which differ from others by a driver or in one setting.
 _IN_SHORT = (
     *("zero1-bf16", "zero3-subgroups", "zero3-ulysses"),
-    *("fsdp2-context-parallel", "fsdp2-trainer", "zero3-sft"),
+    *("fsdp1-flat", "fsdp2-hsdp", "fsdp2-context-parallel", "fsdp2-trainer", "zero3-sft"),
 )
 
 
@@ -73,7 +75,7 @@ def _runs(engine_name: str, all_of_them: bool) -> list[Run]:
     if engine_name in _IN_SHORT:
         return _among(most, _SOME)
     most = most if engine_name in _IN_FULL else _among(most, _MORE)
-    return most + _among(fewer, _SOME)
+    return most + _among(fewer, _FEW)
 
 
 def _among(runs: list[Run], labels: tuple[str, ...]) -> list[Run]:

@@ -60,7 +60,7 @@ def test_an_evaluation_in_16_bits_does_not_round_the_adapter(folder: Path, dtype
     _assert_equal(load_file(folder / f"{dtype}-between" / "checkpoint-6" / "adapter_model.safetensors"), expected)
 
 
-@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+@pytest.mark.parametrize("engine", [pytest.param("zero2", marks=pytest.mark.all_ranks), "zero3"])
 def test_deepspeed_evaluates_in_what_it_trains_in(folder: Path, engine: str) -> None:
     """With --bf16 nothing is cast; without it transformers would have it train in bf16."""
     output, changes = f"bf16-{engine}", {"bf16": True, "eval_strategy": "no"}

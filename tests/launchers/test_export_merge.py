@@ -232,7 +232,8 @@ def test_peak_memory_is_a_few_weights_and_not_a_file_or_the_model(tmp_path: Path
     assert result.returncode == 0, result.stderr
     print(result.stdout)
     merged, by_peft = map(int, result.stdout.split()[-2:])
-    assert merged < weights[-1] < sum(weights) < by_peft, (merged, weights[-1], sum(weights), by_peft)
+    # the kernel may take back pages of the libraries' files in between, which makes PEFT's growth smaller
+    assert merged < weights[-1] < 0.8 * sum(weights) < by_peft, (merged, weights[-1], sum(weights), by_peft)
 
 
 def test_a_base_that_lacks_a_weight_is_refused(tmp_path: Path) -> None:

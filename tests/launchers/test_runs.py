@@ -165,11 +165,13 @@ def _check_adapter(folder: Path, adapter: Path) -> None:
         torch.testing.assert_close(loaded[stored].detach(), tensor.float(), rtol=0, atol=0)
 
 
-def test_the_engines_agree(folder: Path) -> None:
+def test_the_engines_agree(folder: Path, request: pytest.FixtureRequest) -> None:
     """The same seed and data give the same losses on every engine, and LoRA's are not RefLoRA's."""
-    losses = {e: [point["loss"] for point in _engine_run(folder, e)["train_loss"]] for e in ENGINES}
+    left_out = () if request.config.getoption("--all-ranks") else ("zero3_offload",)
+    engines = [engine for engine in ENGINES if engine not in left_out]
+    losses = {e: [point["loss"] for point in _engine_run(folder, e)["train_loss"]] for e in engines}
     plain = [p["loss"] for p in finetuned(folder, "plain", "ddp", method="lora")["train_loss"]]
-    for engine in ENGINES:
+    for engine in engines:
         # fp32 sums in another order, amplified by Adam over six steps; weights of 10 bits
         assert losses[engine] == pytest.approx(losses["ddp"], rel=5e-3 if engine == "zero3_fp16" else 1e-3), engine
     assert plain[:3] == pytest.approx(losses["ddp"][:3], rel=1e-5)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does a method train better than LoRA? The sweeps of benchmarks/README.md, "A fair comparison on a real model":
 #   bash benchmarks/worth.sh [PART ...]      parts: r8 alpha r64 scaled (all by default), and task
-# Each part adds one seed after the other, and goes on where it was stopped. A run takes about three minutes of a CPU core;
+# Each part adds one seed after the other, and goes on where it was stopped. A run takes about four minutes of a CPU core;
 # on a GPU several runs share it. SEEDS="0 1 2 3 4" sets the seeds, WORKERS the runs beside each other, and METHODS="lora
 # reflora ..." the methods. Part task trains on DATA=FILE.json.
 set -euo pipefail

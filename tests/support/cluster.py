@@ -75,9 +75,16 @@ def run_ranks(
         for process in processes:
             process.start()
         trouble = _supervise(processes, folder, timeout)
+        _remove_shared_buffers(environment["MASTER_PORT"])
         if trouble:
             raise RuntimeError(_failure_report(trouble, processes, folder))
         return [_load(folder / f"{rank}.result") for rank in range(world_size)]
+
+
+def _remove_shared_buffers(port: str) -> None:
+    """DeepSpeed leaves 64 MB of shared memory for each rank that did not end by itself."""
+    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+        buffer.unlink(missing_ok=True)
 
 
 def _fork_server() -> Any:

@@ -71,7 +71,7 @@ class Material:
         # Padding is on the right and has no label. Under a causal mask no real token sees it, and without a mask
         # attention takes its fast path.
         del batch["attention_mask"]
-        # Logits of a prompt enter no loss, and cost a quarter of a step of a small model with many tokens.
+        # Logits of a prompt enter no loss, and are dear in a small model with a large vocabulary.
         shifted = batch["labels"][:, 1:]
         kept = (shifted != IGNORE_INDEX).any(dim=0).nonzero().flatten()
         batch |= {"logits_to_keep": kept, "shift_labels": shifted[:, kept].contiguous()}

@@ -191,6 +191,7 @@ def test_an_adapter_of_a_changed_base_is_converted_on_the_way(tmp_path: Path) ->
 # --- memory ---
 
 _MEASURED = """
+import ctypes
 import sys
 from pathlib import Path
 import torch
@@ -208,6 +209,7 @@ def growth(function):
     function()
     return memory("VmHWM") - before
 
+ctypes.CDLL(None).mlockall(1)  # else the kernel may take back pages of libraries' files while memory is measured
 folder = Path(sys.argv[1])
 def by_peft():
     base = LlamaForCausalLM.from_pretrained(folder / "base")
@@ -232,8 +234,7 @@ def test_peak_memory_is_a_few_weights_and_not_a_file_or_the_model(tmp_path: Path
     assert result.returncode == 0, result.stderr
     print(result.stdout)
     merged, by_peft = map(int, result.stdout.split()[-2:])
-    # the kernel may take back pages of the libraries' files in between, which makes PEFT's growth smaller
-    assert merged < weights[-1] < 0.8 * sum(weights) < by_peft, (merged, weights[-1], sum(weights), by_peft)
+    assert merged < weights[-1] < sum(weights) < by_peft, (merged, weights[-1], sum(weights), by_peft)
 
 
 def test_a_base_that_lacks_a_weight_is_refused(tmp_path: Path) -> None:

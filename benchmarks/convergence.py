@@ -5,8 +5,9 @@
 Every method trains at every learning rate of one grid and with every seed. A seed fixes the initial factors and the
 order of the data, which all methods share. Half of the held-out records choose a method's learning rate, and alpha
 where several are given; the other half is reported. Finished runs are kept in a .jsonl file beside the output. An
-interrupted sweep, or one with further learning rates or seeds, continues with the missing runs. The record holds all
-settings whose seeds are complete.
+interrupted sweep, or one with further learning rates or seeds, continues with the missing runs; runs of the same
+settings are also taken from the other .jsonl files of that folder. The record holds all learning rates whose seeds are
+complete.
 
 What the learning rates of another sweep lose at another r, and how they stand badly scaled starts:
 
@@ -60,6 +61,7 @@ class Arguments:
     alphas: list[float] = _list([2.0], "lora_alpha as a multiple of r; several are tuned with the learning rate")  # noqa: RUF009
     start_scales: list[float] = _list([1.0], "c; start=drawn begins with c A and B / c, the same product")  # noqa: RUF009
     latent_rank: int = _option(32, "r of lora-sb and lora-xs, which train r * r numbers per layer")
+    bf16: bool = _option(False, "hold the base in bf16 and compute in bf16; the adapters stay in fp32")
     max_length: int = _option(128, "tokens of prompt and answer together")
     eval_every: int = _option(25, "steps between two evaluations on the held-out records")
     model: str | None = _option(None, "folder of a pre-trained model, or smollm2; default: the embedded one, made here")
@@ -70,6 +72,9 @@ class Arguments:
     max_eval_records: int = _option(256, "held-out records: every other one chooses the learning rate")
     cache_dir: str | None = _option(None, "folder of the embedded model and records; default: the launchers'")
     tuned_in: str | None = _option(None, "record of a sweep whose chosen learning rates are tried here")
+    extend: bool = _option(
+        False, "train at further rates, by method, until the best one and the range within 1% of it lie inside the grid"
+    )
     only_tuned: bool = _option(False, "train at the learning rates and alphas of --tuned_in alone")
     timed_rounds: int = _option(6, "blocks of steps per method that time a step, after the sweep")
     workers: int | None = _option(None, "runs beside each other; default: one per CPU core, on a GPU at most 8")
@@ -94,6 +99,8 @@ class Arguments:
         for name in ("warmup_steps", "lr_warmup_steps"):
             if not 0 <= getattr(self, name) < self.steps:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below steps={self.steps}")
+        if self.extend and (self.only_tuned or len(self.learning_rates) < 2):
+            raise ValueError("extend=True needs a grid of two learning rates or more, and no --only_tuned")
         sizes = ("batch_size", "lora_rank", "latent_rank", "eval_every", "max_eval_records", "timed_rounds", "workers")
         require_positive(self, *sizes)
         if self.eval_dataset and not self.dataset:
@@ -136,7 +143,7 @@ from benchmarks.reports.convergence import markdown
 from benchmarks.sweep.data import Material, prepare
 from benchmarks.sweep.runs import Workbench, sweep
 from benchmarks.sweep.same_start import assert_same_start
-from benchmarks.sweep.statistics import summarize
+from benchmarks.sweep.statistics import open_ends, summarize
 from benchmarks.sweep.tasks import (
     STARTS,
     Schedule,
@@ -150,6 +157,7 @@ from reflora_dist.files.cache import default_cache_dir
 from reflora_dist.files.open_files import read_json
 from reflora_dist.methods.names import LATENT_METHODS
 
+MAX_EXTENSIONS = 6  # by which a grid grows at either end
 GPU_WORKERS = 8  # small models do not fill a GPU; each process takes about half a GiB of its memory
 
 
@@ -193,11 +201,43 @@ def run_all(
     description = material.describe()
     settings = settings_digest(description, bench.schedule, bench.device)
     path = Path(arguments.output).with_suffix(".jsonl") if arguments.output else None
-    finished = load_finished(path, settings)
+    finished: dict[Task, dict[str, Any]] = {}
+    for beside in sorted(path.parent.glob("*.jsonl")) if path else ():
+        finished |= load_finished(beside, settings)
+    source = {"settings": settings, **{name: provenance[name] for name in ("commit", "hardware", "date")}}
+    for _ in range(1 + MAX_EXTENSIONS):
+        _run_missing(arguments, tasks, bench, material, finished, path, source)
+        runs = complete(finished, arguments)
+        tasks = further_tasks(arguments, runs) if arguments.extend else []
+        if not tasks:
+            break
+    assert_same_start(runs, arguments.warmup_steps)
+    return runs, description
+
+
+def further_tasks(arguments: Arguments, runs: list[dict[str, Any]]) -> list[Task]:
+    """Return the runs at the rates by which the grid has to grow."""
+    ends = open_ends([run for run in runs if run["start_scale"] == 1.0])
+    return [
+        Task(method, rate, seed, alpha, scale)
+        for (method, alpha, rate), seed in itertools.product(ends, arguments.seeds)
+        for scale in ([1.0] if method in LATENT_METHODS else arguments.start_scales)
+    ]
+
+
+def _run_missing(
+    arguments: Arguments,
+    tasks: list[Task],
+    bench: Workbench,
+    material: Material,
+    finished: dict[Task, dict[str, Any]],
+    path: Path | None,
+    source: dict[str, str],
+) -> None:
+    """Run the tasks that are not finished; add them to ``finished``, and to the file at ``path``."""
     missing = [task for task in tasks if task not in finished]
     workers = arguments.workers or default_workers(bench.device)
     print(f"{len(tasks)} runs, {len(tasks) - len(missing)} finished before, {workers} at a time", flush=True)
-    source = {"settings": settings, **{name: provenance[name] for name in ("commit", "hardware", "date")}}
     began = time.perf_counter()
     with timing.progress(len(missing), "runs") as advance:
         for done, run in enumerate(sweep(missing, bench, material, workers), start=1):
@@ -209,16 +249,15 @@ def run_all(
             if done == min(2 * workers, len(missing)):  # the first runs of the workers include their start
                 minutes = (time.perf_counter() - began) / done * (len(missing) - done) / 60
                 print(f"{done} of {len(missing)} runs done, about {minutes:.1f} min left", flush=True)
-    runs = complete(finished, arguments.methods, arguments.seeds)
-    assert_same_start(runs, arguments.warmup_steps)
-    return runs, description
 
 
-def complete(finished: dict[Task, dict[str, Any]], methods: list[str], seeds: list[int]) -> list[dict[str, Any]]:
-    """Return the runs of the methods and seeds whose settings were run with all of these seeds."""
+def complete(finished: dict[Task, dict[str, Any]], arguments: Arguments) -> list[dict[str, Any]]:
+    """Return the runs of the sweep whose settings were run with all of its seeds, at whatever learning rate."""
+    methods, seeds = arguments.methods, arguments.seeds
     by_settings: dict[Task, dict[int, Any]] = {}
     for task, run in finished.items():
-        if task.method in methods and task.seed in seeds:
+        asked = task.alpha in arguments.alphas and task.start_scale in arguments.start_scales
+        if task.method in methods and task.seed in seeds and (asked or task.method in LATENT_METHODS):
             by_settings.setdefault(dataclasses.replace(task, seed=0), {})[task.seed] = run
     ordered = sorted(by_settings, key=lambda task: methods.index(task.method))  # sorting keeps the order of equals
     return [by_settings[task][seed] for task in ordered if len(by_settings[task]) == len(seeds) for seed in seeds]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does a method train better than LoRA? The sweeps of benchmarks/README.md, "A fair comparison on a real model":
 #   bash benchmarks/worth.sh [PART ...]      parts: r8 alpha r64 scaled (all by default), and task
-# Each part adds one seed after the other, and goes on where it was stopped. A run takes about four minutes of a CPU core;
+# Each part adds one seed after the other, and goes on where it was stopped. A run takes about two minutes of a CPU core;
 # on a GPU several runs share it. SEEDS="0 1 2 3 4" sets the seeds, WORKERS the runs beside each other, and METHODS="lora
 # reflora ..." the methods. Part task trains on DATA=FILE.json.
 set -euo pipefail
@@ -13,9 +13,10 @@ ensure_environment launchers
 read -ra seeds <<<"${SEEDS:-0 1 2}"
 records=benchmarks/results/convergence
 read -ra methods <<<"${METHODS:-lora reflora reflora-s scaled-gd lora-pro lora-rite balora lora-muon}"
-rates=(5e-4 1e-3 2e-3 4e-3 8e-3 1.6e-2)
-common=(--model smollm2 --prompt_template chat --steps 40 --warmup_steps 5 --lr_warmup_steps 10 --batch_size 8
-    --max_length 96 --max_eval_records 96 --eval_every 10 --timed_rounds 2)
+# a method whose best rate lies elsewhere gets further rates
+grid=(--learning_rates 5e-4 1e-3 2e-3 4e-3 8e-3 1.6e-2 --extend True)
+common=(--model smollm2 --prompt_template plain --bf16 True --max_length 64 --max_eval_records 96
+    --steps 40 --warmup_steps 5 --lr_warmup_steps 10 --batch_size 8 --eval_every 10 --timed_rounds 2)
 
 # sweep NAME OPTION ... : one record, from the seeds that are there so far
 sweep() {
@@ -23,8 +24,8 @@ sweep() {
     shift
     for count in $(seq ${#seeds[@]}); do
         say "$name: seeds ${seeds[*]:0:count}"
-        "$PYTHON" benchmarks/convergence.py "${common[@]}" ${WORKERS:+--workers "$WORKERS"} "$@" --seeds "${seeds[@]:0:count}" \
-            --output "$records/smollm2-$name.json"
+        "$PYTHON" benchmarks/convergence.py "${common[@]}" ${WORKERS:+--workers "$WORKERS"} "$@" \
+            --seeds "${seeds[@]:0:count}" --output "$records/smollm2-$name.json"
     done
 }
 
@@ -32,15 +33,15 @@ parts=("$@")
 [ $# -gt 0 ] || parts=(r8 alpha r64 scaled)
 for part in "${parts[@]}"; do
     case "$part" in
-        r8) sweep r8 --methods "${methods[@]}" --learning_rates "${rates[@]}" ;;
-        alpha) sweep alpha --methods lora reflora --learning_rates "${rates[@]}" --alphas 1 2 4 ;;
-        r64) sweep r64 --methods "${methods[@]}" --lora_rank 64 --learning_rates "${rates[@]}" \
+        r8) sweep r8 --methods "${methods[@]}" "${grid[@]}" ;;
+        alpha) sweep alpha --methods lora reflora "${grid[@]}" --alphas 1 2 4 ;;
+        r64) sweep r64 --methods "${methods[@]}" --lora_rank 64 "${grid[@]}" \
             --tuned_in "$records/smollm2-r8.json" ;;
         scaled) sweep scaled --methods "${methods[@]}" --start drawn --warmup_steps 0 --start_scales 1 0.1 10 \
             --only_tuned True --tuned_in "$records/smollm2-r8.json" ;;
         task)
             [ -n "${DATA:-}" ] || die "part task needs DATA, a JSON file of instructions and answers"
-            sweep task --methods "${methods[@]}" --learning_rates "${rates[@]}" \
+            sweep task --methods "${methods[@]}" "${grid[@]}" \
                 --dataset "$DATA" --max_length 256 ;;
         *) die "unknown part $part; see the head of $0" ;;
     esac

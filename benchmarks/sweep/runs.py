@@ -55,7 +55,8 @@ class Workbench:
         self._batches: tuple[int, list[Batch]] | None = None
 
     def _base(self, model: str) -> Any:
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(self.device)
+        dtype = torch.bfloat16 if self.schedule.bf16 else torch.float32
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(self.device)
         base.config.use_cache = False
         return base
 
@@ -160,9 +161,13 @@ class Workbench:
 
     def _backward(self, model: PeftModel, batch: Batch) -> Tensor:
         model.train()
-        loss = model(**batch).loss
+        with self._precision():
+            loss = model(**batch).loss
         loss.backward()
         return loss.detach()
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.schedule.bf16)
 
     @torch.no_grad()
     def evaluate(self, model: PeftModel, batches: Sequence[Batch]) -> float:
@@ -172,7 +177,8 @@ class Workbench:
         for batch in batches:
             # a batch's loss is the mean over predicted labels, and no row's first position is predicted
             count = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-            total += model(**batch).loss.double() * count
+            with self._precision():
+                total += model(**batch).loss.double() * count
             tokens += count
         return float(total) / tokens
 

@@ -163,6 +163,32 @@ def _tune_rate(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def open_ends(runs: Sequence[dict[str, Any]]) -> list[tuple[str, float, float]]:
+    """Return where the grid has to grow for the best rate, and the range of good rates around it, to lie inside it.
+
+    Args:
+        runs: every combination of method, learning rate and alpha has the same seeds; one scale of the start.
+
+    Returns:
+        Method, alpha, and the rate beyond an end of the grid, by the ratio of the two rates at that end.
+    """
+    grown = []
+    for method, alpha in dict.fromkeys((run["method"], run["alpha"]) for run in runs):
+        tuned = _tune_rate([run for run in runs if (run["method"], run["alpha"]) == (method, alpha)])
+        rates, found, chosen = tuned["learning_rates"], tuned["good_range"], tuned["best_learning_rate"]
+        if len(rates) < 2:
+            continue
+        if found["low_open"] or chosen == rates[0]:  # as when every rate diverges
+            grown.append((method, alpha, _rounded(rates[0] * rates[0] / rates[1])))
+        if found["high_open"] or chosen == rates[-1]:
+            grown.append((method, alpha, _rounded(rates[-1] * rates[-1] / rates[-2])))
+    return grown
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.6g}")
+
+
 def _or_infinite(loss: float | None) -> float:
     return math.inf if loss is None else loss
 

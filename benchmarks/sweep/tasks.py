@@ -30,6 +30,7 @@ class Schedule:
         lora_rank: r; every linear layer but the head gets an adapter.
         latent_rank: r of LoRA-SB and LoRA-XS, which train r * r numbers per layer; s = 1, as published.
         eval_every: steps between two evaluations.
+        bf16: the base is held and computed in bf16, the adapters are held in fp32, as finetune.py --bf16 does.
     """
 
     steps: int
@@ -40,6 +41,7 @@ class Schedule:
     lora_rank: int
     latent_rank: int
     eval_every: int
+    bf16: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,7 @@ def load_finished(path: Path | None, settings: str) -> dict[Task, dict[str, Any]
             run = json.loads(line)
         except json.JSONDecodeError:  # the line was cut off while it was written
             continue
-        if run["settings"] == settings:
+        if isinstance(run, dict) and run.get("settings") == settings:  # or it is a file of another kind
             finished[task_of(run)] = run
     return finished
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import sys
@@ -19,7 +20,7 @@ from benchmarks.sweep import tasks as sweep_tasks
 from benchmarks.sweep.data import Material, prepare
 from benchmarks.sweep.runs import Workbench
 from benchmarks.sweep.same_start import assert_same_start
-from benchmarks.sweep.statistics import good_range, mean_and_sd, paired, summarize
+from benchmarks.sweep.statistics import good_range, mean_and_sd, open_ends, paired, summarize
 from benchmarks.sweep.tasks import Schedule, Task, load_finished
 from launchers.data.tokenization import IGNORE_INDEX
 from tests.support.launchers import launch, micro_model, write_records
@@ -118,8 +119,60 @@ def test_a_record_holds_what_all_of_its_seeds_have_finished() -> None:
         Task("reflora", 1e-3, 0): "d",
     }
     finished: dict[Task, Any] = dict(runs)
-    assert convergence.complete(finished, ["lora", "reflora"], [0, 1]) == ["a", "b"]
-    assert convergence.complete(finished, ["reflora", "lora"], [0]) == ["d", "a", "c"]
+    finished |= {Task("lora", 1e-3, seed, alpha=4.0): "e" for seed in (0, 1)}
+    asked = convergence.Arguments
+    assert convergence.complete(finished, asked(methods=["lora", "reflora"], seeds=[0, 1])) == ["a", "b"]
+    assert convergence.complete(finished, asked(methods=["reflora", "lora"], seeds=[0])) == ["d", "a", "c"]
+    assert convergence.complete(finished, asked(methods=["lora"], seeds=[0, 1], alphas=[4.0])) == ["e", "e"]
+
+
+def test_a_grid_grows_where_the_best_rate_or_the_range_of_good_ones_is_at_its_end() -> None:
+    def runs(losses: dict[float, float | None]) -> list[dict[str, Any]]:
+        shared = {"method": "lora", "alpha": 2.0, "seed": 0, "held_out_steps": [0]}
+        return [
+            {**shared, "learning_rate": rate, "held_out_losses": [loss], "choosing_loss": loss, "train_losses": [loss]}
+            for rate, loss in losses.items()
+        ]
+
+    assert open_ends(runs({1e-3: 3.0, 2e-3: 2.0, 4e-3: 3.0})) == []
+    assert open_ends(runs({1e-3: 1.0, 2e-3: 2.0, 4e-3: 3.0})) == [("lora", 2.0, 5e-4)]
+    assert open_ends(runs({1e-3: 3.0, 2e-3: 2.0, 4e-3: 2.01})) == [("lora", 2.0, 8e-3)]  # within 1%
+    assert open_ends(runs({1e-3: None, 2e-3: None})) == [("lora", 2.0, 5e-4)]
+
+
+def test_a_sweep_trains_beyond_its_grid_until_the_best_rate_is_inside(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [
+        SCRIPT,
+        *options(model, tmp_path),
+        "--methods",
+        "lora",
+        "--workers",
+        "1",
+        "--extend",
+        "True",
+        "--seeds",
+        "0",
+    ]
+    monkeypatch.setattr(sys, "argv", [*command, "--output", str(tmp_path / "grown.json")])
+    convergence.main()
+    tuned = json.loads((tmp_path / "grown.json").read_text())["results"]["methods"]["lora"]
+    rates = tuned["learning_rates"]
+    assert len(rates) > 2 and {1e-3, 1e-2} < set(rates)
+    ratios = [high / low for low, high in itertools.pairwise(rates)]
+    assert ratios == pytest.approx([10.0] * len(ratios))
+    inside = tuned["best_inside_grid"] and not tuned["good_range"]["low_open"] and not tuned["good_range"]["high_open"]
+    assert inside or len(rates) >= 2 + convergence.MAX_EXTENSIONS
+
+
+def test_a_base_in_bf16_leaves_the_adapters_in_fp32(material: Material) -> None:
+    bench = Workbench(material, Schedule(**{**vars(SCHEDULE), "bf16": True}), CPU)
+    assert {parameter.dtype for parameter in bench.trained} == {torch.float32}
+    assert bench.model.get_base_model().get_input_embeddings().weight.dtype == torch.bfloat16
+    run = bench.run(Task("reflora", 1e-2, 0))
+    assert run["held_out_losses"][0] == pytest.approx(_untouched_loss(material), rel=1e-2)
+    assert run["held_out_losses"][-1] < run["held_out_losses"][0]
 
 
 def test_one_half_of_the_held_out_records_chooses_and_the_other_is_reported(material: Material) -> None:

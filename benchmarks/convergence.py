@@ -34,6 +34,9 @@ from launchers.data.tokenization import TEMPLATE_NAMES
 from launchers.screen.foreign import filter_foreign
 from reflora_dist.command_line.help import answer_help
 
+# with an optimizer of their own, or moments of Adam
+_NEED_ADAM = ("reflora-s", "lora-rite", "lora-muon", "lora-sb", "lora-xs")
+
 
 def _list(values: Sequence[Any], help_text: str) -> Any:
     return dataclasses.field(default_factory=lambda: list(values), metadata={"help": help_text})
@@ -57,6 +60,7 @@ class Arguments:
     warmup_steps: int = _option(10, "steps of plain LoRA first; start=drawn needs none")
     lr_warmup_steps: int = _option(10, "steps over which the learning rate rises; a cosine follows")
     batch_size: int = _option(8, "records per step")
+    optimizer: str = _option("adamw", "adamw, without weight decay; or sgd, with momentum 0.9")
     lora_rank: int = _option(8, "r of all methods but lora-sb and lora-xs")
     alphas: list[float] = _list([2.0], "lora_alpha as a multiple of r; several are tuned with the learning rate")  # noqa: RUF009
     start_scales: list[float] = _list([1.0], "c; start=drawn begins with c A and B / c, the same product")  # noqa: RUF009
@@ -95,7 +99,10 @@ class Arguments:
             raise ValueError(f"start_scales={self.start_scales} needs --start drawn; B = 0 has no scale")
         if self.only_tuned and self.tuned_in is None:
             raise ValueError("only_tuned=True needs --tuned_in, the record of a sweep")
-        require_known(self, start=STARTS, prompt_template=TEMPLATE_NAMES)
+        own = [method for method in self.methods if method in _NEED_ADAM]
+        if self.optimizer == "sgd" and own:
+            raise ValueError(f"optimizer='sgd' does not go with {', '.join(own)}; give --methods without them")
+        require_known(self, start=STARTS, optimizer=OPTIMIZERS, prompt_template=TEMPLATE_NAMES)
         for name in ("warmup_steps", "lr_warmup_steps"):
             if not 0 <= getattr(self, name) < self.steps:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below steps={self.steps}")
@@ -145,6 +152,7 @@ from benchmarks.sweep.runs import Workbench, sweep
 from benchmarks.sweep.same_start import assert_same_start
 from benchmarks.sweep.statistics import open_ends, summarize
 from benchmarks.sweep.tasks import (
+    OPTIMIZERS,
     STARTS,
     Schedule,
     Task,

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Does a method train better than LoRA? The sweeps of benchmarks/README.md, "A fair comparison on a real model":
-#   bash benchmarks/worth.sh [PART ...]      parts: r8 alpha r64 scaled (all by default), and task
+#   bash benchmarks/worth.sh [PART ...]      parts: r8 alpha r64 scaled sgd (all by default), and task
 # Each part adds one seed after the other, and goes on where it was stopped. A run takes about two minutes of a CPU core;
 # on a GPU several runs share it. SEEDS="0 1 2 3 4" sets the seeds, WORKERS the runs beside each other, and METHODS="lora
 # reflora ..." the methods. Part task trains on DATA=FILE.json.
@@ -30,7 +30,7 @@ sweep() {
 }
 
 parts=("$@")
-[ $# -gt 0 ] || parts=(r8 alpha r64 scaled)
+[ $# -gt 0 ] || parts=(r8 alpha r64 scaled sgd)
 for part in "${parts[@]}"; do
     case "$part" in
         r8) sweep r8 --methods "${methods[@]}" "${grid[@]}" ;;
@@ -39,6 +39,7 @@ for part in "${parts[@]}"; do
             --tuned_in "$records/smollm2-r8.json" ;;
         scaled) sweep scaled --methods "${methods[@]}" --start drawn --warmup_steps 0 --start_scales 1 0.1 10 \
             --only_tuned True --tuned_in "$records/smollm2-r8.json" ;;
+        sgd) sweep sgd --methods lora reflora --optimizer sgd --extend True --learning_rates 0.03 0.06 0.12 0.25 0.5 1 ;;
         task)
             [ -n "${DATA:-}" ] || die "part task needs DATA, a JSON file of instructions and answers"
             sweep task --methods "${methods[@]}" "${grid[@]}" \

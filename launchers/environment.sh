@@ -44,7 +44,7 @@ ensure_environment() {
     fi
     PYTHON=$(command -v python) || die "the active environment has no python"
     [ -f "$repository/constraints.txt" ] && constraints=(-c "$repository/constraints.txt")
-    if ! "$PYTHON" -c 'import torch' 2>/dev/null; then
+    if ! "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then
         say "Installing torch (TORCH_INDEX_URL names another index, for example that of the CPU builds)"
         "$PYTHON" -m pip install "${constraints[@]}" ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch
     fi
@@ -90,7 +90,18 @@ PY
 
 # Processes, threads and accelerator of a launch: all GPUs, or two processes on the CPU. PROCESSES overrides.
 detect_devices() {
-    gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+    # torch takes seconds to import, and says in a file of its own whether it was built for GPUs at all
+    gpus=$("$PYTHON" - <<'PY'
+import importlib.util, runpy
+from pathlib import Path
+built_for = runpy.run_path(str(Path(importlib.util.find_spec("torch").origin).parent / "version.py"))
+if built_for.get("cuda") or built_for.get("hip"):
+    import torch
+    print(torch.cuda.device_count())
+else:
+    print(0)
+PY
+    )
     if [ "$gpus" -eq 0 ]; then
         local cores
         cores=$(getconf _NPROCESSORS_ONLN)

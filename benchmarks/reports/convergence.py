@@ -46,6 +46,9 @@ _REGRET = (
 )
 
 
+_OPTIMIZERS = {"adamw": "AdamW without weight decay", "sgd": "SGD with momentum 0.9"}
+
+
 def _setting(record: dict[str, Any]) -> str:
     arguments, results = record["arguments"], record["results"]
     material = results["material"]
@@ -57,7 +60,8 @@ def _setting(record: dict[str, Any]) -> str:
     return (
         f"{model} on {text}: {arguments['steps']} steps of {arguments['batch_size']} records, r = "
         f"{arguments['lora_rank']}, {start[arguments['start']]}, {arguments['warmup_steps']} steps of plain LoRA "
-        f"first{_exceptions(arguments)}; AdamW without weight decay, cosine after "
+        f"first{_exceptions(arguments)}; {_OPTIMIZERS[arguments.get('optimizer', 'adamw')]}, "
+        f"{'base in bf16, ' if arguments.get('bf16') else ''}cosine after "
         f"{arguments['lr_warmup_steps']} rising steps. "
         f"{material['train_records']:,} records to train on, {choosing}{material['held_out_records']:,} held out"
         f"{' and reported' if choosing else ''}. "

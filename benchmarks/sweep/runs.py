@@ -89,6 +89,8 @@ class Workbench:
             lora_b.div_(task.start_scale)
         if task.method in METHOD_OPTIMIZERS:
             return METHOD_OPTIMIZERS[task.method](self.trained, lr=task.learning_rate)
+        if self.schedule.optimizer == "sgd":
+            return torch.optim.SGD(self.trained, lr=task.learning_rate, momentum=0.9)
         return torch.optim.AdamW(self.trained, lr=task.learning_rate, weight_decay=0.0, fused=True)
 
     def run(self, task: Task) -> dict[str, Any]:

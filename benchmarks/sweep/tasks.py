@@ -15,6 +15,7 @@ from benchmarks.sweep.data import SORTED_BATCHES
 # zero: PEFT's default, B = 0. drawn: B is drawn like A, and the product is subtracted from the base (the published
 # code's re_init). Then the model is the same, and S exists from the first step on.
 STARTS = ("zero", "drawn")
+OPTIMIZERS = ("adamw", "sgd")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Schedule:
         latent_rank: r of LoRA-SB and LoRA-XS, which train r * r numbers per layer; s = 1, as published.
         eval_every: steps between two evaluations.
         bf16: the base is held and computed in bf16, the adapters are held in fp32, as finetune.py --bf16 does.
+        optimizer: one of OPTIMIZERS; sgd has momentum 0.9.
     """
 
     steps: int
@@ -42,6 +44,7 @@ class Schedule:
     latent_rank: int
     eval_every: int
     bf16: bool = False
+    optimizer: str = "adamw"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +68,12 @@ def settings_digest(material: dict[str, Any], schedule: Schedule, device: torch.
 
     Machines of one kind may share a sweep: they draw the same factors, and differ by rounding only.
     """
-    settings = [material, dataclasses.asdict(schedule), device.type, f"sorted by {SORTED_BATCHES}"]
+    shared = {field.name: getattr(schedule, field.name) for field in dataclasses.fields(schedule)}
+    # a setting that is younger than a sweep is at its default there
+    for field in dataclasses.fields(schedule):
+        if shared[field.name] == field.default:
+            del shared[field.name]
+    settings = [material, shared, device.type, f"sorted by {SORTED_BATCHES}"]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -173,7 +173,7 @@ def test_the_search_for_the_base_finds_it(dtype: torch.dtype, tmp_path: Path) ->
 
 
 def _other_numbers_of_ranks() -> Iterator[Any]:
-    default = {("fsdp2+tall", 2, 3), ("zero3+tall", 4, 2), ("zero2+tall", 2, 3)}
+    default = {("fsdp2+tall", 2, 3), ("zero2+tall", 2, 3)}
     tall = [f"{name}+tall" for name in ("fsdp2", *ZERO)]
     for name in ("fsdp2", "fsdp2-offload", "ddp", *ZERO, *tall):
         for index, (before, after) in enumerate(((2, 3), (4, 2))):

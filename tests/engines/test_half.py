@@ -234,12 +234,12 @@ def test_an_update_of_an_optimizer_stays_in_range(method: str) -> None:
 
 
 LAYOUTS = [
-    *[("ddp", True), ("fsdp2", True), ("zero3", False)],
+    *[("ddp", True), ("fsdp2", True)],  # ZeRO compiles its Adam for CPUs here, which takes two minutes
     *(
         pytest.param(engine, tall, marks=pytest.mark.all_ranks)
         for engine in ("ddp", "fsdp1", "fsdp1-flat", "fsdp1-low-precision", "fsdp2", "zero2", "zero3")
         for tall in (True, False)
-        if (engine, tall) not in (("ddp", True), ("fsdp2", True), ("zero3", False))
+        if (engine, tall) not in (("ddp", True), ("fsdp2", True))
     ),
 ]
 

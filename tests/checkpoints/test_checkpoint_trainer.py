@@ -39,7 +39,6 @@ TOLERANCE = {"zero2-trainer": 1e-6, "zero2-sft": 1e-6}  # measured 8e-9; every o
 def _cases() -> Iterator[Any]:
     default = {
         ("ddp-trainer", "reflora-s"),
-        ("fsdp1-trainer", "reflora"),
         ("zero2-trainer", "reflora-s"),
         ("fsdp2-trainer", "lora-rite"),
         ("zero3-trainer", "reflora"),

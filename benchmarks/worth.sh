@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does a method train better than LoRA? The sweeps of benchmarks/README.md, "A fair comparison on a real model":
 #   bash benchmarks/worth.sh [PART ...]      parts: r8 alpha r64 scaled sgd (all by default), and task
-# Each part adds one seed after the other, and goes on where it was stopped. A run takes about two minutes of a CPU core;
+# A part goes on where it was stopped, seed by seed, and ends with its record. A run takes about two minutes of a CPU core;
 # on a GPU several runs share it. SEEDS="0 1 2 3 4" sets the seeds, WORKERS the runs beside each other, and METHODS="lora
 # reflora ..." the methods. Part task trains on DATA=FILE.json.
 set -euo pipefail
@@ -18,15 +18,13 @@ grid=(--learning_rates 5e-4 1e-3 2e-3 4e-3 8e-3 1.6e-2 --extend True)
 common=(--model smollm2 --prompt_template plain --bf16 True --max_length 64 --max_eval_records 96
     --steps 40 --warmup_steps 5 --lr_warmup_steps 10 --batch_size 8 --eval_every 10 --timed_rounds 2)
 
-# sweep NAME OPTION ... : one record, from the seeds that are there so far
+# sweep NAME OPTION ... : one record
 sweep() {
-    local name=$1 count
+    local name=$1
     shift
-    for count in $(seq ${#seeds[@]}); do
-        say "$name: seeds ${seeds[*]:0:count}"
-        "$PYTHON" benchmarks/convergence.py "${common[@]}" ${WORKERS:+--workers "$WORKERS"} "$@" \
-            --seeds "${seeds[@]:0:count}" --output "$records/smollm2-$name.json"
-    done
+    say "$name"
+    "$PYTHON" benchmarks/convergence.py "${common[@]}" ${WORKERS:+--workers "$WORKERS"} "$@" \
+        --seeds "${seeds[@]}" --output "$records/smollm2-$name.json"
 }
 
 parts=("$@")

@@ -33,7 +33,13 @@ def markdown(record: dict[str, Any]) -> str:
             _alphas_table(results),
             "alpha is given as a multiple of r. The records that choose the rate choose it too.",
         ]
-    return "\n\n".join([*parts, _sweep_table(results), source_line(record)])
+    parts += [_sweep_table(results)]
+    if results.get("paired_at_rates"):
+        parts += [_AT_RATES.format(baseline=results["baseline"]), _rates_table(results)]
+    return "\n\n".join([*parts, source_line(record)])
+
+
+_AT_RATES = "Difference from {baseline} at the same learning rate, seed by seed, with 95% t intervals:"
 
 
 _SCALES = (
@@ -171,6 +177,16 @@ def _sweep_table(results: dict[str, Any]) -> str:
             cells.append(_loss(tuned["sweep"][known.index(rate)]) if rate in known else "")
         rows.append([f"{rate:.3g}", *cells])
     return table(["lr", *methods], rows)
+
+
+def _rates_table(results: dict[str, Any]) -> str:
+    differences = {
+        method: {entry["learning_rate"]: entry for entry in entries}
+        for method, entries in results["paired_at_rates"].items()
+    }
+    rates = sorted({rate for by_rate in differences.values() for rate in by_rate})
+    rows = [[f"{rate:.3g}", *(_difference(found.get(rate)) for found in differences.values())] for rate in rates]
+    return table(["lr", *differences], rows)
 
 
 def _loss(entry: dict[str, Any]) -> str:

@@ -112,6 +112,7 @@ def summarize(
         "baseline": baseline,
         "paired": {method: paired(finals[method], finals[baseline]) for method in others},
         "paired_at_equal_time": {method: paired(at_time[method], finals[baseline]) for method in others},
+        "paired_at_rates": {method: _at_same_rates(tuned[method], tuned[baseline]) for method in others},
     }
     if tuned_elsewhere is not None:
         results["regret"] = {method: _regret(tuned[method], tuned_elsewhere.get(method)) for method in methods}
@@ -191,6 +192,16 @@ def _rounded(rate: float) -> float:
 
 def _or_infinite(loss: float | None) -> float:
     return math.inf if loss is None else loss
+
+
+def _at_same_rates(tuned: dict[str, Any], baseline: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return one method's differences from the baseline at every learning rate that both have, each at its alpha."""
+    known = dict(zip(baseline["learning_rates"], baseline["sweep"], strict=True))
+    return [
+        {"learning_rate": rate, **paired(entry["final_loss"], known[rate]["final_loss"])}
+        for rate, entry in zip(tuned["learning_rates"], tuned["sweep"], strict=True)
+        if rate in known
+    ]
 
 
 def _at_step(run: dict[str, Any], step: float) -> float | None:

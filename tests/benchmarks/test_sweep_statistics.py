@@ -86,6 +86,10 @@ def test_each_method_is_tuned_on_its_own_and_an_edge_is_said_to_be_one() -> None
     assert (reflora["best_learning_rate"], reflora["best_inside_grid"]) == (0.4, False)
     assert results["paired"]["reflora"]["differences"] == pytest.approx([-0.1, 0.0])
     assert lora["curves"]["held_out"][-1]["mean"] == pytest.approx(1.0)
+    at_rates = {entry["learning_rate"]: entry for entry in results["paired_at_rates"]["reflora"]}
+    assert at_rates[0.4]["differences"] is None
+    assert at_rates[0.1]["differences"] == pytest.approx([0.5, 0.3])
+    assert at_rates[0.2]["differences"] == pytest.approx([0.5, 0.3])
 
 
 def test_records_that_are_not_reported_choose_the_rate() -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Does a method train better than LoRA? The sweeps of benchmarks/README.md, "A fair comparison on a real model":
+# Does a method train better than LoRA? The sweeps of benchmarks/README.md, "Does it train better?":
 #   bash benchmarks/worth.sh [PART ...]      parts: r8 alpha r64 scaled sgd (all by default), and task
 # A part goes on where it was stopped, seed by seed, and ends with its record. A run takes about two minutes of a CPU core;
 # on a GPU several runs share it. SEEDS="0 1 2 3 4" sets the seeds, WORKERS the runs beside each other, and METHODS="lora

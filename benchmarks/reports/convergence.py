@@ -23,7 +23,7 @@ COLOURS = {
 def markdown(record: dict[str, Any]) -> str:
     """Return the loss of each method at its best learning rate, the whole sweep, and the source of the figures."""
     results = record["results"]
-    parts = [_setting(record), _tuned_table(results), _reading(results)]
+    parts = [_setting(record), _tuned_table(results), _READING]
     if "start_scales" in results:
         parts += [_scales_table(results), _SCALES]
     if results.get("regret"):
@@ -55,22 +55,39 @@ _REGRET = (
 _OPTIMIZERS = {"adamw": "AdamW without weight decay", "sgd": "SGD with momentum 0.9"}
 
 
+def headline(record: dict[str, Any]) -> str:
+    """Return RefLoRA's held-out loss beside plain LoRA's, each at its own best learning rate, as a sentence."""
+    arguments, results = record["arguments"], record["results"]
+    lora, reflora = (results["methods"][method] for method in ("lora", "reflora"))
+    low, high = results["paired"]["reflora"]["interval"]
+    return (
+        f"- {_model(arguments)}, r = {arguments['lora_rank']}, {arguments['steps']} steps, {len(arguments['seeds'])} "
+        f"seeds, each method at its own best learning rate: held-out loss {reflora['mean']:.3f} with RefLoRA and "
+        f"{lora['mean']:.3f} with LoRA; difference {results['paired']['reflora']['mean']:+.3f} (95%: {low:+.3f} to "
+        f"{high:+.3f})."
+    )
+
+
+def _model(arguments: dict[str, Any]) -> str:
+    if arguments["model"] == "smollm2":
+        return "SmolLM2-135M-Instruct"
+    return (arguments["model"] or "embedded model").rstrip("/").rsplit("/", 1)[-1]
+
+
 def _setting(record: dict[str, Any]) -> str:
     arguments, results = record["arguments"], record["results"]
     material = results["material"]
     text = ", ".join("/".join(name.split("/")[-2:]) for name in arguments["dataset"]) or "embedded records"
-    model = (arguments["model"] or "embedded model").rstrip("/").rsplit("/", 1)[-1]
     rates = [len(tuned["learning_rates"]) for tuned in results["methods"].values()]
     start = {"zero": "B = 0 at the start", "drawn": "both factors drawn, their product taken off the base"}
-    choosing = f"{material['choosing_records']:,} held out to choose the learning rate, " if _is_split(results) else ""
     return (
-        f"{model} on {text}: {arguments['steps']} steps of {arguments['batch_size']} records, r = "
+        f"{_model(arguments)} on {text}: {arguments['steps']} steps of {arguments['batch_size']} records, r = "
         f"{arguments['lora_rank']}, {start[arguments['start']]}, {arguments['warmup_steps']} steps of plain LoRA "
         f"first{_exceptions(arguments)}; {_OPTIMIZERS[arguments.get('optimizer', 'adamw')]}, "
         f"{'base in bf16, ' if arguments.get('bf16') else ''}cosine after "
         f"{arguments['lr_warmup_steps']} rising steps. "
-        f"{material['train_records']:,} records to train on, {choosing}{material['held_out_records']:,} held out"
-        f"{' and reported' if choosing else ''}. "
+        f"{material['train_records']:,} records to train on, {material['choosing_records']:,} held out to choose the "
+        f"learning rate, {material['held_out_records']:,} held out and reported. "
         f"{len(arguments['seeds'])} seeds and {_from_to(rates)} learning rates for every method."
     )
 
@@ -79,26 +96,14 @@ def _from_to(counts: list[int]) -> str:
     return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
-def _is_split(results: dict[str, Any]) -> bool:
-    """Return whether the rates were chosen by records that are not reported. In older records they were not."""
-    return "choosing_records" in results["material"]
-
-
-def _reading(results: dict[str, Any]) -> str:
-    chosen = "by other held-out records" if _is_split(results) else "by the same held-out loss"
-    equal_time = (
-        " At equal time a method ends at the step that it has reached when the baseline has finished; the rate's "
-        "schedule is then not at its end. Steps to the baseline's loss are read off the mean curve."
-        if _is_split(results)
-        else ""
-    )
-    return (
-        "Final held-out loss, mean ± standard deviation over seeds. The differences are taken seed by seed, each "
-        "method at its own best learning rate, with 95% t intervals: one that contains 0 shows no difference. The "
-        f"learning rate is chosen {chosen}, with the same grid for every method.{equal_time} Ranges are "
-        "interpolated in log lr; ≥ marks those that reach an end of the grid. Steps are timed one method after the "
-        f"other in one process, {'after' if _is_split(results) else 'before'} the sweep."
-    )
+_READING = (
+    "Final held-out loss, mean ± standard deviation over seeds. The differences are taken seed by seed, each method at "
+    "its own best learning rate, with 95% t intervals: one that contains 0 shows no difference. Other held-out records "
+    "choose the learning rate. At equal time a method ends at the step that it has reached when the baseline has "
+    "finished; the rate's schedule is then not at its end. Steps to the baseline's loss are read off the mean curve. "
+    "Ranges are interpolated in log lr; ≥ marks those that reach an end of the grid. Steps are timed one method after "
+    "the other in one process, after the sweep."
+)
 
 
 def _exceptions(arguments: dict[str, Any]) -> str:
@@ -111,9 +116,8 @@ def _exceptions(arguments: dict[str, Any]) -> str:
 
 
 def _tuned_table(results: dict[str, Any]) -> str:
-    baseline, split = results["baseline"], _is_split(results)
-    header = ["", "best lr", "held-out loss", f"difference from {baseline}"]
-    header += ["difference at equal time", f"steps to {baseline}'s loss"] if split else []
+    baseline = results["baseline"]
+    header = ["", "best lr", "held-out loss", f"difference from {baseline}", "difference at equal time"]
     rows = []
     for method, tuned in results["methods"].items():
         best = tuned["sweep"][tuned["learning_rates"].index(tuned["best_learning_rate"])]
@@ -121,14 +125,13 @@ def _tuned_table(results: dict[str, Any]) -> str:
         alpha = f", alpha {tuned['alpha']:g} r" if len(tuned.get("alphas", ())) > 1 else ""
         row = [method, f"{tuned['best_learning_rate']:.3g}{alpha}{edge}", _loss(best)]
         row += [_difference(results["paired"].get(method))]
-        if split:
-            reached = tuned["steps_to_baseline"]
-            row += [_difference(results["paired_at_equal_time"].get(method))]
-            row += ["not reached" if reached is None else f"{reached:.0f}"]
+        reached = tuned["steps_to_baseline"]
+        row += [_difference(results["paired_at_equal_time"].get(method))]
+        row += ["not reached" if reached is None else f"{reached:.0f}"]
         step = results["step_ms"][method]
         row += [_range(tuned["good_range"]), f"{step['median']:.1f} ({step['q1']:.1f} to {step['q3']:.1f})"]
         rows.append(row)
-    return table([*header, "lr within 1%", "step, ms (quartiles)"], rows)
+    return table([*header, f"steps to {baseline}'s loss", "lr within 1%", "step, ms (quartiles)"], rows)
 
 
 def _scales_table(results: dict[str, Any]) -> str:

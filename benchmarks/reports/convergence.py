@@ -34,14 +34,12 @@ def markdown(record: dict[str, Any]) -> str:
             "alpha is given as a multiple of r. The records that choose the rate choose it too.",
         ]
     parts += [_sweep_table(results)]
-    if results.get("paired_at_rates"):
+    if results["paired_at_rates"]:  # empty for one method
         parts += [_AT_RATES.format(baseline=results["baseline"]), _rates_table(results)]
     return "\n\n".join([*parts, source_line(record)])
 
 
 _AT_RATES = "Difference from {baseline} at the same learning rate, seed by seed, with 95% t intervals:"
-
-
 _SCALES = (
     "The drawn factors A and B begin as c A and B / c, whose product is the same, at the same learning "
     "rate. The movement is taken seed by seed against c = 1."
@@ -50,8 +48,6 @@ _REGRET = (
     "What the learning rate chosen in the other sweep loses here beside the rate chosen here, seed by seed: 0 where "
     "both are the same rate."
 )
-
-
 _OPTIMIZERS = {"adamw": "AdamW without weight decay", "sgd": "SGD with momentum 0.9"}
 
 
@@ -83,8 +79,8 @@ def _setting(record: dict[str, Any]) -> str:
     return (
         f"{_model(arguments)} on {text}: {arguments['steps']} steps of {arguments['batch_size']} records, r = "
         f"{arguments['lora_rank']}, {start[arguments['start']]}, {arguments['warmup_steps']} steps of plain LoRA "
-        f"first{_exceptions(arguments)}; {_OPTIMIZERS[arguments.get('optimizer', 'adamw')]}, "
-        f"{'base in bf16, ' if arguments.get('bf16') else ''}cosine after "
+        f"first{_exceptions(arguments)}; {_OPTIMIZERS[arguments['optimizer']]}, "
+        f"{'base in bf16, ' if arguments['bf16'] else ''}cosine after "
         f"{arguments['lr_warmup_steps']} rising steps. "
         f"{material['train_records']:,} records to train on, {material['choosing_records']:,} held out to choose the "
         f"learning rate, {material['held_out_records']:,} held out and reported. "

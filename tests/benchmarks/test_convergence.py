@@ -127,19 +127,10 @@ def test_a_record_holds_what_all_of_its_seeds_have_finished() -> None:
 def test_a_sweep_trains_beyond_its_grid_until_the_best_rate_is_inside(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = [
-        SCRIPT,
-        *options(model, tmp_path),
-        "--methods",
-        "lora",
-        "--workers",
-        "1",
-        "--extend",
-        "True",
-        "--seeds",
-        "0",
-    ]
-    monkeypatch.setattr(sys, "argv", [*command, "--output", str(tmp_path / "grown.json")])
+    one = ["--methods", "lora", "--workers", "1", "--extend", "True", "--seeds", "0"]
+    monkeypatch.setattr(
+        sys, "argv", [SCRIPT, *options(model, tmp_path), *one, "--output", str(tmp_path / "grown.json")]
+    )
     convergence.main()
     tuned = json.loads((tmp_path / "grown.json").read_text())["results"]["methods"]["lora"]
     rates = tuned["learning_rates"]

@@ -2,7 +2,7 @@
 # Run the tests. Creates a virtual environment (.venv) with all that they need if none is active.
 #
 #   bash tests/run.sh --fast          tests that start no process, about 3 minutes on 2 cores: after a changed line
-#   bash tests/run.sh                 a selection of engines and ranks, about 25 minutes: what CI runs
+#   bash tests/run.sh                 a selection of engines and ranks, about 23 minutes: what CI runs
 #   bash tests/run.sh --all-ranks     every engine on 2, 3 and 4 ranks
 #   bash tests/run.sh -k zero3        further arguments go to pytest
 set -euo pipefail

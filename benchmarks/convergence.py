@@ -34,9 +34,6 @@ from launchers.data.tokenization import TEMPLATE_NAMES
 from launchers.screen.foreign import filter_foreign
 from reflora_dist.command_line.help import answer_help
 
-# with an optimizer of their own, or moments of Adam
-_NEED_ADAM = ("reflora-s", "lora-rite", "lora-muon", "lora-sb", "lora-xs")
-
 
 def _list(values: Sequence[Any], help_text: str) -> Any:
     return dataclasses.field(default_factory=lambda: list(values), metadata={"help": help_text})
@@ -99,7 +96,8 @@ class Arguments:
             raise ValueError(f"start_scales={self.start_scales} needs --start drawn; B = 0 has no scale")
         if self.only_tuned and self.tuned_in is None:
             raise ValueError("only_tuned=True needs --tuned_in, the record of a sweep")
-        own = [method for method in self.methods if method in _NEED_ADAM]
+        # with an optimizer of their own, or moments of Adam's
+        own = [name for name in self.methods if name in {"reflora-s", *METHOD_OPTIMIZERS, *LATENT_METHODS}]
         if self.optimizer == "sgd" and own:
             raise ValueError(f"optimizer='sgd' does not go with {', '.join(own)}; give --methods without them")
         require_known(self, start=STARTS, optimizer=OPTIMIZERS, prompt_template=TEMPLATE_NAMES)
@@ -128,15 +126,19 @@ class Arguments:
         """
         tasks = []
         for seed, method in itertools.product(self.seeds, self.methods):
-            latent = method in LATENT_METHODS  # which have no alpha, and no scale of their start
-            scales, alphas = ([1.0], self.alphas[:1]) if latent else (self.start_scales, self.alphas)
+            alphas = self.alphas[:1] if method in LATENT_METHODS else self.alphas  # those have no alpha
             settings = list(itertools.product(self.learning_rates, alphas))
             if self.only_tuned:
                 if tuned is None or method not in tuned:
                     raise ValueError(f"tuned_in={self.tuned_in!r} has no learning rate of {method}")
                 settings = [(tuned[method]["best_learning_rate"], tuned[method]["alpha"])]
+            scales = self.scales(method)
             tasks += [Task(method, rate, seed, alpha, scale) for rate, alpha in settings for scale in scales]
         return tasks
+
+    def scales(self, method: str) -> list[float]:
+        """Return the scales of a method's start. LoRA-SB and LoRA-XS have a start of their own, and no scale."""
+        return [1.0] if method in LATENT_METHODS else self.start_scales
 
 
 if __name__ == "__main__":
@@ -164,6 +166,7 @@ from benchmarks.sweep.tasks import (
 from reflora_dist.files.cache import default_cache_dir
 from reflora_dist.files.open_files import read_json
 from reflora_dist.methods.names import LATENT_METHODS
+from reflora_dist.step.method_optimizers import METHOD_OPTIMIZERS
 
 MAX_EXTENSIONS = 6  # by which a grid grows at either end
 GPU_WORKERS = 8  # small models do not fill a GPU; each process takes about half a GiB of its memory
@@ -229,7 +232,7 @@ def further_tasks(arguments: Arguments, runs: list[dict[str, Any]]) -> list[Task
     return [
         Task(method, rate, seed, alpha, scale)
         for (method, alpha, rate), seed in itertools.product(ends, arguments.seeds)
-        for scale in ([1.0] if method in LATENT_METHODS else arguments.start_scales)
+        for scale in arguments.scales(method)
     ]
 
 

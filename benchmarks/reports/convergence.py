@@ -28,7 +28,7 @@ def markdown(record: dict[str, Any]) -> str:
         parts += [_scales_table(results), _SCALES]
     if results.get("regret"):
         parts += [_regret_table(results), _REGRET]
-    if any(len(tuned.get("alphas", ())) > 1 for tuned in results["methods"].values()):
+    if any(len(tuned["alphas"]) > 1 for tuned in results["methods"].values()):
         parts += [
             _alphas_table(results),
             "alpha is given as a multiple of r. The records that choose the rate choose it too.",
@@ -118,7 +118,7 @@ def _tuned_table(results: dict[str, Any]) -> str:
     for method, tuned in results["methods"].items():
         best = tuned["sweep"][tuned["learning_rates"].index(tuned["best_learning_rate"])]
         edge = "" if tuned["best_inside_grid"] or len(tuned["learning_rates"]) == 1 else " (at the grid's edge)"
-        alpha = f", alpha {tuned['alpha']:g} r" if len(tuned.get("alphas", ())) > 1 else ""
+        alpha = f", alpha {tuned['alpha']:g} r" if len(tuned["alphas"]) > 1 else ""
         row = [method, f"{tuned['best_learning_rate']:.3g}{alpha}{edge}", _loss(best)]
         row += [_difference(results["paired"].get(method))]
         reached = tuned["steps_to_baseline"]

@@ -68,19 +68,15 @@ def settings_digest(material: dict[str, Any], schedule: Schedule, device: torch.
 
     Machines of one kind may share a sweep: they draw the same factors, and differ by rounding only.
     """
-    shared = {field.name: getattr(schedule, field.name) for field in dataclasses.fields(schedule)}
-    # a setting that is younger than a sweep is at its default there
-    for field in dataclasses.fields(schedule):
-        if shared[field.name] == field.default:
-            del shared[field.name]
+    # without what is at its default: a setting that is younger than a sweep is at its default there
+    fields = dataclasses.fields(schedule)
+    shared = {field.name: value for field in fields if (value := getattr(schedule, field.name)) != field.default}
     settings = [material, shared, device.type, f"sorted by {SORTED_BATCHES}"]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load_finished(path: Path | None, settings: str) -> dict[Task, dict[str, Any]]:
+def load_finished(path: Path, settings: str) -> dict[Task, dict[str, Any]]:
     """Return the finished runs of earlier, perhaps interrupted sweeps with the same settings."""
-    if path is None or not path.exists():
-        return {}
     finished = {}
     for line in path.read_text().splitlines():
         try:

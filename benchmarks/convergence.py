@@ -72,7 +72,9 @@ class Arguments:
     eval_fraction: float = _option(0.1, "share of --dataset held out if there is no --eval_dataset")
     max_eval_records: int = _option(256, "held-out records: every other one chooses the learning rate")
     cache_dir: str | None = _option(None, "folder of the embedded model and records; default: the launchers'")
-    tuned_in: str | None = _option(None, "record of a sweep whose chosen learning rates are tried here")
+    tuned_in: list[str] = _list(  # noqa: RUF009
+        [], "records of sweeps whose chosen learning rates are tried here; the first that has a method counts"
+    )
     extend: bool = _option(
         False, "train at further rates, by method, until the best one and the range within 1% of it lie inside the grid"
     )
@@ -94,7 +96,7 @@ class Arguments:
                 raise ValueError(f"{name}={getattr(self, name)} must all be above 0")
         if self.start != "drawn" and self.start_scales != [1.0]:
             raise ValueError(f"start_scales={self.start_scales} needs --start drawn; B = 0 has no scale")
-        if self.only_tuned and self.tuned_in is None:
+        if self.only_tuned and not self.tuned_in:
             raise ValueError("only_tuned=True needs --tuned_in, the record of a sweep")
         # with an optimizer of their own, or moments of Adam's
         own = [name for name in self.methods if name in {"reflora-s", *METHOD_OPTIMIZERS, *LATENT_METHODS}]
@@ -115,22 +117,22 @@ class Arguments:
         """Return what all runs share."""
         return Schedule(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Schedule)})
 
-    def tasks(self, tuned: dict[str, Any] | None) -> list[Task]:
+    def tasks(self, tuned: dict[str, Any]) -> list[Task]:
         """Return all runs, seed by seed, so that an interrupted sweep holds whole comparisons.
 
         Args:
-            tuned: ``results["methods"]`` of the sweep that ``tuned_in`` names.
+            tuned: by method, its entry in ``results["methods"]`` of the sweeps that ``tuned_in`` names.
 
         Raises:
-            ValueError: ``only_tuned``, and that sweep lacks a method.
+            ValueError: ``only_tuned``, and those sweeps lack a method.
         """
         tasks = []
         for seed, method in itertools.product(self.seeds, self.methods):
             alphas = self.alphas[:1] if method in LATENT_METHODS else self.alphas  # those have no alpha
             settings = list(itertools.product(self.learning_rates, alphas))
             if self.only_tuned:
-                if tuned is None or method not in tuned:
-                    raise ValueError(f"tuned_in={self.tuned_in!r} has no learning rate of {method}")
+                if method not in tuned:
+                    raise ValueError(f"tuned_in={self.tuned_in} has no learning rate of {method}")
                 settings = [(tuned[method]["best_learning_rate"], tuned[method]["alpha"])]
             scales = self.scales(method)
             tasks += [Task(method, rate, seed, alpha, scale) for rate, alpha in settings for scale in scales]
@@ -188,7 +190,9 @@ def main() -> None:
         cache_dir=Path(arguments.cache_dir).expanduser() if arguments.cache_dir else default_cache_dir(),
     )
     provenance = recording.provenance(device)
-    tuned = read_json(Path(arguments.tuned_in))["results"]["methods"] if arguments.tuned_in else None
+    tuned: dict[str, Any] = {}
+    for name in arguments.tuned_in:
+        tuned = read_json(Path(name))["results"]["methods"] | tuned
     tasks = arguments.tasks(tuned)
     bench = Workbench(material, arguments.schedule(), device)
     runs, description = run_all(arguments, tasks, bench, material, provenance)

@@ -90,7 +90,8 @@ def summarize(
     Args:
         runs: every combination of method, learning rate, alpha and scale of the start has the same seeds.
         step_ms: milliseconds of a training step by method, with a ``median``.
-        tuned_elsewhere: ``methods`` of another sweep's results, whose learning rates are compared with those here.
+        tuned_elsewhere: by method, its entry in ``methods`` of another sweep's results, whose learning rates are
+            compared with those here.
     """
     methods = list(dict.fromkeys(run["method"] for run in runs))
     drawn_alike = [run for run in runs if run["start_scale"] == 1.0]
@@ -114,7 +115,7 @@ def summarize(
         "paired_at_equal_time": {method: paired(at_time[method], finals[baseline]) for method in others},
         "paired_at_rates": {method: _at_same_rates(tuned[method], tuned[baseline]) for method in others},
     }
-    if tuned_elsewhere is not None:
+    if tuned_elsewhere:
         results["regret"] = {method: _regret(tuned[method], tuned_elsewhere.get(method)) for method in methods}
     if len(drawn_alike) < len(runs):
         results["start_scales"] = {method: _scaled([r for r in runs if r["method"] == method]) for method in methods}

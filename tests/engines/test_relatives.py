@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,9 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "eva": {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=1.0)},
     "corda": {"init_lora_weights": "corda", "corda_config": CordaConfig(corda_method="kpm")},
     "loftq": {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
+    "flat-lora": {},
 }
+_NOISE = {"flat-lora": 0.1}
 _ON_GPUS = ("loftq",)  # PEFT computes this start on "cuda", whatever the model is on
 _BLOCKS = {"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": ["down_proj"], "nblocks": 2}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -85,8 +88,17 @@ def _model(name: str) -> PeftModel:
     return model.train()
 
 
-def _backward(model: nn.Module, batch: Tensor) -> None:
+def _backward(model: nn.Module, batch: Tensor, noise: float = 0.0) -> None:
+    """As Flat-LoRA does, the base is disturbed by ``noise`` while gradients are made, and put back."""
+    base = [parameter for name, parameter in model.named_parameters() if "base_layer" in name]
+    before = [weight.detach().clone() for weight in base]
+    with torch.no_grad():
+        for index, weight in enumerate(base):
+            weight.mul_(1 + noise * (-1) ** index)
     model(input_ids=batch, labels=batch).loss.backward()
+    with torch.no_grad():
+        for weight, old in zip(base, before, strict=True):
+            weight.copy_(old)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.gpu] * (n in _ON_GPUS)) for n in TOGETHER])
@@ -95,7 +107,7 @@ def test_the_variants_gradients_are_refactored(name: str) -> None:
     model = _model(name)
     optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
     attach(model, optimizer, CONFIG)
-    _backward(model, _batches(1)[0])
+    _backward(model, _batches(1)[0], _NOISE.get(name, 0.0))
     pairs = find_pairs(model)
     before = [tuple(f.detach().double() for f in (p.lora_a, p.lora_b, p.lora_a.grad, p.lora_b.grad)) for p in pairs]  # type: ignore[union-attr]
     optimizer.step()
@@ -110,11 +122,11 @@ def _load(model: PeftModel, factors: dict[str, Tensor]) -> PeftModel:
     return model
 
 
-def _train(model: Any, folder: Path) -> None:
+def _train(model: Any, folder: Path, name: str = "plain") -> None:
     optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
     attach(model, optimizer, CONFIG)
     for batch in _batches(3):
-        _backward(model, batch)
+        _backward(model, batch, _NOISE.get(name, 0.0))
         optimizer.step()
         optimizer.zero_grad()
     save_adapter(model, folder)
@@ -126,19 +138,50 @@ def _sharded(rank: int, world_size: int, name: str, factors: dict[str, Tensor], 
     for layer in model.get_base_model().model.layers:
         fully_shard(layer)
     fully_shard(model)
-    _train(model, folder)
+    _train(model, folder, name)
 
 
 @pytest.mark.parametrize(
-    "name", ["alora", *(pytest.param(n, marks=pytest.mark.all_ranks) for n in ("velora", "eva", "corda"))]
+    "name",
+    ["alora", "flat-lora", *(pytest.param(n, marks=pytest.mark.all_ranks) for n in ("velora", "eva", "corda"))],
 )
 def test_shards_follow_one_process(name: str, tmp_path: Path) -> None:
     start = {key: factor.clone() for key, factor in get_peft_model_state_dict(_model(name)).items()}
     run_ranks(_sharded, 2, name, start, tmp_path / "sharded")
-    _train(_load(_model(name), start), tmp_path / "whole")
+    _train(_load(_model(name), start), tmp_path / "whole", name)
     whole, sharded = (load_file(tmp_path / part / "adapter_model.safetensors") for part in ("whole", "sharded"))
     for key, factor in whole.items():
         torch.testing.assert_close(sharded[key], factor, rtol=1e-3, atol=1e-5)
+
+
+def _boost(folder: Path, shard: bool) -> tuple[Tensor, Tensor]:
+    """Return a weight before and after XGBLoRA's rounds: an adapter of r = 1 is trained and merged, then the next."""
+    torch.manual_seed(0)
+    base = start = variant_base()
+    for part in ("first", "second"):
+        config = LoraConfig(**{**LORA, "r": 1}, init_lora_weights=False)
+        model: Any = get_peft_model(copy.deepcopy(base), config)
+        tall_adapters(model)
+        if shard:
+            fully_shard(model)
+        _train(model, folder / part)
+        # a sharded base cannot be merged: the saved adapter is merged into the whole one
+        base = PeftModel.from_pretrained(copy.deepcopy(base), str(folder / part)).merge_and_unload()
+    before, after = (model.model.layers[0].self_attn.q_proj.weight.detach() for model in (start, base))
+    return before, after
+
+
+def _boosted(rank: int, world_size: int, folder: Path) -> None:
+    torch.save(_boost(folder, shard=True)[1], folder / f"{rank}.pt")
+
+
+def test_rank_one_adapters_are_merged_and_attached_anew(tmp_path: Path) -> None:
+    """XGBLoRA's rounds, in one process and sharded."""
+    run_ranks(_boosted, 2, tmp_path)
+    start, whole = _boost(tmp_path / "whole", shard=False)
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), whole, rtol=1e-3, atol=1e-5)
+    assert not torch.equal(whole, start)
 
 
 @pytest.mark.parametrize("name", REFUSED)

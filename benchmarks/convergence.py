@@ -28,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.harness.names import ALL_METHODS
+from benchmarks.harness.names import ALL_METHODS, MOMENTS, SWEPT_METHODS
 from benchmarks.harness.options import parse, require_known, require_positive
 from launchers.data.tokenization import TEMPLATE_NAMES
 from launchers.screen.foreign import filter_foreign
@@ -47,7 +47,7 @@ def _option(default: Any, help_text: str) -> Any:
 class Arguments:
     """The sweep (methods x learning rates x seeds), the model and the text."""
 
-    methods: list[str] = _list(ALL_METHODS, "methods to compare")  # noqa: RUF009
+    methods: list[str] = _list(ALL_METHODS, f"methods to compare; NAME{MOMENTS} is one with carry_moments=True")  # noqa: RUF009
     learning_rates: list[float] = _list([1.25e-3 * 2**k for k in range(7)], "the grid, the same for every method")  # noqa: RUF009
     seeds: list[int] = _list(range(5), "one run of every method and learning rate each")  # noqa: RUF009
     steps: int = _option(250, "optimizer steps of a run")
@@ -85,8 +85,8 @@ class Arguments:
 
     def __post_init__(self) -> None:
         for method in self.methods:
-            if method not in ALL_METHODS:
-                raise ValueError(f"methods: {method!r} is unknown; choose from {', '.join(ALL_METHODS)}")
+            if method not in SWEPT_METHODS:
+                raise ValueError(f"methods: {method!r} is unknown; choose from {', '.join(SWEPT_METHODS)}")
         for name in ("methods", "learning_rates", "seeds", "alphas", "start_scales"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
@@ -99,13 +99,16 @@ class Arguments:
         if self.only_tuned and not self.tuned_in:
             raise ValueError("only_tuned=True needs --tuned_in, the record of a sweep")
         # with an optimizer of their own, or moments of Adam's
-        own = [name for name in self.methods if name in {"reflora-s", *METHOD_OPTIMIZERS, *LATENT_METHODS}]
+        needing = {"reflora-s", *METHOD_OPTIMIZERS, *LATENT_METHODS}
+        own = [name for name in self.methods if name in needing or name.endswith(MOMENTS)]
         if self.optimizer == "sgd" and own:
             raise ValueError(f"optimizer='sgd' does not go with {', '.join(own)}; give --methods without them")
         require_known(self, start=STARTS, optimizer=OPTIMIZERS, prompt_template=TEMPLATE_NAMES)
         for name in ("warmup_steps", "lr_warmup_steps"):
             if not 0 <= getattr(self, name) < self.steps:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below steps={self.steps}")
+        if not self.warmup_steps and f"reflora{MOMENTS}" in self.methods:
+            raise ValueError(f"methods: reflora{MOMENTS} carries the moments of the warm-up, and warmup_steps=0")
         if self.extend and (self.only_tuned or len(self.learning_rates) < 2):
             raise ValueError("extend=True needs a grid of two learning rates or more, and no --only_tuned")
         sizes = ("batch_size", "lora_rank", "latent_rank", "eval_every", "max_eval_records", "timed_rounds", "workers")

@@ -12,6 +12,7 @@ ensure_environment launchers
 
 records=benchmarks/results/convergence
 read -ra pair <<<"${METHODS:-lora reflora}"
+read -ra few <<<"${METHODS:-lora reflora reflora+moments}"
 read -ra methods <<<"${METHODS:-lora reflora reflora-s scaled-gd lora-pro lora-rite balora lora-muon}"
 # a method whose best rate lies elsewhere gets further rates
 grid=(--learning_rates 5e-4 1e-3 2e-3 4e-3 8e-3 1.6e-2 --extend True)
@@ -36,17 +37,16 @@ for part in "${parts[@]}"; do
         [ ! -f "$records/smollm2-$name.json" ] || tuned+=("$records/smollm2-$name.json")
     done
     case "$part" in
-        r8) SEEDS=${SEEDS:-0 1 2 3 4} sweep r8 --methods "${pair[@]}" "${grid[@]}" ;;
+        r8) SEEDS=${SEEDS:-0 1 2 3 4} sweep r8 --methods "${few[@]}" "${grid[@]}" ;;
         methods) sweep methods --methods "${methods[@]}" "${grid[@]}" ;;
-        alpha) sweep alpha --methods "${pair[@]}" "${grid[@]}" --alphas 1 2 4 ;;
-        r64) sweep r64 --methods "${methods[@]}" --lora_rank 64 "${grid[@]}" --tuned_in "${tuned[@]}" ;;
+        alpha) sweep alpha --methods "${few[@]}" "${grid[@]}" --alphas 1 2 4 ;;
+        r64) sweep r64 --methods "${few[@]}" --lora_rank 64 "${grid[@]}" --tuned_in "${tuned[@]}" ;;
         scaled) sweep scaled --methods "${methods[@]}" --start drawn --warmup_steps 0 --start_scales 1 0.1 10 \
             --only_tuned True --tuned_in "${tuned[@]}" ;;
         sgd) sweep sgd --methods "${pair[@]}" --optimizer sgd --extend True --learning_rates 0.03 0.06 0.12 0.25 0.5 1 ;;
         task)
             [ -n "${DATA:-}" ] || die "part task needs DATA, a JSON file of instructions and answers"
-            sweep task --methods "${methods[@]}" "${grid[@]}" \
-                --dataset "$DATA" --max_length 256 ;;
+            sweep task --methods "${few[@]}" "${grid[@]}" --dataset "$DATA" --max_length 128 --batch_size 4 ;;
         *) die "unknown part $part; see the head of $0" ;;
     esac
 done

@@ -36,7 +36,7 @@ from .training.recorder import METRICS_FILE
 
 # What may differ between runs that are compared; anything else would make the comparison unfair.
 METHOD_SETTINGS = frozenset(
-    ("method", "reflora_warmup_steps", "reflora_interval", "scaled_gd_damping", "balora_carry_moments", "optim_args")
+    ("method", "reflora_warmup_steps", "reflora_interval", "scaled_gd_damping", "carry_moments", "optim_args")
 )
 # Settings that only LoRA-SB and LoRA-XS read, or read otherwise: they train an r x r matrix between frozen factors.
 LATENT_SETTINGS = frozenset(("lora_r", "lora_alpha", "lora_sb_batches", "lora_sb_learning_rate"))

@@ -10,3 +10,5 @@ STEP_ENGINES = ("single", "ddp", "fsdp2", "fsdp2-flat", "fsdp2-shard1")
 """Engines under which the optimizer step of adapters alone can be measured, without a model to shard."""
 BACKENDS = ("gloo", "nccl")
 ALL_METHODS = (*METHOD_NAMES, *LATENT_METHODS)
+MOMENTS = "+moments"  # behind a method's name: with carry_moments=True
+SWEPT_METHODS = (*ALL_METHODS, f"reflora{MOMENTS}", f"balora{MOMENTS}")

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 from transformers import logging as transformers_logging
 
 from benchmarks.harness import timing
+from benchmarks.harness.names import MOMENTS
 from benchmarks.sweep.data import Batch, Material
 from benchmarks.sweep.same_start import plain_steps
 from benchmarks.sweep.tasks import Schedule, Task
@@ -218,7 +219,9 @@ class Workbench:
 
 
 def _config(method: str, warmup_steps: int) -> RefLoRAConfig:
-    return RefLoRAConfig(method=method, warmup_steps=plain_steps(method, warmup_steps))
+    carries = method.endswith(MOMENTS)
+    plain = plain_steps(method, warmup_steps)
+    return RefLoRAConfig(method=method.removesuffix(MOMENTS), warmup_steps=plain, carry_moments=carries)
 
 
 def _base_weight(layer: LoraLayer) -> Tensor:

@@ -21,7 +21,8 @@ from .plots import PLOT_FILE
 CARD_FILE = "README.md"
 _SCHEDULE = ("reflora_warmup_steps", "reflora_interval")  # of every method that changes LoRA's steps
 _OF_ONE_METHOD = {
-    "balora": ("balora_carry_moments",),
+    "reflora": ("carry_moments",),
+    "balora": ("carry_moments",),
     "scaled-gd": ("scaled_gd_damping",),
     "lora-sb": ("lora_sb_batches",),
 }

@@ -73,7 +73,11 @@ class LoraOptions:
     )
     reflora_interval: int = _option(1, "Act at every n-th optimizer step after the warm-up.")
     scaled_gd_damping: float = _option(DEFAULT_DAMPING, "delta of --method scaled-gd.")
-    balora_carry_moments: bool = _option(False, "--method balora rewrites Adam's moments along with the factors.")
+    carry_moments: bool = _option(
+        False,
+        "Adam's moments become those of the method's coordinates: with --method reflora those of the warm-up, once; "
+        "with balora in every step.",
+    )
     tall_adapters: bool = _option(
         True,
         "Under FSDP and DeepSpeed store lora_A as [in, r], so that only Grams are sent. Files are the same; a run "
@@ -132,7 +136,7 @@ class LoraOptions:
             self.reflora_config()
         except ValueError as error:
             names = {"warmup_steps": "reflora_warmup_steps", "interval": "reflora_interval"}
-            names |= {"damping": "scaled_gd_damping", "carry_moments": "balora_carry_moments"}
+            names |= {"damping": "scaled_gd_damping"}
             text = re.sub(r"\b(\w+)=", lambda match: f"{names.get(match[1], match[1])}=", str(error))
             raise ValueError(text) from error
 
@@ -149,7 +153,7 @@ class LoraOptions:
             ("init_lora_weights", "default"),
             ("reflora_warmup_steps", None),
             ("reflora_interval", 1),
-            ("balora_carry_moments", False),
+            ("carry_moments", False),
             ("tall_adapters", True),
         ):
             if getattr(self, name) != default:
@@ -174,7 +178,7 @@ class LoraOptions:
             warmup_steps=self.reflora_warmup_steps,
             interval=self.reflora_interval,
             damping=self.scaled_gd_damping,
-            carry_moments=self.balora_carry_moments,
+            carry_moments=self.carry_moments,
         )
 
 

@@ -35,7 +35,9 @@ class DoctorOptions:
         "Hub name, path, config.json or smollm2. Only its configuration is read; without it, keys are checked only.",
     )
     method: str = _option("reflora", "Method.", choices=METHOD_NAMES)
-    balora_carry_moments: bool = _option(False, "Method balora rewrites Adam's moments along with the factors.")
+    carry_moments: bool = _option(
+        False, "Adam's moments become those of the method's coordinates (reflora after its warm-up, balora)."
+    )
     tall_adapters: bool = _option(
         True, "Under FSDP and DeepSpeed: store lora_A as [in, r], as RefLoRACallback and finetune.py do."
     )
@@ -73,7 +75,7 @@ class DoctorOptions:
         """Return the package's own configuration for this method."""
         from ..methods.config import RefLoRAConfig
 
-        return RefLoRAConfig(method=self.method, carry_moments=self.balora_carry_moments)
+        return RefLoRAConfig(method=self.method, carry_moments=self.carry_moments)
 
 
 def parse_options(argv: list[str] | None = None) -> tuple[list[str], DoctorOptions]:

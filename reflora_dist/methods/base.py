@@ -23,7 +23,7 @@ class Settings(Protocol):
 
     @property
     def carry_moments(self) -> bool:
-        """Whether balora rewrites Adam's moments along with the factors."""
+        """Whether Adam's moments become those of the method's coordinates."""
 
 
 class Method:
@@ -67,14 +67,13 @@ class Method:
 
     @classmethod
     def carries_moments(cls, settings: Settings) -> bool:
-        """Return whether the method rewrites Adam's moments with the factors, and so needs one of the Adam family."""
+        """Return whether the method rewrites Adam's moments, and so needs one of the Adam family."""
         return False
 
     @classmethod
     def channels(cls, settings: Settings) -> tuple[int, int]:
-        """Return ``channels_there`` and ``channels_back``, with two moments of Adam each if they are carried along."""
-        moments = 2 if cls.channels_there and cls.carries_moments(settings) else 0
-        return cls.channels_there + moments, cls.channels_back + moments
+        """Return how many tensors of a factor's size are sent in a step, and how many return."""
+        return cls.channels_there, cls.channels_back
 
 
 class Transform(NamedTuple):
@@ -120,6 +119,10 @@ class MatrixMethod(Method, abc.ABC):
             return 1 + lora_rank * (lora_rank + 1)
         return 1 + 2 * cls.gram_width * lora_rank * lora_rank
 
+    @classmethod
+    def carries_moments(cls, settings: Settings) -> bool:
+        return settings.carry_moments
+
     @abc.abstractmethod
     def solve(self, grams: Matrices) -> Transform:
         """Return the matrices for every pair in ``grams``.
@@ -133,7 +136,11 @@ class MatrixMethod(Method, abc.ABC):
 
 
 class GradientMethod(MatrixMethod):
-    """A method that replaces the gradients right before the optimizer reads them."""
+    """A method that replaces the gradients right before the optimizer reads them.
+
+    If it carries Adam's moments, it does so once, in its first step: those of plain LoRA's gradients become what they
+    would be, had these been replaced by that step's matrices.
+    """
 
     channels_there = 2  # weights and gradients
     channels_back = 1
@@ -150,8 +157,10 @@ class FactorMethod(MatrixMethod):
     channels_back = 1
 
     @classmethod
-    def carries_moments(cls, settings: Settings) -> bool:
-        return settings.carry_moments
+    def channels(cls, settings: Settings) -> tuple[int, int]:
+        """Count two moments of Adam too if they are carried along, which happens in every step."""
+        moments = 2 if cls.carries_moments(settings) else 0
+        return cls.channels_there + moments, cls.channels_back + moments
 
 
 class Rescaling(NamedTuple):

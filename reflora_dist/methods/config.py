@@ -7,6 +7,7 @@ import math
 import sys
 from typing import Any
 
+from .base import GradientMethod
 from .names import DEFAULT_DAMPING
 from .registry import METHODS
 
@@ -34,8 +35,10 @@ class RefLoRAConfig:
         interval: act at every ``interval``-th optimizer step after the warm-up.
         damping: delta, which "scaled-gd" adds to the diagonal of the Gram matrices. 1e-2 is the default of PEFT's
             ``reg``. Other methods do not use it.
-        carry_moments: whether "balora" rewrites Adam's moments along with the factors: first moments exactly, second
-            ones as far as a diagonal can. The published code leaves them as they are. Other methods do not use it.
+        carry_moments: whether Adam's moments become those of the method's coordinates: first moments exactly, second
+            ones as far as a diagonal can. "balora" rewrites them with the factors in every step. "reflora" rewrites
+            those of the warm-up once, in its first step. The published codes leave them as they are. Other methods do
+            not use it.
 
     Attributes:
         has_default_warmup: whether ``warmup_steps`` is the default, because the user gave no number.
@@ -70,11 +73,20 @@ class RefLoRAConfig:
             value = getattr(self, name)
             if value != default and name not in METHODS[self.method].own_settings:
                 raise ValueError(f"{name}={value!r} means nothing to method={self.method!r}: leave it out")
+        if self.carry_moments and issubclass(METHODS[self.method], GradientMethod) and not self.warmup_steps:
+            raise ValueError(
+                f"carry_moments=True with method={self.method!r} is about the moments of the warm-up, and "
+                "warmup_steps=0: leave one of them out"
+            )
         if not METHODS[self.method].has_schedule and (self.warmup_steps or self.interval != 1):
             raise ValueError(
                 f"method={self.method!r} is the optimizer itself and acts in every step: leave out "
                 f"warmup_steps={self.warmup_steps} and interval={self.interval}"
             )
+
+    def begins(self, completed_steps: int) -> bool:
+        """Return whether the step after ``completed_steps`` is the first in which a method changes gradients."""
+        return METHODS[self.method].acts and completed_steps == self.warmup_steps
 
     def is_due(self, completed_steps: int) -> bool:
         """Return whether the method acts after ``completed_steps`` optimizer steps.

@@ -10,10 +10,14 @@ from .base import GradientMethod, Transform
 
 
 class RefLoRA(GradientMethod):
-    """``grad_A <- S^-1 grad_A`` and ``grad_B <- grad_B S`` with ``S (A A^T) S = B^T B``."""
+    """``grad_A <- S^-1 grad_A`` and ``grad_B <- grad_B S`` with ``S (A A^T) S = B^T B``.
+
+    The published code leaves Adam's moments of the warm-up as they are, and so does ``carry_moments=False``.
+    """
 
     name = "reflora"
     default_warmup_steps = 100
+    own_settings = frozenset({"carry_moments"})
     needs_full_rank = True
 
     def solve(self, grams: Matrices) -> Transform:

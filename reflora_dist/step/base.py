@@ -39,12 +39,13 @@ class Step:
         """
         return None
 
-    def before_update(self, firing: Firing, *, due: bool) -> Tensor | None:
+    def before_update(self, firing: Firing, *, due: bool, begins: bool) -> Tensor | None:
         """Act when gradients are ready and weights are not updated yet. Called on every rank.
 
         Args:
             firing: the call of ``optimizer.step`` that is about to happen.
             due: whether the schedule lets the method act in this step.
+            begins: whether this is the first step after the warm-up.
         """
         return None
 

@@ -18,6 +18,7 @@ from ..methods.base import Transform
 from .base import Step
 from .figures import change_of_gradients, gram_figures
 from .half import HalfGuard
+from .moments import FIRST_MOMENT, Moments, moments_of
 from .own_blocks import block_set
 from .solver import Solver, count_unsolved
 
@@ -40,6 +41,7 @@ class GradientStep(Step):
         engine, retiler, communicator: made for the same ranks.
         solver: the solver of the method.
         uses_gradients: whether the method needs Gram matrices of ``[X, grad_X]``.
+        carries_moments: whether Adam's moments of the warm-up are replaced as the gradients of the first step are.
         hopeless: numbers of the pairs for which the method does not exist; their gradients stay as they are.
 
     Attributes:
@@ -54,12 +56,14 @@ class GradientStep(Step):
         communicator: Communicator,
         solver: Solver,
         uses_gradients: bool,
+        carries_moments: bool,
         hopeless: Collection[int] = (),
     ) -> None:
         super().__init__(engine, communicator)
         self._retiler = retiler
         self._solver = solver
         self._uses_gradients = uses_gradients
+        self._carries_moments = carries_moments
         self._blocks = block_set(engine, retiler.specs, communicator.device)
         self._everything = (True,) * (2 * len(engine.pairs))
         self._acts_on = tuple(factor // 2 not in hopeless for factor in range(2 * len(engine.pairs)))
@@ -73,13 +77,13 @@ class GradientStep(Step):
         self._change: Tensor | None = None  # of the last step that was watched, see change_of_gradients
         self._scalings = [pair.scaling for pair in engine.pairs] if uses_gradients else []
 
-    def before_update(self, firing: Firing, *, due: bool) -> Tensor | None:
+    def before_update(self, firing: Firing, *, due: bool, begins: bool) -> Tensor | None:
         if self._scalings and self._scalings != [pair.scaling for pair in self._engine.pairs]:
             raise RuntimeError("the adapters' scaling changed after attach(): detach, then attach again")
         if not due:
             return None
         self.stopwatch.start(new_step=firing.first)
-        skipped = self(firing)
+        skipped = self(firing, moments_of(self._engine) if begins and self._carries_moments else {})
         self.stopwatch.stop()
         return skipped
 
@@ -99,22 +103,21 @@ class GradientStep(Step):
         self._change = change if firing.first or self._change is None else self._change + change
         self.watched = self.watched and not firing.last
 
-    def __call__(self, firing: Firing) -> Tensor | None:
-        """Replace the gradients of this firing.
+    def __call__(self, firing: Firing, moments: Moments) -> Tensor | None:
+        """Replace the gradients of this firing, and moments likewise.
 
         Returns:
             The number of pairs left as plain LoRA, a 0-dim tensor, in one firing of each step; None in the others.
         """
-        act = self._with_gradients if self._uses_gradients else self._with_weights
         if not all(self._acts_on):
             present = tuple(p and acts for p, acts in zip(firing.present, self._acts_on, strict=True))
             firing = firing._replace(present=present)
         if self._guard is None:
-            transform = act(firing)
+            transform = self._act(firing, moments)
             return count_unsolved(transform.solved) if firing.first else None
-        gradients = self._engine.gradients()
-        self._guard.keep([[g if p else None for g, p in zip(gradients, firing.present, strict=True)]])
-        transform = act(firing)
+        changed = [self._engine.gradients(), *moments.values()]
+        self._guard.keep([[x if p else None for x, p in zip(of, firing.present, strict=True)] for of in changed])
+        transform = self._act(firing, moments)
         self._left = left = self._guard.restore(None if firing.first else self._left)
         if firing.first:
             self._solved = transform.solved
@@ -122,23 +125,29 @@ class GradientStep(Step):
             return None
         return count_unsolved({r: flags & ~left.index_select(0, self._pairs[r]) for r, flags in self._solved.items()})
 
-    def _with_weights(self, firing: Firing) -> Transform:
-        gradients = self._engine.gradients()
+    def _act(self, firing: Firing, moments: Moments) -> Transform:
+        return self._with_gradients(firing) if self._uses_gradients else self._with_weights(firing, moments)
+
+    def _with_weights(self, firing: Firing, moments: Moments) -> Transform:
+        channels: list[Channel] = [self._engine.gradients(), *moments.values()]
+        present = [firing.present] * len(channels)
         if firing.first:
             self.grams = {}  # frees the old ones before new ones are made
             # Only in the first firing are all weights those before the step, so S is formed here for all firings.
             weights: Channel = self._engine.weights()
-            of_weights, blocks = self._retiler.to_blocks([weights, gradients], [self._everything, firing.present])
+            of_weights, *streams = self._retiler.to_blocks([weights, *channels], [self._everything, *present])
             self.grams = reduce_grams(self._blocks.grams(of_weights), self._comm)
             self._transform = self._solver(self.grams)
         else:
-            (blocks,) = self._retiler.to_blocks([gradients], [firing.present])
+            streams = self._retiler.to_blocks(channels, present)
         transform = self._transform
         assert transform is not None
         if self.watched:
-            self._watch(firing, self._blocks.grams(blocks), transform.matrices)
-        self._blocks.multiply_(blocks, transform.matrices)
-        self._retiler.from_blocks([blocks], [gradients], [firing.present])
+            self._watch(firing, self._blocks.grams(streams[0]), transform.matrices)
+        squares = {r: both.square() for r, both in transform.matrices.items()} if moments else {}
+        for key, stream in zip(("gradient", *moments), streams, strict=True):
+            self._blocks.multiply_(stream, transform.matrices if key in ("gradient", FIRST_MOMENT) else squares)
+        self._retiler.from_blocks(streams, channels, present)
         if firing.last:
             self._transform = None
         return transform

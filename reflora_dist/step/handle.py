@@ -227,7 +227,8 @@ class Handle:
         firing = self._engine.firing()
         if firing.first:
             self._comm.start_step()
-        self._count(self._step.before_update(firing, due=self.config.is_due(self._steps)))
+        due, begins = self.config.is_due(self._steps), self.config.begins(self._steps)
+        self._count(self._step.before_update(firing, due=due, begins=begins))
 
     @torch.no_grad()
     def _after_update(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -50,7 +50,9 @@ def make_step(engine: Engine, config: RefLoRAConfig, communicator: Communicator,
         retiler = _retiler(engine, communicator)
         if issubclass(method, FactorMethod):
             return FactorStep(engine, retiler, communicator, solver, method.carries_moments(config))
-        return GradientStep(engine, retiler, communicator, solver, method.uses_gradients, hopeless)
+        return GradientStep(
+            engine, retiler, communicator, solver, method.uses_gradients, method.carries_moments(config), hopeless
+        )
     if issubclass(method, OptimizerMethod):
         return _OPTIMIZER_STEPS[config.method].connected(engine, _retiler(engine, communicator), communicator)
     return Step(engine, communicator)

@@ -36,10 +36,10 @@ class MuonStep(OptimizerStep):
             for r, pairs in self._blocks.pairs_by_rank.items()
         }
 
-    def before_update(self, firing: Firing, *, due: bool) -> Tensor | None:
+    def before_update(self, firing: Firing, *, due: bool, begins: bool) -> Tensor | None:
         if self._scalings != [pair.scaling for pair in self._engine.pairs]:
             raise RuntimeError("the adapters' scaling changed after attach(): detach, then attach again")
-        return super().before_update(firing, due=due)
+        return super().before_update(firing, due=due, begins=begins)
 
     def _settings(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[float, ...]:
         return float(group["lr"]), decay_of(group["lr"], group["weight_decay"]), float(group["momentum"])

@@ -90,7 +90,7 @@ class OptimizerStep(Step, abc.ABC):
         Communication: one all-reduce, and two exchanges if factors move. Every rank must call.
         """
 
-    def before_update(self, firing: Firing, *, due: bool) -> Tensor | None:
+    def before_update(self, firing: Firing, *, due: bool, begins: bool) -> Tensor | None:
         self.stopwatch.start(new_step=firing.first)  # the method's work is the update itself
         return None
 

@@ -21,17 +21,9 @@ from ..methods.base import RescalingMethod
 from .base import Step
 from .figures import balance_after, balance_figures, gram_figures
 from .half import HalfGuard
+from .moments import FIRST_MOMENT, Moments, moments_of
 from .own_blocks import block_set
 from .solver import Solver
-
-# State keys of Adam's variants. Where X becomes X M, a gradient becomes grad M^-T: so do first moments, and second
-# moments are multiplied by the squares of that matrix's entries.
-_FIRST_MOMENT = "exp_avg"
-_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
-_NEEDED = {"exp_avg", "exp_avg_sq"}
-
-Moments = dict[str, list[Tensor | None]]
-"""By state key the local piece of every factor's moment, None where the optimizer has none."""
 
 
 class RewritingStep(Step, abc.ABC):
@@ -85,7 +77,7 @@ class RewritingStep(Step, abc.ABC):
         """
         weights = self._engine.weights()
         # before the first step of a new run no rank has moments
-        moments = self._moments() if self._carries_moments and in_step else {}
+        moments = moments_of(self._engine) if self._carries_moments and in_step else {}
         if self._guard is not None:
             self._guard.keep([weights, *moments.values()])
         solved = self._rewrite(weights, moments)
@@ -93,16 +85,6 @@ class RewritingStep(Step, abc.ABC):
             solved = solved & ~self._guard.restore().index_select(0, self._adapters)
         self._engine.publish_weights(in_step)
         return (~solved).sum()
-
-    def _moments(self) -> Moments:
-        """Return the moments of every factor, under the same keys on all ranks, also where a rank holds no element."""
-        states = self._engine.moments()
-        amsgrad = any(group.get("amsgrad", False) for group in self._engine.optimizer.param_groups)
-        for state in states:
-            if state and not state.keys() >= _NEEDED:
-                raise RuntimeError(f"the optimizer keeps {sorted(state)}, the method needs exp_avg and exp_avg_sq")
-        keys = [_FIRST_MOMENT, *_SECOND_MOMENTS[: 1 + amsgrad]]
-        return {key: [state.get(key) for state in states] for key in keys}
 
 
 class RescalingStep(RewritingStep):
@@ -138,7 +120,7 @@ class RescalingStep(RewritingStep):
         self._scale("weights", weights, factors)
         inverse = factors.reciprocal()
         for key, of_key in moments.items():
-            self._scale(key, of_key, inverse if key == _FIRST_MOMENT else inverse.square())
+            self._scale(key, of_key, inverse if key == FIRST_MOMENT else inverse.square())
         return rescaling.solved
 
     def _squares(self, weights: list[Tensor]) -> Tensor:
@@ -158,9 +140,6 @@ class RescalingStep(RewritingStep):
 
 class FactorStep(RewritingStep):
     """Applies a FactorMethod to the factors and, if it carries them along, to Adam's moments.
-
-    Second moments change as if the gradient's r components in a row were uncorrelated, since Adam keeps no more of
-    them than a diagonal.
 
     Communication per call: one all-reduce of the Gram matrices, the solver's all-gather, and two exchanges if factors
     move.
@@ -210,7 +189,7 @@ class FactorStep(RewritingStep):
         inverse = {r: both.flip(0) for r, both in matrices.items()}  # of the transpose: M_A^-T is M_B
         squares = {r: both.square() for r, both in inverse.items()}
         for key, stream in zip(moments, streams[1:], strict=True):
-            self._blocks.multiply_(stream, inverse if key == _FIRST_MOMENT else squares)
+            self._blocks.multiply_(stream, inverse if key == FIRST_MOMENT else squares)
         self._retiler.from_blocks(streams, channels, present)
         return self._by_pair(solved)
 

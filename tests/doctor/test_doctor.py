@@ -71,7 +71,7 @@ WRONG = [
     (zero3({"optimizer": {"type": "SGD"}}), {"method": "reflora-s"}, "error", "keep Adam's moments"),
     (
         zero3({"optimizer": {"type": "SGD"}}),
-        {"method": "balora", "balora_carry_moments": True},
+        {"method": "balora", "carry_moments": True},
         "error",
         "keep Adam's moments",
     ),

@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"cache_dir": "{folder}/file/cache"}, "cache_dir=.*is not writable"),
         ({"lora_r": "0"}, "lora_r=0 must be at least 1"),
         ({"scaled_gd_damping": "0.05"}, "scaled_gd_damping=0.05 means nothing to --method reflora"),
-        ({"balora_carry_moments": "True"}, "balora_carry_moments=True means nothing to method='reflora'"),
+        ({"carry_moments": "True", "method": "lora-pro"}, "carry_moments=True means nothing to method='lora-pro'"),
         ({"lora_dropout": "1"}, "lora_dropout=1.0 must be in"),
         ({"reflora_interval": "0"}, "reflora_interval=0 must be"),
         ({"reflora_warmup_steps": "-1"}, "reflora_warmup_steps=-1 must be"),

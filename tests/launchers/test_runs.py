@@ -103,7 +103,7 @@ def test_every_method_trains_under_every_engine(folder: Path, method: str, engin
     """The same options, data and start: only the method differs, and it is the one asked for."""
     options: dict[str, Any] = {"method": method, "reflora_warmup_steps": int(method in ("lora-pro", "balora"))}
     if method == "balora":
-        options["balora_carry_moments"] = True
+        options["carry_moments"] = True
     if method == "lora-rite":
         options |= {"learning_rate": 3e-2, "optim_args": "update_capping=2.0"}
     if method == "lora-muon":

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from reflora_dist import RefLoRAConfig
 from reflora_dist.engines.pairs import find_pairs
-from reflora_dist.methods.reference import refactored
+from reflora_dist.methods.reference import refactored, refactorization
 from reflora_dist.step.method_optimizers import METHOD_OPTIMIZERS
 from tests.support.workloads import Factors, Settings, Workload, build_model, train_single
 
@@ -72,6 +72,7 @@ class GradientOracle:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: RefLoRAConfig) -> None:
         self._pairs = find_pairs(model)
+        self._optimizer = optimizer
         self._config = config
         self._steps = 0
         optimizer.register_step_pre_hook(lambda *_: self._before())
@@ -81,12 +82,27 @@ class GradientOracle:
             for pair in self._pairs:
                 lora_a, lora_b = pair.lora_a, pair.lora_b
                 assert lora_a.grad is not None and lora_b.grad is not None
+                if self._config.carry_moments and self._steps == self._config.warmup_steps:
+                    self._carry_moments(lora_a, lora_b)
                 grad_a, grad_b = new_gradients(
                     self._config, lora_a.detach(), lora_b.detach(), lora_a.grad, lora_b.grad, pair.scaling
                 )
                 lora_a.grad.copy_(grad_a)
                 lora_b.grad.copy_(grad_b)
         self._steps += 1
+
+    @torch.no_grad()
+    def _carry_moments(self, lora_a: Tensor, lora_b: Tensor) -> None:
+        """RefLoRA's, as if a gradient's components in a row were uncorrelated."""
+        solution = refactorization(lora_a.detach(), lora_b.detach())
+        if solution is None:
+            return
+        of_b, of_a = solution
+        for key, power in (("exp_avg", 1), ("exp_avg_sq", 2), ("max_exp_avg_sq", 2)):
+            for factor, matrix in ((lora_a, of_a), (lora_b, of_b)):
+                moment = self._optimizer.state[factor].get(key)
+                if moment is not None:
+                    moment.copy_(matrix**power @ moment if factor is lora_a else moment @ matrix**power)
 
 
 def balanced(lora_a: Tensor, lora_b: Tensor) -> Pair | None:

@@ -52,7 +52,8 @@ class Run:
 class Outcome:
     """How far one run ended from its reference on this rank, and from what it must not agree with.
 
-    That is the reference of plain LoRA for a run with a ``method``, and that of ``reflora`` for all others.
+    That is the reference of plain LoRA for a run with a ``method``, that of the case for ``reflora`` with moments, and
+    that of ``reflora`` for all others.
     """
 
     label: str
@@ -127,7 +128,10 @@ def _train_one(reference: Reference, engine_name: str, world_size: int, run: Run
         expected_losses, expected_factors = trained_in_float64(reference, settings, attached.config)
     elif run.clip:  # the reference has no such case
         expected_losses, expected_factors = train_single(build_model(reference), reference.batches, settings)
-    other_factors = reference.factors["lora" if run.method else "reflora"]
+    other = "lora" if run.method else "reflora"
+    if run.method == "reflora":  # the published one, which leaves the moments
+        other = run.case
+    other_factors = reference.factors[other]
     if run.method == "balora" and engine.bf16_factor_tolerance:
         # gradients of 16 bits turn singular vectors of close singular values, which products do not depend on
         factors, expected_factors, other_factors = map(as_products, (factors, expected_factors, other_factors))

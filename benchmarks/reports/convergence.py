@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.harness.names import MOMENTS
 from benchmarks.reports.shared import source_line, table
 
 COLOURS = {
     "lora": "C0",
     "reflora": "C3",
+    "reflora+moments": "black",
     "reflora-s": "C1",
     "scaled-gd": "C2",
     "lora-pro": "C4",
@@ -51,17 +53,35 @@ _REGRET = (
 _OPTIMIZERS = {"adamw": "AdamW without weight decay", "sgd": "SGD with momentum 0.9"}
 
 
+_FACTOR = 4  # by which a rate of the headline is wrong
+
+
 def headline(record: dict[str, Any]) -> str:
-    """Return RefLoRA's held-out loss beside plain LoRA's, each at its own best learning rate, as a sentence."""
+    """Return every method's held-out loss at its own best learning rate, and at one that is far too high."""
     arguments, results = record["arguments"], record["results"]
-    lora, reflora = (results["methods"][method] for method in ("lora", "reflora"))
-    low, high = results["paired"]["reflora"]["interval"]
-    return (
+    baseline, methods = results["baseline"], results["methods"]
+    best = ", ".join(_beside(f"`{m}` {methods[m]['mean']:.3f}", results["paired"].get(m)) for m in methods)
+    sentence = (
         f"- {_model(arguments)}, r = {arguments['lora_rank']}, {arguments['steps']} steps, {len(arguments['seeds'])} "
-        f"seeds, each method at its own best learning rate: held-out loss {reflora['mean']:.3f} with RefLoRA and "
-        f"{lora['mean']:.3f} with LoRA; difference {results['paired']['reflora']['mean']:+.3f} (95%: {low:+.3f} to "
-        f"{high:+.3f})."
+        f"seeds. Held-out loss, each method at its own best learning rate: {best}."
     )
+    rate = _FACTOR * methods[baseline]["best_learning_rate"]
+    losses = {
+        m: dict(zip(tuned["learning_rates"], tuned["sweep"], strict=True)).get(rate) for m, tuned in methods.items()
+    }
+    if any(entry is None or entry["mean"] is None for entry in losses.values()):  # not run, or not finite
+        return sentence
+    pairs = {m: next(e for e in of_m if e["learning_rate"] == rate) for m, of_m in results["paired_at_rates"].items()}
+    wrong = ", ".join(_beside(f"`{m}` {losses[m]['mean']:.3f}", pairs.get(m)) for m in methods)
+    return f"{sentence} All at {_FACTOR} times {baseline}'s best rate: {wrong}."
+
+
+def _beside(text: str, pair: dict[str, Any] | None) -> str:
+    """Append the paired difference from the baseline and its interval."""
+    if pair is None:
+        return text
+    low, high = pair["interval"]
+    return f"{text} ({pair['mean']:+.3f}; 95%: {low:+.3f} to {high:+.3f})"
 
 
 def _model(arguments: dict[str, Any]) -> str:
@@ -108,6 +128,9 @@ def _exceptions(arguments: dict[str, Any]) -> str:
     exceptions = f" ({' and '.join(own)} act{'s' if len(own) == 1 else ''} from the first step)" if own else ""
     if methods & {"lora-sb", "lora-xs"}:
         exceptions += f"; lora-sb and lora-xs train R of r = {arguments['latent_rank']} from their own start"
+    carried = [method for method in arguments["methods"] if method.endswith(MOMENTS)]
+    if carried:
+        exceptions += f"; NAME{MOMENTS} is NAME with carry_moments=True"
     return exceptions
 
 

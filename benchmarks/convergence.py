@@ -200,7 +200,7 @@ def main() -> None:
     bench = Workbench(material, arguments.schedule(), device)
     runs, description = run_all(arguments, tasks, bench, material, provenance)
     step_ms = bench.time_steps(arguments.methods, arguments.timed_rounds)
-    results = summarize(runs, step_ms, tuned)
+    results = summarize(runs, step_ms, {} if arguments.only_tuned else tuned)
     record = {
         "benchmark": "convergence",
         **provenance,

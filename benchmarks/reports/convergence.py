@@ -113,12 +113,13 @@ def _from_to(counts: list[int]) -> str:
 
 
 _READING = (
-    "Final held-out loss, mean ± standard deviation over seeds. The differences are taken seed by seed, each method at "
-    "its own best learning rate, with 95% t intervals: one that contains 0 shows no difference. Other held-out records "
-    "choose the learning rate. At equal time a method ends at the step that it has reached when the baseline has "
-    "finished; the rate's schedule is then not at its end. Steps to the baseline's loss are read off the mean curve. "
-    "Ranges are interpolated in log lr; ≥ marks those that reach an end of the grid. Steps are timed one method after "
-    "the other in one process, after the sweep."
+    "Final held-out loss, mean ± standard deviation over seeds. The differences are taken seed by seed, each method "
+    "at its own best learning rate, with 95% t intervals: one that contains 0 shows no difference. Other held-out "
+    "records choose the learning rate; with the halves exchanged the reported ones choose, and those are reported. At "
+    "equal time a method ends at the step that it has reached when the baseline has finished; the rate's schedule is "
+    "then not at its end. Steps to the baseline's loss are read off the mean curve. Ranges are interpolated in log "
+    "lr; ≥ marks those that reach an end of the grid. Steps are timed one method after the other in one process, "
+    "after the sweep."
 )
 
 
@@ -136,19 +137,20 @@ def _exceptions(arguments: dict[str, Any]) -> str:
 
 def _tuned_table(results: dict[str, Any]) -> str:
     baseline = results["baseline"]
-    header = ["", "best lr", "held-out loss", f"difference from {baseline}", "difference at equal time"]
+    header = ["", "best lr", "held-out loss", f"difference from {baseline}", "halves exchanged", "at equal time"]
     rows = []
     for method, tuned in results["methods"].items():
         best = tuned["sweep"][tuned["learning_rates"].index(tuned["best_learning_rate"])]
         edge = "" if tuned["best_inside_grid"] or len(tuned["learning_rates"]) == 1 else " (at the grid's edge)"
         alpha = f", alpha {tuned['alpha']:g} r" if len(tuned["alphas"]) > 1 else ""
         row = [method, f"{tuned['best_learning_rate']:.3g}{alpha}{edge}", _loss(best)]
-        row += [_difference(results["paired"].get(method))]
+        row += [_difference(results["paired"].get(method)), _difference(results["paired_exchanged"].get(method))]
         reached = tuned["steps_to_baseline"]
         row += [_difference(results["paired_at_equal_time"].get(method))]
         row += ["not reached" if reached is None else f"{reached:.0f}"]
         step = results["step_ms"][method]
-        row += [_range(tuned["good_range"]), f"{step['median']:.1f} ({step['q1']:.1f} to {step['q3']:.1f})"]
+        width = _range(tuned["good_range"]) if len(tuned["learning_rates"]) > 1 else ""
+        row += [width, f"{step['median']:.1f} ({step['q1']:.1f} to {step['q3']:.1f})"]
         rows.append(row)
     return table([*header, f"steps to {baseline}'s loss", "lr within 1%", "step, ms (quartiles)"], rows)
 

@@ -112,6 +112,7 @@ def summarize(
         "methods": tuned,
         "baseline": baseline,
         "paired": {method: paired(finals[method], finals[baseline]) for method in others},
+        "paired_exchanged": _paired_exchanged(drawn_alike, baseline, others),
         "paired_at_equal_time": {method: paired(at_time[method], finals[baseline]) for method in others},
         "paired_at_rates": {method: _at_same_rates(tuned[method], tuned[baseline]) for method in others},
     }
@@ -193,6 +194,19 @@ def _rounded(rate: float) -> float:
 
 def _or_infinite(loss: float | None) -> float:
     return math.inf if loss is None else loss
+
+
+def _paired_exchanged(
+    runs: Sequence[dict[str, Any]], baseline: str, others: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Return what ``paired`` would be, had the reported records chosen the rate, and the others been reported."""
+    exchanged = [
+        {**run, "choosing_loss": run["held_out_losses"][-1], "held_out_losses": [run["choosing_loss"]]} for run in runs
+    ]
+    finals = {
+        method: _tune([run for run in exchanged if run["method"] == method])["finals"] for method in (baseline, *others)
+    }
+    return {method: paired(finals[method], finals[baseline]) for method in others}
 
 
 def _at_same_rates(tuned: dict[str, Any], baseline: dict[str, Any]) -> list[dict[str, Any]]:

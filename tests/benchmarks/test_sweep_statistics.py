@@ -101,6 +101,19 @@ def test_records_that_are_not_reported_choose_the_rate() -> None:
     assert (lora["best_learning_rate"], lora["mean"]) == (0.1, pytest.approx(1.1))
 
 
+def test_with_the_halves_exchanged_the_reported_records_choose() -> None:
+    reported = {("lora", 0.1): [1.0, 1.0], ("lora", 0.2): [0.9, 0.9]}
+    reported |= {("reflora", 0.1): [0.7, 0.7], ("reflora", 0.2): [0.8, 0.8]}
+    choosing = {("lora", 0.1): [0.5, 0.5], ("lora", 0.2): [0.6, 0.7]}
+    choosing |= {("reflora", 0.1): [0.4, 0.45], ("reflora", 0.2): [0.3, 0.3]}
+    runs = made_up_runs({**reported})
+    for run in runs:
+        run["choosing_loss"] = choosing[run["method"], run["learning_rate"]][run["seed"]]
+    results = summarize(runs, STEP_MS)
+    assert results["paired"]["reflora"]["differences"] == pytest.approx([-0.2, -0.2])
+    assert results["paired_exchanged"]["reflora"]["differences"] == pytest.approx([-0.2, -0.25])
+
+
 def test_loss_at_equal_time_and_steps_to_the_baseline_are_interpolated() -> None:
     results = summarize(made_up_runs(MADE_UP), STEP_MS)
     # plain LoRA's two steps take as long as 1.6 of RefLoRA's

@@ -63,7 +63,7 @@ def headline(record: dict[str, Any]) -> str:
     best = ", ".join(_beside(f"`{m}` {methods[m]['mean']:.3f}", results["paired"].get(m)) for m in methods)
     sentence = (
         f"- {_model(arguments)}, r = {arguments['lora_rank']}, {arguments['steps']} steps, {len(arguments['seeds'])} "
-        f"seeds. Held-out loss, each method at its own best learning rate: {best}."
+        f"seeds. Held-out loss (difference, its 95% interval), each method at its own best learning rate: {best}."
     )
     rate = _FACTOR * methods[baseline]["best_learning_rate"]
     losses = {
@@ -73,7 +73,8 @@ def headline(record: dict[str, Any]) -> str:
         return sentence
     pairs = {m: next(e for e in of_m if e["learning_rate"] == rate) for m, of_m in results["paired_at_rates"].items()}
     wrong = ", ".join(_beside(f"`{m}` {losses[m]['mean']:.3f}", pairs.get(m)) for m in methods)
-    return f"{sentence} All at {_FACTOR} times {baseline}'s best rate: {wrong}."
+    carried = f" `{MOMENTS}` is `carry_moments=True`." if any(method.endswith(MOMENTS) for method in methods) else ""
+    return f"{sentence} All at {_FACTOR} times {baseline}'s best rate: {wrong}.{carried}"
 
 
 def _beside(text: str, pair: dict[str, Any] | None) -> str:
@@ -81,7 +82,7 @@ def _beside(text: str, pair: dict[str, Any] | None) -> str:
     if pair is None:
         return text
     low, high = pair["interval"]
-    return f"{text} ({pair['mean']:+.3f}; 95%: {low:+.3f} to {high:+.3f})"
+    return f"{text} ({pair['mean']:+.3f}; {low:+.3f} to {high:+.3f})"
 
 
 def _model(arguments: dict[str, Any]) -> str:

@@ -1,8 +1,8 @@
 """Adam's moments of the factors, which some methods carry into new coordinates.
 
-Where X becomes X M, a gradient becomes grad M^-T. So do first moments. Second moments are multiplied by the squares of
-that matrix's entries: as if the gradient's r components in a row were uncorrelated, since Adam keeps no more of them
-than a diagonal.
+A gradient is multiplied by a matrix: by the method's M, or, where factors X become X M, by M^-T. So are first moments.
+Second moments are multiplied by the squares of that matrix's entries: as if the gradient's r components in a row were
+uncorrelated, since Adam keeps no more of them than a diagonal.
 """
 
 from __future__ import annotations

@@ -287,11 +287,11 @@ def test_a_step_over_cut_factors_never_waits(tall: bool, dtype: torch.dtype) -> 
         has_half_gradients=lambda: dtype == torch.float16,
     )
     solver = Solver(METHODS["reflora"], RefLoRAConfig(), [1.0] * 2, [16] * 2, comm)
-    step = GradientStep(engine, Retiler(layouts, comm), comm, solver, uses_gradients=False)  # type: ignore[arg-type]
+    step = GradientStep(engine, Retiler(layouts, comm), comm, solver, uses_gradients=False, carries_moments=False)  # type: ignore[arg-type]
     firing = Firing((True,) * 4, first=True, last=True)
     for number in range(3):
         with no_waiting() if number > 1 else contextlib.nullcontext():  # the first steps plan and compile
-            step(firing)
+            step(firing, {})
 
 
 class _LoopedBack(Communicator):

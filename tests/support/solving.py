@@ -60,7 +60,7 @@ def stepped(
         )
         kind = METHODS[method]
         solver = Solver(kind, config, scalings, lora_ranks, comm)
-        step = GradientStep(engine, Retiler(layouts, comm), comm, solver, kind.uses_gradients)
+        step = GradientStep(engine, Retiler(layouts, comm), comm, solver, kind.uses_gradients, carries_moments=False)
         halves = [range(len(layouts))]
         if firings == 2:
             halves = [range(len(layouts) // 2), range(len(layouts) // 2, len(layouts))]
@@ -68,7 +68,7 @@ def stepped(
             comm.start_step()
             for number, half in enumerate(halves):
                 present = tuple(factor in half for factor in range(len(layouts)))
-                step(Firing(present, first=number == 0, last=number == len(halves) - 1))
+                step(Firing(present, first=number == 0, last=number == len(halves) - 1), {})
         return [gradient.cpu() for gradient in own_gradients], comm.calls, step.grams
 
     results = run_threads(run, ranks, device)

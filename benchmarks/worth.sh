@@ -13,7 +13,7 @@ ensure_environment launchers
 records=benchmarks/results/convergence
 read -ra pair <<<"${METHODS:-lora reflora}"
 read -ra few <<<"${METHODS:-lora reflora reflora+moments}"
-read -ra methods <<<"${METHODS:-lora reflora reflora-s scaled-gd lora-pro lora-rite balora lora-muon}"
+read -ra methods <<<"${METHODS:-lora reflora reflora-s scaled-gd lora-pro lora-rite balora balora+moments lora-muon}"
 # a method whose best rate lies elsewhere gets further rates
 grid=(--learning_rates 5e-4 1e-3 2e-3 4e-3 8e-3 1.6e-2 --extend True)
 common=(--model smollm2 --prompt_template plain --bf16 True --max_length 64 --max_eval_records 96

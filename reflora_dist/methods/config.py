@@ -85,8 +85,8 @@ class RefLoRAConfig:
             )
 
     def begins(self, completed_steps: int) -> bool:
-        """Return whether the step after ``completed_steps`` is the first in which a method changes gradients."""
-        return METHODS[self.method].acts and completed_steps == self.warmup_steps
+        """Return whether the step after ``completed_steps`` is the first one after the warm-up."""
+        return completed_steps == self.warmup_steps
 
     def is_due(self, completed_steps: int) -> bool:
         """Return whether the method acts after ``completed_steps`` optimizer steps.

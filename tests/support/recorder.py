@@ -98,13 +98,13 @@ class CollectiveRecorder(TorchDispatchMode):
 def check_collectives(handle: Handle, steps: list[Step]) -> None:
     """What was seen equals what ``handle.report()`` says, and is no more than a step may issue.
 
-    One all-reduce, for LoRA-Pro one per firing of the optimizer, where ranks share the factors; nothing at all
-    where they hold them whole. An all-gather only where the solve is shared out. With lora_A stored tall no all-to-
-    all: two exchanges per firing (for LoRA-RITE, LoRA-Muon and BaLoRA in all) with neighbours, of rows that are
-    cut; never where whole rows are sharded. With lora_A flat two all-to-alls in their place, of at most 3 numel(A)
-    / N elements per rank (weights and gradients, and gradients back; RefLoRA once the moments of the warm-up both
-    ways; LoRA-RITE its moments both ways, and weights back, too; BaLoRA its weights and the moments that it carries
-    along both ways), give or take one lora_A and the rows that are cut. Never another kind.
+    One all-reduce, for LoRA-Pro one per firing of the optimizer, where ranks share the factors; nothing at all where
+    they hold them whole. An all-gather only where the solve is shared out. With lora_A stored tall no all-to-all: two
+    exchanges per firing (for LoRA-RITE, LoRA-Muon and BaLoRA in all) with neighbours, of rows that are cut; never where
+    whole rows are sharded. With lora_A flat two all-to-alls in their place, of at most 3 numel(A) / N elements per rank
+    (weights and gradients, and gradients back; RefLoRA once the moments of the warm-up both ways; LoRA-RITE its moments
+    both ways, and weights back, too; BaLoRA its weights and the moments that it carries along both ways), give or take
+    one lora_A and the rows that are cut. Never another kind.
     """
     report, engine, method = handle.report(), handle._engine, handle.config.method
     reported = dict(report.collectives_per_step)

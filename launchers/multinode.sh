@@ -10,8 +10,9 @@
 #   CONFIG          *.json for deepspeed (ds_configs/zero3.json), *.yaml for accelerate (launchers/accelerate/fsdp2.yaml)
 #   --script FILE   run this instead of launchers/finetune.py, for example benchmarks/overhead.py
 #   --port P        29500; P is the launcher's on the head, at P + 1 the machines compare what has to be equal
-#   --wait SECONDS  300; until all machines have to be there
-# PROCESSES=N sets the number of ranks of each machine (all GPUs). Paths have to be the same on all machines.
+#   --wait SECONDS  300; until all machines have to be there (not with a hostfile)
+# PROCESSES=N sets the number of ranks of each machine (all GPUs); a hostfile has slots=N. Paths have to be the same on
+# all machines, and --output_dir on storage that they share.
 #
 # Gloo and NCCL (for which "=" means exactly) talk through the interface that routes to the head. GLOO_SOCKET_IFNAME and
 # NCCL_SOCKET_IFNAME, if set, name another; with a hostfile, the head's interface has to have the same name on all machines, unless they are set.

@@ -69,10 +69,12 @@ class RefLoRAConfig:
             raise ValueError(f"damping={self.damping!r} must be a number of at least 0, and finite")
         if not isinstance(self.carry_moments, bool):
             raise ValueError(f"carry_moments={self.carry_moments!r} must be True or False")
-        for name, default in (("damping", DEFAULT_DAMPING), ("carry_moments", False)):
-            value = getattr(self, name)
-            if value != default and name not in METHODS[self.method].own_settings:
-                raise ValueError(f"{name}={value!r} means nothing to method={self.method!r}: leave it out")
+        owned = frozenset().union(*(method.own_settings for method in METHODS.values()))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            foreign = field.name in owned - METHODS[self.method].own_settings
+            if foreign and value != field.default:
+                raise ValueError(f"{field.name}={value!r} means nothing to method={self.method!r}: leave it out")
         if self.carry_moments and issubclass(METHODS[self.method], GradientMethod) and not self.warmup_steps:
             raise ValueError(
                 f"carry_moments=True with method={self.method!r} is about the moments of the warm-up, and "

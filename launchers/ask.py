@@ -35,7 +35,7 @@ from .data.forms import Record, last_exchange
 from .data.records import load_records
 from .data.tokenization import encode_last_question
 from .evaluation.generation import base_of, generate, generation_config, load_model, own_device, tokenizer_of
-from .training.recorder import recorded_template
+from .training.recorded import recorded_template
 
 BASE = "the base"
 

@@ -204,6 +204,15 @@ set_mesh_options() {
     mesh_options+=(--parallelism_config_dp_shard_size "$((ranks / copies))")
 }
 
+# Print an argument in such a way that DeepSpeed's pdsh runner and the remote shell leave it as it is. The runner puts an
+# argument with a space between double quotes and escapes those in it; others it hands to the shell bare.
+quoted_for_pdsh() {
+    case "$1" in
+        *' '*) sed 's/[\\$`]/\\&/g' <<< "$1" ;;
+        *) printf '%q' "$1" ;;
+    esac
+}
+
 # Become the launcher whose module is the first argument; what ended a rank is the last line. Schedulers send SIGUSR1 to
 # every process of a job: finetune.py stops with a checkpoint, and launchers, which would just end, ignore it.
 launch() {

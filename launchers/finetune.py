@@ -60,8 +60,9 @@ from .training.failures import named_failures
 from .training.interruptions import StopOnSignal
 from .training.options import PEFT_STARTS, Options, parse_options
 from .training.quantized import keep_weight_layout, quantization_config
+from .training.run_file import RUN_FILE
 from .training.sequences import check_shared_sequences, ranks_of_a_sequence
-from .training.settings import RUN_FILE, LearningRateStays, RunSettings, settings_of, tell_differences
+from .training.settings import LearningRateStays, RunSettings, settings_of, tell_differences
 from .training.starts import start_adapter
 from .training.targets import adapter_targets
 from .training.used_folder import SavedRun, earlier_run, results_are_there, steps_are_done, tell, train
@@ -348,10 +349,10 @@ def finish(trainer: Trainer, run_recorder: recorder.RunRecorder, run_settings: R
     if options.classification.active:
         metrics["held_out_metrics"] = classification.held_out_metrics(history, options)
     if trainer.is_world_process_zero():
-        recorder.write_metrics(metrics, output_dir)
         plot_path = plots.plot_run(metrics, Path(output_dir))
         plots.plot_method(metrics, Path(output_dir))
         card.write_card(metrics, options, Path(output_dir))
+        recorder.write_metrics(metrics, output_dir)  # the last one: with it the run has its results
         print(summary(metrics, output_dir, plot_path), flush=True)
 
 

@@ -126,8 +126,10 @@ PY
         env | grep -E '^(HF_HOME|HF_HUB_OFFLINE|TORCH_EXTENSIONS_DIR)=' || true
         env | grep -E '^(ACCELERATE_USE_PARALLELISM_CONFIG|PARALLELISM_CONFIG_[A-Z_]+)=' || true
     )
+    quoted=()
+    for argument in "${arguments[@]}"; do quoted+=("$(quoted_for_pdsh "$argument")"); done
     DS_ENV_FILE=/dev/fd/9 exec "$PYTHON" -m deepspeed.launcher.runner --log_level warning --hostfile "$hostfile" \
-        --launcher pdsh --no_local_rank --master_addr "$head" --master_port "$port" "$script" "${arguments[@]}"
+        --launcher pdsh --no_local_rank --master_addr "$head" --master_port "$port" "$script" "${quoted[@]}"
 fi
 
 found=$("$PYTHON" "$repository/launchers/cluster/meeting.py" --nodes "$nodes" --node_rank "$node_rank" --head "$head" \

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reflora_dist.files.cache import build_once
+from reflora_dist.files.open_files import cause_of
 
 from .records import Record
 
@@ -139,10 +140,16 @@ def choose_template(given: str | None, records: Sequence[Record]) -> str:
     return given
 
 
-def tokenize(tokenizer: Any, records: Sequence[Record], settings: TokenizationSettings) -> list[dict[str, list[int]]]:
+def tokenize(
+    tokenizer: Any,
+    records: Sequence[Record],
+    settings: TokenizationSettings,
+    told: Callable[[str], Any] = logger.warning,
+) -> list[dict[str, list[int]]]:
     """Encode every record as ``input_ids`` and ``labels``. Records whose prompt fills max_length are dropped.
 
-    An answer cut at ``max_length`` gets no end token, so the model does not learn to stop there.
+    ``told`` gets their number. An answer cut at ``max_length`` gets no end token, so the model does not learn to stop
+    there.
 
     Raises:
         ValueError: the tokenizer lacks what the template needs, an answer has no token, or every record is dropped.
@@ -161,12 +168,9 @@ def tokenize(tokenizer: Any, records: Sequence[Record], settings: TokenizationSe
             f"records survives; the shortest prompt has {min(prompt_lengths)} tokens: raise it above that"
         )
     if dropped:
-        logger.warning(
-            "%d of %d records dropped: their prompt alone fills max_length=%d tokens; the first is %s",
-            len(dropped),
-            len(records),
-            settings.max_length,
-            dropped[0],
+        told(
+            f"{len(dropped)} of {len(records)} records dropped: their prompt alone fills "
+            f"max_length={settings.max_length} tokens; the first is {dropped[0]}"
         )
     return pack(examples, settings.max_length) if settings.packing else examples
 
@@ -323,7 +327,7 @@ def cached_examples(
     """
     key = {"format": FORMAT_VERSION, **dataclasses.asdict(settings)}
     return cached_dataset(
-        tokenizer, records, key, lambda: tokenize(tokenizer, records, settings), cache_dir, build=build
+        tokenizer, records, key, lambda told: tokenize(tokenizer, records, settings, told), cache_dir, build=build
     )
 
 
@@ -331,7 +335,7 @@ def cached_dataset(
     tokenizer: Any,
     records: Sequence[Any],
     key: dict[str, Any],
-    encode: Callable[[], list[dict[str, Any]]],
+    encode: Callable[[Callable[[str], Any]], list[dict[str, Any]]],
     cache_dir: Path,
     *,
     build: bool,
@@ -342,11 +346,12 @@ def cached_dataset(
         tokenizer: the tokenizer that encodes them.
         records: the records, JSON-ready.
         key: everything else that the result depends on.
-        encode: returns the rows.
+        encode: returns the rows; it gets a function that takes what the user should be told of them.
         cache_dir: where they are kept.
         build: False on ranks that only use what another rank wrote.
 
     Raises:
+        ValueError: the data cannot be read.
         RuntimeError: the data is not there and ``build`` is False.
     """
     import datasets
@@ -355,10 +360,19 @@ def cached_dataset(
     key = {"tokenizer": _fingerprint(tokenizer), "records": digest, **key}
 
     def write(folder: Path) -> None:
-        datasets.Dataset.from_list(encode()).save_to_disk(str(folder / "examples"))
+        notes: list[str] = []
+        rows = encode(notes.append)
+        info = datasets.DatasetInfo(description="\n".join(notes))  # every run tells it, also one that encodes nothing
+        datasets.Dataset.from_list(rows, info=info).save_to_disk(str(folder / "examples"))
 
     folder = build_once(cache_dir, "tokens", key, write, build=build)
-    return datasets.load_from_disk(str(folder / "examples"))
+    try:
+        examples = datasets.load_from_disk(str(folder / "examples"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the encoded records in {folder} cannot be read ({cause_of(error)}): remove it") from error
+    if build and examples.info.description:
+        logger.warning("%s", examples.info.description)
+    return examples
 
 
 def _fingerprint(tokenizer: Any) -> str:

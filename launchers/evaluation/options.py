@@ -46,7 +46,7 @@ class EvaluateOptions:
     local_rank: int | None = option(None, "Set by the deepspeed launcher, and not read: LOCAL_RANK holds the same.")
 
     def __post_init__(self) -> None:
-        from ..training.recorder import recorded_template
+        from ..training.recorded import recorded_template
 
         if self.model is None and self.adapter is None:
             raise ValueError("give --model, --adapter or both")

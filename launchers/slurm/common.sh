@@ -28,15 +28,12 @@ run() {
         *launchers/finetune.py)
             resumable=yes
             case "${1:-}" in *.json | *.yaml) arguments=("$1"); shift ;; esac
-            # at a first start the folder may hold checkpoints of another job; an option given later counts
-            [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || arguments+=(--resume_from_checkpoint auto) ;;
+            # finetune.py then goes on from the job's own checkpoint, whatever the options say of the first start
+            [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || export REFLORA_RESTARTED=$SLURM_RESTART_COUNT ;;
         *evaluate.py) resumable=yes ;;  # it leaves out what it has answered
     esac
     case "$script" in *launchers/finetune.py) ;; *) arguments=(--script "$script" "${arguments[@]}") ;; esac
     arguments+=("$@")
-    if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [[ "$script" = *launchers/finetune.py ]]; then
-        arguments+=(--overwrite_output_dir False)  # asked for at the first start, whose checkpoints these are
-    fi
     ensure_environment deepspeed,launchers  # once, before all nodes look for it
 
     local nodes=${SLURM_JOB_NUM_NODES:-$SLURM_NNODES} port=${PORT:-$((20000 + SLURM_JOB_ID % 6000 * 2))} hosts

@@ -16,9 +16,8 @@ from reflora_dist.lora_sb import METHODS as LATENT_METHODS
 
 from ..data.records import is_local_file
 from .options import Options
-from .plots import PLOT_FILE
+from .recorder import CARD_FILE, PLOT_FILE
 
-CARD_FILE = "README.md"
 _SCHEDULE = ("reflora_warmup_steps", "reflora_interval")  # of every method that changes LoRA's steps
 _OF_ONE_METHOD = {
     "reflora": ("carry_moments",),

@@ -127,7 +127,7 @@ def encoded(options: Options, tokenizer: Any, records: list[Any], *, build: bool
     if max_length <= special:
         raise ValueError(f"max_length={max_length} leaves no token of a text beside {special} special ones: raise it")
 
-    def encode() -> list[dict[str, Any]]:
+    def encode(told: Any) -> list[dict[str, Any]]:
         texts, pairs, labels = (list(column) for column in zip(*records, strict=True))
         columns = tokenizer(texts, None if pairs[0] is None else pairs, truncation=True, max_length=max_length)
         rows = [dict(zip(columns.keys(), row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -46,10 +46,12 @@ class StopOnSignal(TrainerCallback):
         self.stopped_by: signal.Signals | None = None
         self._received: signal.Signals | None = None
         self._step = 0
+        self._saves_model_only = False
         self._stop_reached = threading.Event()
         self._restore = contextlib.ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._saves_model_only = args.save_only_model
         # a Python handler runs only after the main thread has left a collective; a byte in a socket arrives at once
         receiver, sender = socket.socketpair()
         sender.setblocking(False)
@@ -87,7 +89,10 @@ class StopOnSignal(TrainerCallback):
             return 0
         if not dist.is_initialized() or dist.get_rank() == 0:
             stopped = f"stopped by {self.stopped_by.name} after step {self._step}"
-            show_last(_line(f"{stopped}; --resume_from_checkpoint auto goes on"))
+            further = "--resume_from_checkpoint auto goes on"
+            if self._saves_model_only:
+                further = "its checkpoint has no optimizer state (--save_only_model): --model CHECKPOINT starts from it"
+            show_last(_line(f"{stopped}; {further}"))
         return 128 + self.stopped_by
 
     def close(self) -> None:

@@ -12,8 +12,8 @@ matplotlib.use("Agg")  # no display on a compute node
 
 from matplotlib import pyplot
 
-PLOT_FILE = "loss.png"
-METHOD_PLOT_FILE = "method.png"
+from .recorder import METHOD_PLOT_FILE, PLOT_FILE
+
 # panels of the method's plot: axis label, and the figures in it, which docs/settings.md explains
 _PANELS = (
     ("change of the gradients", ("gradient_change",)),

@@ -17,12 +17,12 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from reflora_dist.files.open_files import read_json
-from reflora_dist.files.records import require_fields
-
-from ..data.tokenization import TEMPLATE_NAMES
+from reflora_dist.files.records import write_json
 
 METRICS_FILE = "metrics.json"
+CARD_FILE = "README.md"
+PLOT_FILE = "loss.png"
+METHOD_PLOT_FILE = "method.png"
 RECORDED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed")
 
 
@@ -149,35 +149,12 @@ def figures_of(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_metrics(metrics: dict[str, Any], output_dir: str) -> Path:
-    """Write the metrics beside the adapter."""
+    """Write the metrics beside the adapter, as a whole or not at all: they say that the run has its results."""
     path = Path(output_dir) / METRICS_FILE
-    path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    write_json(path, metrics)
     return path
 
 
 def jsonable(options: Any) -> dict[str, Any]:
     """Return a dataclass of options as a JSON-ready dictionary."""
     return json.loads(json.dumps(dataclasses.asdict(options), default=str))
-
-
-def recorded_template(adapter: str) -> str | None:
-    """Return the prompt template of the run that wrote this adapter or checkpoint; None if it left no metrics.
-
-    Raises:
-        ValueError: the metrics are damaged.
-    """
-    for folder in (Path(adapter), Path(adapter).parent):
-        if (folder / METRICS_FILE).is_file():
-            path, remedy = folder / METRICS_FILE, "give --prompt_template, and remove this file"
-            metrics = read_json(path, remedy)
-            require_fields(
-                {"settings_changed": [], **metrics}, {"settings": Mapping, "settings_changed": list}, path, remedy
-            )
-            template = metrics["settings"].get("prompt_template")
-            for change in metrics.get("settings_changed", []):
-                if "prompt_template" in change:
-                    template = change["prompt_template"][1]  # the run was resumed with another one
-            if template is not None and template not in list(TEMPLATE_NAMES):
-                raise ValueError(f"{path} holds prompt_template={template!r:.60}, which is unknown: {remedy}")
-            return template
-    return None

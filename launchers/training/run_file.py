@@ -47,6 +47,8 @@ OTHER_NAMES = {
     "resume": "resume_from_checkpoint",
     "overwrite": "overwrite_output_dir",
 }
+RUN_FILE = "run.yaml"
+RUN_FILE_HEAD = "# The settings of the run in this folder"
 EXAMPLES = "launchers/examples"
 _LARGEST = 2**20
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "keys and values"}
@@ -86,7 +88,7 @@ def read_run_file(path: Path, option_classes: Iterable[Any]) -> dict[str, Any]:
         fields |= {field.name: field for field in dataclasses.fields(cls) if field.init}
         hints |= typing.get_type_hints(cls)
     values = {}
-    for name, value in _read(path).items():
+    for name, value in read_mapping(path).items():
         if name not in fields:
             near = " or ".join(resembling(str(name), list(fields), OTHER_NAMES))
             raise ValueError(f"{path}: there is no option {name}" + (f"; did you mean {near}?" if near else ""))
@@ -99,10 +101,24 @@ def read_run_file(path: Path, option_classes: Iterable[Any]) -> dict[str, Any]:
 
 def run_file_text(comments: Iterable[str], options: Mapping[str, Any]) -> str:
     """Return the content of a file of these options, which :func:`read_run_file` reads, below lines of comments."""
-    return "\n".join(comments) + "\n" + yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True)
+    return "\n".join(comments) + "\n" + yaml.dump(dict(options), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _read(path: Path) -> Mapping[Any, Any]:
+def is_written_by_a_run(path: Path) -> bool:
+    """Return whether a file is the ``run.yaml`` of a run, by its first line."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.readline(len(RUN_FILE_HEAD)) == RUN_FILE_HEAD
+    except (OSError, ValueError):
+        return False
+
+
+def read_mapping(path: Path) -> Mapping[Any, Any]:
+    """Return the keys and values of a YAML file, unchecked.
+
+    Raises:
+        ValueError: the file cannot be read, or holds no mapping.
+    """
     try:
         if path.stat().st_size > _LARGEST:
             raise ValueError(f"it has more than {_LARGEST:,} bytes")
@@ -139,6 +155,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes a text with quotes where :class:`_Loader` would read a number, as in ``12e45``."""
+
+    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {
+        first: list(resolvers) for first, resolvers in yaml.SafeDumper.yaml_implicit_resolvers.items()
+    }
+
+
 _FLOAT = r"[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)"
 for _tag, _pattern in (
     ("null", r"~|null|Null|NULL|"),
@@ -146,7 +170,8 @@ for _tag, _pattern in (
     ("int", r"[-+]?(?:0|[1-9][0-9]*)"),
     ("float", rf"{_FLOAT}|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), None)
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), None)
 
 
 def _checked(value: Any, hint: Any, choices: Iterable[Any] | None) -> Any:

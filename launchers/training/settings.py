@@ -15,14 +15,13 @@ from reflora_dist.collectives.ranks import is_first_rank
 
 from .arguments import FinetuneArguments
 from .recorder import jsonable
-from .run_file import run_file_text
+from .run_file import RUN_FILE, RUN_FILE_HEAD, run_file_text
 from .sequences import ranks_of_a_sequence
 from .used_folder import SETTINGS_ENTRY, SavedRun
 
 if TYPE_CHECKING:
     from .options import Options
 
-RUN_FILE = "run.yaml"
 WARMUP = "reflora_warmup_steps"
 GLOBAL_BATCH = "global_batch_size"
 # Trainer's settings that are recorded in any case: two runs must share them to be comparable.
@@ -123,7 +122,7 @@ class RunSettings(TrainerCallback, ExportableState):
 
     def _as_yaml(self, world_size: int) -> str:
         lines = [
-            f"# The settings of the run in this folder, on {world_size} process(es) with "
+            f"{RUN_FILE_HEAD}, on {world_size} process(es) with "
             f"{self._settings[GLOBAL_BATCH]} examples per optimizer step: finetune.py --config {RUN_FILE}",
             *(f"# {line}" for change in self.changes for line in described(change)),
         ]

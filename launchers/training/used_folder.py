@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -19,9 +20,12 @@ from reflora_dist.files.open_files import read_json
 from reflora_dist.files.records import require_fields
 
 from .options import Options, check_output_dir
-from .recorder import METRICS_FILE
+from .recorder import CARD_FILE, METHOD_PLOT_FILE, METRICS_FILE, PLOT_FILE
+from .run_file import RUN_FILE, is_written_by_a_run
 
 SETTINGS_ENTRY = "RunSettings"
+# set by the batch scripts in launchers/slurm when a job was queued again
+RESTARTED = "REFLORA_RESTARTED"
 _DAMAGED = "it is damaged, name an earlier checkpoint"
 _T = TypeVar("_T")
 
@@ -63,7 +67,10 @@ def earlier_run(options: Options) -> SavedRun | None:
         ValueError: ``output_dir`` cannot be used, or the checkpoint cannot be resumed.
     """
     check_output_dir(options.training.output_dir)
-    refuse_used_folder(options.training)
+    if os.environ.get(RESTARTED):
+        _prefer_own_checkpoint(options.training)
+    else:
+        refuse_used_folder(options.training)
     checkpoint = checkpoint_to_resume(options.training)
     return saved_run(checkpoint) if checkpoint else None
 
@@ -89,12 +96,21 @@ def on_first_rank(look: Callable[[], _T]) -> _T:
     return found[0]
 
 
+def _prefer_own_checkpoint(arguments: Any) -> None:
+    """Let a job that was queued again go on from its own last checkpoint, wherever its first start began."""
+    arguments.overwrite_output_dir = False  # asked for at the first start
+    own = on_first_rank(lambda: last_complete_checkpoint(arguments.output_dir))
+    if own or arguments.resume_from_checkpoint is None:
+        arguments.resume_from_checkpoint = "auto"
+
+
 def refuse_used_folder(arguments: Any) -> None:
-    """Refuse a new run in a folder with checkpoints of another. Every rank must call.
+    """Refuse a new run in a folder with checkpoints of another, or with files that no run wrote. Every rank must call.
 
     Raises:
         ValueError: on every rank; ``output_dir`` has checkpoints, and neither ``resume_from_checkpoint`` goes on from
-            them nor ``overwrite_output_dir`` removes them, or both are given.
+            them nor ``overwrite_output_dir`` removes them, or both are given. Or it has files under the names of a
+            run's results, and no run before.
     """
     asked, output_dir = arguments.resume_from_checkpoint, arguments.output_dir
     goes_on = asked == "auto" or (asked is not None and Path(asked).resolve().parent == Path(output_dir).resolve())
@@ -111,6 +127,19 @@ def refuse_used_folder(arguments: Any) -> None:
             "--resume_from_checkpoint auto to go on from it, --overwrite_output_dir True to start anew and remove "
             "them, or another --output_dir"
         )
+    if not goes_on and (foreign := on_first_rank(lambda: _foreign_results(Path(output_dir)))):
+        raise ValueError(
+            f"output_dir={output_dir!r} has {', '.join(foreign)}, which this run would replace, and no {RUN_FILE} of "
+            "an earlier run: give another --output_dir, or --overwrite_output_dir True to replace them"
+        )
+
+
+def _foreign_results(folder: Path) -> list[str]:
+    """Return the files that a run would replace, if no earlier run can have written them."""
+    if is_written_by_a_run(folder / RUN_FILE):
+        return []
+    names = (CARD_FILE, RUN_FILE, METRICS_FILE, PLOT_FILE, METHOD_PLOT_FILE, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
+    return [name for name in names if (folder / name).exists()]
 
 
 def remove_checkpoints(output_dir: str) -> None:
@@ -148,8 +177,18 @@ def checkpoint_to_resume(arguments: Any) -> str | None:
     except ValueError as error:
         raise ValueError(f"resume_from_checkpoint={asked!r}: {error}") from error
     if checkpoint:
+        on_first_rank(lambda: _require_training_state(Path(checkpoint)))
         tell(f"going on from {checkpoint}")
     return checkpoint
+
+
+def _require_training_state(checkpoint: Path) -> None:
+    # Trainer writes random states with the optimizer's and the schedule's, under every engine
+    if not any(checkpoint.glob("rng_state*.pth")):
+        raise ValueError(
+            f"{checkpoint} was saved with --save_only_model and has no state of the optimizer, so the run cannot go "
+            "on from it: start a new one from its adapter (--model CHECKPOINT --output_dir ANOTHER)"
+        )
 
 
 def _named_checkpoint(folder: str) -> str:
@@ -168,10 +207,15 @@ def saved_run(checkpoint: str) -> SavedRun:
     Raises:
         ValueError: on every rank; the checkpoint's state is damaged.
     """
-    return on_first_rank(lambda: _saved_run(checkpoint))
+    return on_first_rank(lambda: saved_state(checkpoint))
 
 
-def _saved_run(checkpoint: str) -> SavedRun:
+def saved_state(checkpoint: str) -> SavedRun:
+    """Return what a checkpoint says of its run, without communication.
+
+    Raises:
+        ValueError: the checkpoint's state is damaged.
+    """
     path = Path(checkpoint) / TRAINER_STATE_NAME
     state = read_json(path, _DAMAGED)
     require_fields(state, {"global_step": int}, path, _DAMAGED)
@@ -197,7 +241,10 @@ def results_are_there(saved: SavedRun, output_dir: str) -> bool:
 
     def written() -> bool:
         path = Path(output_dir) / METRICS_FILE
-        return path.is_file() and read_json(path).get("steps") == saved.step
+        try:
+            return path.is_file() and read_json(path).get("steps") == saved.step
+        except ValueError:  # an earlier release did not write it as a whole
+            return False
 
     return on_first_rank(written)
 
@@ -207,14 +254,25 @@ def train(trainer: Any, options: Options, saved: SavedRun | None) -> None:
     if options.training.overwrite_output_dir:
         remove_checkpoints(options.training.output_dir)
     if saved is None:
+        if is_first_rank():  # it would pass for this run's, and tell that its results are there
+            (Path(options.training.output_dir) / METRICS_FILE).unlink(missing_ok=True)
         trainer.train()
         return
     options.training.leave_out_first_evaluation()
     if steps_are_done(saved, options.training):
         tell(f"all {saved.step} steps are done, nothing is trained; the results follow")
         trainer.add_callback(NoFurtherStep())
-    with contextlib.suppress(StepsAreDone):
+    try:
         trainer.train(resume_from_checkpoint=saved.folder)
+    except StepsAreDone:
+        _end_training(trainer)
+
+
+def _end_training(trainer: Any) -> None:
+    """Do what transformers does after the last step: load the best model, and tell the callbacks."""
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+        trainer._load_best_model()
+    trainer.control = trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
 
 
 def tell(text: str) -> None:

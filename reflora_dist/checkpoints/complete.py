@@ -1,6 +1,7 @@
 """The record of a complete HF Trainer checkpoint: every file's size, written after all other files.
 
-    complete.json   {"files": {name: bytes}}; in each of HF Trainer's checkpoint folders, see CompleteCheckpoints
+    complete.json   {"files": {name: bytes}, "time": seconds}; in each of HF Trainer's checkpoint folders, see
+                    CompleteCheckpoints
 
 An interrupted save leaves no record. A truncated or lost file differs from the record. Checks read only the headers of
 files, so tensors that the storage has corrupted go unnoticed.
@@ -12,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,7 @@ class CompleteCheckpoints(TrainerCallback):
             pass  # waits until every rank has written its part
         with raise_on_all_ranks("completing the checkpoint"):
             if is_first_rank():
-                write_json(folder / _RECORD, {"files": file_sizes(folder)})
+                write_json(folder / _RECORD, {"files": file_sizes(folder), "time": time.time()})
                 _remove_older(folder, self._limit, state.best_model_checkpoint)
 
 
@@ -141,14 +143,30 @@ def _require_openable(folder: Path) -> None:
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """Return the last complete checkpoint of a run, or None. A warning names each later one and its problem.
 
+    The last one has the highest number, unless another was written after it: then the run was resumed from an earlier
+    checkpoint, and its work since counts.
+
     Local, no communication. Call it on one rank and send the others the result, since ranks may see the storage in
     different states.
     """
+    last: Path | None = None
     for checkpoint in reversed(numbered_checkpoints(output_dir)):
+        if last is not None and _time_of(checkpoint) <= _time_of(last):
+            continue
         try:
             require_complete(checkpoint)
         except (OSError, ValueError) as error:
             logger.warning("passing over a checkpoint: %s", error)
-        else:
-            return os.fspath(checkpoint)
-    return None
+            continue
+        if last is not None:
+            logger.warning("%s was written after %s, by a run that had been resumed before it", checkpoint, last.name)
+        last = checkpoint
+    return None if last is None else os.fspath(last)
+
+
+def _time_of(checkpoint: Path) -> float:
+    """Return when a checkpoint was complete, in seconds; 0 if its record does not say."""
+    try:
+        return float(read_json(checkpoint / _RECORD).get("time", 0))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return 0.0

@@ -20,6 +20,7 @@ _DISTRIBUTED_VARIABLES = frozenset(
     | {"CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"}
 )
 _DISTRIBUTED_PREFIXES = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PMI_", "OMPI_")
+KEY_FILE = "key.json"
 
 
 def default_cache_dir() -> Path:
@@ -61,7 +62,7 @@ def build_once(
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     folder = cache_dir / f"{name}-{digest}"
-    if folder.is_dir():
+    if (folder / KEY_FILE).is_file():
         return folder
     if not build:
         raise RuntimeError(f"{folder} is missing: the rank that makes it failed, and its message says why")
@@ -72,8 +73,10 @@ def build_once(
         raise ValueError(f"cache_dir={str(cache_dir)!r} is not writable ({error}); name another folder") from error
     try:
         builder(unfinished)
-        (unfinished / "key.json").write_text(json.dumps(key, indent=2) + "\n", encoding="utf-8")
+        (unfinished / KEY_FILE).write_text(json.dumps(key, indent=2) + "\n", encoding="utf-8")
         unfinished.chmod(0o755)  # mkdtemp made it private
+        if folder.is_dir() and not (folder / KEY_FILE).is_file():
+            shutil.rmtree(folder)  # something has removed files from it, as cleaners of old files do
         _rename(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

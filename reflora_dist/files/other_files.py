@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from .cache import KEY_FILE
 from .open_files import read_json
 
 _COPIED = (".json", ".model", ".txt", ".py", ".jinja", ".tiktoken")
@@ -58,9 +59,9 @@ def require_fitting_tokenizer(files: Iterable[Path], base: Path, rows: int) -> N
 
 
 def _of_base(base: Path) -> dict[str, Path]:
-    return {
-        p.name: p for p in base.iterdir() if p.suffix in _COPIED and p.is_file() and not p.name.endswith(".index.json")
-    }
+    files = {p.name: p for p in base.iterdir() if p.suffix in _COPIED and p.is_file()}
+    # a merged model has an index of its own, and is not what the cache made
+    return {name: path for name, path in files.items() if not name.endswith(".index.json") and name != KEY_FILE}
 
 
 def _num_ids(files: Iterable[Path]) -> int:

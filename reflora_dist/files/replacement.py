@@ -67,7 +67,7 @@ class Replacement:
         if self._is_complete(self.folder):
             self._retire()
         if self.part.exists():
-            shutil.rmtree(self.part)
+            self._remove(self.part)
         self.part.mkdir(parents=True)
         (self.part / _MARK).touch()
 
@@ -103,7 +103,14 @@ class Replacement:
             target = self.folder / path.name
             if path.name not in own and not target.exists():
                 path.rename(target)
-        shutil.rmtree(self.previous)
+        self._remove(self.previous)
+
+    def _remove(self, folder: Path) -> None:
+        """Remove a folder, its record and mark last: if this is killed, the next save knows the rest as its own."""
+        for path in folder.iterdir():
+            if path.name not in (self._record, _MARK):
+                remove(path)
+        shutil.rmtree(folder)
 
     def _listed(self, folder: Path) -> set[str]:
         """Return the first path component of every file in the record; nothing if the record cannot be read."""

@@ -21,7 +21,7 @@ import transformers
 from huggingface_hub import HfApi, is_offline_mode, snapshot_download, try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .cache import build_once, default_cache_dir, environment_of_one_process
+from .cache import KEY_FILE, build_once, default_cache_dir, environment_of_one_process
 from .open_files import cause_of, read_json
 
 NAME = "smollm2"
@@ -62,7 +62,7 @@ def resolve_model(name: str, cache_dir: Path | None = None, *, build: bool = Tru
 
 def published_name(model: str) -> str | None:
     """Return the hub name of a model that this module converted; None for every other folder or name."""
-    key = Path(model) / "key.json"
+    key = Path(model) / KEY_FILE
     try:
         return HUB_NAME if read_json(key) == _KEY else None
     except ValueError:

@@ -73,7 +73,7 @@ class StoredWeights:
     Attributes:
         folder: the model's folder.
         keys: the keys in every file, by the file's name.
-        index: the content of ``model.safetensors.index.json``; None if the folder has no index.
+        index: the content of ``model.safetensors.index.json``; None if the weights are in ``model.safetensors``.
         specs: shape and dtype of every tensor, by key.
 
     Raises:
@@ -184,6 +184,8 @@ def write_file(path: Path, entries: Sequence[Entry], metadata: dict[str, str], d
 
 def _read_index(folder: Path) -> dict[str, Any] | None:
     path = folder / INDEX_NAME
+    if (folder / _ONE_FILE).is_file():  # transformers takes it where both are there: an index may be left over
+        return None
     if path.is_file():
         index = read_json(path)
         for field in ("weight_map", "metadata"):
@@ -196,8 +198,6 @@ def _read_index(folder: Path) -> dict[str, Any] | None:
             if not plain_name(name, path).endswith(".safetensors"):
                 raise ValueError(f"{path} names {name!r} among the weights, which is no safetensors file: get it anew")
         return index
-    if (folder / _ONE_FILE).is_file():
-        return None
     others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     remedy = "name another folder, or download the model again"
     if others:

@@ -14,7 +14,7 @@ from launchers.compare import load_run
 from launchers.data.records import load_records
 from launchers.evaluation.answer_files import check_settings, read_answers
 from launchers.training.options import DataOptions, LoraOptions
-from launchers.training.recorder import recorded_template
+from launchers.training.recorded import recorded_template
 from reflora_dist import LoRARite, RefLoRAConfig
 from reflora_dist.checkpoints.complete import last_complete_checkpoint, require_complete
 from reflora_dist.files.records import file_sizes, write_json

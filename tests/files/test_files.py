@@ -60,7 +60,7 @@ def test_ordinary_names_are_accepted() -> None:
 
 @pytest.mark.parametrize("name", ["../rel.safetensors", "/abs.safetensors", "sub/x.safetensors", "model.bin", 3])
 def test_an_index_that_leaves_its_folder_is_refused(name: object, tmp_path: Path) -> None:
-    save_file({"x": torch.zeros(2)}, tmp_path / "model.safetensors")
+    save_file({"x": torch.zeros(2)}, tmp_path / "x.safetensors")
     (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": {"x": name}}))
     with pytest.raises(ValueError, match=r"no plain name inside|no safetensors file"):
         StoredWeights(tmp_path)
@@ -73,6 +73,17 @@ def test_a_damaged_index_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / INDEX_NAME).write_text(content)
     with pytest.raises(ValueError, match=INDEX_NAME):
         StoredWeights(tmp_path)
+
+
+@pytest.mark.parametrize("shards_are_there", [True, False])
+def test_an_index_that_is_left_over_does_not_count(shards_are_there: bool, tmp_path: Path) -> None:
+    """transformers, too, takes model.safetensors where both are there."""
+    (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": {"x": "model-00001-of-00001.safetensors"}}))
+    if shards_are_there:
+        save_file({"x": torch.zeros(2)}, tmp_path / "model-00001-of-00001.safetensors")
+    save_file({"x": torch.ones(2)}, tmp_path / "model.safetensors")
+    weights = StoredWeights(tmp_path)
+    assert weights.index is None and weights.read("x").tolist() == [1.0, 1.0]
 
 
 def test_records_and_pointers_that_leave_their_folder_are_refused(tmp_path: Path) -> None:

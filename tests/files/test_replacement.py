@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 from collections.abc import Callable
@@ -156,6 +157,34 @@ def test_a_part_that_was_not_completed_is_cleared(tmp_path: Path, monkeypatch: p
     run.step()
     run.save()
     assert run.saved_steps() == 1 and not (tmp_path / ".c.part").exists()
+
+
+@pytest.mark.parametrize("removed", [0, 1, 2])
+@pytest.mark.parametrize("name", [".c.part", ".c.previous"])
+def test_a_removal_that_was_killed_is_ended_by_the_next_save(
+    name: str, removed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path / "c")
+    run.save()
+    shutil.copytree(tmp_path / "c", tmp_path / name)
+    if name == ".c.part":
+        (tmp_path / name / "reflora.json").rename(tmp_path / name / ".unfinished")
+    calls = itertools.count()
+
+    def remove_some(path: Path) -> None:
+        if next(calls) == removed:
+            raise Killed
+        remove(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("reflora_dist.files.replacement.remove", remove_some)
+        with pytest.raises(Killed):
+            run.save()
+    assert (tmp_path / name).is_dir()
+    run.step()
+    run.save()
+    assert run.saved_steps() == 1
+    assert not any(name.startswith(".") for name in names(tmp_path) if "/" not in name)
 
 
 def test_the_parts_of_other_folders_stay(tmp_path: Path) -> None:

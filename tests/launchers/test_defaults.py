@@ -12,7 +12,7 @@ from launchers import finetune
 from launchers.training import arguments, plots
 from launchers.training.arguments import FinetuneArguments, takes_bf16
 from launchers.training.options import parse_options
-from launchers.training.recorder import recorded_template
+from launchers.training.recorded import recorded_template
 from tests.support.launchers import REPOSITORY
 
 RECORDS, HELD_OUT = "--dataset=records.jsonl", "--eval_fraction=0.2"

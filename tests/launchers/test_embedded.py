@@ -132,3 +132,16 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"cache_dir=.*is not writable"):
         build_once(tmp_path / "file" / "cache", "thing", {}, lambda folder: None)
+
+
+def test_a_folder_from_which_a_cleaner_has_removed_files_is_made_again(tmp_path: Path) -> None:
+    def build(folder: Path) -> None:
+        (folder / "content").write_text("whole")
+
+    folder = build_once(tmp_path, "thing", {"a": 1}, build)
+    for path in folder.iterdir():
+        path.unlink()
+    with pytest.raises(RuntimeError, match="is missing"):
+        build_once(tmp_path, "thing", {"a": 1}, build, build=False)
+    assert build_once(tmp_path, "thing", {"a": 1}, build) == folder
+    assert (folder / "content").read_text() == "whole"

@@ -73,6 +73,20 @@ def test_a_checkpoint_without_its_record_is_none(folder: Path, tmp_path: Path) -
     assert last_complete_checkpoint(run) is None
 
 
+def test_work_that_was_done_from_an_earlier_checkpoint_counts(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    record = run / "checkpoint-3" / "complete.json"
+    written = json.loads((run / "checkpoint-6" / "complete.json").read_text())["time"]
+    for time, last in ((written - 1, "6"), (written, "6"), (written + 1, "3")):
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"time": time}))
+        assert last_complete_checkpoint(run) == str(run / f"checkpoint-{last}")
+    assert "checkpoint-3 was written after checkpoint-6" in caplog.text
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"time": None}))  # an earlier release has none
+    assert last_complete_checkpoint(run) == str(run / "checkpoint-6")
+
+
 def test_files_that_a_conversion_adds_are_no_damage(folder: Path, tmp_path: Path) -> None:
     run = shutil.copytree(folder / "run", tmp_path / "run")
     (run / "checkpoint-6" / "latest_universal").write_text("global_step6_universal")

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -92,6 +93,20 @@ def test_training_across_two_hosts_follows_the_reference(
 
 @needs_hosts
 @pytest.mark.all_ranks
+def test_arguments_reach_the_hosts_of_a_hostfile_as_they_are() -> None:
+    """Through DeepSpeed's pdsh runner, which escapes little, and a shell on each host."""
+    from deepspeed.launcher.multinode_runner import PDSHRunner
+
+    wanted = ["", "$HOME", "a b", 'say "$HOME" \\ `id`', "data(1).jsonl", "it's", "*", "a;b", "x=1,2", 'one"', "ü é"]
+    quote = f'. {REPOSITORY}/launchers/environment.sh; for a; do quoted_for_pdsh "$a"; printf "\\0"; done'
+    printed = subprocess.run(["bash", "-c", quote, "bash", *wanted], capture_output=True, text=True, check=True).stdout
+    quoted = [part.rstrip("\n") for part in printed.split("\0")[:-1]]
+    sent = PDSHRunner.parse_user_args(SimpleNamespace(args=SimpleNamespace(user_args=quoted)))
+    shell = ["sh", "-c", "printf '%s\\0' " + " ".join(sent)]
+    remote = subprocess.run(shell, capture_output=True, text=True, check=True)
+    assert remote.stdout.split("\0")[:-1] == wanted
+
+
 @pytest.mark.pdsh
 def test_a_hostfile_starts_all_hosts_through_pdsh(hosts: tuple[Host, Host], tmp_path: Path) -> None:
     _serve_ssh(hosts, tmp_path)

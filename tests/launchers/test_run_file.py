@@ -14,7 +14,7 @@ from launchers.configurations import shipped_names
 from launchers.training.arguments import FinetuneArguments
 from launchers.training.glue_tasks import ClassificationOptions
 from launchers.training.options import DataOptions, LoraOptions, ModelOptions, parse_options
-from launchers.training.run_file import find_run_file, read_run_file
+from launchers.training.run_file import find_run_file, read_mapping, read_run_file, run_file_text
 from tests.support.launchers import REPOSITORY
 
 EXAMPLES = sorted((REPOSITORY / "launchers" / "examples").glob("*.yaml"))
@@ -45,6 +45,13 @@ def test_words_that_an_older_yaml_takes_for_truths_are_text(tmp_path: Path) -> N
     options = _parsed(tmp_path, "eval_strategy: no\nsave_strategy: no\nlearning_rate: 1e-3\nmodel: on\n")
     assert (options.training.eval_strategy, options.training.save_strategy) == ("no", "no")
     assert (options.training.learning_rate, options.model.model) == (1e-3, "on")
+
+
+@pytest.mark.parametrize(
+    "value", ["12e4567", "1e5", "no", "on", "0o17", "0123", "1_0", "~", "3.", "2026-12-01", 0.5, 3]
+)
+def test_what_is_written_is_read(value: Any, tmp_path: Path) -> None:
+    assert read_mapping(_file(tmp_path, run_file_text(["# a comment"], {"run_name": value}))) == {"run_name": value}
 
 
 def test_one_word_is_a_list_of_one(tmp_path: Path) -> None:

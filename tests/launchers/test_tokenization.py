@@ -176,3 +176,25 @@ def test_tokenized_data_is_written_once_and_found_by_the_others(tokenizer: Any, 
     with pytest.raises(RuntimeError, match="is missing"):
         cached_examples(tokenizer, RECORDS, changed, cache, build=False)
     assert not [p for p in cache.iterdir() if p.name.startswith(".")]  # nothing unfinished stays behind
+
+
+def test_dropped_records_are_told_by_every_run(
+    tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = encode_prompts(tokenizer, [format_prompt(r["instruction"], r["input"]) for r in RECORDS])
+    settings = TokenizationSettings(max_length=min(len(p) for p in prompts) + 1)
+    for _ in range(2):
+        cached_examples(tokenizer, RECORDS, settings, tmp_path, build=True)
+        assert caplog.text.count("1 of 2 records dropped") == 1
+        caplog.clear()
+    cached_examples(tokenizer, RECORDS, settings, tmp_path, build=False)  # another rank of the machine
+    assert "dropped" not in caplog.text
+
+
+def test_encoded_records_from_which_files_are_gone_are_named(tokenizer: Any, tmp_path: Path) -> None:
+    cached_examples(tokenizer, RECORDS, TokenizationSettings(), tmp_path, build=True)
+    (folder,) = tmp_path.glob("tokens-*")
+    for path in (folder / "examples").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match=rf"encoded records in {folder} cannot be read .*: remove it"):
+        cached_examples(tokenizer, RECORDS, TokenizationSettings(), tmp_path, build=True)

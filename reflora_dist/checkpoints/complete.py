@@ -77,10 +77,24 @@ class CompleteCheckpoints(TrainerCallback):
         folder = checkpoint_folder(args, state)
         with raise_on_all_ranks("saving the checkpoint"):
             pass  # waits until every rank has written its part
+        self._name_best(args, state)
         with raise_on_all_ranks("completing the checkpoint"):
             if is_first_rank():
                 write_json(folder / _RECORD, {"files": file_sizes(folder), "time": time.time()})
                 _remove_older(folder, self._limit, state.best_model_checkpoint)
+
+    def _name_best(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Name the best checkpoint where Trainer has not.
+
+        Trainer looks for its folder before a sharded engine has made that of the step, and ranks that then disagree
+        wait for each other when training ends.
+        """
+        best = checkpoint_folder(args, state).with_name(f"checkpoint-{state.best_global_step}")
+        if not state.best_global_step or state.best_model_checkpoint == str(best) or not best.is_dir():
+            return
+        state.best_model_checkpoint = str(best)
+        if is_first_rank():
+            state.save_to_json(str(checkpoint_folder(args, state) / TRAINER_STATE_NAME))
 
 
 def numbered_checkpoints(output_dir: str | Path) -> list[Path]:

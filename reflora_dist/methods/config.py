@@ -86,10 +86,6 @@ class RefLoRAConfig:
                 f"warmup_steps={self.warmup_steps} and interval={self.interval}"
             )
 
-    def begins(self, completed_steps: int) -> bool:
-        """Return whether the step after ``completed_steps`` is the first one after the warm-up."""
-        return completed_steps == self.warmup_steps
-
     def is_due(self, completed_steps: int) -> bool:
         """Return whether the method acts after ``completed_steps`` optimizer steps.
 

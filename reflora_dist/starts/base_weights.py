@@ -36,7 +36,7 @@ def rank_holds_base() -> bool:
     """Return whether this rank's base weights hold the model's values.
 
     With accelerate's ``cpu_ram_efficient_loading`` only the first rank reads the weights. The other ranks hold
-    placeholders, which are overwritten when the model is wrapped.
+    placeholders, until the model is wrapped, which overwrites them.
     """
     return not is_fsdp_enabled() or dist.get_rank() == 0
 
@@ -124,7 +124,8 @@ def local_blocks(pair: AdapterPair) -> list[Block]:
     ===============================  ============================================
     """
     weight: Any = base_weight(pair)
-    if not rank_holds_base():
+    # once it is sharded, each rank holds its own values
+    if not rank_holds_base() and not isinstance(weight.data, DTensor):
         return []
     if hasattr(weight, "ds_id"):
         piece = weight.ds_tensor.detach()

@@ -45,7 +45,7 @@ class Step:
         Args:
             firing: the call of ``optimizer.step`` that is about to happen.
             due: whether the schedule lets the method act in this step.
-            begins: whether this is the first step after the warm-up.
+            begins: whether this is the first step in which it does.
         """
         return None
 

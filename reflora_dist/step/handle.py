@@ -80,9 +80,10 @@ def attach(
             f"{config.method} has no solution: these train as plain LoRA; to change that, lower their r (rank_pattern)"
         )
     _tell_what_flat_adapters_cost(engine, config)
-    handle = Handle(model, config, engine, hopeless)
     if state_dict is not None:
         _refuse_broken_factors(engine)
+    handle = Handle(model, config, engine, hopeless)
+    if state_dict is not None:
         handle.load_state_dict(state_dict)
     elif not resumed:
         handle._start()
@@ -108,6 +109,7 @@ class Handle:
         self._skipped_pairs = torch.zeros((), dtype=torch.int64, device=self._comm.device)
         self._checked = False
         self._is_no_step = False
+        self._begins = False
         self._sent_bytes = 0
         self._step = make_step(engine, config, self._comm, hopeless)
         # torch.compile would trace into the hooks, and cannot see that kernels change gradients by their addresses
@@ -225,10 +227,12 @@ class Handle:
         if active_adapters(self._layers) != self._active_adapters:
             raise RuntimeError("the active adapters changed after attach(): detach, then attach again")
         firing = self._engine.firing()
+        due = self.config.is_due(self._steps)
         if firing.first:
             self._comm.start_step()
-        due, begins = self.config.is_due(self._steps), self.config.begins(self._steps)
-        self._count(self._step.before_update(firing, due=due, begins=begins))
+            # not the step after the warm-up: a run that was resumed with a shorter one is past it already
+            self._begins = due and self._applied_steps == 0
+        self._count(self._step.before_update(firing, due=due, begins=self._begins))
 
     @torch.no_grad()
     def _after_update(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -103,3 +103,6 @@ def test_what_is_not_finite_is_not_continued_or_exported(tmp_path: Path) -> None
     state = load_checkpoint(tmp_path / "checkpoint", model, optimizer)
     with pytest.raises(ValueError, match="is not finite in what was loaded: continue from an earlier checkpoint"):
         attach(model, optimizer, RefLoRAConfig(warmup_steps=0), state_dict=state)
+    with torch.no_grad():
+        trainable(model)[0].fill_(0.1)
+    attach(model, optimizer, RefLoRAConfig(warmup_steps=0), state_dict=state)  # the refusal has left nothing behind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -163,12 +164,14 @@ def _after_sharding(rank: int, world_size: int, kind: str, init: str) -> tuple[T
     from torch.distributed.tensor import Shard
     from torch.nn.parallel import DistributedDataParallel
 
+    if kind == "read by the first rank":  # which accelerate's configurations ask for
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     torch.manual_seed(100 + rank)
     model: Any = get_peft_model(base_model(), LoraConfig(**WORKLOAD.lora))
     if kind == "ddp":
         model = DistributedDataParallel(model)
     else:
-        dims = {"rows": 0, "columns": 1}
+        dims = {"rows": 0, "columns": 1, "read by the first rank": 0}
         fully_shard(model, shard_placement_fn=lambda p: Shard(dims[kind] if p.ndim > 1 else 0))
     initialize_adapters(model, init)
     factors = {
@@ -181,7 +184,14 @@ def _after_sharding(rank: int, world_size: int, kind: str, init: str) -> tuple[T
 
 @pytest.mark.parametrize(
     ("kind", "init"),
-    [("rows", "kaiming_both"), ("rows", "pissa"), ("columns", "kaiming_both"), ("ddp", "olora")],
+    [
+        ("rows", "kaiming_both"),
+        ("rows", "pissa"),
+        ("columns", "kaiming_both"),
+        ("ddp", "olora"),
+        ("read by the first rank", "kaiming_both"),
+        ("read by the first rank", "pissa"),
+    ],
 )
 def test_a_model_that_is_sharded_already(kind: str, init: str) -> None:
     """After ``fully_shard`` by rows or columns, or after DDP: the function stays, the start is that of one process."""

@@ -12,6 +12,7 @@ import torch
 from reflora_dist import RefLoRAConfig, attach
 from reflora_dist.engines.pairs import find_pairs
 from reflora_dist.methods.reference import refactorization
+from reflora_dist.step.handle_state import handle_state
 from tests.support.matrices import relative
 from tests.support.oracles import GradientOracle
 from tests.support.small import backward, small_batches, small_model, train_small, trainable
@@ -55,6 +56,24 @@ def test_first_moments_are_those_of_refactored_gradients() -> None:
             share = 1 - 0.9**3  # three equal gradients
             assert factor.grad is not None
             assert relative(optimizer.state[factor]["exp_avg"], share * factor.grad) < 1e-10
+
+
+@pytest.mark.parametrize("as_plain_lora", [True, False])
+def test_a_run_that_is_past_its_warm_up_when_the_method_begins_replaces_them_then(as_plain_lora: bool) -> None:
+    """Resumed from a run without the method, or with a shorter warm-up, as if the warm-up had been that long."""
+    batches, config = small_batches(6), RefLoRAConfig(warmup_steps=5, carry_moments=True)
+    model = small_model(from_zero=True)
+    optimizer = torch.optim.AdamW(trainable(model), lr=_RATE)
+    attach(model, optimizer, config)
+    expected = train_small(model, optimizer, batches)
+    model = small_model(from_zero=True)
+    optimizer = torch.optim.AdamW(trainable(model), lr=_RATE)
+    handle = attach(model, optimizer, dataclasses.replace(config, warmup_steps=8))
+    train_small(model, optimizer, batches[:5])
+    handle.detach()
+    shorter = dataclasses.replace(config, warmup_steps=3)
+    attach(model, optimizer, shorter, state_dict=handle_state(shorter, 5) if as_plain_lora else handle.state_dict())
+    assert worst_factor_error(train_small(model, optimizer, batches[5:]), expected) == 0.0
 
 
 @pytest.mark.parametrize("stop", [2, 3, 4])

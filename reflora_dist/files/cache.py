@@ -24,8 +24,11 @@ KEY_FILE = "key.json"
 
 
 def default_cache_dir() -> Path:
-    """Return ``$REFLORA_CACHE``, or ``~/.cache/reflora_dist``."""
-    return Path(os.environ.get("REFLORA_CACHE") or "~/.cache/reflora_dist").expanduser()
+    """Return ``$REFLORA_CACHE``, or ``~/.cache/reflora_dist``; for a user without a home a temporary folder."""
+    try:
+        return Path(os.environ.get("REFLORA_CACHE") or "~/.cache/reflora_dist").expanduser()
+    except RuntimeError:  # no HOME and no such user, as in containers that run under any number
+        return Path(tempfile.gettempdir()) / f"reflora_dist-{os.getuid()}"
 
 
 def environment_of_one_process() -> dict[str, str]:

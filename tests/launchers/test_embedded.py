@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from launchers.data import stdlib_text
 from launchers.data.embedded import EmbeddedSettings, ensure_model, ensure_records
 from launchers.data.records import load_records
-from reflora_dist.files.cache import build_once
+from reflora_dist.files.cache import build_once, default_cache_dir
 from tests.support.launchers import REPOSITORY
 
 pytestmark = pytest.mark.slow
@@ -126,6 +127,13 @@ def test_of_two_jobs_that_build_at_once_the_first_wins(tmp_path: Path) -> None:
     assert (folder / "who").read_text() == "quick"
     assert json.loads((folder / "key.json").read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "REFLORA_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 4_000_000)
+    assert default_cache_dir() == Path(tempfile.gettempdir()) / "reflora_dist-4000000"
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reflora_dist.files.cache import build_once
-from reflora_dist.files.open_files import cause_of
 
 from .records import Record
 
@@ -355,6 +354,8 @@ def cached_dataset(
         RuntimeError: the data is not there and ``build`` is False.
     """
     import datasets
+
+    from reflora_dist.files.open_files import cause_of  # which imports torch; --help does not need it
 
     digest = hashlib.sha256(json.dumps(list(records)).encode()).hexdigest()
     key = {"tokenizer": _fingerprint(tokenizer), "records": digest, **key}

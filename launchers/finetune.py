@@ -65,7 +65,15 @@ from .training.sequences import check_shared_sequences, ranks_of_a_sequence
 from .training.settings import LearningRateStays, RunSettings, settings_of, tell_differences
 from .training.starts import start_adapter
 from .training.targets import adapter_targets
-from .training.used_folder import SavedRun, earlier_run, results_are_there, steps_are_done, tell, train
+from .training.used_folder import (
+    SavedRun,
+    earlier_run,
+    require_training_state,
+    results_are_there,
+    steps_are_done,
+    tell,
+    train,
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,6 +87,8 @@ def main(argv: list[str] | None = None) -> None:
         if saved and steps_are_done(saved, options.training) and results_are_there(saved, options.training.output_dir):
             tell(f"all {saved.step} steps are done, nothing is trained; {options.training.output_dir} has the results")
             return leave()
+        if saved:
+            require_training_state(saved)
         trainer, run_recorder, run_settings = prepare(options, saved)
     stop, beginning = StopOnSignal(), Beginning(options.lora.method)
     # the last one reads whether the one before wants a checkpoint

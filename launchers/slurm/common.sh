@@ -28,7 +28,7 @@ run() {
         *launchers/finetune.py)
             resumable=yes
             case "${1:-}" in *.json | *.yaml) arguments=("$1"); shift ;; esac
-            # finetune.py then goes on from the job's own checkpoint, whatever the options say of the first start
+            # finetune.py then goes on from the job's own checkpoint, if it has one, whatever its options say
             [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || export REFLORA_RESTARTED=$SLURM_RESTART_COUNT ;;
         *evaluate.py) resumable=yes ;;  # it leaves out what it has answered
     esac

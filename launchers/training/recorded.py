@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers.trainer import TRAINER_STATE_NAME
 
 from reflora_dist.files.open_files import read_json
@@ -52,5 +53,11 @@ def _records(folder: Path) -> Iterator[tuple[Path, Mapping[str, Any], list[Any]]
                 metrics = {"settings_changed": [], **metrics}
                 require_fields(metrics, {"settings": Mapping, "settings_changed": list}, path, _REMEDY)
                 yield path, metrics["settings"], metrics["settings_changed"]
-        if is_written_by_a_run(path := place / RUN_FILE):
+        if is_written_by_a_run(path := place / RUN_FILE) and not (place == folder and _is_older(folder, path)):
             yield path, read_mapping(path), []
+
+
+def _is_older(folder: Path, run_file: Path) -> bool:
+    """Return whether the folder's adapter is an earlier run's, since the last one was killed before its results."""
+    adapter = folder / SAFETENSORS_WEIGHTS_NAME
+    return adapter.is_file() and adapter.stat().st_mtime_ns < run_file.stat().st_mtime_ns

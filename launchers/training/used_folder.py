@@ -14,7 +14,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from reflora_dist.checkpoints.complete import last_complete_checkpoint, require_complete, saved_checkpoints
+from reflora_dist.checkpoints.complete import job_of, last_complete_checkpoint, require_complete, saved_checkpoints
 from reflora_dist.collectives.ranks import is_first_rank, raise_on_all_ranks, world_size
 from reflora_dist.files.open_files import read_json
 from reflora_dist.files.records import require_fields
@@ -97,11 +97,15 @@ def on_first_rank(look: Callable[[], _T]) -> _T:
 
 
 def _prefer_own_checkpoint(arguments: Any) -> None:
-    """Let a job that was queued again go on from its own last checkpoint, wherever its first start began."""
-    arguments.overwrite_output_dir = False  # asked for at the first start
-    own = on_first_rank(lambda: last_complete_checkpoint(arguments.output_dir))
-    if own or arguments.resume_from_checkpoint is None:
-        arguments.resume_from_checkpoint = "auto"
+    """Let a job that was queued again go on from its own last checkpoint; without one it begins as it first did."""
+    job = os.environ.get("SLURM_JOB_ID")
+
+    def has_own() -> bool:
+        last = last_complete_checkpoint(arguments.output_dir)
+        return last is not None and job_of(last) == job
+
+    if on_first_rank(has_own):
+        arguments.resume_from_checkpoint, arguments.overwrite_output_dir = "auto", False
 
 
 def refuse_used_folder(arguments: Any) -> None:
@@ -127,7 +131,7 @@ def refuse_used_folder(arguments: Any) -> None:
             "--resume_from_checkpoint auto to go on from it, --overwrite_output_dir True to start anew and remove "
             "them, or another --output_dir"
         )
-    if not goes_on and (foreign := on_first_rank(lambda: _foreign_results(Path(output_dir)))):
+    if not (goes_on and found) and (foreign := on_first_rank(lambda: _foreign_results(Path(output_dir)))):
         raise ValueError(
             f"output_dir={output_dir!r} has {', '.join(foreign)}, which this run would replace, and no {RUN_FILE} of "
             "an earlier run: give another --output_dir, or --overwrite_output_dir True to replace them"
@@ -177,16 +181,20 @@ def checkpoint_to_resume(arguments: Any) -> str | None:
     except ValueError as error:
         raise ValueError(f"resume_from_checkpoint={asked!r}: {error}") from error
     if checkpoint:
-        on_first_rank(lambda: _require_training_state(Path(checkpoint)))
         tell(f"going on from {checkpoint}")
     return checkpoint
 
 
-def _require_training_state(checkpoint: Path) -> None:
+def require_training_state(saved: SavedRun) -> None:
+    """Refuse a checkpoint without the optimizer's state. Every rank must call.
+
+    Raises:
+        ValueError: on every rank; the checkpoint was saved with ``save_only_model``.
+    """
     # Trainer writes random states with the optimizer's and the schedule's, under every engine
-    if not any(checkpoint.glob("rng_state*.pth")):
+    if not on_first_rank(lambda: any(Path(saved.folder).glob("rng_state*.pth"))):
         raise ValueError(
-            f"{checkpoint} was saved with --save_only_model and has no state of the optimizer, so the run cannot go "
+            f"{saved.folder} was saved with --save_only_model and has no state of the optimizer, so the run cannot go "
             "on from it: start a new one from its adapter (--model CHECKPOINT --output_dir ANOTHER)"
         )
 
@@ -253,9 +261,10 @@ def train(trainer: Any, options: Options, saved: SavedRun | None) -> None:
     """Train, unless the checkpoint has every step already: then load it only. Every rank must call."""
     if options.training.overwrite_output_dir:
         remove_checkpoints(options.training.output_dir)
-    if saved is None:
-        if is_first_rank():  # it would pass for this run's, and tell that its results are there
+    with raise_on_all_ranks("removing the metrics of the earlier run"):
+        if is_first_rank():  # they would pass for this run's, and tell that its results are there
             (Path(options.training.output_dir) / METRICS_FILE).unlink(missing_ok=True)
+    if saved is None:
         trainer.train()
         return
     options.training.leave_out_first_evaluation()

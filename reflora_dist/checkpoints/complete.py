@@ -1,7 +1,7 @@
 """The record of a complete HF Trainer checkpoint: every file's size, written after all other files.
 
-    complete.json   {"files": {name: bytes}, "time": seconds}; in each of HF Trainer's checkpoint folders, see
-                    CompleteCheckpoints
+    complete.json   {"files": {name: bytes}, "time": seconds, "job": SLURM's number or null}; in each of HF Trainer's
+                    checkpoint folders, see CompleteCheckpoints
 
 An interrupted save leaves no record. A truncated or lost file differs from the record. Checks read only the headers of
 files, so tensors that the storage has corrupted go unnoticed.
@@ -63,7 +63,7 @@ class CompleteCheckpoints(TrainerCallback):
         best, ended = state.best_model_checkpoint, state.global_step >= state.max_steps  # before that it may be resumed
         if is_first_rank() and self._limit == 1 and best is not None and ended:
             # As Trainer does: the last checkpoint stays beside the best one only until training ends.
-            for checkpoint in saved_checkpoints(Path(best).parent):
+            for checkpoint in saved_checkpoints(checkpoint_folder(args, state).parent):
                 if not os.path.samefile(checkpoint, best):
                     shutil.rmtree(checkpoint, ignore_errors=True)
         if self._limit is not None:
@@ -77,10 +77,11 @@ class CompleteCheckpoints(TrainerCallback):
         folder = checkpoint_folder(args, state)
         with raise_on_all_ranks("saving the checkpoint"):
             pass  # waits until every rank has written its part
-        self._name_best(args, state)
         with raise_on_all_ranks("completing the checkpoint"):
+            self._name_best(args, state)
             if is_first_rank():
-                write_json(folder / _RECORD, {"files": file_sizes(folder), "time": time.time()})
+                written = {"time": time.time(), "job": os.environ.get("SLURM_JOB_ID")}
+                write_json(folder / _RECORD, {"files": file_sizes(folder), **written})
                 _remove_older(folder, self._limit, state.best_model_checkpoint)
 
     def _name_best(self, args: TrainingArguments, state: TrainerState) -> None:
@@ -176,6 +177,11 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
             logger.warning("%s was written after %s, by a run that had been resumed before it", checkpoint, last.name)
         last = checkpoint
     return None if last is None else os.fspath(last)
+
+
+def job_of(checkpoint: str | Path) -> str | None:
+    """Return the number of the SLURM job that wrote a checkpoint, which stays when the job is queued again."""
+    return read_json(Path(checkpoint) / _RECORD).get("job")
 
 
 def _time_of(checkpoint: Path) -> float:

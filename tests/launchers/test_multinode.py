@@ -91,8 +91,6 @@ def test_training_across_two_hosts_follows_the_reference(
     _check_against_the_reference(tmp_path, hosts, processes)
 
 
-@needs_hosts
-@pytest.mark.all_ranks
 def test_arguments_reach_the_hosts_of_a_hostfile_as_they_are() -> None:
     """Through DeepSpeed's pdsh runner, which escapes little, and a shell on each host."""
     from deepspeed.launcher.multinode_runner import PDSHRunner
@@ -107,6 +105,8 @@ def test_arguments_reach_the_hosts_of_a_hostfile_as_they_are() -> None:
     assert remote.stdout.split("\0")[:-1] == wanted
 
 
+@needs_hosts
+@pytest.mark.all_ranks
 @pytest.mark.pdsh
 def test_a_hostfile_starts_all_hosts_through_pdsh(hosts: tuple[Host, Host], tmp_path: Path) -> None:
     _serve_ssh(hosts, tmp_path)

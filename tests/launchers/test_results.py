@@ -54,7 +54,7 @@ def _rank(rank: int, world_size: int, engine: str, argv: list[str], killed: bool
     if killed:
         finetune.finish = kill
     if restarted:
-        os.environ[RESTARTED] = "1"
+        os.environ |= {RESTARTED: "1", "SLURM_JOB_ID": "7"}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         finetune_rank(rank, world_size, engine, argv)
     return printed.getvalue()
@@ -109,17 +109,23 @@ def test_results_of_an_earlier_run_do_not_pass_for_this_ones(folder: Path, tmp_p
     changes = {"learning_rate": 1e-3, "prompt_template": "none"}
     _train(folder, tmp_path, killed=True, overwrite_output_dir=True, **changes)
     assert recorded_template(str(tmp_path / "checkpoint-4")) == "none"
-    assert recorded_template(str(tmp_path)) == "none"  # run.yaml, since there are no metrics
+    assert recorded_template(str(tmp_path)) is None  # the adapter is still the first run's
     assert "the results follow" in _train(folder, tmp_path, resume_from_checkpoint="auto", **changes)
     assert _equal(tmp_path, tmp_path / "checkpoint-4")
     assert json.loads((tmp_path / "metrics.json").read_text())["settings"]["learning_rate"] == 1e-3
+    earlier = {"resume_from_checkpoint": tmp_path / "checkpoint-2", **changes, "learning_rate": 1e-4}
+    _train(folder, tmp_path, killed=True, **earlier)
+    earlier["resume_from_checkpoint"] = "auto"
+    assert "the results follow" in _train(folder, tmp_path, **earlier)
+    assert _equal(tmp_path, tmp_path / "checkpoint-4")
     (tmp_path / "metrics.json").write_text('{"steps": 4, "sett')  # the disk was full
-    assert "the results follow" in _train(folder, tmp_path, resume_from_checkpoint="auto", **changes)
+    assert "the results follow" in _train(folder, tmp_path, **earlier)
     assert json.loads((tmp_path / "metrics.json").read_text())["steps"] == 4
 
 
 def test_a_checkpoint_without_the_optimizers_state_is_not_resumed(folder: Path, tmp_path: Path) -> None:
     _train(folder, tmp_path, save_only_model=True)
+    assert "nothing is trained" in _train(folder, tmp_path, save_only_model=True, resume_from_checkpoint="auto")
     for asked in ("auto", tmp_path / "checkpoint-2"):
         argv = finetune_options(folder, str(tmp_path), **{**EVERY_STEP, "max_steps": 6}, resume_from_checkpoint=asked)
         with pytest.raises(SystemExit, match=r"saved with --save_only_model .*start a new one from its adapter"):
@@ -148,3 +154,7 @@ def test_a_job_that_is_queued_again_goes_on_from_its_own_checkpoint(folder: Path
     assert f"going on from {job / 'checkpoint-4'}" in _train(folder, job, restarted=True, **asked)
     again = _train(folder, job, restarted=True, max_steps=7, overwrite_output_dir=True)
     assert f"going on from {job / 'checkpoint-6'}" in again and "removing" not in again
+    # one that died before its first checkpoint begins as it was asked to, also in a folder with those of another job
+    asked["resume_from_checkpoint"] = first / "checkpoint-2"
+    assert f"going on from {first / 'checkpoint-2'}" in _train(folder, first, restarted=True, **asked)
+    assert "removing" in _train(folder, first.rename(tmp_path / "other"), restarted=False, overwrite_output_dir=True)
